@@ -1,0 +1,179 @@
+"""Dataclass schemas of the fixed config groups, and the checks that run before any expensive work.
+
+Hydra merges every YAML file and override into these dataclasses, so a mistyped key fails at compose with its full name.
+Groups that choose a class (`_target_`) are checked against that class's constructor by `check_targets`.
+"""
+
+import inspect
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from hydra.utils import get_method
+from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
+
+from ldae.errors import UserError
+
+_INSTANTIATE_KEYS = {"_target_", "_partial_", "_args_", "_recursive_", "_convert_"}
+
+
+@dataclass
+class Paths:
+    """Where things live, relative to the working directory."""
+
+    runs: str = "runs"
+    data: str = "data"
+    cache: str = "data/cache"
+
+
+@dataclass
+class Trainer:
+    """The loop. Steps are optimiser steps; `max_epochs` is converted to them."""
+
+    max_steps: int | None = None
+    max_epochs: float | None = None
+    batch_size: int = 4
+    accumulate: int = 1
+    clip: float | None = 1.0
+    ema: float | None = 0.999
+    log_every: int = 50
+    validate_every: int | None = 500
+    preview_every: int | None = None
+    checkpoint_every: int = 500
+    keep_states: int = 2
+    patience: int | None = None  # validations without improvement
+    validation_scans: int | None = None
+    channels_last: bool = True
+    checkpointing: bool = False
+    compile: bool = False
+    workers: int | None = None
+
+
+@dataclass
+class Optim:
+    """Adam, its learning rates, and the factor by which they change over the run."""
+
+    lr: float = 1e-4
+    discriminator_lr: float = 1e-4
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    weight_decay: float = 0.0
+    warmup_steps: int = 0
+    final_factor: float = 1.0  # the factor at the last step of a half-cosine decay; 1 = constant
+
+
+@dataclass
+class Split:
+    """Shares of subjects, and the seed of the draw."""
+
+    train: float = 0.85
+    val: float = 0.05
+    test: float = 0.10
+    seed: int = 0
+
+
+@dataclass
+class Phantom:
+    """Size of a generated cohort: subjects, voxel size in mm, volume in voxels."""
+
+    subjects: int = 240
+    seed: int = 7
+    spacing: float = 4.5
+    shape: list[int] = field(default_factory=lambda: [40, 48, 40])
+
+
+@dataclass
+class Data:
+    """A cohort: its table, and how a scan becomes a volume."""
+
+    table: str = MISSING
+    shape: list[int] = MISSING
+    spacing: float = MISSING
+    transform: Any = MISSING
+    augmentation: Any = None
+    split: Split = field(default_factory=Split)
+    cache_dtype: str = "float16"
+    on_bad_scan: str = "reject"
+    diagnoses: list[str] | None = None
+    workers: int | None = None
+    phantom: Phantom | None = None
+
+
+@dataclass
+class Model:
+    """One of each network; `conf/model/*.yaml` are bundles."""
+
+    autoencoder: Any = MISSING
+    unet: Any = MISSING
+    encoder: Any = MISSING
+
+
+@dataclass
+class Diffusion:
+    """Schedule of the noise, and what the network predicts."""
+
+    schedule: Any = MISSING
+    parameterisation: Any = MISSING
+
+
+@dataclass
+class Config:
+    """What `train.py`, `encode_latents.py` and `evaluate.py` share."""
+
+    name: str = "default"
+    seed: int = 0
+    paths: Paths = field(default_factory=Paths)
+    trainer: Trainer = field(default_factory=Trainer)
+    optim: Optim = field(default_factory=Optim)
+    data: Data = field(default_factory=Data)
+    model: Model = field(default_factory=Model)
+    diffusion: Diffusion = field(default_factory=Diffusion)
+    sampler: Any = MISSING
+    perceptual: Any = None
+    accelerator: Any = MISSING
+    stage: Any = MISSING
+    probe: dict[str, Any] = field(default_factory=dict)
+    evaluation: dict[str, Any] = field(default_factory=dict)
+
+
+def register() -> None:
+    """Make the schema known to Hydra under the name that `conf/base.yaml` starts from."""
+    ConfigStore.instance().store(name="schema", node=Config)
+
+
+def conf_dir() -> Path:
+    """The folder of YAML files: beside the sources in a checkout, inside the package in a wheel."""
+    package = Path(__file__).parent
+    for candidate in (package / "conf", package.parents[1] / "conf"):
+        if (candidate / "base.yaml").exists():
+            return candidate
+    raise UserError(f"no conf/ folder beside {package}; reinstall ldae")
+
+
+def check_targets(node: Any, key: str = "") -> None:
+    """Refuse arguments that a `_target_` does not take, naming the full key, before anything is built."""
+    if isinstance(node, ListConfig):
+        for index, child in enumerate(node):
+            check_targets(child, f"{key}[{index}]")
+        return
+    if not isinstance(node, DictConfig) or node._is_none():
+        return
+    if "_target_" in node and not node._is_missing("_target_"):
+        _check_signature(node, key)
+    for name in node:
+        if not OmegaConf.is_missing(node, name):
+            check_targets(node[name], f"{key}.{name}" if key else str(name))
+
+
+def _check_signature(node: DictConfig, key: str) -> None:
+    try:
+        target = get_method(node["_target_"]) if not inspect.isclass(node["_target_"]) else node["_target_"]
+    except Exception as error:  # noqa: BLE001  Hydra raises InstantiationException or ImportError, by kind of fault
+        raise UserError(f"{key}._target_: cannot import {node['_target_']!r} ({error})") from error
+    parameters = inspect.signature(target).parameters.values()
+    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
+        return
+    allowed = {p.name for p in parameters} | _INSTANTIATE_KEYS
+    for name in node:
+        if name not in allowed:
+            raise UserError(f"unknown key '{key}.{name}': {node['_target_']} takes {', '.join(sorted(allowed))}")

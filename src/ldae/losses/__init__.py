@@ -1,0 +1,1 @@
+"""Losses; they take noise and timestep as arguments and draw nothing themselves."""

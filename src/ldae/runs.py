@@ -1,0 +1,180 @@
+"""Run directories: `runs/<name>/<stage>/`, their stored config, and modules rebuilt from it, strictly.
+
+    config.yaml  metrics.jsonl  tensorboard/  state/ (resume)  weights/*.safetensors + metadata.json (publish)
+"""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ldae.errors import UserError
+from ldae.files import read_json, replacing, write_json, write_text
+
+MAX_NAME = 200  # file names end at 255 bytes
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """All stages of one experiment: `runs/<name>`. A sweep's jobs are variants of a stage beside each other."""
+
+    root: Path
+    variant: str = ""
+
+    @property
+    def split_file(self) -> Path:
+        """The split by subject, written once, read by every stage."""
+        return self.root / "split.csv"
+
+    @property
+    def latents(self) -> Path:
+        """Where encode_latents.py writes."""
+        return self.root / f"latents{self.variant}"
+
+    @property
+    def evaluation(self) -> Path:
+        """Where evaluate.py writes."""
+        return self.root / f"evaluation{self.variant}"
+
+    def stage(self, name: str) -> "Run":
+        """The run that this process writes for stage `name`."""
+        return Run(self.root / f"{name}{self.variant}")
+
+    def predecessor(self, name: str, path: str | None = None) -> "Run":
+        """The finished run of an earlier stage: a sibling under the same name, or at `path`."""
+        run = Run(Path(path) if path else self.root / name)
+        if not run.published:
+            raise UserError(
+                f"no trained '{name}' at {run.path}: run `python train.py stage={name} name={self.root.name} ...` first, "
+                f"or give its path with stage.{name}=PATH"
+            )
+        return run
+
+
+def workspace(config: DictConfig) -> Workspace:
+    """The workspace of a composed config; in a Hydra sweep, with the job's overrides as variant."""
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    root = Path(config.paths.runs) / config.name
+    if not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.MULTIRUN:
+        return Workspace(root)
+    name = HydraConfig.get().job.override_dirname.replace("/", "_")
+    if len(name) > MAX_NAME:
+        name = hashlib.sha256(name.encode()).hexdigest()[:16]
+    return Workspace(root, f"@{name}" if name else "")
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes, hex."""
+    with open(path, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write tensors atomically as safetensors, on the CPU and contiguous."""
+    with replacing(path) as temporary:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary)
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """Read a safetensors file; nothing is unpickled.
+
+    Raises:
+        UserError: the file is missing or torn.
+    """
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"cannot read weights {path}: {error}") from error
+
+
+def load_strictly(module: nn.Module, tensors: dict[str, Tensor], source: Path | str) -> None:
+    """Load a state dict, naming the first missing, unexpected or misshapen tensor."""
+    own = module.state_dict()
+    for name, tensor in own.items():
+        if name not in tensors:
+            raise UserError(f"{source}: tensor '{name}' is missing")
+        if tensors[name].shape != tensor.shape:
+            raise UserError(f"{source}: tensor '{name}' is {tuple(tensors[name].shape)}, not {tuple(tensor.shape)}")
+    for name in tensors:
+        if name not in own:
+            raise UserError(f"{source}: unexpected tensor '{name}'")
+    module.load_state_dict(tensors)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One stage's directory."""
+
+    path: Path
+
+    @property
+    def weights(self) -> Path:
+        """Published weights."""
+        return self.path / "weights"
+
+    @property
+    def published(self) -> bool:
+        """Whether the stage has left weights for others."""
+        return (self.weights / "metadata.json").exists()
+
+    @property
+    def config(self) -> DictConfig:
+        """The config the run was made with."""
+        return OmegaConf.create(OmegaConf.load(self.path / "config.yaml"))
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """What `publish` wrote: step, metrics, split hash, and the files' hashes."""
+        return read_json(self.weights / "metadata.json")
+
+    def write_config(self, config: DictConfig) -> None:
+        """Store the resolved config."""
+        write_text(self.path / "config.yaml", OmegaConf.to_yaml(config, resolve=True))
+
+    def publish(self, modules: dict[str, dict[str, Tensor]], metadata: dict[str, Any]) -> None:
+        """Write each module's tensors, then the metadata that makes them count."""
+        files = {}
+        for name, tensors in modules.items():
+            path = self.weights / f"{name}.safetensors"
+            save_tensors(path, tensors)
+            files[name] = {"file": path.name, "sha256": file_sha256(path)}
+        write_json(self.weights / "metadata.json", {**metadata, "weights": files})
+
+    def sha256(self, name: str) -> str:
+        """Hash of a published module's file."""
+        return self.metadata["weights"][name]["sha256"]
+
+    def module(self, name: str, node: Any) -> nn.Module:
+        """Build a module from its config node and load its published weights, strictly; eval mode, frozen."""
+        path = self.weights / f"{name}.safetensors"
+        if name not in self.metadata["weights"]:
+            raise UserError(f"{self.path} holds no weights of '{name}'")
+        module = node if isinstance(node, nn.Module) else instantiate(node)
+        load_strictly(module, load_tensors(path), path)
+        return module.eval().requires_grad_(False)
+
+
+def estimator_node(unet: DictConfig, semantic_dim: int) -> dict[str, Any]:
+    """The gradient estimator's config: the U-Net's own, so that no architecture is typed twice."""
+    node = OmegaConf.to_container(unet, resolve=True)
+    target = "ldae.models.gradient_estimator.GradientEstimator"
+    return {**node, "_target_": target, "semantic_dim": semantic_dim}
+
+
+def cpu_state(module: nn.Module) -> dict[str, Tensor]:
+    """A detached copy of a module's tensors on the CPU."""
+    return {name: tensor.detach().cpu().clone() for name, tensor in module.state_dict().items()}
+
+
+def pick_device(device: str | torch.device | None) -> torch.device:
+    """The given device, or a GPU where there is one."""
+    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))

@@ -1,0 +1,1 @@
+"""The three stages. Open these to understand the method."""

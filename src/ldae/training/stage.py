@@ -1,0 +1,130 @@
+"""What a stage is to the trainer, and the one optimiser step that all stages share."""
+
+import contextlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from ldae.config import Optim, Trainer
+from ldae.training.ema import Ema
+
+Batch = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Monitor:
+    """The validation metric whose best value decides which weights are published."""
+
+    metric: str
+    higher_is_better: bool
+
+    def improved(self, value: float, best: float | None) -> bool:
+        """Whether `value` is better than the best so far."""
+        if best is None:
+            return True
+        return value > best if self.higher_is_better else value < best
+
+
+class Stage(ABC):
+    """One stage of the method.
+
+    It owns its modules, optimisers and averages by name, and the whole of an optimiser step: forward, backward and
+    update, through Accelerate (a GAN needs that). The trainer owns the cadence only.
+    """
+
+    name: ClassVar[str]
+    monitor: Monitor | None = None  # None: the last weights are published
+
+    modules: dict[str, nn.Module]  # trained; what a checkpoint holds
+    published: tuple[str, ...]  # the modules that later stages need
+    optimizers: dict[str, torch.optim.Optimizer]
+    averages: dict[str, Ema]
+    length: int  # training samples
+
+    @abstractmethod
+    def prepare(self, accelerator: Accelerator, trainer: Trainer, optim: Optim, seed: int) -> None:
+        """Place the modules on the device, wrap what is trained, and build the optimisers and averages."""
+
+    def fetch(self, indices: np.ndarray) -> Batch:
+        """The tensors of the training samples `indices`, besides their index and position."""
+        return {}
+
+    @abstractmethod
+    def run_step(self, micro_batches: Sequence[Batch], step: int) -> dict[str, Tensor | float]:
+        """One optimiser step over `micro_batches`; returns scalars to log."""
+
+    @abstractmethod
+    def validate(self) -> dict[str, float]:
+        """Validation metrics with the weights that would be published, the same on every process."""
+
+    def preview(self) -> dict[str, Tensor]:
+        """Volumes (N, 1, X, Y, Z) to look at, by title."""
+        return {}
+
+    def metadata(self) -> dict[str, Any]:
+        """What later stages must know besides the weights."""
+        return {}
+
+    def weights(self) -> dict[str, dict[str, Tensor]]:
+        """The tensors to publish: the average of a module where it has one."""
+        return {name: (self.averages.get(name) or self.modules[name]).state_dict() for name in self.published}
+
+    @contextlib.contextmanager
+    def averaged(self) -> Any:
+        """Inside, the modules hold what would be published, in eval mode."""
+        with contextlib.ExitStack() as stack:
+            for ema in self.averages.values():
+                stack.enter_context(ema.applied())
+            modes = {name: module.training for name, module in self.modules.items()}
+            for module in self.modules.values():
+                module.eval()
+            try:
+                yield
+            finally:
+                for name, module in self.modules.items():
+                    module.train(modes[name])
+
+
+class Updater:
+    """Backward over micro-batches, clipping and one step of one optimiser."""
+
+    def __init__(
+        self, accelerator: Accelerator, module: nn.Module, optimizer: torch.optim.Optimizer, clip: float | None
+    ) -> None:
+        self.accelerator = accelerator
+        self.module = module
+        self.optimizer = optimizer
+        self.parameters = [p for p in module.parameters() if p.requires_grad]
+        self.clip = clip if clip is not None else float("inf")
+        self.skipped = 0
+
+    def __call__(self, micro_batches: Sequence[Batch], loss: Callable[[Batch], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """`loss(batch)` returns scalars, of which 'loss' is minimised. Returns their means over the micro-batches."""
+        totals: dict[str, Tensor] = {}
+        for index, batch in enumerate(micro_batches):
+            last = index == len(micro_batches) - 1
+            # Processes exchange gradients once, with the last micro-batch.
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.module):
+                scalars = loss(batch)
+                self.accelerator.backward(scalars["loss"] / len(micro_batches))
+            for name, value in scalars.items():
+                totals[name] = totals.get(name, 0) + value.detach() / len(micro_batches)
+        norm = self.accelerator.clip_grad_norm_(self.parameters, self.clip)
+        # With fp16 the scaler skips a non-finite step itself, and must see it to lower its scale.
+        if self.accelerator.scaler is None and not torch.isfinite(norm):
+            self.skipped += 1
+        else:
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return {**totals, "gradient_norm": norm.detach()}
+
+
+def adam(parameters: Sequence[nn.Parameter], lr: float, optim: Optim) -> torch.optim.Adam:
+    """Adam with the config's betas; foreach, so that one call updates all tensors."""
+    return torch.optim.Adam(parameters, lr=lr, betas=tuple(optim.betas), weight_decay=optim.weight_decay, foreach=True)
