@@ -1,0 +1,48 @@
+# `make help` lists the targets. ARGS carries Hydra overrides: make train-aekl ARGS="data=table data.table=scans.csv name=mine"
+SHELL := /bin/bash
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+DEMO := experiment=demo name=demo
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint train-aekl train-pretrain train-repr encode evaluate
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
+
+setup: $(STAMP) ## make .venv and install the project into it
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install -q --disable-pip-version-check -e '.[dev]' -c constraints.txt
+	touch $@
+
+demo: $(STAMP) ## the whole method on a phantom cohort, on a CPU: data, three stages, probes, report
+	$(BIN)/python train.py stage=aekl $(DEMO) $(ARGS)
+	$(BIN)/python encode_latents.py $(DEMO) $(ARGS)
+	$(BIN)/python train.py stage=pretrain $(DEMO) $(ARGS)
+	$(BIN)/python train.py stage=repr $(DEMO) $(ARGS)
+	$(BIN)/python evaluate.py $(DEMO) $(ARGS)
+
+train-aekl: $(STAMP) ## stage 1: the autoencoder
+	$(BIN)/python train.py stage=aekl $(ARGS)
+
+encode: $(STAMP) ## compress every scan once
+	$(BIN)/python encode_latents.py $(ARGS)
+
+train-pretrain: $(STAMP) ## stage 2: the latent diffusion model
+	$(BIN)/python train.py stage=pretrain $(ARGS)
+
+train-repr: $(STAMP) ## stage 3: semantic encoder and gradient estimator
+	$(BIN)/python train.py stage=repr $(ARGS)
+
+evaluate: $(STAMP) ## embeddings, probes, and the chosen evaluations
+	$(BIN)/python evaluate.py $(ARGS)
+
+test: $(STAMP) ## the test suite
+	$(BIN)/python -m pytest -q $(ARGS)
+
+lint: $(STAMP) ## ruff
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .

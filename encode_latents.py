@@ -1,0 +1,24 @@
+"""Compress every scan of a table once: `python encode_latents.py data=table data.table=scans.csv name=mycohort`.
+
+Writes runs/<name>/latents. The same command again skips what is done. Several processes: `accelerate launch`.
+"""
+
+import hydra
+from omegaconf import DictConfig
+
+from ldae.config import conf_dir, register
+from ldae.main import one_line_errors
+
+register()
+
+
+@hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="encode_latents")
+def main(config: DictConfig) -> None:
+    with one_line_errors():
+        from ldae.experiment import encode
+
+        encode(config)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,67 @@
+"""U-Net, gradient estimator and diffusion put together: eps without and with y, the trunk computed once for both."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ldae.diffusion.process import Parameterisation
+from ldae.diffusion.schedule import Schedule
+
+EpsFn = Callable[[Tensor, Tensor], Tensor]
+
+
+def _broadcast(value: Tensor, like: Tensor) -> Tensor:
+    return value.to(like.device, like.dtype).view(-1, 1, 1, 1, 1)
+
+
+class Denoiser:
+    """Noise predictions of a trained model.
+
+    Args:
+        unet: the frozen U-Net of stage 2.
+        estimator: the gradient estimator of stage 3, or None.
+        schedule, parameterisation: those that the U-Net was trained with.
+        form: how the estimate G shifts eps (guidance.py); None: as it was trained.
+    """
+
+    def __init__(
+        self,
+        unet: nn.Module,
+        estimator: nn.Module | None,
+        schedule: Schedule,
+        parameterisation: Parameterisation,
+        form: Any = None,
+    ) -> None:
+        self.unet = unet
+        self.estimator = estimator
+        self.schedule = schedule
+        self.parameterisation = parameterisation
+        self.form = form or parameterisation.natural_form
+
+    def _eps(self, output: Tensor, z_t: Tensor, t: Tensor) -> Tensor:
+        return self.parameterisation.to_eps(self.schedule, output.to(z_t.dtype), z_t, t)
+
+    def eps(self, z_t: Tensor, t: Tensor) -> Tensor:
+        """Unconditional eps, (B, C, X, Y, Z)."""
+        return self._eps(self.unet(z_t, t), z_t, t)
+
+    def gradient(self, z_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        """G(z_t, t, y), (B, C, X, Y, Z)."""
+        return self.estimator(self.unet.features(z_t, t), y).to(z_t.dtype)
+
+    def guided(self, y: Tensor, strength: float = 1.0, stop: float = 0.0) -> EpsFn:
+        """eps_fn conditioned on y (B, D): eps + strength k(t) G; below t = stop * T guidance is dropped."""
+        threshold = stop * self.schedule.timesteps
+
+        def eps_fn(z_t: Tensor, t: Tensor) -> Tensor:
+            features = self.unet.features(z_t, t)
+            eps = self._eps(self.unet.head(features), z_t, t)
+            if float(t.max()) < threshold:
+                return eps
+            gradient = self.estimator(features, y).to(z_t.dtype)
+            shift = strength * _broadcast(self.form.coefficient(self.schedule, t), z_t) * gradient
+            return torch.where(t.view(-1, 1, 1, 1, 1) < threshold, eps, eps + shift)
+
+        return eps_fn

@@ -1,0 +1,110 @@
+"""Compress a cohort with a trained autoencoder: one NPZ a scan, a table, and latents.json.
+
+Processes take every n-th scan; what is done already, by the same autoencoder, is skipped.
+"""
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from accelerate import Accelerator
+from torch import nn
+from tqdm import tqdm
+
+from ldae.data.cohort import Cohort
+from ldae.data.latents import latent_name, read_latent, write_about, write_latent
+from ldae.data.table import write_table
+from ldae.errors import UserError
+from ldae.runs import Run
+
+log = logging.getLogger(__name__)
+
+
+def encode_cohort(
+    run: Run, cohort: Cohort, folder: Path, table: Path, accelerator: Accelerator, batch_size: int
+) -> None:
+    """Encode `cohort` with the autoencoder of `run` into `folder`; the last thing written is latents.json."""
+    autoencoder = run.module("autoencoder", run.config.model.autoencoder).to(accelerator.device)
+    weights = run.sha256("autoencoder")
+    paths = [folder / latent_name(row.subject, row.session) for row in cohort.table.itertuples()]
+    mine = np.arange(len(paths))[accelerator.process_index :: accelerator.num_processes]
+    todo = np.array([row for row in mine if not _done(paths[row], weights)], dtype=int)
+    if len(todo) < len(mine):
+        log.info("%d of %d scans are encoded already", len(mine) - len(todo), len(mine))
+    show = not accelerator.is_main_process
+    with torch.inference_mode(), tqdm(total=len(todo), desc="encoding", unit="scan", disable=show) as bar:
+        for rows in _chunks(todo, batch_size):
+            mean, std = _posterior(autoencoder, cohort.volumes.batch(rows), accelerator)
+            for row, m, s in zip(rows, mean, std, strict=True):
+                write_latent(paths[row], m, s, weights)
+            bar.update(len(rows))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        _finish(run, cohort, folder, table, paths, weights)
+    accelerator.wait_for_everyone()
+
+
+def _done(path: Path, weights: str) -> bool:
+    if not path.exists():
+        return False
+    try:
+        read_latent(path, weights)
+    except UserError:
+        return False
+    return True
+
+
+def _chunks(rows: np.ndarray, size: int) -> Iterator[np.ndarray]:
+    for start in range(0, len(rows), size):
+        yield rows[start : start + size]
+
+
+def _posterior(autoencoder: nn.Module, x: torch.Tensor, accelerator: Accelerator) -> tuple[np.ndarray, np.ndarray]:
+    x = x.to(accelerator.device).to(memory_format=torch.channels_last_3d)
+    with accelerator.autocast():
+        mean, std = autoencoder.encode(x)
+    return mean.float().cpu().numpy(), std.float().cpu().numpy()
+
+
+def _finish(run: Run, cohort: Cohort, folder: Path, table: Path, paths: list[Path], weights: str) -> None:
+    encoded: pd.DataFrame = cohort.table.assign(latent_path=[path.name for path in paths])
+    name = f"{table.stem}_with_compressed_latent.csv"
+    write_table(encoded, folder / name)
+    cohort.write_rejected(folder / "rejected.csv")
+    train = [path for path, split in zip(paths, cohort.table["split"], strict=True) if split == "train"]
+    scale, shape = channel_scale(train)
+    about: dict[str, Any] = {
+        "table": name,
+        "scans": len(paths),
+        "rejected": len(cohort.rejected),
+        "shape": shape,
+        "scale": scale,
+        "split_hash": cohort.split_hash,
+        "autoencoder_sha256": weights,
+        "autoencoder": run.metadata["step"],
+        "transform": cohort.transform.key(),
+    }
+    write_about(folder, about)
+    log.info("%d latents of shape %s in %s; scale %s", len(paths), shape, folder, [round(s, 4) for s in scale])
+
+
+def channel_scale(paths: list[Path]) -> tuple[list[float], list[int]]:
+    """1 / standard deviation by channel of posterior samples over the given latents, and a latent's shape.
+
+    The variance of a sample is that of the means plus the mean of the posterior's own; sums run over one file at a
+    time, so that 100 000 scans need no memory.
+    """
+    count, first, second, shape = 0, 0.0, 0.0, []
+    for path in paths:
+        mean, std = (array.astype(np.float64) for array in read_latent(path))
+        shape = list(mean.shape)
+        axes = tuple(range(1, mean.ndim))
+        count += mean[0].size
+        first = first + mean.sum(axes)
+        second = second + (np.square(mean) + np.square(std)).sum(axes)
+    variance = second / count - np.square(first / count)
+    return [float(value) for value in 1 / np.sqrt(variance)], shape

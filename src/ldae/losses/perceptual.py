@@ -1,0 +1,181 @@
+"""Perceptual losses from local weight files (nothing is downloaded).
+
+LPIPS: arXiv 1801.03924, SqueezeNet 1.1 features with learned linear heads, on slices. MedicalNet: arXiv 1904.00625,
+features of a 3D ResNet trained on medical volumes (MONAI's network).
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ldae.errors import UserError
+from ldae.runs import load_strictly, load_tensors
+
+FIRE_CHANNELS = (  # (in, squeeze, expand) of SqueezeNet 1.1's fire modules, arXiv 1602.07360
+    (64, 16, 64), (128, 16, 64), (128, 32, 128), (256, 32, 128), (256, 48, 192), (384, 48, 192), (384, 64, 256), (512, 64, 256)
+)  # fmt: skip
+FIRE_INDICES = (3, 4, 6, 7, 9, 10, 11, 12)  # their places in torchvision's `features`
+TAPS = (1, 4, 7, 9, 10, 11, 12)  # LPIPS reads the features behind these places
+HEAD_CHANNELS = (64, 128, 256, 384, 384, 512, 512)
+SHIFT = (-0.030, -0.088, -0.188)
+SCALE = (0.458, 0.448, 0.450)
+
+
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """Tensors of a local file: safetensors, or a PyTorch file of tensors only."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"no weights file at {path}: give the path of a local copy")
+    if path.suffix == ".safetensors":
+        return load_tensors(path)
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # noqa: BLE001  torch.load raises many kinds for a file that is not one
+        raise UserError(f"{path} is not a file of weights alone: {str(error).splitlines()[0]}") from error
+    content = content.get("state_dict", content) if isinstance(content, dict) else content
+    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise UserError(f"{path} does not hold a state dict of tensors")
+    return content
+
+
+class Fire(nn.Module):
+    """SqueezeNet's block, torchvision's parameter names."""
+
+    def __init__(self, width: int, squeeze: int, expand: int) -> None:
+        super().__init__()
+        self.squeeze = nn.Conv2d(width, squeeze, 1)
+        self.expand1x1 = nn.Conv2d(squeeze, expand, 1)
+        self.expand3x3 = nn.Conv2d(squeeze, expand, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, width, H, W) -> (N, 2 expand, H, W)."""
+        x = functional.relu(self.squeeze(x))
+        return torch.cat([functional.relu(self.expand1x1(x)), functional.relu(self.expand3x3(x))], dim=1)
+
+
+class SqueezeLpips(nn.Module):
+    """LPIPS distance of 2D images (N, 1, H, W) in [-1, 1] -> (N,); frozen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        features: list[nn.Module] = [nn.Identity() for _ in range(13)]
+        features[0] = nn.Conv2d(3, 64, 3, stride=2)
+        features[1] = nn.ReLU()
+        for place in (2, 5, 8):
+            features[place] = nn.MaxPool2d(3, stride=2, ceil_mode=True)
+        for place, channels in zip(FIRE_INDICES, FIRE_CHANNELS, strict=True):
+            features[place] = Fire(*channels)
+        self.features = nn.ModuleList(features)
+        self.heads = nn.ModuleList(nn.Conv2d(width, 1, 1, bias=False) for width in HEAD_CHANNELS)
+        self.register_buffer("shift", torch.tensor(SHIFT).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("scale", torch.tensor(SCALE).view(1, 3, 1, 1), persistent=False)
+
+    def _taps(self, x: Tensor) -> list[Tensor]:
+        x = (x.expand(-1, 3, -1, -1) - self.shift) / self.scale
+        taps = []
+        for place, layer in enumerate(self.features):
+            x = layer(x)
+            if place in TAPS:
+                taps.append(x / (x.square().sum(1, keepdim=True).sqrt() + 1e-10))
+        return taps
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        """LPIPS of each pair of images, (N,)."""
+        pairs = zip(self.heads, self._taps(a), self._taps(b), strict=True)
+        return torch.stack([head((fa - fb).square()).mean((1, 2, 3)) for head, fa, fb in pairs]).sum(0)
+
+
+def lpips_network(backbone: str, heads: str) -> SqueezeLpips:
+    """SqueezeLpips from torchvision's SqueezeNet 1.1 file and LPIPS's file of linear heads, both loaded strictly."""
+    network = SqueezeLpips()
+    wanted = {n: t for n, t in read_weights(backbone).items() if not n.startswith("classifier.")}
+    load_strictly(network.features, {n.removeprefix("features."): t for n, t in wanted.items()}, backbone)
+    # The published file names head i `lin{i}.model.1.weight`.
+    tensors = {n.removeprefix("lin").replace(".model.1.", "."): t for n, t in read_weights(heads).items()}
+    load_strictly(network.heads, tensors, heads)
+    return network.eval().requires_grad_(False)
+
+
+def plane_slices(volume: Tensor, axis: int, share: float, generator: torch.Generator | None) -> Tensor:
+    """Slices of (B, 1, X, Y, Z) along spatial `axis`, (B * S, 1, H, W); a random `share` of them, the same for all."""
+    count = volume.shape[2 + axis]
+    keep = torch.arange(count)
+    if share < 1:
+        keep = torch.randperm(count, generator=generator)[: max(1, round(share * count))].sort().values
+    chosen = volume.index_select(2 + axis, keep.to(volume.device))
+    return chosen.movedim(2 + axis, 1).flatten(0, 1)
+
+
+class SliceLpips(nn.Module):
+    """LPIPS over the three planes' slices, mean over slices.
+
+    Args:
+        backbone, heads: local files.
+        share: share of the slices of each plane, drawn with the caller's generator.
+        total: the factor on the mean over planes; 3 gives the published sum.
+        signed: whether [0, 1] voxels are brought to LPIPS's own [-1, 1] first; the published code does not.
+    """
+
+    def __init__(self, backbone: str, heads: str, share: float = 0.5, total: float = 1.0, signed: bool = True) -> None:
+        super().__init__()
+        self.network = lpips_network(backbone, heads)
+        self.share = share
+        self.total = total
+        self.signed = signed
+
+    def forward(self, a: Tensor, b: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Scalar distance of volumes (B, 1, X, Y, Z) in [0, 1]."""
+        if self.signed:
+            a, b = 2 * a - 1, 2 * b - 1
+        planes = []
+        for axis in range(3):
+            state = generator.get_state() if generator is not None else None
+            first = plane_slices(a, axis, self.share, generator)
+            if generator is not None:
+                generator.set_state(state)
+            planes.append(self.network(first, plane_slices(b, axis, self.share, generator)).mean())
+        return self.total * torch.stack(planes).mean()
+
+
+class MedicalNetDistance(nn.Module):
+    """Squared distance of unit-normalised features of a MedicalNet 3D ResNet, from a local file.
+
+    Args:
+        weights: a MedicalNet checkpoint (`resnet_10_23dataset.pth`, ...).
+        depth: its number of layers.
+    """
+
+    def __init__(self, weights: str, depth: int = 10) -> None:
+        super().__init__()
+        from monai.networks.nets import resnet
+
+        builders = {10: resnet.resnet10, 18: resnet.resnet18, 34: resnet.resnet34, 50: resnet.resnet50}
+        if depth not in builders:
+            raise UserError(f"perceptual.depth: {depth} is not one of {sorted(builders)}")
+        shortcut = "A" if depth in (18, 34) else "B"  # how these checkpoints were trained
+        self.network = builders[depth](
+            pretrained=False, spatial_dims=3, n_input_channels=1, feed_forward=False, shortcut_type=shortcut,
+            bias_downsample=shortcut == "A",
+        )  # fmt: skip
+        tensors = {n.removeprefix("module."): t for n, t in read_weights(weights).items()}
+        load_strictly(self.network, {n: t for n, t in tensors.items() if not n.startswith("conv_seg.")}, weights)
+        self.network.eval().requires_grad_(False)
+
+    def features(self, x: Tensor) -> Sequence[Tensor]:
+        """Standardised volumes through the four residual stages."""
+        x = (x - x.mean((1, 2, 3, 4), keepdim=True)) / (x.std((1, 2, 3, 4), keepdim=True) + 1e-6)
+        net = self.network
+        x = net.maxpool(net.act(net.bn1(net.conv1(x))))
+        taps = []
+        for layer in (net.layer1, net.layer2, net.layer3, net.layer4):
+            x = layer(x)
+            taps.append(x / (x.square().sum(1, keepdim=True).sqrt() + 1e-10))
+        return taps
+
+    def forward(self, a: Tensor, b: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Scalar distance of volumes (B, 1, X, Y, Z), mean over the stages."""
+        pairs = zip(self.features(a), self.features(b), strict=True)
+        return torch.stack([(fa - fb).square().sum(1).mean() for fa, fb in pairs]).mean()

@@ -1,0 +1,176 @@
+"""Stage 1: a scan is compressed by an AutoencoderKL, trained against a patch discriminator.
+
+L1 + kl_weight * KL + perceptual_weight * perceptual + adversarial_weight * LSGAN (SPEC: arXiv 2504.08635, section on
+compression; arXiv 2112.10752, equation 25).
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from ldae.config import Optim, Trainer
+from ldae.evaluation.image_metrics import brain_mask, ssim
+from ldae.losses import autoencoder as losses
+from ldae.losses.perceptual import read_weights
+from ldae.noise import generator, normal
+from ldae.runs import load_strictly
+from ldae.training.stage import Batch, Monitor, Stage, Updater, adam
+from ldae.training.validation import mean_over_scans, spread
+
+
+class Autoencode(nn.Module):
+    """x and noise to reconstruction and posterior: what the gradient flows through, in one call."""
+
+    def __init__(self, autoencoder: nn.Module) -> None:
+        super().__init__()
+        self.autoencoder = autoencoder
+
+    def forward(self, x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, 1, X, Y, Z) -> reconstruction, posterior mean, posterior std."""
+        mean, std = self.autoencoder.encode(x)
+        return self.autoencoder.decode(losses.sample_posterior(mean, std, noise)), mean, std
+
+
+class AutoencoderStage(Stage):
+    """Trains the autoencoder and the discriminator with two optimisers; the best by validation L1 is published.
+
+    Args:
+        adversarial_start: optimiser step from which the discriminator plays along.
+        adversarial_weight: factor of both the generator's and the discriminator's adversarial loss, as published.
+        initial_weights: local file of an AutoencoderKL to start from, loaded strictly.
+    """
+
+    name = "aekl"
+    monitor = Monitor("l1", higher_is_better=False)
+    published = ("autoencoder",)
+
+    def __init__(
+        self,
+        autoencoder: nn.Module,
+        discriminator: nn.Module,
+        perceptual: Callable[..., Tensor] | None,
+        kl_weight: float,
+        perceptual_weight: float,
+        adversarial_weight: float,
+        adversarial_start: int,
+        initial_weights: str | None,
+        cohort: Any,
+        workspace: Any,
+    ) -> None:
+        if initial_weights is not None:
+            load_strictly(autoencoder, read_weights(initial_weights), initial_weights)
+        self.modules = {"autoencoder": autoencoder, "discriminator": discriminator}
+        self.perceptual = perceptual or None
+        self.kl_weight = kl_weight
+        self.perceptual_weight = perceptual_weight
+        self.adversarial_weight = adversarial_weight
+        self.adversarial_start = adversarial_start
+        self.cohort = cohort
+        self.train_rows = cohort.rows("train")
+        self.length = len(self.train_rows)
+        self.averages = {}
+
+    def prepare(self, accelerator: Accelerator, trainer: Trainer, optim: Optim, seed: int) -> None:
+        """See Stage."""
+        self.accelerator = accelerator
+        self.seed = seed
+        self.validation_rows = self.cohort.rows("val")[: trainer.validation_scans]
+        self.memory_format = torch.channels_last_3d if trainer.channels_last else torch.contiguous_format
+        autoencoder, discriminator = (m.to(memory_format=self.memory_format) for m in self.modules.values())
+        if trainer.checkpointing:
+            autoencoder.enable_checkpointing()
+        wrapped = Autoencode(autoencoder)
+        self.optimizers = {
+            "generator": adam(autoencoder.parameters(), optim.lr, optim),
+            "discriminator": adam(discriminator.parameters(), optim.discriminator_lr, optim),
+        }
+        self.autoencode, self.discriminator, *optimizers = accelerator.prepare(
+            torch.compile(wrapped) if trainer.compile else wrapped, discriminator, *self.optimizers.values()
+        )
+        self.update_generator = Updater(accelerator, self.autoencode, optimizers[0], trainer.clip)
+        self.update_discriminator = Updater(accelerator, self.discriminator, optimizers[1], trainer.clip)
+        if isinstance(self.perceptual, nn.Module):
+            self.perceptual.to(accelerator.device)
+        autoencoder.train()
+        discriminator.train()
+
+    def fetch(self, indices: np.ndarray) -> Batch:
+        """Volumes of training scans."""
+        return {"x": self.cohort.volumes.batch(self.train_rows[indices])}
+
+    def _to_device(self, x: Tensor) -> Tensor:
+        return x.to(self.accelerator.device, non_blocking=True).to(memory_format=self.memory_format)
+
+    def _noise(self, batch: Batch, shape: Sequence[int]) -> Tensor:
+        return normal(shape, self.seed, batch["position"], stream="posterior").to(self.accelerator.device)
+
+    def run_step(self, micro_batches: Sequence[Batch], step: int) -> dict[str, Tensor | float]:
+        """The generator's update, then the discriminator's on the same reconstructions."""
+        adversarial = self.adversarial_weight > 0 and step >= self.adversarial_start
+        pairs: list[Batch] = []
+        discriminator = self.modules["discriminator"]
+
+        def generator_loss(batch: Batch) -> dict[str, Tensor]:
+            x = self._to_device(self.cohort.augment(batch["x"], self.seed, batch["position"]))
+            shape = self.modules["autoencoder"].latent_shape(x.shape[2:])
+            reconstruction, mean, std = self.autoencode(x, self._noise(batch, shape))
+            terms = {"l1": losses.reconstruction_l1(reconstruction, x), "kl": losses.kl_divergence(mean, std)}
+            total = terms["l1"] + self.kl_weight * terms["kl"]
+            if self.perceptual is not None:
+                drawn = generator(self.seed, "perceptual", int(batch["position"][0]))
+                terms["perceptual"] = self.perceptual(reconstruction.float(), x, drawn)
+                total = total + self.perceptual_weight * terms["perceptual"]
+            if adversarial:
+                with self.accelerator.autocast():
+                    scores = discriminator(reconstruction)[-1]
+                terms["adversarial"] = losses.generator_adversarial(scores)
+                total = total + self.adversarial_weight * terms["adversarial"]
+                pairs.append({"x": x, "reconstruction": reconstruction.detach()})
+            return {"loss": total, **terms}
+
+        # Frozen, the discriminator passes the gradient on and keeps none of it for its own update.
+        discriminator.requires_grad_(False)
+        scalars = self.update_generator(micro_batches, generator_loss)
+        discriminator.requires_grad_(True)
+        if adversarial:
+            found = self.update_discriminator(pairs, self._discriminator_loss)
+            scalars |= {"discriminator": found["discriminator"]}
+        return scalars
+
+    def _discriminator_loss(self, pair: Batch) -> dict[str, Tensor]:
+        # One forward for both halves: DistributedDataParallel allows one before a backward.
+        scores = self.discriminator(torch.cat([pair["x"], pair["reconstruction"].to(pair["x"].dtype)]))[-1]
+        real, fake = scores.chunk(2)
+        loss = losses.discriminator_adversarial(real, fake)
+        return {"loss": self.adversarial_weight * loss, "discriminator": loss.detach()}
+
+    def _reconstruct(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
+        x = self._to_device(self.cohort.volumes.batch(rows))
+        autoencoder = self.modules["autoencoder"]
+        with self.accelerator.autocast():
+            mean, _ = autoencoder.encode(x)
+            return x, autoencoder.decode(mean).float().clamp(0, 1)
+
+    def validate(self) -> dict[str, float]:
+        """L1, and SSIM over the volume and in the brain, of reconstructions from the posterior mean."""
+        found: dict[int, dict[str, float]] = {}
+        for row in spread(self.validation_rows, self.accelerator):
+            x, reconstruction = self._reconstruct(np.array([row]))
+            mask = brain_mask(x)
+            found[int(row)] = {
+                "l1": float(losses.reconstruction_l1(reconstruction, x)),
+                "ssim": float(ssim(reconstruction, x)),
+                "ssim_mask": float(ssim(reconstruction, x, mask=mask)),
+            }
+        return mean_over_scans(found, self.accelerator)
+
+    def preview(self) -> dict[str, Tensor]:
+        """Scans and their reconstructions."""
+        if not len(self.validation_rows):
+            return {}
+        x, reconstruction = self._reconstruct(self.validation_rows[:2])
+        return {"scan": x, "reconstruction": reconstruction}

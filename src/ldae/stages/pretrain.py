@@ -1,0 +1,113 @@
+"""Stage 2: an unconditional diffusion model learns the latents (arXiv 2006.11239 on the latents of arXiv 2112.10752).
+
+All latents of the split live in memory as posterior mean and std; their noise is drawn anew at every step.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from ldae.config import Optim, Trainer
+from ldae.data.latents import LatentSet
+from ldae.diffusion.process import Parameterisation, add_noise
+from ldae.diffusion.schedule import Schedule
+from ldae.errors import UserError
+from ldae.losses.denoising import denoising_loss, per_sample_mse
+from ldae.noise import normal, timesteps
+from ldae.training.ema import Ema
+from ldae.training.stage import Batch, Stage, Updater, adam
+from ldae.training.validation import mean_over_scans, spread
+
+
+def open_latents(path: str | None, cohort: Any, workspace: Any) -> LatentSet:
+    """The latents of this workspace, which must belong to its autoencoder and to this split."""
+    folder = Path(path) if path else workspace.latents
+    latents = LatentSet.open(folder)
+    if latents.split_hash != cohort.split_hash:
+        raise UserError(f"{folder} was made for another split of the subjects: run encode_latents.py again")
+    if path is None and latents.autoencoder != workspace.predecessor("aekl").sha256("autoencoder"):
+        raise UserError(f"{folder} was made by another autoencoder than {workspace.root / 'aekl'}: encode again")
+    return latents
+
+
+class PretrainStage(Stage):
+    """Trains the U-Net; its average at the last step is published."""
+
+    name = "pretrain"
+    published = ("unet",)
+
+    def __init__(
+        self,
+        unet: nn.Module,
+        schedule: Schedule,
+        parameterisation: Parameterisation,
+        latents: str | None,
+        cohort: Any,
+        workspace: Any,
+    ) -> None:
+        self.modules = {"unet": unet}
+        self.schedule = schedule
+        self.parameterisation = parameterisation
+        self.latents = open_latents(latents, cohort, workspace)
+        self.train_rows = self.latents.rows("train")
+        self.length = len(self.train_rows)
+
+    def prepare(self, accelerator: Accelerator, trainer: Trainer, optim: Optim, seed: int) -> None:
+        """See Stage."""
+        self.accelerator = accelerator
+        self.seed = seed
+        self.validation_rows = self.latents.rows("val")[: trainer.validation_scans]
+        self.latents = self.latents.to(accelerator.device)
+        self.memory_format = torch.channels_last_3d if trainer.channels_last else torch.contiguous_format
+        unet = self.modules["unet"].to(memory_format=self.memory_format)
+        unet.checkpointing = trainer.checkpointing
+        self.optimizers = {"unet": adam(unet.parameters(), optim.lr, optim)}
+        self.unet, optimizer = accelerator.prepare(
+            torch.compile(unet) if trainer.compile else unet, self.optimizers["unet"]
+        )
+        self.update = Updater(accelerator, self.unet, optimizer, trainer.clip)
+        self.averages = {"unet": Ema(unet, trainer.ema)} if trainer.ema else {}
+        unet.train()
+
+    def _drawn(self, rows: np.ndarray, keys: Sequence[int], purpose: str) -> tuple[Tensor, Tensor, Tensor]:
+        """z_0 (B, C, X, Y, Z), noise and t of `rows`, each keyed by its sample's key."""
+        device, shape = self.accelerator.device, self.latents.mean.shape[1:]
+        z0 = self.latents.sample(rows, normal(shape, self.seed, keys, f"{purpose}/posterior"))
+        noise = normal(shape, self.seed, keys, f"{purpose}/noise").to(device)
+        t = timesteps(self.schedule.timesteps, self.seed, keys, f"{purpose}/t").to(device)
+        return z0.to(memory_format=self.memory_format), noise.to(memory_format=self.memory_format), t
+
+    def _loss(self, batch: Batch) -> dict[str, Tensor]:
+        z0, noise, t = self._drawn(self.train_rows[batch["index"]], batch["position"], "train")
+        output = self.unet(add_noise(self.schedule, z0, noise, t), t)
+        return {"loss": denoising_loss(self.parameterisation, self.schedule, output, z0, noise, t)}
+
+    def run_step(self, micro_batches: Sequence[Batch], step: int) -> dict[str, Tensor | float]:
+        """One update of the U-Net, one of its average."""
+        scalars = self.update(micro_batches, self._loss)
+        for ema in self.averages.values():
+            ema.update(step)
+        return scalars
+
+    def validate(self) -> dict[str, float]:
+        """The loss on validation scans at fixed noise, four timesteps each, one a quarter of the schedule."""
+        found: dict[int, dict[str, float]] = {}
+        quarter = self.schedule.timesteps // 4
+        for row in spread(self.validation_rows, self.accelerator):
+            keys = [int(row) * 4 + k for k in range(4)]
+            z0, noise, t = self._drawn(np.full(4, row), keys, "validation")
+            t = t // 4 + quarter * torch.arange(4, device=t.device)
+            with self.accelerator.autocast():
+                output = self.modules["unet"](add_noise(self.schedule, z0, noise, t), t)
+            target = self.parameterisation.target(self.schedule, z0, noise, t)
+            found[int(row)] = {"loss": float(per_sample_mse(output, target).mean())}
+        return mean_over_scans(found, self.accelerator)
+
+    def metadata(self) -> dict[str, Any]:
+        """The latents it learned."""
+        return {"autoencoder_sha256": self.latents.autoencoder, "scale": self.latents.scale.tolist()}

@@ -1,0 +1,205 @@
+"""Stage 3: a semantic encoder and a gradient estimator fill the frozen U-Net's posterior-mean gap (PDAE, 2212.12990).
+
+What z_t has lost, y = Enc(x) must supply: nothing else can lower this loss, so that y says what is in the scan.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from hydra.utils import instantiate
+from torch import Tensor, nn
+
+from ldae.config import Optim, Trainer
+from ldae.denoiser import Denoiser
+from ldae.diffusion.process import add_noise
+from ldae.errors import UserError
+from ldae.evaluation.image_metrics import brain_mask, ssim
+from ldae.evaluation.semantics import z0_errors
+from ldae.losses.denoising import gap_filling_loss
+from ldae.noise import normal, timesteps
+from ldae.runs import estimator_node
+from ldae.stages.pretrain import open_latents
+from ldae.training.ema import Ema
+from ldae.training.stage import Batch, Monitor, Stage, Updater, adam
+from ldae.training.validation import mean_over_scans, spread
+
+
+class Conditioner(nn.Module):
+    """Encoder and estimator in one call: all that is trained, wrapped once."""
+
+    def __init__(self, encoder: nn.Module, estimator: nn.Module) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.estimator = estimator
+
+    def forward(self, x: Tensor, features: Any) -> Tensor:
+        """Scan (B, 1, X, Y, Z) and the trunk's features of z_t to G (B, C, X', Y', Z')."""
+        return self.estimator(features, self.encoder(x))
+
+
+class ReprStage(Stage):
+    """Trains encoder and estimator; the best by SSIM of decoding from y alone is published. No label is read.
+
+    Args:
+        encoder: maps (B, 1, X, Y, Z) to (B, dim).
+        sampler: decodes from y alone in validation.
+        aekl, pretrain, latents: paths of the predecessors; None: siblings under the same name.
+    """
+
+    name = "repr"
+    monitor = Monitor("ssim", higher_is_better=True)
+    published = ("encoder", "estimator")
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        sampler: Any,
+        aekl: str | None,
+        pretrain: str | None,
+        latents: str | None,
+        cohort: Any,
+        workspace: Any,
+    ) -> None:
+        first, second = workspace.predecessor("aekl", aekl), workspace.predecessor("pretrain", pretrain)
+        for run in (first, second):
+            if run.metadata["split_hash"] != cohort.split_hash:
+                raise UserError(f"{run.path} was trained on another split of the subjects than {workspace.split_file}")
+        self.autoencoder = first.module("autoencoder", first.config.model.autoencoder)
+        self.unet = second.module("unet", second.config.model.unet)
+        # The U-Net's own schedule and parameterisation: another would make its predictions meaningless.
+        diffusion = instantiate(second.config.diffusion)
+        self.schedule, self.parameterisation = diffusion.schedule, diffusion.parameterisation
+        estimator = instantiate(estimator_node(second.config.model.unet, encoder.dim))
+        self.modules = {"encoder": encoder, "estimator": estimator}
+        self.sampler = sampler
+        self.cohort = cohort
+        self.latents = open_latents(latents, cohort, workspace)
+        if second.metadata["autoencoder_sha256"] != self.latents.autoencoder:
+            raise UserError(f"{second.path} learned the latents of another autoencoder: train pretrain again")
+        self.pairs = self._pair_rows()
+        self.train_rows = np.flatnonzero((cohort.table["split"] == "train").to_numpy() & (self.pairs >= 0))
+        self.length = len(self.train_rows)
+        self.sources = {run.path.name: run.metadata["weights"] for run in (first, second)}
+
+    def _pair_rows(self) -> np.ndarray:
+        """For each row of the cohort the row of its latent, or -1."""
+        key = ["subject", "session"]
+        rows = {pair: row for row, pair in enumerate(self.latents.table[key].itertuples(index=False, name=None))}
+        pairs = [rows.get(pair, -1) for pair in self.cohort.table[key].itertuples(index=False, name=None)]
+        if not any(pair >= 0 for pair in pairs):
+            raise UserError("no scan of the table has a latent: run encode_latents.py with the same table")
+        return np.array(pairs)
+
+    def prepare(self, accelerator: Accelerator, trainer: Trainer, optim: Optim, seed: int) -> None:
+        """See Stage."""
+        self.accelerator = accelerator
+        self.seed = seed
+        validation = np.flatnonzero((self.cohort.table["split"] == "val").to_numpy() & (self.pairs >= 0))
+        self.validation_rows = validation[: trainer.validation_scans]
+        self.memory_format = torch.channels_last_3d if trainer.channels_last else torch.contiguous_format
+        self.latents = self.latents.to(accelerator.device)
+        for module in (self.autoencoder, self.unet):
+            module.to(accelerator.device, memory_format=self.memory_format)
+        encoder, estimator = self.modules["encoder"], self.modules["estimator"]
+        encoder.checkpointing = estimator.checkpointing = trainer.checkpointing
+        conditioner = Conditioner(encoder, estimator).to(memory_format=self.memory_format)
+        self.optimizers = {"conditioner": adam(conditioner.parameters(), optim.lr, optim)}
+        self.conditioner, optimizer = accelerator.prepare(
+            torch.compile(conditioner) if trainer.compile else conditioner, self.optimizers["conditioner"]
+        )
+        self.update = Updater(accelerator, self.conditioner, optimizer, trainer.clip)
+        self.averages = {n: Ema(m, trainer.ema) for n, m in self.modules.items()} if trainer.ema else {}
+        self.denoiser = Denoiser(self.unet, estimator, self.schedule, self.parameterisation)
+        conditioner.train()
+
+    def fetch(self, indices: np.ndarray) -> Batch:
+        """Volumes of training scans."""
+        return {"x": self.cohort.volumes.batch(self.train_rows[indices])}
+
+    def _to_device(self, x: Tensor) -> Tensor:
+        return x.to(self.accelerator.device, non_blocking=True).to(memory_format=self.memory_format)
+
+    def _latent(self, rows: np.ndarray, keys: Sequence[int], purpose: str) -> Tensor:
+        noise = normal(self.latents.mean.shape[1:], self.seed, keys, f"{purpose}/posterior")
+        return self.latents.sample(self.pairs[rows], noise).to(memory_format=self.memory_format)
+
+    def _noise(self, keys: Sequence[int], purpose: str) -> Tensor:
+        noise = normal(self.latents.mean.shape[1:], self.seed, keys, f"{purpose}/noise")
+        return noise.to(self.accelerator.device, memory_format=self.memory_format)
+
+    def _loss(self, batch: Batch) -> dict[str, Tensor]:
+        keys, rows = batch["position"], self.train_rows[batch["index"]]
+        # The encoder may see an augmented scan; what it must explain is the scan's own latent.
+        x = self._to_device(self.cohort.augment(batch["x"], self.seed, keys))
+        z0, noise = self._latent(rows, keys, "train"), self._noise(keys, "train")
+        t = timesteps(self.schedule.timesteps, self.seed, keys, "train/t").to(z0.device)
+        z_t = add_noise(self.schedule, z0, noise, t)
+        with torch.no_grad(), self.accelerator.autocast():
+            features = self.unet.features(z_t, t)
+            output = self.unet.head(features)
+        gradient = self.conditioner(x, features)
+        return {"loss": gap_filling_loss(self.parameterisation, self.schedule, output, gradient, z0, noise, t)}
+
+    def run_step(self, micro_batches: Sequence[Batch], step: int) -> dict[str, Tensor | float]:
+        """One update of encoder and estimator, one of their averages."""
+        scalars = self.update(micro_batches, self._loss)
+        for ema in self.averages.values():
+            ema.update(step)
+        return scalars
+
+    def _decode_from_y(self, y: Tensor, keys: Sequence[int]) -> Tensor:
+        """Volumes from y alone, z_T fixed by `keys`."""
+        z0 = self.sampler.sample(self.denoiser.guided(y), self._noise(keys, "validation"), self.schedule)
+        return self._decompress(z0)
+
+    def _decompress(self, z0: Tensor) -> Tensor:
+        scale = self.latents.scale.view(1, -1, 1, 1, 1)
+        return self.autoencoder.decode(z0 / scale).float().clamp(0, 1)
+
+    def validate(self) -> dict[str, float]:
+        """SSIM of decoding from y alone against decode(z), and z_0 errors with own, another's and no y, by band of t."""
+        rows = self.validation_rows
+        if len(rows) < 2:
+            return {}
+        found: dict[int, dict[str, float]] = {}
+        others = self._others(rows)
+        for row in spread(rows, self.accelerator):
+            both = np.array([row, others[int(row)]])
+            with self.accelerator.autocast():
+                y = self.modules["encoder"](self._to_device(self.cohort.volumes.batch(both))).float()
+                z0 = self._latent(both[:1], [int(row)], "validation")
+                target = self._decompress(z0)
+                decoded = self._decode_from_y(y[:1], [int(row)])
+                errors = z0_errors(self.denoiser, z0, y[:1], y[1:], self.seed, int(row))
+            mask = brain_mask(target)
+            found[int(row)] = {
+                "ssim": float(ssim(decoded, target)), "ssim_mask": float(ssim(decoded, target, mask=mask)), **errors
+            }  # fmt: skip
+        return mean_over_scans(found, self.accelerator)
+
+    def _others(self, rows: np.ndarray) -> dict[int, int]:
+        """For each row the next row of another subject."""
+        subjects = self.cohort.table["subject"].to_numpy()
+        pairs = {}
+        for place, row in enumerate(rows):
+            candidates = [other for other in np.roll(rows, -place - 1) if subjects[other] != subjects[row]]
+            pairs[int(row)] = int(candidates[0] if candidates else row)
+        return pairs
+
+    def preview(self) -> dict[str, Tensor]:
+        """Scans, and what y alone says of them."""
+        rows = self.validation_rows[:2]
+        if not len(rows):
+            return {}
+        x = self._to_device(self.cohort.volumes.batch(rows))
+        with self.accelerator.autocast():
+            y = self.modules["encoder"](x).float()
+            decoded = self._decode_from_y(y, [int(row) for row in rows])
+        return {"scan": x, "from y alone": decoded}
+
+    def metadata(self) -> dict[str, Any]:
+        """The weights it stands on."""
+        return {"stands_on": self.sources}

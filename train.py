@@ -1,0 +1,24 @@
+"""Train one stage: `python train.py stage=aekl data=table data.table=scans.csv name=mycohort`.
+
+The same command again resumes. Several GPUs: `accelerate launch train.py ...`. Sweeps: `python train.py -m ...`.
+"""
+
+import hydra
+from omegaconf import DictConfig
+
+from ldae.config import conf_dir, register
+from ldae.main import one_line_errors
+
+register()
+
+
+@hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="train")
+def main(config: DictConfig) -> None:
+    with one_line_errors():
+        from ldae.experiment import train
+
+        train(config)
+
+
+if __name__ == "__main__":
+    main()
