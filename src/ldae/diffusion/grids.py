@@ -1,0 +1,119 @@
+"""Paths through the noise levels: which timesteps a sampler asks the network at, and the A that belongs to each node.
+
+Grids (S steps, S + 1 nodes, between t = 0 and t_end = depth (T - 1)):
+    uniform   t = int(linspace(0, t_end, S + 1)), the published one
+    log_snr   uniform in log A / (1 - A), t fractional (rounding would repeat steps)
+    angle     uniform in phi = arctan sqrt((1 - A) / A), t fractional
+End rules, for the node at the noise-free end, where the network is asked at t = 0 under both:
+    published  z is taken to be z_0 of that node, A_0 = 0.9999
+    closed     z has A = 1
+Sampling and inversion walk the same nodes, so S steps cost a one-evaluation sampler S evaluations under either rule.
+Coefficients come from the nodes, never from t minus a stride. A = 1 has an infinite log-SNR: no rule of the samplers
+divides by sigma, and log_snr places its other nodes as if the end were at t = 0.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+
+from ldae.diffusion.schedule import Schedule
+from ldae.errors import UserError
+
+
+@dataclass(frozen=True)
+class Path:
+    """Nodes in the order they are walked.
+
+    Attributes:
+        times: (S+1,) t that the network is asked at.
+        log_alpha_bar: (S+1,) log A of each node; the noise-free end's may differ from that of its t.
+    """
+
+    times: np.ndarray
+    log_alpha_bar: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.times)
+
+    @cached_property
+    def alpha(self) -> np.ndarray:
+        """sqrt(A)."""
+        return np.exp(self.log_alpha_bar / 2)
+
+    @cached_property
+    def sigma(self) -> np.ndarray:
+        """sqrt(1 - A)."""
+        return np.sqrt(-np.expm1(self.log_alpha_bar))
+
+    @cached_property
+    def angle(self) -> np.ndarray:
+        """phi in [0, pi/2): alpha = cos phi, sigma = sin phi."""
+        return np.arctan2(self.sigma, self.alpha)
+
+    def reversed(self) -> "Path":
+        """The same nodes the other way."""
+        return self[::-1]
+
+    def __getitem__(self, nodes: slice) -> "Path":
+        return Path(self.times[nodes], self.log_alpha_bar[nodes])
+
+
+Grid = Callable[[Schedule, int, float], np.ndarray]
+
+
+def uniform(schedule: Schedule, steps: int, end: float) -> np.ndarray:
+    """Whole t, evenly spaced from 0 to `end`, rounded down; (steps+1,) float64."""
+    return np.floor(np.linspace(0, end, steps + 1))
+
+
+def _evenly(schedule: Schedule, steps: int, end: float, to: Callable, back: Callable) -> np.ndarray:
+    ends = to(schedule.log_alpha_bar(torch.tensor([0.0, end])).numpy())
+    times = schedule.timestep_of(back(np.linspace(*ends, steps + 1)))
+    times[[0, -1]] = 0.0, end  # to the bit, whatever the round trip does
+    return times
+
+
+def log_snr(schedule: Schedule, steps: int, end: float) -> np.ndarray:
+    """Evenly spaced in log A / (1 - A) from t = 0 to `end`; (steps+1,) float64, fractional."""
+    return _evenly(
+        schedule, steps, end, lambda log_a: log_a - np.log(-np.expm1(log_a)), lambda value: -np.logaddexp(0, -value)
+    )
+
+
+def angle(schedule: Schedule, steps: int, end: float) -> np.ndarray:
+    """Evenly spaced in phi = arccos sqrt(A) from t = 0 to `end`; (steps+1,) float64, fractional."""
+    return _evenly(
+        schedule,
+        steps,
+        end,
+        lambda log_a: np.arcsin(np.sqrt(-np.expm1(log_a))),
+        lambda phi: np.log1p(-(np.sin(phi) ** 2)),
+    )
+
+
+GRIDS: dict[str, Grid] = {"uniform": uniform, "log_snr": log_snr, "angle": angle}
+ENDS = ("closed", "published")
+
+
+def make_path(schedule: Schedule, steps: int, grid: str = "uniform", end: str = "closed", depth: float = 1.0) -> Path:
+    """The path from the noise-free end to t = depth (T - 1), ascending.
+
+    Raises:
+        UserError: unknown grid or end rule, steps outside [1, T], depth outside (0, 1].
+    """
+    if grid not in GRIDS:
+        raise UserError(f"sampler.grid={grid}: choose one of {', '.join(GRIDS)}")
+    if end not in ENDS:
+        raise UserError(f"sampler.end={end}: choose one of {', '.join(ENDS)}")
+    if not 1 <= steps <= schedule.timesteps:
+        raise UserError(f"sampler.steps={steps}: choose between 1 and {schedule.timesteps}")
+    if not 0 < depth <= 1:
+        raise UserError(f"depth={depth}: choose in (0, 1]")
+    times = GRIDS[grid](schedule, steps, depth * (schedule.timesteps - 1))
+    log_alpha_bar = schedule.log_alpha_bar(torch.from_numpy(times)).numpy().copy()
+    if end == "closed":
+        log_alpha_bar[0] = 0.0
+    return Path(times, log_alpha_bar)

@@ -1,0 +1,91 @@
+"""Noise schedules: A_t = a_0 a_1 ... a_t in float64, at whole and fractional t (DDPM, arXiv 2006.11239).
+
+Between whole timesteps log A_t is interpolated linearly; t = -1 is the noise-free end, A = 1.
+"""
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ldae.errors import UserError
+
+
+class Schedule:
+    """A discrete schedule.
+
+    Args:
+        alpha_bar: (T,) A_t, strictly decreasing in (0, 1); kept in float64.
+
+    Raises:
+        UserError: alpha_bar is not that.
+    """
+
+    def __init__(self, alpha_bar: Tensor) -> None:
+        alpha_bar = torch.as_tensor(alpha_bar, dtype=torch.float64).cpu()
+        valid = alpha_bar.ndim == 1 and len(alpha_bar) > 1 and bool((alpha_bar.diff() < 0).all())
+        if not (valid and alpha_bar[-1] > 0 and alpha_bar[0] < 1):
+            raise UserError("schedule: A_t must decrease strictly inside (0, 1); check its betas")
+        self.alpha_bar = alpha_bar
+        # Entry i belongs to t = i - 1, so that the noise-free end is an ordinary entry.
+        self._tables = {torch.device("cpu"): torch.cat([torch.zeros(1, dtype=torch.float64), alpha_bar.log()])}
+
+    @property
+    def timesteps(self) -> int:
+        """T."""
+        return len(self.alpha_bar)
+
+    def log_alpha_bar(self, t: Tensor | float) -> Tensor:
+        """log A_t in float64, of the shape and on the device of t in [-1, T-1]."""
+        t = torch.as_tensor(t)
+        if t.device not in self._tables:
+            self._tables[t.device] = self._tables[torch.device("cpu")].to(t.device)
+        table = self._tables[t.device]
+        position = (t.to(torch.float64) + 1).clamp(0, self.timesteps)
+        lower = position.floor().long().clamp(max=self.timesteps - 1)
+        return torch.lerp(table[lower], table[lower + 1], position - lower)
+
+    def alpha_bar_at(self, t: Tensor | float) -> Tensor:
+        """A_t in float64; A = 1 at t = -1."""
+        return self.log_alpha_bar(t).exp()
+
+    def alpha(self, t: Tensor | float) -> Tensor:
+        """sqrt(A_t), the share of the latent in z_t."""
+        return (self.log_alpha_bar(t) / 2).exp()
+
+    def sigma(self, t: Tensor | float) -> Tensor:
+        """sqrt(1 - A_t), the share of the noise in z_t."""
+        return (-torch.expm1(self.log_alpha_bar(t))).sqrt()
+
+    def snr(self, t: Tensor | float) -> Tensor:
+        """A_t / (1 - A_t); infinite at t = -1."""
+        log_alpha_bar = self.log_alpha_bar(t)
+        return log_alpha_bar.exp() / -torch.expm1(log_alpha_bar)
+
+    def timestep_of(self, log_alpha_bar: np.ndarray) -> np.ndarray:
+        """The fractional t in [-1, T-1] with this log A_t: the inverse of `log_alpha_bar`."""
+        table = self._tables[torch.device("cpu")].numpy()
+        return np.interp(-np.asarray(log_alpha_bar), -table, np.arange(-1.0, self.timesteps))
+
+
+def _from_betas(betas: Tensor) -> Schedule:
+    return Schedule(torch.exp(torch.cumsum(torch.log1p(-betas), 0)))
+
+
+def linear(timesteps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> Schedule:
+    """beta_t evenly spaced (DDPM; the published one)."""
+    return _from_betas(torch.linspace(beta_start, beta_end, timesteps, dtype=torch.float64))
+
+
+def scaled_linear(timesteps: int = 1000, beta_start: float = 0.0015, beta_end: float = 0.0205) -> Schedule:
+    """sqrt(beta_t) evenly spaced (latent diffusion, arXiv 2112.10752; values of the brain LDM, arXiv 2209.07162)."""
+    roots = torch.linspace(beta_start**0.5, beta_end**0.5, timesteps, dtype=torch.float64)
+    return _from_betas(roots.square())
+
+
+def cosine(timesteps: int = 1000, offset: float = 0.008, max_beta: float = 0.999) -> Schedule:
+    """A_t proportional to cos^2 (improved DDPM, arXiv 2102.09672, equation 17), beta_t at most `max_beta`."""
+    t = torch.arange(timesteps + 1, dtype=torch.float64) / timesteps
+    curve = torch.cos((t + offset) / (1 + offset) * math.pi / 2).square()
+    return _from_betas((1 - curve[1:] / curve[:-1]).clamp(max=max_beta))
