@@ -1,0 +1,136 @@
+"""Proves the config: every experiment, stage and model composes; a typo fails with its full key; sweeps do not collide."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.errors import ConfigCompositionException
+from omegaconf import OmegaConf
+
+from ldae.config import check_targets, conf_dir, register
+from ldae.errors import UserError
+
+ROOT = Path(__file__).parents[1]
+STAGES = ("aekl", "pretrain", "repr")
+register()
+
+
+def group(name):
+    return sorted(p.stem for p in (conf_dir() / name).glob("*.yaml"))
+
+
+def composed(*overrides, primary="train"):
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        return compose(primary, list(overrides))
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("experiment", group("experiment"))
+def test_every_experiment_composes_for_every_stage(stage, experiment):
+    config = composed(f"stage={stage}", f"experiment={experiment}", "data.table=scans.csv")
+    OmegaConf.resolve(config)
+    assert config.trainer.max_steps or config.trainer.max_epochs
+
+
+@pytest.mark.parametrize("primary", ["encode_latents", "evaluate"])
+@pytest.mark.parametrize("experiment", group("experiment"))
+def test_the_other_scripts_take_the_same_experiments(primary, experiment):
+    OmegaConf.resolve(composed(f"experiment={experiment}", "data.table=scans.csv", primary=primary))
+
+
+OPTIONS = {
+    "perceptual": ["perceptual.backbone=a", "perceptual.heads=b", "perceptual.weights=c"],
+}
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [f"{name}={option}" for name in ("model", "diffusion", "sampler", "optim", "trainer", "accelerator", "data",
+     "perceptual", "evaluation", "probe") for option in group(name)],
+)  # fmt: skip
+def test_every_group_option_composes_and_its_arguments_exist(choice):
+    required = {
+        "perceptual=lpips": ["perceptual.backbone=a", "perceptual.heads=b"],
+        "perceptual=medicalnet": ["perceptual.weights=c"],
+        "data=table": ["data.table=scans.csv"],
+    }
+    name, option = choice.split("=")
+    override = f"{name}=[{option}]" if name in ("evaluation", "probe") else choice
+    config = composed("stage=repr", override, *required.get(choice, []))
+    OmegaConf.resolve(config)
+    check_targets(config)
+
+
+def test_single_networks_are_swapped_inside_a_bundle():
+    config = composed("stage=pretrain", "model=base", "model/unet=tiny")
+    assert config.model.unet == composed("stage=pretrain", "model=tiny").model.unet
+    assert config.model.autoencoder == composed("stage=pretrain", "model=base").model.autoencoder
+
+
+@pytest.mark.parametrize("override", ["trainer.max_stepz=3", "optim.l=1", "nam=x"])
+def test_a_mistyped_override_fails_with_its_key(override):
+    with pytest.raises(ConfigCompositionException, match=override.split("=")[0]):
+        composed("stage=aekl", override)
+
+
+def test_a_typo_in_a_file_fails_with_the_full_key(tmp_path):
+    import shutil
+
+    folder = tmp_path / "conf"
+    shutil.copytree(conf_dir(), folder)
+    (folder / "experiment" / "typo.yaml").write_text("# @package _global_\ntrainer:\n  max_stepz: 3\n")
+    with (
+        initialize_config_dir(str(folder), version_base="1.3"),
+        pytest.raises(ConfigCompositionException) as caught,
+    ):
+        compose("train", ["stage=aekl", "experiment=typo"])
+    assert "trainer.max_stepz" in str(caught.value) + str(caught.value.__cause__)
+
+
+def test_an_argument_that_a_class_does_not_take_is_named_in_full():
+    config = composed("stage=aekl", "+model.unet.bse=3")
+    with pytest.raises(UserError, match=r"model\.unet\.bse"):
+        check_targets(config)
+
+
+def test_published_settings_are_all_there():
+    aekl = composed("stage=aekl", "experiment=paper", "data.table=x")
+    assert (aekl.optim.lr, aekl.optim.discriminator_lr) == (5e-5, 1e-4)
+    assert (aekl.trainer.batch_size, aekl.trainer.accumulate, aekl.trainer.max_epochs) == (1, 4, 100)
+    assert (aekl.stage.kl_weight, aekl.stage.perceptual_weight, aekl.stage.adversarial_weight) == (1e-7, 1e-3, 0.025)
+    pretrain = composed("stage=pretrain", "experiment=paper", "data.table=x")
+    assert (pretrain.optim.lr, pretrain.trainer.batch_size, pretrain.trainer.max_epochs) == (2.5e-5, 64, 500)
+    repr_ = composed("stage=repr", "experiment=paper", "data.table=x")
+    assert (repr_.optim.lr, repr_.trainer.batch_size, repr_.trainer.accumulate) == (2.5e-5, 4, 4)
+    for config in (pretrain, repr_):
+        assert config.trainer.ema == 0.999
+        assert config.trainer.clip == 1.0
+        assert config.accelerator.mixed_precision == "fp16"
+        assert list(config.model.unet.resample) == [1, 2, 2]
+        assert list(config.data.shape) == [128, 160, 128]
+
+
+def run(*args, cwd):
+    script = [sys.executable, str(ROOT / args[0]), *args[1:]]
+    return subprocess.run(script, cwd=cwd, capture_output=True, text=True, timeout=120, check=False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["train.py", "stage=aekl", "data=table"], "data.table"),
+        (["train.py", "stage=aekl", "data=table", "data.table=nowhere.csv"], "nowhere.csv"),
+        (["train.py", "stage=aekl", "experiment=smoke", "data.shape=[24,23,24]"], "23"),
+        (["train.py", "stage=repr", "experiment=smoke"], "stage=aekl"),
+        (["train.py", "stage=aekl", "trainer.max_stepz=1"], "trainer.max_stepz"),
+        (["evaluate.py", "experiment=smoke"], "stage=aekl"),
+    ],
+)
+def test_wrong_input_is_one_clear_line_and_a_non_zero_exit(tmp_path, arguments, says):
+    result = run(*arguments, cwd=tmp_path)
+    assert result.returncode != 0
+    assert says in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "data").exists(), "nothing was made before the mistake was said"

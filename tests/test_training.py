@@ -1,0 +1,174 @@
+"""Proves the trainer: resume to the bit, one average and one clipping an optimiser step, whole states only, no
+duplicate metrics, learning rates, signals."""
+
+import json
+import os
+import signal
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from ldae.config import Optim, Trainer as Settings
+from ldae.noise import normal
+from ldae.runs import Run
+from ldae.training.ema import Ema
+from ldae.training.stage import Monitor, Stage, Updater, adam
+from ldae.training.trainer import EXIT_PREEMPTED, Trainer, learning_rate_factor
+
+DATA = torch.randn(11, 5, generator=torch.Generator().manual_seed(3))
+
+
+class Toy(Stage):
+    """Denoises five numbers with a layer and dropout."""
+
+    name = "toy"
+    monitor = Monitor("error", higher_is_better=False)
+    published = ("net",)
+    length = len(DATA)
+
+    def __init__(self, on_step=lambda step: None):
+        torch.manual_seed(0)
+        self.modules = {"net": nn.Sequential(nn.Linear(5, 8), nn.Dropout(0.5), nn.Linear(8, 5))}
+        self.on_step = on_step
+
+    def prepare(self, accelerator, trainer, optim, seed):
+        net = self.modules["net"]
+        self.seed = seed
+        self.optimizers = {"net": adam(net.parameters(), optim.lr, optim)}
+        self.net, optimizer = accelerator.prepare(net, self.optimizers["net"])
+        self.update = Updater(accelerator, self.net, optimizer, trainer.clip)
+        self.averages = {"net": Ema(net, trainer.ema)}
+
+    def loss(self, batch):
+        x = DATA[batch["index"]]
+        noise = normal((5,), self.seed, batch["position"])
+        return {"loss": (self.net(x + noise) - x).square().mean()}
+
+    def run_step(self, micro_batches, step):
+        self.on_step(step)
+        scalars = self.update(micro_batches, self.loss)
+        self.averages["net"].update(step)
+        return scalars
+
+    def validate(self):
+        return {"error": float((self.modules["net"](DATA) - DATA).square().mean())}
+
+
+def fit(path, steps, stage=None, **settings):
+    stage = stage or Toy()
+    values = {"max_steps": steps, "batch_size": 3, "accumulate": 2, "log_every": 1, "validate_every": 2, "ema": 0.9}
+    values |= {"checkpoint_every": 2, **settings}
+    trainer = Trainer(Accelerator(cpu=True), Run(path), Settings(**values), Optim(lr=1e-2), seed=5)
+    progress = trainer.fit(stage, {"split_hash": "x"})
+    return stage, progress
+
+
+def test_two_and_two_steps_equal_four_to_the_bit(tmp_path):
+    whole, _ = fit(tmp_path / "whole", 4)
+    with pytest.raises(RuntimeError, match="crash"):
+        fit(tmp_path / "parts", 4, Toy(on_step=_crash_at(3)))
+    resumed, progress = fit(tmp_path / "parts", 4)
+    assert progress.step == 4
+    for name, tensor in whole.modules["net"].state_dict().items():
+        assert torch.equal(tensor, resumed.modules["net"].state_dict()[name])
+        assert torch.equal(whole.averages["net"].shadow[name], resumed.averages["net"].shadow[name])
+    lines = [json.loads(line) for line in (tmp_path / "parts/metrics.jsonl").read_text().splitlines()]
+    expected = [json.loads(line) for line in (tmp_path / "whole/metrics.jsonl").read_text().splitlines()]
+    assert lines == expected
+
+
+def _crash_at(step):
+    def on_step(current):
+        if current == step:
+            raise RuntimeError("crash")
+
+    return on_step
+
+
+def test_a_torn_state_is_skipped_for_the_one_before(tmp_path, caplog):
+    fit(tmp_path, 4)
+    newest = sorted((tmp_path / "state").glob("*.safetensors"))[-1]
+    data = bytearray(newest.read_bytes())
+    data[-3] ^= 0xFF
+    newest.write_bytes(bytes(data))
+    steps = []
+    fit(tmp_path, 6, Toy(on_step=steps.append))
+    assert steps[0] == 2, "resumed from the state before the torn one"
+    assert "damaged checkpoint" in caplog.text
+
+
+def test_average_and_clip_happen_once_an_optimiser_step(tmp_path, monkeypatch):
+    updates = []
+    original = Ema.update
+    monkeypatch.setattr(Ema, "update", lambda self, step: (updates.append(step), original(self, step)))
+    clips = []
+    clip = Accelerator.clip_grad_norm_
+    monkeypatch.setattr(Accelerator, "clip_grad_norm_", lambda *a, **k: (clips.append(1), clip(*a, **k))[1])
+    fit(tmp_path, 3, accumulate=4)
+    assert updates == [0, 1, 2]
+    assert len(clips) == 3
+
+
+def test_accumulated_micro_batches_give_the_gradient_of_the_whole():
+    """Two micro-batches of 3 move the weights like one of 6."""
+    results = []
+    for batches in ([[0, 1, 2], [3, 4, 5]], [[0, 1, 2, 3, 4, 5]]):
+        stage = Toy()
+        stage.prepare(Accelerator(cpu=True), Settings(ema=0.9), Optim(lr=1e-2), 0)
+        stage.modules["net"].eval()
+        stage.run_step([{"index": torch.tensor(b), "position": b} for b in batches], 0)
+        results.append(stage.modules["net"][0].weight.detach().clone())
+    torch.testing.assert_close(results[0], results[1], rtol=1e-6, atol=1e-7)
+
+
+def test_the_published_weights_are_the_average_of_the_best_validation(tmp_path):
+    stage, progress = fit(tmp_path, 6)
+    metadata = Run(tmp_path).metadata
+    assert metadata["step"] == progress.best_step
+    assert metadata["metrics"]["error"] == pytest.approx(progress.best)
+    assert metadata["split_hash"] == "x"
+
+
+def test_a_non_finite_gradient_never_reaches_the_weights(tmp_path):
+    class Poisoned(Toy):
+        def loss(self, batch):
+            scalars = super().loss(batch)
+            return {"loss": scalars["loss"] * float("nan")}
+
+    stage, _ = fit(tmp_path, 2, Poisoned())
+    assert all(torch.isfinite(p).all() for p in stage.modules["net"].parameters())
+    assert stage.update.skipped == 2
+
+
+def test_a_signal_ends_the_step_saves_and_asks_for_requeue(tmp_path):
+    def on_step(step):
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+    with pytest.raises(SystemExit) as stopped:
+        fit(tmp_path, 9, Toy(on_step=on_step))
+    assert stopped.value.code == EXIT_PREEMPTED
+    resumed, _ = fit(tmp_path, 9)
+    whole, _ = fit(tmp_path / "whole", 9)
+    weights = whole.modules["net"].state_dict()
+    assert all(torch.equal(t, weights[n]) for n, t in resumed.modules["net"].state_dict().items())
+
+
+def test_patience_ends_a_run_that_does_not_improve(tmp_path):
+    class Stuck(Toy):
+        def validate(self):
+            return {"error": 1.0}
+
+    _, progress = fit(tmp_path, 100, Stuck(), patience=2)
+    assert progress.step == 8, "best at 2, then three validations without improvement"
+
+
+def test_learning_rate_warms_up_and_decays():
+    optim = Optim(warmup_steps=10, final_factor=0.1)
+    factors = [learning_rate_factor(step, 100, optim) for step in range(101)]
+    assert factors[0] == pytest.approx(0.1, rel=1e-3)
+    assert max(factors) == pytest.approx(factors[9], rel=0.02)
+    assert factors[100] == pytest.approx(0.1)
+    assert all(learning_rate_factor(step, 100, Optim()) == 1.0 for step in (0, 50, 100)), "published: constant"
