@@ -1,0 +1,218 @@
+"""The table: a CSV with one row a scan, read by hand so that every complaint names file, line and column.
+
+Cells are data: nothing in them is evaluated, subjects stay text (leading zeros matter), other columns ride along.
+"""
+
+import csv
+import math
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from ldae.errors import UserError
+from ldae.files import replacing
+
+REQUIRED = ("subject", "session", "path", "diagnosis", "age")
+PATHS = ("path", "latent_path", "labels_path")
+SPLITS = ("train", "val", "test")
+MAX_AGE = 130.0  # years; beyond it the column holds something else
+
+_SESSION = re.compile(r"(?:ses-)?M(\d{1,4})|(\d{1,4})(?:\.0+)?", re.IGNORECASE)
+_EMPTY = {"", "na", "n/a", "nan"}
+# A number that prints the same way again: "007" and "1_000" stay text.
+_NUMBER = re.compile(r"[-+]?(?:0|[1-9]\d*)(?:\.\d*)?(?:[eE][-+]?\d+)?")
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One record, and where it stands."""
+
+    table: Path
+    line: int
+    cells: dict[str, str]
+
+    def error(self, column: str, what: str) -> UserError:
+        return UserError(f"{self.table}, line {self.line}, column '{column}': {what}")
+
+
+def parse_session(value: str | int) -> int:
+    """Months since the first visit of a session written as 12, M012 or ses-M012.
+
+    Raises:
+        ValueError: it is written in another way.
+    """
+    match = _SESSION.fullmatch(str(value).strip())
+    if match is None:
+        raise ValueError(f"session {value!r} is not in months: write it as 12, M012 or ses-M012")
+    return int(match[1] or match[2])
+
+
+def session_label(months: int) -> str:
+    """The BIDS label of a session: 12 -> "ses-M012"."""
+    return f"ses-M{months:03d}"
+
+
+def read_table(path: Path | str, require_files: bool = True) -> pd.DataFrame:
+    """Read and check a table.
+
+    Paths (`path`, `latent_path`, `labels_path`) are relative to the table's folder, and absolute in the result.
+
+    Args:
+        require_files: whether every scan must exist.
+
+    Returns:
+        subject (str), session ("ses-M012"), months (int), path (str), diagnosis (str, may be empty), age (float, years,
+        may be NaN), split where the table has one (str, may be empty), and the other columns; rows in the file's order.
+
+    Raises:
+        UserError: the table is missing, unreadable or empty, lacks a column, or a cell is wrong.
+    """
+    path = Path(path)
+    seen: dict[tuple[str, str], int] = {}
+    splits: dict[str, tuple[str, int]] = {}
+    records = []
+    for row in _rows(path):
+        record = _record(row, require_files)
+        _check_against_others(row, record, seen, splits)
+        records.append(record)
+    if not records:
+        raise UserError(f"{path} has no rows: one row a scan is needed")
+    columns = [*REQUIRED[:2], "months", *REQUIRED[2:]]
+    columns += [name for name in records[0] if name not in columns]
+    table = pd.DataFrame({name: _column(name, [record[name] for record in records]) for name in columns})
+    if "split" in table and (table["split"] == "").all():
+        return table.drop(columns="split")
+    return table
+
+
+def write_table(table: pd.DataFrame, path: Path | str) -> None:
+    """Write a table atomically; files below its folder are named relative to it, so that the folder can move."""
+    path = Path(path)
+    folder = os.path.abspath(path.parent)
+    table = table.copy()
+    for name in PATHS:
+        if name in table:
+            table[name] = [_relative(value, folder) for value in table[name]]
+    with replacing(path) as temporary:
+        table.to_csv(temporary, index=False, lineterminator="\n")
+
+
+def read_cells(path: Path | str) -> Iterator[tuple[int, list[str]]]:
+    """(line number, cells) of every non-blank record of a CSV file.
+
+    Raises:
+        UserError: the file is missing, or is not CSV text.
+    """
+    line = 0
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as handle:
+            reader = csv.reader(handle, strict=True)
+            for cells in reader:
+                # A quoted cell may span lines: a record is named by its first one.
+                line, start = reader.line_num, line + 1
+                if any(cell.strip() for cell in cells):
+                    yield start, [cell.strip() for cell in cells]
+    except FileNotFoundError as error:
+        raise UserError(f"no such table: {path}") from error
+    except (OSError, UnicodeError, csv.Error) as error:
+        raise UserError(f"cannot read {path} as CSV text in UTF-8, after line {line}: {error}") from error
+
+
+def _rows(path: Path) -> Iterator[_Row]:
+    records = read_cells(path)
+    line, header = next(records, (0, []))
+    if not header:
+        raise UserError(f"{path} is empty: a header with {', '.join(REQUIRED)} is needed")
+    for name in header:
+        if header.count(name) > 1:
+            raise UserError(f"{path}, line {line}, column '{name}': it appears twice in the header")
+    for name in REQUIRED:
+        if name not in header:
+            raise UserError(f"{path}, line {line}, column '{name}': it is missing; the header has {', '.join(header)}")
+    for number, cells in records:
+        if len(cells) != len(header):
+            raise UserError(f"{path}, line {number}: {len(cells)} cells, but the header has {len(header)} columns")
+        yield _Row(path, number, dict(zip(header, cells, strict=True)))
+
+
+def _record(row: _Row, require_files: bool) -> dict[str, str | int | float]:
+    """One checked row, its values typed."""
+    cells = row.cells
+    record: dict[str, str | int | float] = dict(cells)
+    record["subject"] = _subject(row)
+    try:
+        months = parse_session(cells["session"])
+    except ValueError as error:
+        raise row.error("session", str(error)) from error
+    record |= {"session": session_label(months), "months": months, "age": _age(row)}
+    if cells["diagnosis"].lower() in _EMPTY:
+        record["diagnosis"] = ""
+    for name in PATHS:
+        if cells.get(name):
+            record[name] = os.path.abspath(row.table.parent / cells[name])
+    if not cells["path"]:
+        raise row.error("path", "it is empty")
+    if require_files and not os.path.isfile(record["path"]):
+        raise row.error("path", f"no such file: {record['path']}")
+    if "split" in cells and cells["split"] not in ("", *SPLITS):
+        raise row.error("split", f"{cells['split']!r} is none of {', '.join(SPLITS)}")
+    return record
+
+
+def _subject(row: _Row) -> str:
+    subject = row.cells["subject"]
+    # Subjects become parts of file names.
+    if not subject or subject in (".", "..") or re.search(r"[/\\\x00-\x1f\x7f]", subject):
+        raise row.error("subject", f"{subject!r} is no name: it must not be empty, nor hold / or \\")
+    return subject
+
+
+def _age(row: _Row) -> float:
+    text = row.cells["age"]
+    if text.lower() in _EMPTY:
+        return math.nan
+    try:
+        age = float(text)
+    except ValueError:
+        age = math.nan
+    if not 0 <= age <= MAX_AGE:
+        raise row.error("age", f"{text!r} is not an age in years; leave it empty where it is not known")
+    return age
+
+
+def _check_against_others(
+    row: _Row,
+    record: dict[str, str | int | float],
+    seen: dict[tuple[str, str], int],
+    splits: dict[str, tuple[str, int]],
+) -> None:
+    """A scan appears once, a subject in one split."""
+    key = (record["subject"], record["session"])
+    first = seen.setdefault(key, row.line)
+    if first != row.line:
+        raise row.error("session", f"subject {key[0]!r}, session {key[1]} is already in line {first}")
+    split = record.get("split", "")
+    if split:
+        other, line = splits.setdefault(record["subject"], (split, row.line))
+        if other != split:
+            raise row.error("split", f"subject {key[0]!r} is in '{split}' here, but in '{other}' in line {line}")
+
+
+def _column(name: str, values: list) -> pd.Series:
+    """Text that is all numbers becomes numbers, where nothing is lost by it."""
+    if name in (*REQUIRED, *PATHS, "split", "months") or not any(values):
+        return pd.Series(values, dtype=None if name in ("age", "months") else object)
+    known = [value for value in values if value.lower() not in _EMPTY]
+    if known and all(_NUMBER.fullmatch(value) for value in known):
+        return pd.to_numeric(pd.Series([None if value.lower() in _EMPTY else value for value in values], dtype=object))
+    return pd.Series(values, dtype=object)
+
+
+def _relative(value: str, folder: str) -> str:
+    if not isinstance(value, str) or not os.path.isabs(value) or os.path.commonpath([value, folder]) != folder:
+        return value
+    return os.path.relpath(value, folder)

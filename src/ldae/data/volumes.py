@@ -1,0 +1,175 @@
+"""Scans in model space on disk: made once, in parallel, under a key of file and transform; read memory-mapped."""
+
+import hashlib
+import logging
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ldae.data.scans import BadScan
+from ldae.data.transforms import Transform
+from ldae.errors import UserError
+from ldae.files import replacing
+
+log = logging.getLogger(__name__)
+
+DTYPES = {"float16": 1.0, "uint8": 255.0}  # and what 1 is stored as
+FEW = 64  # scans a process: below that, it is slower to import MONAI there than to do the work here
+
+
+@dataclass(frozen=True)
+class Volumes:
+    """Cached volumes in the order they were asked for. Holds names only: every read maps one small file."""
+
+    scans: Sequence[str]
+    files: Sequence[Path]
+    shape: tuple[int, int, int]
+    top: float  # the stored value of 1
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> Tensor:
+        """Volume `index`, (1, X, Y, Z) float32 in [0, 1]."""
+        return self.batch([index])[0]
+
+    def batch(self, indices: Iterable[int]) -> Tensor:
+        """Volumes `indices`, (B, 1, X, Y, Z) float32 in [0, 1].
+
+        Raises:
+            UserError: a cached file is gone or damaged.
+        """
+        indices = [int(index) for index in indices]
+        result = np.empty((len(indices), 1, *self.shape), dtype=np.float32)
+        for volume, index in zip(result, indices, strict=True):
+            try:
+                stored = np.load(self.files[index], mmap_mode="r", allow_pickle=False)
+                if stored.shape != self.shape:
+                    raise ValueError(f"its shape is {stored.shape}, not {self.shape}")
+            except (OSError, ValueError, EOFError) as error:
+                raise UserError(
+                    f"cached volume {self.files[index]} of {self.scans[index]} is gone or damaged ({error}): "
+                    "delete it and run again"
+                ) from error
+            np.divide(stored, np.float32(self.top), out=volume[0], dtype=np.float32)
+        return torch.from_numpy(result)
+
+
+class VolumeCache:
+    """A folder of volumes: <root>/<transform key>-<dtype>/<2 hex>/<file key>.npy.
+
+    A file's key is its path, size and time of change: a scan that is replaced is transformed again. Any number of
+    processes may build at the same time; each file appears whole or not at all.
+
+    Args:
+        root: folder of all caches.
+        transform: what makes a volume of a scan.
+        dtype: "float16", or "uint8" for half the disk at 1/255 of the range.
+
+    Raises:
+        UserError: another dtype.
+    """
+
+    def __init__(self, root: Path | str, transform: Transform, dtype: str = "float16") -> None:
+        if dtype not in DTYPES:
+            raise UserError(f"data.cache_dtype={dtype}: one of {', '.join(DTYPES)} is needed")
+        self.transform = transform
+        self.dtype = dtype
+        self.folder = Path(root).absolute() / f"{transform.key()}-{dtype}"
+
+    def file(self, scan: str | Path) -> Path:
+        """Where the volume of `scan` is or will be.
+
+        Raises:
+            BadScan: there is no such scan.
+        """
+        path = os.path.abspath(scan)
+        try:
+            status = os.stat(path)
+        except OSError as error:
+            raise BadScan("no such file", path) from error
+        key = hashlib.sha256(repr((path, status.st_size, status.st_mtime_ns)).encode()).hexdigest()
+        return self.folder / key[:2] / f"{key[2:34]}.npy"
+
+    def build(self, scans: Iterable[str], workers: int | None = None, progress: bool = True) -> dict[str, str]:
+        """Make what is not there yet.
+
+        Args:
+            workers: processes; by default as many as there are CPUs for us.
+
+        Returns:
+            Bad scans and why they are bad. They are not remembered: the next build tries them again.
+        """
+        bad: dict[str, str] = {}
+        todo = []
+        for scan in dict.fromkeys(str(scan) for scan in scans):
+            try:
+                if not self.file(scan).exists():
+                    todo.append(scan)
+            except BadScan as error:
+                bad[scan] = error.reason
+        if todo:
+            from tqdm import tqdm
+
+            log.info("transforming %d scans into %s", len(todo), self.folder)
+            results = self._results(todo, workers or len(os.sched_getaffinity(0)))
+            with tqdm(results, total=len(todo), desc="volumes", unit="scan", disable=not progress) as bar:
+                bad |= {scan: reason for scan, reason in bar if reason is not None}
+        return bad
+
+    def open(self, scans: Sequence[str]) -> Volumes:
+        """The volumes of `scans`, in that order.
+
+        Raises:
+            UserError: one has not been built.
+        """
+        files = [self.file(scan) for scan in scans]
+        for scan, file in zip(scans, files, strict=True):
+            if not file.exists():
+                raise UserError(f"{scan} is not in the cache {self.folder}: build it first")
+        return Volumes(tuple(scans), tuple(files), self.transform.shape, DTYPES[self.dtype])
+
+    def _results(self, scans: Sequence[str], workers: int) -> Iterator[tuple[str, str | None]]:
+        """(scan, why it is bad or None), in any order."""
+        if min(workers, len(scans) // FEW) <= 1:
+            for scan in scans:
+                yield scan, _store(self, scan)
+            return
+        from joblib import Parallel, delayed
+        from joblib.externals.loky.process_executor import TerminatedWorkerError
+
+        # Processes of one thread each; only names and reasons travel.
+        pool = Parallel(workers, return_as="generator_unordered", inner_max_num_threads=1, backend="loky")
+        try:
+            yield from pool(delayed(_store_by_name)(self, scan) for scan in scans)
+        except TerminatedWorkerError as error:
+            raise UserError(
+                f"a process died while transforming scans into {self.folder}, most likely for lack of memory: "
+                f"set data.workers to less than {workers}"
+            ) from error
+
+
+def _store_by_name(cache: VolumeCache, scan: str) -> tuple[str, str | None]:
+    torch.set_num_threads(1)
+    return scan, _store(cache, scan)
+
+
+def _store(cache: VolumeCache, scan: str) -> str | None:
+    """Transform one scan and write it. Returns why it is bad, or None."""
+    try:
+        target = cache.file(scan)
+        if target.exists():  # another process was faster
+            return None
+        volume = cache.transform(scan)[0]
+    except BadScan as error:
+        return error.reason
+    if cache.dtype == "uint8":
+        volume = np.rint(volume * DTYPES["uint8"])
+    with replacing(target) as temporary:
+        np.save(temporary, volume.astype(cache.dtype))
+    return None
