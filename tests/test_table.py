@@ -1,0 +1,166 @@
+"""The table: what a good one becomes, and that every fault is one line naming file, CSV line and column."""
+
+import math
+import os
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from ldae.data.table import parse_session, read_table, session_label, write_table
+from ldae.errors import UserError
+
+HEADER = "subject,session,path,diagnosis,age"
+
+
+def write(folder: Path, *lines: str, header: str = HEADER, scans: tuple[str, ...] = ("a.nii", "b.nii")) -> Path:
+    for name in scans:
+        (folder / name).touch()
+    path = folder / "scans.csv"
+    path.write_text("\n".join((header, *lines)) + "\n", encoding="utf-8")
+    return path
+
+
+def message(path: Path, **options: bool) -> str:
+    with pytest.raises(UserError) as caught:
+        read_table(path, **options)
+    text = str(caught.value)
+    assert "\n" not in text
+    assert str(path) in text
+    return text
+
+
+def test_a_good_table(tmp_path: Path) -> None:
+    path = write(tmp_path, "007,12,a.nii,AD,71.5", "", "x,ses-M000,b.nii,,", 'x,m6,"a.nii",n/a,NaN')
+    table = read_table(path)
+    assert list(table.columns) == ["subject", "session", "months", "path", "diagnosis", "age"]
+    assert table["subject"].tolist() == ["007", "x", "x"]
+    assert table["session"].tolist() == ["ses-M012", "ses-M000", "ses-M006"]
+    assert table["months"].tolist() == [12, 0, 6]
+    assert table["path"].tolist() == [str(tmp_path / name) for name in ("a.nii", "b.nii", "a.nii")]
+    assert table["diagnosis"].tolist() == ["AD", "", ""]
+    assert table["age"][0] == 71.5
+    assert table["age"][1:].isna().all()
+
+
+@pytest.mark.parametrize(
+    ("text", "months"), [("12", 12), (" M012", 12), ("ses-M012", 12), ("12.0", 12), ("0", 0), (6, 6)]
+)
+def test_sessions_are_months(text: str | int, months: int) -> None:
+    assert parse_session(text) == months
+    assert parse_session(session_label(months)) == months
+
+
+@pytest.mark.parametrize("text", ["", "ses-12", "baseline", "-6", "1.5", "M", "1e1", "99999"])
+def test_other_sessions_are_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="months"):
+        parse_session(text)
+
+
+def test_other_columns_ride_along(tmp_path: Path) -> None:
+    header = f"{HEADER},sex,site,volume,code,latent_path,note"
+    path = write(
+        tmp_path,
+        'a,0,a.nii,CN,70,F,1,12.5,007,z/a.npz,"=HYPERLINK(""http://x"")"',
+        "b,0,b.nii,CN,70,M,2,,010,,+1+cmd",
+        header=header,
+    )
+    table = read_table(path)
+    assert table["site"].tolist() == [1, 2]
+    assert table["volume"][0] == 12.5
+    assert math.isnan(table["volume"][1])
+    assert table["code"].tolist() == ["007", "010"]
+    assert table["note"].tolist() == ['=HYPERLINK("http://x")', "+1+cmd"]
+    assert table["latent_path"].tolist() == [str(tmp_path / "z" / "a.npz"), ""]
+
+
+def test_written_tables_read_back_the_same_and_can_move(tmp_path: Path) -> None:
+    header = f"{HEADER},split,code,volume,latent_path"
+    lines = ("a,0,a.nii,CN,70.25,train,007,3.5,a.npz", 'b,12,b.nii,"M,C""I",,val,1,,')
+    table = read_table(write(tmp_path, *lines, header=header))
+    other = tmp_path / "other" / "copy.csv"
+    write_table(table, other)
+    pd.testing.assert_frame_equal(read_table(other), table)
+    write_table(table, tmp_path / "copy.csv")
+    moved = tmp_path.with_name(tmp_path.name + "-moved")
+    os.rename(tmp_path, moved)
+    assert read_table(moved / "copy.csv")["path"].tolist() == [str(moved / "a.nii"), str(moved / "b.nii")]
+
+
+def test_a_byte_order_mark_and_windows_lines_are_no_fault(tmp_path: Path) -> None:
+    path = write(tmp_path)
+    path.write_bytes(b"\xef\xbb\xbf" + f"{HEADER}\r\na,0,a.nii,CN,70\r\n".encode())
+    assert read_table(path)["subject"].tolist() == ["a"]
+
+
+ROW = "a,0,a.nii,CN,70"
+CELL_FAULTS = {
+    "session": ("a,visit1,a.nii,CN,70", 3, "session", "M012"),
+    "no session": ("a,,a.nii,CN,70", 3, "session", "M012"),
+    "age": ("a,6,a.nii,CN,seventy", 3, "age", "seventy"),
+    "negative age": ("a,6,a.nii,CN,-1", 3, "age", "-1"),
+    "infinite age": ("a,6,a.nii,CN,inf", 3, "age", "inf"),
+    "age in days": ("a,6,a.nii,CN,25550", 3, "age", "25550"),
+    "scan": ("a,6,missing.nii,CN,70", 3, "path", "missing.nii"),
+    "scan is a folder": ("a,6,.,CN,70", 3, "path", "no such file"),
+    "no scan": ("a,6,,CN,70", 3, "path", "empty"),
+    "subject": (",6,a.nii,CN,70", 3, "subject", "name"),
+    "subject climbs": ("../x,6,a.nii,CN,70", 3, "subject", "name"),
+    "duplicate": ("a,M000,b.nii,CN,70", 3, "session", "line 2"),
+}
+
+
+@pytest.mark.parametrize("name", CELL_FAULTS)
+def test_a_wrong_cell_is_named(tmp_path: Path, name: str) -> None:
+    row, line, column, what = CELL_FAULTS[name]
+    text = message(write(tmp_path, ROW, row))
+    assert f"line {line}, column '{column}'" in text
+    assert what in text
+
+
+@pytest.mark.parametrize("column", HEADER.split(","))
+def test_a_missing_column_is_named(tmp_path: Path, column: str) -> None:
+    header = ",".join(name for name in HEADER.split(",") if name != column)
+    text = message(write(tmp_path, "1,2,3,4", header=header))
+    assert f"column '{column}'" in text
+    assert "missing" in text
+
+
+def test_splits_of_a_subject_must_agree(tmp_path: Path) -> None:
+    header = f"{HEADER},split"
+    path = write(tmp_path, f"{ROW},train", "b,0,a.nii,CN,70,", "a,6,b.nii,CN,70,test", header=header)
+    text = message(path)
+    assert "line 4, column 'split'" in text
+    assert "'train' in line 2" in text
+    assert "line 2, column 'split'" in message(write(tmp_path, f"{ROW},Training", header=header))
+    assert "split" not in read_table(write(tmp_path, f"{ROW},", header=header))
+
+
+def test_lines_are_those_of_the_file(tmp_path: Path) -> None:
+    """Blank lines and cells over several lines count."""
+    header = f"{HEADER},note"
+    path = write(tmp_path, 'a,0,a.nii,CN,70,"two\nlines"', "", 'b,0,a.nii,CN,x,"two\nlines"', header=header)
+    assert "line 5, column 'age'" in message(path)
+
+
+def test_a_file_that_is_no_table(tmp_path: Path) -> None:
+    assert "no such table" in message(tmp_path / "none.csv")
+    assert "CSV" in message(tmp_path)
+    path = tmp_path / "scans.csv"
+    for content in (b"", b"\n\n", b"   \n"):
+        path.write_bytes(content)
+        assert "empty" in message(path)
+    path.write_bytes(b"\x1f\x8b\x08\x00\xff\xfe\x00\x81,\n\n")
+    message(path)
+    path.write_bytes(f'{HEADER}\n"a,0,a.nii,CN,70\n'.encode())
+    assert "CSV" in message(path)
+    assert "no rows" in message(write(tmp_path))
+    assert "twice" in message(write(tmp_path, f"{ROW},1", header=f"{HEADER},age"))
+    assert "line 2: 6 cells" in message(write(tmp_path, f"{ROW},1"))
+    assert "line 2: 2 cells" in message(write(tmp_path, "a,0"))
+
+
+def test_scans_need_not_exist_where_they_are_not_read(tmp_path: Path) -> None:
+    path = write(tmp_path, "a,0,gone.nii,CN,70", scans=())
+    assert "no such file" in message(path)
+    assert read_table(path, require_files=False)["path"].tolist() == [str(tmp_path / "gone.nii")]

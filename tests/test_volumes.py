@@ -1,0 +1,206 @@
+"""The cache gives what the transform gives, once; bad scans are set aside or stop; no split ends empty."""
+
+import logging
+import multiprocessing
+import os
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from ldae.data.cohort import Cohort, load_cohort
+from ldae.data.transforms import MinMax, Transform
+from ldae.data.volumes import VolumeCache
+from ldae.errors import UserError
+
+SHAPE = (8, 10, 8)
+SHARES = {"train": 0.6, "val": 0.2, "test": 0.2}
+
+
+def transform() -> Transform:
+    return Transform(SHAPE, 2.0)
+
+
+def write_scan(path: Path, seed: int) -> str:
+    data = np.random.default_rng(seed).uniform(1, 100, (9, 9, 9)).astype(np.float32)
+    nib.save(nib.Nifti1Image(data, np.diag([2.0, 2, 2, 1])), path)
+    return str(path)
+
+
+@pytest.fixture
+def scans(tmp_path: Path) -> list[str]:
+    return [write_scan(tmp_path / f"{number}.nii", number) for number in range(6)]
+
+
+@pytest.mark.parametrize(("dtype", "error"), [("float16", 2**-11), ("uint8", 0.5 / 255)])
+def test_volumes_are_the_transformed_scans(tmp_path: Path, scans: list[str], dtype: str, error: float) -> None:
+    cache = VolumeCache(tmp_path / "cache", transform(), dtype)
+    assert cache.build(scans, progress=False) == {}
+    volumes = cache.open(scans[::-1])
+    assert len(volumes) == 6
+    batch = volumes.batch(np.array([5, 0, 5]))
+    assert batch.shape == (3, 1, *SHAPE)
+    assert batch.dtype == torch.float32
+    expected = np.stack([transform()(scans[0]), transform()(scans[5]), transform()(scans[0])])
+    assert np.abs(batch.numpy() - expected).max() <= error * 1.001
+    assert torch.equal(volumes[5], batch[0])
+    assert volumes.batch([]).shape == (0, 1, *SHAPE)
+
+
+def test_a_second_build_does_nothing_and_a_replaced_scan_is_done_again(tmp_path: Path, scans: list[str]) -> None:
+    cache = VolumeCache(tmp_path / "cache", transform())
+    cache.build(scans, progress=False)
+    files = sorted(cache.folder.rglob("*"))
+    stamps = [file.stat().st_mtime_ns for file in files]
+    cache.build(scans, progress=False)
+    assert [file.stat().st_mtime_ns for file in files] == stamps
+    write_scan(Path(scans[0]), seed=99)
+    os.utime(scans[0], ns=(1, 1))
+    with pytest.raises(UserError, match="build it first"):
+        cache.open(scans)
+    cache.build(scans, progress=False)
+    assert len(sorted(cache.folder.rglob("*.npy"))) == 7
+    np.testing.assert_allclose(cache.open(scans)[0].numpy(), transform()(scans[0]), atol=2**-11)
+    assert not [file for file in cache.folder.rglob("*") if "tmp" in file.name]
+
+
+def test_another_transform_has_another_folder(tmp_path: Path, scans: list[str]) -> None:
+    first = VolumeCache(tmp_path, transform())
+    first.build(scans, progress=False)
+    for other in (VolumeCache(tmp_path, Transform(SHAPE, 2.0, MinMax())), VolumeCache(tmp_path, transform(), "uint8")):
+        with pytest.raises(UserError, match="build it first"):
+            other.open(scans)
+    with pytest.raises(UserError, match="cache_dtype"):
+        VolumeCache(tmp_path, transform(), "float32")
+
+
+def test_a_pool_makes_the_same_bytes(tmp_path: Path, scans: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ldae.data.volumes.FEW", 1)
+    bad = tmp_path / "bad.nii"
+    bad.write_bytes(b"nothing")
+    alone, pooled = VolumeCache(tmp_path / "a", transform()), VolumeCache(tmp_path / "b", transform())
+    reasons = [cache.build([*scans, str(bad)], workers, progress=False) for cache, workers in ((alone, 1), (pooled, 2))]
+    assert reasons[0] == reasons[1]
+    assert list(reasons[0]) == [str(bad)]
+    for scan in scans:
+        assert alone.file(scan).read_bytes() == pooled.file(scan).read_bytes()
+
+
+def _build(root: Path, scans: list[str]) -> None:
+    assert VolumeCache(root, transform()).build(scans, workers=1, progress=False) == {}
+
+
+def test_processes_may_build_at_the_same_time(tmp_path: Path, scans: list[str]) -> None:
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=_build, args=(tmp_path / "cache", scans)) for _ in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    assert VolumeCache(tmp_path / "cache", transform()).open(scans).batch(range(6)).isfinite().all()
+
+
+@pytest.mark.parametrize("content", [b"", b"\x93NUMPY", None])
+def test_a_damaged_cache_file_is_named(tmp_path: Path, scans: list[str], content: bytes | None) -> None:
+    cache = VolumeCache(tmp_path, transform())
+    cache.build(scans, progress=False)
+    volumes, file = cache.open(scans), cache.file(scans[2])
+    file.unlink()
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(UserError, match=r"2\.nii is gone or damaged") as caught:
+        volumes.batch([1, 2])
+    assert str(file) in str(caught.value)
+
+
+def write_cohort(folder: Path, subjects: int = 10, bad: tuple[int, ...] = ()) -> Path:
+    lines = ["subject,session,path,diagnosis,age"]
+    for number in range(subjects):
+        path = folder / f"{number}.nii"
+        if number in bad:
+            nib.save(nib.Nifti1Image(np.zeros((9, 9, 9), np.float32), np.eye(4)), path)
+        else:
+            write_scan(path, number)
+        lines.append(f"{number:03d},0,{path.name},{'AD' if number % 2 else 'CN'},70")
+    table = folder / "scans.csv"
+    table.write_text("\n".join(lines) + "\n")
+    return table
+
+
+def load(table: Path, **options: object) -> Cohort:
+    folder = table.parent
+    defaults = {
+        "split_file": folder / "split.csv",
+        "transform": transform(),
+        "cache": folder / "cache",
+        "shares": SHARES,
+        "progress": False,
+    }
+    return load_cohort(table=table, **{**defaults, **options})
+
+
+def test_rows_of_table_and_volumes_are_the_same_scans(tmp_path: Path) -> None:
+    cohort = load(write_cohort(tmp_path, bad=(3,)))
+    assert len(cohort) == len(cohort.volumes) == 9
+    for row, scan in enumerate(cohort.table["path"]):
+        np.testing.assert_allclose(cohort.volumes[row].numpy(), transform()(scan), atol=2**-11)
+    rows = np.concatenate([cohort.rows(split) for split in ("train", "val", "test")])
+    assert sorted(rows) == list(range(9))
+    assert set(cohort.table["split"][cohort.rows("val")]) == {"val"}
+    x = cohort.volumes.batch([0])
+    assert cohort.augment(x, 0, [0]) is x
+
+
+def test_bad_scans_are_set_aside_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    table = write_cohort(tmp_path, bad=(3,))
+    with caplog.at_level(logging.WARNING):
+        cohort = load(table)
+    assert [record.message for record in caplog.records] == [
+        f"set aside: {tmp_path}/3.nii (subject 003, ses-M000): all voxels are zero"
+    ]
+    cohort.write_rejected(tmp_path / "rejected.csv")
+    written = pd.read_csv(tmp_path / "rejected.csv", dtype=str)
+    assert written.to_numpy().tolist() == [["003", "ses-M000", "3.nii", "all voxels are zero"]]
+    assert list(written.columns) == ["subject", "session", "path", "reason"]
+    with pytest.raises(UserError, match=r"3\.nii .*subject 003.*all voxels are zero"):
+        load(table, on_bad_scan="stop")
+    with pytest.raises(UserError, match="on_bad_scan=ignore"):
+        load(table, on_bad_scan="ignore")
+
+
+def test_bad_scans_and_filters_move_nobody(tmp_path: Path) -> None:
+    """All stages hold out the same subjects, though one of them may see fewer."""
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    whole.mkdir()
+    broken.mkdir()
+    first, second = load(write_cohort(whole)), load(write_cohort(broken, bad=(0, 5)))
+    third = load(whole / "scans.csv", diagnoses=["AD"], shares={"train": 0.5, "val": 0.3, "test": 0.2}, seed=5)
+    splits = dict(zip(first.table["subject"], first.table["split"], strict=True))
+    for other in (second, third):
+        assert 0 < len(other) < len(first)
+        assert dict(zip(other.table["subject"], other.table["split"], strict=True)).items() < splits.items()
+        assert other.split_hash == first.split_hash
+    assert set(third.table["diagnosis"]) == {"AD"}
+
+
+def test_no_split_may_end_empty(tmp_path: Path) -> None:
+    table = write_cohort(tmp_path)
+    cohort = load(table)
+    for number in cohort.rows("val"):
+        Path(cohort.table["path"][number]).write_bytes(b"torn")
+    with pytest.raises(UserError, match="split 'val' is empty: what the 2 bad scans leave"):
+        load(table)
+    with pytest.raises(UserError, match="none of XX; it has AD, CN"):
+        load(table, diagnoses=["XX"])
+
+
+def test_many_bad_scans_do_not_flood_the_console(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    table = write_cohort(tmp_path, 60, bad=tuple(range(0, 60, 2)))
+    with caplog.at_level(logging.WARNING):
+        assert len(load(table).rejected) == 30
+    assert len(caplog.records) == 21
+    assert caplog.records[-1].message == "set aside: 10 more"
