@@ -80,7 +80,9 @@ def test_percentiles_are_those_of_the_foreground() -> None:
 
 
 def test_min_max_spans_exactly_zero_to_one() -> None:
-    found = Transform((16, 16, 16), 4.5, intensity=MinMax())(image(blob((40, 40, 40)) - 5))
+    data = blob((40, 40, 40))
+    data[0, 0, 0], data[-1, -1, -1] = -500, 5000  # outside the crop
+    found = Transform((12, 12, 12), 4.5, intensity=MinMax())(image(data))
     assert found.min() == 0
     assert found.max() == 1
 
@@ -428,6 +430,11 @@ def test_a_flip_reverses_x_and_an_unmoved_volume_is_itself() -> None:
     torch.testing.assert_close(tiny, x, atol=1e-5, rtol=0)
 
 
+def along(volume: torch.Tensor, axis: int) -> torch.Tensor:
+    """What lies in each plane across `axis` of (1, 1, X, Y, Z)."""
+    return volume.sum(tuple({0, 1, 2, 3, 4} - {axis + 2}))
+
+
 def test_moves_are_in_voxels_whatever_the_shape() -> None:
     """A cube turned about its own centre stays a cube of the same size, though the axes differ in length."""
     x = torch.zeros(1, 1, 40, 60, 30)
@@ -435,11 +442,12 @@ def test_moves_are_in_voxels_whatever_the_shape() -> None:
     for key in range(5):
         turned = Augmentation(rotation=45)(x, 0, [key])
         assert turned.sum() == pytest.approx(1000, rel=0.02)
+        spread = sum(
+            ((torch.arange(n) - (n - 1) / 2) ** 2 * along(turned, axis)).sum() for axis, n in enumerate((40, 60, 30))
+        )
+        assert spread / turned.sum() == pytest.approx(3 * 8.25, rel=0.1)  # (10^2 - 1) / 12 an axis: no shear
         moved = Augmentation(translation=5)(x, 0, [key])
-        places = [torch.arange(size, dtype=torch.float32) for size in x.shape[2:]]
-        shifts = [
-            float((moved.sum(tuple({2, 3, 4} - {axis + 2})).flatten() * places[axis]).sum() / 1000) for axis in range(3)
-        ]
+        shifts = [float((torch.arange(n) * along(moved, axis)).sum() / 1000) for axis, n in enumerate((40, 60, 30))]
         difference = np.array(shifts) - (19.5, 29.5, 14.5)
         assert 0.1 < np.abs(difference).max() <= 5
         assert moved.sum() == pytest.approx(1000, rel=1e-3)

@@ -94,13 +94,13 @@ def _build(root: Path, scans: list[str]) -> None:
 
 
 def test_processes_may_build_at_the_same_time(tmp_path: Path, scans: list[str]) -> None:
-    context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=_build, args=(tmp_path / "cache", scans)) for _ in range(3)]
+    context = multiprocessing.get_context("spawn")  # forked children of a threaded torch may hang
+    processes = [context.Process(target=_build, args=(tmp_path / "cache", scans)) for _ in range(2)]
     for process in processes:
         process.start()
     for process in processes:
         process.join(60)
-    assert [process.exitcode for process in processes] == [0, 0, 0]
+    assert [process.exitcode for process in processes] == [0, 0]
     assert VolumeCache(tmp_path / "cache", transform()).open(scans).batch(range(6)).isfinite().all()
 
 
