@@ -1,0 +1,84 @@
+"""The autoencoder of the first stage: MONAI's AutoencoderKL with strict sizes, and one that does nothing."""
+
+from collections.abc import Sequence
+
+import torch
+from monai.networks import nets
+from torch import Tensor, nn
+
+from ldae.models.sizes import check_divisible
+
+
+class AutoencoderKL(nets.AutoencoderKL):
+    """x (B, 1, X, Y, Z) in [0, 1] <-> posterior of the latent (B, C, X / s, Y / s, Z / s), s = 2^(levels - 1).
+
+    No attention anywhere, as published. Parameter names are MONAI's.
+
+    Args:
+        channels: width of each level; all but the last end in a halving.
+        residual_blocks: a level.
+        groups: of every GroupNorm; divides every width.
+    """
+
+    def __init__(
+        self,
+        channels: Sequence[int] = (64, 128, 128, 128),
+        residual_blocks: int = 2,
+        latent_channels: int = 3,
+        groups: int = 32,
+        in_channels: int = 1,
+        checkpointing: bool = False,
+    ) -> None:
+        super().__init__(
+            spatial_dims=3,
+            in_channels=in_channels,
+            out_channels=in_channels,
+            num_res_blocks=[residual_blocks] * len(channels),
+            channels=tuple(channels),
+            attention_levels=(False,) * len(channels),
+            latent_channels=latent_channels,
+            norm_num_groups=groups,
+            with_encoder_nonlocal_attn=False,
+            with_decoder_nonlocal_attn=False,
+            use_checkpoint=checkpointing,
+        )
+        self.strides = (2 ** (len(channels) - 1),) * 3
+
+    def enable_checkpointing(self) -> None:
+        """Recompute activations in the backward pass: less memory, more time."""
+        self.use_checkpoint = True
+
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the posterior, (B, C, x, y, z) each, unscaled.
+
+        Raises:
+            UserError: the volume's sizes do not divide by `strides`.
+        """
+        check_divisible(x.shape[2:], self.strides, "volume")
+        return super().encode(x)
+
+    def forward(self, x: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Reconstruction, mean, std; decoded from mean + std * noise, or from the mean."""
+        mean, std = self.encode(x)
+        return self.decode(mean if noise is None else torch.addcmul(mean, std, noise)), mean, std
+
+
+class IdentityAutoencoder(nn.Module):
+    """The latent is the scan itself: the same method in voxel space."""
+
+    strides = (1, 1, 1)
+
+    def __init__(self, latent_channels: int = 1) -> None:
+        super().__init__()
+        self.latent_channels = latent_channels
+
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x itself, and no spread."""
+        return x, torch.zeros_like(x)
+
+    def decode(self, z: Tensor) -> Tensor:
+        """z itself."""
+        return z
+
+    def enable_checkpointing(self) -> None:
+        """There is nothing to recompute."""

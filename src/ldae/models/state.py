@@ -1,0 +1,63 @@
+"""Reading tensors from files, safely, and loading them, strictly."""
+
+import pickle
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from ldae.errors import UserError
+
+
+def read_tensors(path: Path | str) -> dict[str, Tensor]:
+    """The tensors of a .safetensors file or of a PyTorch checkpoint, which is never unpickled into code.
+
+    Raises:
+        UserError: the file is missing, damaged, or holds something else than named tensors.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"weights {path}: there is no such file")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        found = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+        raise UserError(f"cannot read weights {path}: {str(error).splitlines()[0]}") from error
+    if isinstance(found, dict) and isinstance(found.get("state_dict"), dict):
+        found = found["state_dict"]
+    if not isinstance(found, dict) or not found or not all(isinstance(value, Tensor) for value in found.values()):
+        raise UserError(f"weights {path}: expected named tensors, found {type(found).__name__}")
+    return dict(found)
+
+
+def _is_zip(path: Path) -> bool:
+    with open(path, "rb") as handle:
+        return handle.read(2) == b"PK"
+
+
+def load_strictly(module: nn.Module, tensors: dict[str, Tensor], source: Path | str, assign: bool = False) -> None:
+    """Load a state dict.
+
+    Args:
+        assign: take the tensors themselves instead of copying them: for modules built on the meta device.
+
+    Raises:
+        UserError: names the first missing, unexpected or misshapen tensor.
+    """
+    check_tensors({name: tensor.shape for name, tensor in module.state_dict().items()}, tensors, source)
+    module.load_state_dict(tensors, assign=assign)
+
+
+def check_tensors(expected: dict[str, torch.Size], tensors: dict[str, Tensor], source: Path | str) -> None:
+    """Refuse tensors that are not exactly those named, of exactly those shapes."""
+    for name, shape in expected.items():
+        if name not in tensors:
+            raise UserError(f"{source}: tensor '{name}' is missing")
+        if tensors[name].shape != shape:
+            raise UserError(f"{source}: tensor '{name}' is {tuple(tensors[name].shape)}, not {tuple(shape)}")
+    for name in tensors:
+        if name not in expected:
+            raise UserError(f"{source}: unexpected tensor '{name}'")
