@@ -1,4 +1,4 @@
-"""Proves the config: every experiment, stage and model composes; a typo fails with its full key; sweeps do not collide."""
+"""Proves the config: every experiment, stage and group option composes; a typo fails with its full key."""
 
 import subprocess
 import sys

@@ -10,7 +10,8 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from ldae.config import Optim, Trainer as Settings
+from ldae.config import Optim
+from ldae.config import Trainer as Settings
 from ldae.noise import normal
 from ldae.runs import Run
 from ldae.training.ema import Ema
@@ -124,7 +125,7 @@ def test_accumulated_micro_batches_give_the_gradient_of_the_whole():
 
 
 def test_the_published_weights_are_the_average_of_the_best_validation(tmp_path):
-    stage, progress = fit(tmp_path, 6)
+    _, progress = fit(tmp_path, 6)
     metadata = Run(tmp_path).metadata
     assert metadata["step"] == progress.best_step
     assert metadata["metrics"]["error"] == pytest.approx(progress.best)

@@ -1,4 +1,7 @@
-"""The console script `ldae`: for people with scans rather than experiments. Imports stay inside, so that --help is quick."""
+"""The console script `ldae`, for people with scans rather than experiments.
+
+Imports stay inside the commands, so that --help is quick.
+"""
 
 import logging
 import sys

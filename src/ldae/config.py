@@ -168,7 +168,7 @@ def check_targets(node: Any, key: str = "") -> None:
 def _check_signature(node: DictConfig, key: str) -> None:
     try:
         target = get_method(node["_target_"]) if not inspect.isclass(node["_target_"]) else node["_target_"]
-    except Exception as error:  # noqa: BLE001  Hydra raises InstantiationException or ImportError, by kind of fault
+    except Exception as error:
         raise UserError(f"{key}._target_: cannot import {node['_target_']!r} ({error})") from error
     parameters = inspect.signature(target).parameters.values()
     if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +17,8 @@ def replacing(path: Path | str) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+    # Random, because processes of two machines on a shared disk may have the same number.
+    temporary = path.with_name(f".tmp-{secrets.token_hex(6)}-{path.name}")
     try:
         yield temporary
         with open(temporary, "rb") as handle:

@@ -1,6 +1,6 @@
 """Run directories: `runs/<name>/<stage>/`, their stored config, and modules rebuilt from it, strictly.
 
-    config.yaml  metrics.jsonl  tensorboard/  state/ (resume)  weights/*.safetensors + metadata.json (publish)
+config.yaml  metrics.jsonl  tensorboard/  state/ (resume)  weights/*.safetensors + metadata.json (publish)
 """
 
 import hashlib
@@ -52,7 +52,7 @@ class Workspace:
         run = Run(Path(path) if path else self.root / name)
         if not run.published:
             raise UserError(
-                f"no trained '{name}' at {run.path}: run `python train.py stage={name} name={self.root.name} ...` first, "
+                f"no trained '{name}' at {run.path}: run `python train.py stage={name} name={self.root.name}` first, "
                 f"or give its path with stage.{name}=PATH"
             )
         return run

@@ -33,7 +33,7 @@ def read_latent(path: Path | str, autoencoder: str | None = None) -> tuple[np.nd
     """Mean and std of one scan, (C, X, Y, Z) float32.
 
     Raises:
-        UserError: the file is missing, damaged, or was made by another autoencoder than the one with hash `autoencoder`.
+        UserError: the file is missing or damaged, or was made by an autoencoder with another hash than `autoencoder`.
     """
     try:
         with np.load(path, allow_pickle=False) as archive:
@@ -102,7 +102,12 @@ class LatentSet:
     def to(self, device: torch.device) -> "LatentSet":
         """The same latents on `device`."""
         return LatentSet(
-            self.table, self.mean.to(device), self.std.to(device), self.scale.to(device), self.split_hash, self.autoencoder
+            self.table,
+            self.mean.to(device),
+            self.std.to(device),
+            self.scale.to(device),
+            self.split_hash,
+            self.autoencoder,
         )
 
 

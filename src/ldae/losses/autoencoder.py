@@ -1,6 +1,5 @@
 """Losses of stage 1 (latent diffusion, arXiv 2112.10752; LSGAN, arXiv 1611.04076; settings of arXiv 2504.08635)."""
 
-import torch
 from torch import Tensor
 
 
@@ -23,8 +22,3 @@ def generator_adversarial(fake_scores: Tensor) -> Tensor:
 def discriminator_adversarial(real_scores: Tensor, fake_scores: Tensor) -> Tensor:
     """Least-squares GAN, discriminator's side: 1 for scans, 0 for reconstructions, half of each."""
     return 0.5 * ((real_scores.float() - 1).square().mean() + fake_scores.float().square().mean())
-
-
-def sample_posterior(mean: Tensor, std: Tensor, noise: Tensor) -> Tensor:
-    """z = mean + std * noise (the reparameterisation), (B, C, X, Y, Z); unscaled."""
-    return torch.addcmul(mean, std, noise.to(mean.dtype))

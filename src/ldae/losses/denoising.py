@@ -29,7 +29,7 @@ def gap_filling_loss(
 ) -> Tensor:
     """Stage 3, equation of PDAE (arXiv 2212.12990): the estimator fills the frozen network's posterior-mean gap.
 
-    eps: w_t |eps - (eps_theta + c_t G)|^2;  v: |v - (v_theta + G)|^2. `output` is the frozen network's, (B, C, X, Y, Z).
+    eps: w_t |eps - (eps_theta + c_t G)|^2;  v: |v - (v_theta + G)|^2. `output` is the frozen network's, (B, C, ...).
     """
     coefficient = parameterisation.gap_coefficient(schedule, t).to(gradient.device, gradient.dtype).view(-1, 1, 1, 1, 1)
     weight = parameterisation.gap_weight(schedule, t).to(gradient.device, gradient.dtype)

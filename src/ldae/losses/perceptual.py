@@ -15,7 +15,8 @@ from ldae.errors import UserError
 from ldae.runs import load_strictly, load_tensors
 
 FIRE_CHANNELS = (  # (in, squeeze, expand) of SqueezeNet 1.1's fire modules, arXiv 1602.07360
-    (64, 16, 64), (128, 16, 64), (128, 32, 128), (256, 32, 128), (256, 48, 192), (384, 48, 192), (384, 64, 256), (512, 64, 256)
+    (64, 16, 64), (128, 16, 64), (128, 32, 128), (256, 32, 128),
+    (256, 48, 192), (384, 48, 192), (384, 64, 256), (512, 64, 256),
 )  # fmt: skip
 FIRE_INDICES = (3, 4, 6, 7, 9, 10, 11, 12)  # their places in torchvision's `features`
 TAPS = (1, 4, 7, 9, 10, 11, 12)  # LPIPS reads the features behind these places
@@ -33,7 +34,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         return load_tensors(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # noqa: BLE001  torch.load raises many kinds for a file that is not one
+    except Exception as error:
         raise UserError(f"{path} is not a file of weights alone: {str(error).splitlines()[0]}") from error
     content = content.get("state_dict", content) if isinstance(content, dict) else content
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):

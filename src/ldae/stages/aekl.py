@@ -22,19 +22,6 @@ from ldae.training.stage import Batch, Monitor, Stage, Updater, adam
 from ldae.training.validation import mean_over_scans, spread
 
 
-class Autoencode(nn.Module):
-    """x and noise to reconstruction and posterior: what the gradient flows through, in one call."""
-
-    def __init__(self, autoencoder: nn.Module) -> None:
-        super().__init__()
-        self.autoencoder = autoencoder
-
-    def forward(self, x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, 1, X, Y, Z) -> reconstruction, posterior mean, posterior std."""
-        mean, std = self.autoencoder.encode(x)
-        return self.autoencoder.decode(losses.sample_posterior(mean, std, noise)), mean, std
-
-
 class AutoencoderStage(Stage):
     """Trains the autoencoder and the discriminator with two optimisers; the best by validation L1 is published.
 
@@ -83,13 +70,12 @@ class AutoencoderStage(Stage):
         autoencoder, discriminator = (m.to(memory_format=self.memory_format) for m in self.modules.values())
         if trainer.checkpointing:
             autoencoder.enable_checkpointing()
-        wrapped = Autoencode(autoencoder)
         self.optimizers = {
             "generator": adam(autoencoder.parameters(), optim.lr, optim),
             "discriminator": adam(discriminator.parameters(), optim.discriminator_lr, optim),
         }
         self.autoencode, self.discriminator, *optimizers = accelerator.prepare(
-            torch.compile(wrapped) if trainer.compile else wrapped, discriminator, *self.optimizers.values()
+            torch.compile(autoencoder) if trainer.compile else autoencoder, discriminator, *self.optimizers.values()
         )
         self.update_generator = Updater(accelerator, self.autoencode, optimizers[0], trainer.clip)
         self.update_discriminator = Updater(accelerator, self.discriminator, optimizers[1], trainer.clip)
@@ -105,7 +91,10 @@ class AutoencoderStage(Stage):
     def _to_device(self, x: Tensor) -> Tensor:
         return x.to(self.accelerator.device, non_blocking=True).to(memory_format=self.memory_format)
 
-    def _noise(self, batch: Batch, shape: Sequence[int]) -> Tensor:
+    def _noise(self, batch: Batch) -> Tensor:
+        autoencoder = self.modules["autoencoder"]
+        sizes = [size // stride for size, stride in zip(batch["x"].shape[2:], autoencoder.strides, strict=True)]
+        shape = (autoencoder.latent_channels, *sizes)
         return normal(shape, self.seed, batch["position"], stream="posterior").to(self.accelerator.device)
 
     def run_step(self, micro_batches: Sequence[Batch], step: int) -> dict[str, Tensor | float]:
@@ -116,8 +105,7 @@ class AutoencoderStage(Stage):
 
         def generator_loss(batch: Batch) -> dict[str, Tensor]:
             x = self._to_device(self.cohort.augment(batch["x"], self.seed, batch["position"]))
-            shape = self.modules["autoencoder"].latent_shape(x.shape[2:])
-            reconstruction, mean, std = self.autoencode(x, self._noise(batch, shape))
+            reconstruction, mean, std = self.autoencode(x, self._noise(batch))
             terms = {"l1": losses.reconstruction_l1(reconstruction, x), "kl": losses.kl_divergence(mean, std)}
             total = terms["l1"] + self.kl_weight * terms["kl"]
             if self.perceptual is not None:

@@ -160,7 +160,7 @@ class ReprStage(Stage):
         return self.autoencoder.decode(z0 / scale).float().clamp(0, 1)
 
     def validate(self) -> dict[str, float]:
-        """SSIM of decoding from y alone against decode(z), and z_0 errors with own, another's and no y, by band of t."""
+        """SSIM of decoding from y alone against decode(z); z_0 errors by band of t with own, another's and no y."""
         rows = self.validation_rows
         if len(rows) < 2:
             return {}

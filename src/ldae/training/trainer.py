@@ -136,9 +136,7 @@ class Trainer:
         flag = torch.tensor([float(self._signal is not None)], device=self.accelerator.device)
         return bool(self.accelerator.reduce(flag, "sum").item() > 0)
 
-    def _validate(
-        self, stage: Stage, progress: Progress, metadata: dict[str, Any], tracker: Tracker | None
-    ) -> None:
+    def _validate(self, stage: Stage, progress: Progress, metadata: dict[str, Any], tracker: Tracker | None) -> None:
         with torch.no_grad(), stage.averaged():
             metrics = stage.validate()
         progress.validated = progress.step
@@ -155,8 +153,6 @@ class Trainer:
         else:
             progress.stale += 1
 
-    def _publish(
-        self, stage: Stage, progress: Progress, metadata: dict[str, Any], metrics: dict[str, float]
-    ) -> None:
+    def _publish(self, stage: Stage, progress: Progress, metadata: dict[str, Any], metrics: dict[str, float]) -> None:
         about = {"stage": stage.name, "step": progress.step, "metrics": metrics, **metadata, **stage.metadata()}
         self.run.publish(stage.weights(), about)

@@ -1,0 +1,151 @@
+"""Proves the whole chain through the real scripts.
+
+Files, resume, skipping, refusal of what does not fit, two processes.
+"""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from conftest import ROOT, script
+
+STAGES = ("aekl", "pretrain", "repr")
+
+
+@pytest.fixture
+def copied(smoke, tmp_path):
+    """The smoke run to spoil."""
+    shutil.copytree(smoke, tmp_path, dirs_exist_ok=True)
+    return tmp_path
+
+
+def test_every_stage_leaves_what_it_promises(smoke):
+    for stage in STAGES:
+        run = smoke / "runs/smoke" / stage
+        for name in ("config.yaml", "metrics.jsonl", "weights/metadata.json", "tensorboard", "rejected.csv"):
+            assert (run / name).exists(), f"{stage}/{name}"
+        steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+        assert steps == sorted(steps)
+    hashes = {json.loads((smoke / f"runs/smoke/{s}/weights/metadata.json").read_text())["split_hash"] for s in STAGES}
+    assert len(hashes) == 1
+
+
+def test_latents_have_unit_variance_on_train_and_name_their_autoencoder(smoke):
+    folder = smoke / "runs/smoke/latents"
+    about = json.loads((folder / "latents.json").read_text())
+    table = pd.read_csv(folder / about["table"])
+    train = table[table["split"] == "train"]
+    means, stds = [], []
+    for path in train["latent_path"]:
+        with np.load(folder / path, allow_pickle=False) as latent:
+            assert latent["mean"].dtype == np.float32
+            means.append(latent["mean"])
+            stds.append(latent["std"])
+    noise = np.random.default_rng(0).standard_normal(np.stack(means).shape)
+    z = (np.stack(means) + np.stack(stds) * noise) * np.array(about["scale"])[:, None, None, None]
+    np.testing.assert_allclose(z.std(axis=(0, 2, 3, 4)), 1, atol=0.1)
+
+
+def test_the_trunk_is_frozen_in_stage_3(smoke):
+    """What stage 3 publishes holds no trunk, and the U-Net's file is the one of stage 2."""
+    metadata = json.loads((smoke / "runs/smoke/repr/weights/metadata.json").read_text())
+    assert set(metadata["weights"]) == {"encoder", "estimator"}
+    stage2 = json.loads((smoke / "runs/smoke/pretrain/weights/metadata.json").read_text())
+    assert metadata["stands_on"]["pretrain"] == stage2["weights"]
+
+
+def test_a_finished_stage_is_not_trained_again(copied):
+    before = (copied / "runs/smoke/pretrain/weights/unet.safetensors").read_bytes()
+    result = script("train", "experiment=smoke", "stage=pretrain", cwd=copied)
+    assert "resuming pretrain at step 4 of 4" in result.stderr
+    assert (copied / "runs/smoke/pretrain/weights/unet.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_two_and_two_steps_equal_four_to_the_bit(copied, stage):
+    """The state at step 2 goes on to the weights of the run that was never stopped."""
+    run = copied / "runs/smoke" / stage
+    whole = {p.name: load_file(p) for p in (run / "state").glob("*.safetensors")}["step_00000004.safetensors"]
+    for path in (run / "state").glob("step_00000004.*"):
+        path.unlink()
+    result = script("train", "experiment=smoke", f"stage={stage}", cwd=copied)
+    assert f"resuming {stage} at step 2 of 4" in result.stderr
+    resumed = load_file(run / "state/step_00000004.safetensors")
+    assert resumed.keys() == whole.keys()
+    different = [name for name in whole if not torch.equal(whole[name], resumed[name])]
+    assert not different
+
+
+def test_encoding_skips_what_is_done_and_replaces_what_is_damaged(copied):
+    folder = copied / "runs/smoke/latents"
+    damaged = sorted(folder.glob("*.npz"))[0]
+    good = damaged.read_bytes()
+    damaged.write_bytes(good[:200])
+    result = script("encode_latents", "experiment=smoke", cwd=copied)
+    assert "are encoded already" in result.stderr
+    with np.load(damaged, allow_pickle=False) as latent:
+        assert np.isfinite(latent["mean"]).all()
+
+
+def test_a_latent_of_another_autoencoder_is_refused(copied):
+    script("train", "experiment=smoke", "stage=aekl", "trainer.max_steps=6", cwd=copied)
+    result = script("train", "experiment=smoke", "stage=pretrain", cwd=copied, check=False)
+    assert result.returncode == 2
+    assert "another autoencoder" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_another_split_is_refused(copied):
+    path = copied / "runs/smoke/split.csv"
+    split = pd.read_csv(path, dtype=str)
+    split["split"] = split["split"].to_numpy()[::-1]
+    split.to_csv(path, index=False)
+    result = script("train", "experiment=smoke", "stage=pretrain", cwd=copied, check=False)
+    assert result.returncode == 2
+    assert "split" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_a_sweep_keeps_its_runs_apart(copied):
+    script("train", "-m", "experiment=smoke", "stage=pretrain", "optim.lr=0.001,0.002", cwd=copied)
+    runs = sorted(p.name for p in (copied / "runs/smoke").glob("pretrain@*"))
+    assert len(runs) == 2
+    first, second = (load_file(copied / "runs/smoke" / r / "weights/unet.safetensors") for r in runs)
+    assert any(not torch.equal(first[name], second[name]) for name in first)
+
+
+def test_two_processes_train_encode_and_agree(copied):
+    """Under `accelerate launch` on 2 CPU processes: uneven shards, one table, the same validation on both."""
+    launch = [
+        sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
+        "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
+    ]  # fmt: skip
+    single = {p.name: p.read_bytes() for p in (copied / "runs/smoke/latents").glob("*.npz")}
+    shutil.rmtree(copied / "runs/smoke/latents")
+    for arguments in (
+        ["encode_latents.py", "experiment=smoke"],
+        ["train.py", "experiment=smoke", "stage=repr", "trainer.max_steps=6", "trainer.batch_size=1"],
+    ):
+        command = [*launch, str(ROOT / arguments[0]), *arguments[1:]]
+        result = subprocess.run(command, cwd=copied, capture_output=True, text=True, timeout=300, check=False)
+        assert result.returncode == 0, result.stderr[-3000:]
+    again = {p.name: p for p in (copied / "runs/smoke/latents").glob("*.npz")}
+    assert again.keys() == single.keys()
+    metrics = [json.loads(s) for s in (copied / "runs/smoke/repr/metrics.jsonl").read_text().splitlines()]
+    assert max(m["step"] for m in metrics) == 6
+
+
+def test_the_embeddings_table_and_metrics_are_written(smoke):
+    folder = smoke / "runs/smoke/evaluation"
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert all(isinstance(value, (int, float)) for value in metrics.values())
+    assert "reconstruction/autoencoder/ssim_mask" in metrics
+    assert any(name.startswith("semantics/z0_error/own") for name in metrics)
+    assert (folder / "report.html").exists()

@@ -1,0 +1,134 @@
+"""Proves the losses: values known on paper, and the perceptual ones on made-up weight files, loaded strictly."""
+
+import pytest
+import torch
+
+from ldae.diffusion.process import Epsilon, Velocity, add_noise
+from ldae.diffusion.schedule import linear
+from ldae.errors import UserError
+from ldae.losses import autoencoder as losses
+from ldae.losses.denoising import denoising_loss, gap_filling_loss
+from ldae.losses.perceptual import MedicalNetDistance, SliceLpips, SqueezeLpips, plane_slices
+from ldae.noise import generator, normal
+
+
+def drawn(*shape, key=0):
+    return torch.randn(*shape, generator=generator(0, key))
+
+
+def test_kl_is_summed_over_the_latent_and_averaged_over_the_batch():
+    mean, std = torch.full((2, 3, 4, 4, 4), 0.5), torch.full((2, 3, 4, 4, 4), 2.0)
+    one = 0.5 * (0.25 + 4.0 - torch.log(torch.tensor(4.0)) - 1)
+    torch.testing.assert_close(losses.kl_divergence(mean, std), one * 3 * 64)
+    assert losses.kl_divergence(torch.zeros(1, 3, 2, 2, 2), torch.ones(1, 3, 2, 2, 2)) == 0
+
+
+def test_least_squares_gan_is_zero_where_each_side_wins():
+    ones, zeros = torch.ones(2, 1, 3, 3, 3), torch.zeros(2, 1, 3, 3, 3)
+    assert losses.generator_adversarial(ones) == 0
+    assert losses.discriminator_adversarial(ones, zeros) == 0
+    assert losses.discriminator_adversarial(zeros, ones) == 1
+
+
+@pytest.mark.parametrize("parameterisation", [Epsilon(), Velocity()])
+def test_denoising_loss_is_zero_for_the_target_and_one_for_nothing(parameterisation):
+    schedule, z0, noise = linear(), drawn(4, 3, 8, 8, 8), drawn(4, 3, 8, 8, 8, key=1)
+    t = torch.tensor([0, 100, 500, 999])
+    target = parameterisation.target(schedule, z0, noise, t)
+    assert denoising_loss(parameterisation, schedule, target, z0, noise, t) == 0
+    zero = denoising_loss(parameterisation, schedule, torch.zeros_like(z0), z0, noise, t)
+    assert zero == pytest.approx(1.0, abs=0.05), "eps and v of unit-variance latents have unit variance"
+
+
+@pytest.mark.parametrize("parameterisation", [Epsilon(), Velocity()])
+def test_the_gap_is_filled_by_the_gradient_that_equals_it(parameterisation):
+    schedule, z0, noise = linear(), drawn(3, 3, 4, 4, 4).double(), drawn(3, 3, 4, 4, 4, key=1).double()
+    t = torch.tensor([1, 300, 999])
+    output = drawn(3, 3, 4, 4, 4, key=2).double()
+    target = parameterisation.target(schedule, z0, noise, t)
+    coefficient = parameterisation.gap_coefficient(schedule, t).view(-1, 1, 1, 1, 1)
+    filled = gap_filling_loss(parameterisation, schedule, output, (target - output) / coefficient, z0, noise, t)
+    empty = gap_filling_loss(parameterisation, schedule, output, torch.zeros_like(output), z0, noise, t)
+    assert filled < 1e-10
+    assert empty > 1e-3
+    weighted = parameterisation.gap_weight(schedule, t) * (target - output).square().flatten(1).mean(1)
+    assert float(empty) == pytest.approx(float(weighted.mean()), rel=1e-5)
+
+
+def test_noise_of_a_sample_does_not_depend_on_its_batch():
+    whole = normal((3, 2), 7, [4, 5, 6], "noise")
+    torch.testing.assert_close(whole[1:], normal((3, 2), 7, [5, 6], "noise"), rtol=0, atol=0)
+    assert not torch.equal(whole, normal((3, 2), 7, [4, 5, 6], "other"))
+    z_t = add_noise(linear(), torch.zeros(3, 3, 2), whole, torch.tensor([999, 999, 999]))
+    assert z_t.std() > 0.5
+
+
+@pytest.fixture(scope="module")
+def lpips_files(tmp_path_factory):
+    """Files laid out as torchvision's SqueezeNet 1.1 and LPIPS's heads, with made-up weights."""
+    folder = tmp_path_factory.mktemp("lpips")
+    torch.manual_seed(0)
+    network = SqueezeLpips()
+    backbone = {f"features.{n}": t for n, t in network.features.state_dict().items()}
+    backbone |= {"classifier.1.weight": torch.zeros(1000, 512, 1, 1), "classifier.1.bias": torch.zeros(1000)}
+    heads = {f"lin{n.split('.')[0]}.model.1.weight": t.abs() for n, t in network.heads.state_dict().items()}
+    torch.save(backbone, folder / "squeezenet.pth")
+    torch.save(heads, folder / "squeeze.pth")
+    return folder
+
+
+def test_lpips_is_a_distance_deterministic_under_its_generator(lpips_files):
+    files = {"backbone": str(lpips_files / "squeezenet.pth"), "heads": str(lpips_files / "squeeze.pth")}
+    lpips = SliceLpips(**files)
+    assert sum(p.numel() for p in lpips.network.features.parameters()) == 722_496, "SqueezeNet 1.1 without classifier"
+    a, b = torch.rand(1, 1, 36, 40, 36), torch.rand(1, 1, 36, 40, 36)
+    assert lpips(a, a, generator(1)) == 0
+    assert lpips(a, b, generator(1)) == lpips(a, b, generator(1)) > 0
+    assert lpips(a, b, generator(1)) != lpips(a, b, generator(2)), "another half of the slices"
+    published = SliceLpips(**files, share=1.0, total=3.0, signed=False)
+    mean = SliceLpips(**files, share=1.0, total=1.0, signed=False)
+    torch.testing.assert_close(published(a, b), 3 * mean(a, b))
+
+
+def test_lpips_refuses_files_that_do_not_fit(lpips_files, tmp_path):
+    backbone, heads = lpips_files / "squeezenet.pth", lpips_files / "squeeze.pth"
+    tensors = torch.load(backbone, weights_only=True)
+    tensors.pop("features.3.squeeze.weight")
+    torch.save(tensors, tmp_path / "cut.pth")
+    with pytest.raises(UserError, match=r"3\.squeeze\.weight"):
+        SliceLpips(str(tmp_path / "cut.pth"), str(heads))
+    with pytest.raises(UserError, match="no weights file"):
+        SliceLpips(str(tmp_path / "absent.pth"), str(heads))
+    (tmp_path / "hostile.pth").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
+    with pytest.raises(UserError, match="not a file of weights"):
+        SliceLpips(str(tmp_path / "hostile.pth"), str(heads))
+
+
+def test_plane_slices_cut_along_the_axis_they_name():
+    x = torch.arange(2 * 3 * 4.0).reshape(1, 1, 2, 3, 4)
+    assert plane_slices(x, 0, 1.0, None).shape == (2, 1, 3, 4)
+    torch.testing.assert_close(plane_slices(x, 2, 1.0, None)[1, 0], x[0, 0, :, :, 1])
+    assert len(plane_slices(x, 2, 0.5, generator(0))) == 2
+
+
+def test_medicalnet_loads_its_file_strictly_and_measures(tmp_path):
+    from monai.networks.nets import resnet10
+
+    torch.manual_seed(0)
+    network = resnet10(
+        pretrained=False, spatial_dims=3, n_input_channels=1, feed_forward=False, shortcut_type="B",
+        bias_downsample=False,
+    )  # fmt: skip
+    tensors = {f"module.{n}": t for n, t in network.state_dict().items()}
+    torch.save({"state_dict": tensors}, tmp_path / "resnet_10.pth")
+    distance = MedicalNetDistance(str(tmp_path / "resnet_10.pth"))
+    a, b = torch.rand(1, 1, 24, 24, 24), torch.rand(1, 1, 24, 24, 24)
+    assert distance(a, a) == 0
+    assert distance(a, b) > 0
+    b.requires_grad_()
+    distance(a, b).backward()
+    assert b.grad.abs().sum() > 0, "the gradient reaches the reconstruction"
+    tensors.pop("module.layer2.0.conv1.weight")
+    torch.save({"state_dict": tensors}, tmp_path / "cut.pth")
+    with pytest.raises(UserError, match=r"layer2\.0\.conv1\.weight"):
+        MedicalNetDistance(str(tmp_path / "cut.pth"))
