@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ldae.diffusion.slerp import slerp
+from ldae.diffusion.slerp import slerp_weights
 from ldae.errors import UserError
 
 
@@ -15,9 +15,9 @@ class Code:
 
     Attributes:
         z: (B, C, X, Y, Z), the latent at noise level `depth`: z_T for 1.
-        carried: the second tensor of an exact scheme, of the shape of z: a small correction which is zero for
-            fresh noise; None for one-tensor schemes. Edits without meaning for it drop it: the decoding is then that
-            of a new sample, right up to discretisation error.
+        carried: the second tensor of an exact scheme (exact.py: the latent one node before z), of the shape of z; None
+            for one-tensor schemes and fresh noise. Edits that have no meaning for it drop it: decoding then starts as
+            from fresh noise, right up to discretisation error.
         depth: share of the schedule that the inversion walked; sampling starts there.
     """
 
@@ -37,22 +37,26 @@ class Code:
         return replace(self, z=self.z.to(device), carried=None if self.carried is None else self.carried.to(device))
 
     def replace(self, z: Tensor) -> "Code":
-        """Another z at this depth; the correction belonged to the old one and is dropped."""
+        """Another z at this depth; what was carried belonged to the old one and is dropped."""
         return replace(self, z=z, carried=None)
 
     def slerp(self, other: "Code", t: float | Tensor) -> "Code":
-        """Spherical interpolation of z, straight of the (small) correction; t in [0, 1], a number or (B,).
+        """Spherical interpolation; t in [0, 1], a number or (B,). What is carried gets the same weights as z.
 
         Raises:
             UserError: the codes end at different depths.
         """
         if self.depth != other.depth:
             raise UserError(f"codes of depth {self.depth} and {other.depth} cannot be interpolated; invert both alike")
-        z = slerp(self.z, other.z, t)
+        weight_a, weight_b = slerp_weights(self.z, other.z, t)
+
+        def between(a: Tensor, b: Tensor) -> Tensor:
+            return (weight_a * a + weight_b * b).to(a.dtype)
+
+        z = between(self.z, other.z)
         if self.carried is None or other.carried is None:
             return self.replace(z)
-        share = torch.as_tensor(t, dtype=z.dtype, device=z.device).expand(len(z)).view(-1, *[1] * (z.ndim - 1))
-        return replace(self, z=z, carried=torch.lerp(self.carried, other.carried, share))
+        return replace(self, z=z, carried=between(self.carried, other.carried))
 
     def mix(self, noise: Tensor, share: float) -> "Code":
         """sqrt(1 - share) z + sqrt(share) noise, which keeps unit variance; share = 1 forgets the scan's own noise."""
@@ -61,7 +65,7 @@ class Code:
         return self.replace((1 - share) ** 0.5 * self.z + share**0.5 * noise)
 
     def strip(self) -> "Code":
-        """Without the correction: z alone, as a fresh noise would be decoded."""
+        """z alone, decoded as fresh noise would be."""
         return self.replace(self.z)
 
 
@@ -74,7 +78,7 @@ def concatenate(codes: list[Code]) -> Code:
     """One batch of several.
 
     Raises:
-        UserError: their depths differ, or only some carry a correction.
+        UserError: their depths differ, or only some carry a second tensor.
     """
     depths = {code.depth for code in codes}
     carrying = {code.carried is not None for code in codes}

@@ -1,27 +1,10 @@
 """DDIM (arXiv 2010.02502, equation 12, eta = 0), one rule both ways: the order of the path is the direction."""
 
-import torch
 from torch import Tensor
 
 from ldae.diffusion.grids import Path
 from ldae.diffusion.guidance import EpsFn
-
-
-def ask(eps_fn: EpsFn, z: Tensor, path: Path, node: int, clip: float | None = None) -> Tensor:
-    """eps of the network at a node, (B, ...) in the dtype of z.
-
-    Args:
-        clip: clamp the predicted z_0 to [-clip, clip] and return the eps that belongs to it. Latents have unit
-            variance, so this distorts them; off (None) unless one wants what the released sampler does (1.0).
-    """
-    precision = torch.float64 if z.dtype == torch.float64 else torch.float32  # bf16 would round t itself
-    t = torch.full((len(z),), float(path.times[node]), dtype=precision, device=z.device)
-    eps = eps_fn(z, t).to(z.dtype)
-    alpha, sigma = float(path.alpha[node]), float(path.sigma[node])
-    if clip is None or sigma == 0:
-        return eps
-    z0 = ((z - sigma * eps) / alpha).clamp(-clip, clip)
-    return (z - alpha * z0) / sigma
+from ldae.diffusion.prediction import ask
 
 
 def step(z: Tensor, eps: Tensor, path: Path, node: int) -> Tensor:

@@ -4,6 +4,8 @@ Grids (S steps, S + 1 nodes, between t = 0 and t_end = depth (T - 1)):
     uniform   t = int(linspace(0, t_end, S + 1)), the published one
     log_snr   uniform in log A / (1 - A), t fractional (rounding would repeat steps)
     angle     uniform in phi = arctan sqrt((1 - A) / A), t fractional
+    balanced  between the two, t fractional: nodes as dense as the geometric mean of log_snr's and angle's densities.
+              log_snr spends most nodes where z is nearly noise or nearly clean, angle too few where it is nearly clean
 End rules, for the node at the noise-free end, where the network is asked at t = 0 under both:
     published  z is taken to be z_0 of that node, A_0 = 0.9999
     closed     z has A = 1
@@ -94,7 +96,21 @@ def angle(schedule: Schedule, steps: int, end: float) -> np.ndarray:
     )
 
 
-GRIDS: dict[str, Grid] = {"uniform": uniform, "log_snr": log_snr, "angle": angle}
+def balanced(schedule: Schedule, steps: int, end: float) -> np.ndarray:
+    """Evenly spaced in the integral of dphi / sqrt(sin phi cos phi) from t = 0 to `end`; (steps+1,), fractional."""
+    first, last = np.arcsin(schedule.sigma(torch.tensor([0.0, end])).numpy())
+    # Quadrature nodes even in log tan(phi), where the integrand sqrt(sin phi cos phi) is smooth.
+    log_tan = np.linspace(np.log(np.tan(first)), np.log(np.tan(last)), 20001)
+    phi = np.arctan(np.exp(log_tan))
+    density = np.sqrt(np.sin(phi) * np.cos(phi))
+    integral = np.concatenate([[0.0], np.cumsum(density[1:] + density[:-1])])
+    nodes = np.interp(np.linspace(0, integral[-1], steps + 1), integral, phi)
+    times = schedule.timestep_of(np.log1p(-(np.sin(nodes) ** 2)))
+    times[[0, -1]] = 0.0, end
+    return times
+
+
+GRIDS: dict[str, Grid] = {"uniform": uniform, "log_snr": log_snr, "angle": angle, "balanced": balanced}
 ENDS = ("closed", "published")
 
 

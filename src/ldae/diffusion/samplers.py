@@ -8,10 +8,14 @@ from torch import Tensor
 
 from ldae.diffusion.code import Code, as_code
 from ldae.diffusion.ddim import ddim
+from ldae.diffusion.ddpm import ddpm
+from ldae.diffusion.exact import exact
 from ldae.diffusion.grids import Path, make_path
 from ldae.diffusion.guidance import EpsFn, Guidance
+from ldae.diffusion.multistep import multistep
 from ldae.diffusion.schedule import Schedule
 from ldae.errors import UserError
+from ldae.noise import normal
 
 
 @dataclass(frozen=True)
@@ -20,14 +24,14 @@ class Sampler(ABC):
 
     Args:
         steps: S, of the whole path, whatever its depth.
-        grid: uniform, log_snr or angle (grids.py).
+        grid: uniform, log_snr, angle or balanced (grids.py).
         end: closed or published (grids.py).
         clip: clamp the predicted z_0 to [-clip, clip]; None: off, as unit-variance latents need.
         guidance: form, strength and stop, for whoever builds the guided eps_fn.
     """
 
     steps: int = 20
-    grid: str = "log_snr"
+    grid: str = "balanced"
     end: str = "closed"
     clip: float | None = None
     guidance: Guidance = field(default_factory=Guidance)
@@ -90,11 +94,76 @@ class Sampler(ABC):
 class DDIM(Sampler):
     """DDIM both ways (ddim.py): order 1, one evaluation a step."""
 
-    grid: str = "uniform"
     steps: int = 100
+    grid: str = "uniform"
 
     def _descend(self, eps_fn: EpsFn, code: Code, path: Path) -> Tensor:
         return ddim(eps_fn, code.z, path, self.clip)
 
     def _ascend(self, eps_fn: EpsFn, z: Tensor, path: Path) -> tuple[Tensor, Tensor | None]:
         return ddim(eps_fn, z, path, self.clip), None
+
+
+@dataclass(frozen=True)
+class Multistep(Sampler):
+    """Adams predictor-corrector in the angle, both ways (multistep.py): one evaluation a step. The default.
+
+    Args:
+        order: 1 to 3.
+        corrector: correct each step with the evaluation that the next one needs anyway.
+    """
+
+    order: int = 3
+    corrector: bool = True
+
+    def __post_init__(self) -> None:
+        if self.order not in (1, 2, 3):
+            raise UserError(f"sampler.order={self.order}: choose 1, 2 or 3")
+
+    def _descend(self, eps_fn: EpsFn, code: Code, path: Path) -> Tensor:
+        return multistep(eps_fn, code.z, path, self.order, self.corrector, self.clip)
+
+    def _ascend(self, eps_fn: EpsFn, z: Tensor, path: Path) -> tuple[Tensor, Tensor | None]:
+        return multistep(eps_fn, z, path, self.order, self.corrector, self.clip), None
+
+
+@dataclass(frozen=True)
+class Exact(Sampler):
+    """Two-step scheme whose inversion is exact to rounding error (exact.py); its codes carry a second tensor.
+
+    `steps` evaluations, one fewer when sampling a code with its second tensor.
+    """
+
+    def __post_init__(self) -> None:
+        if self.steps < 2:  # one step would carry z_0 itself
+            raise UserError(f"sampler.steps={self.steps}: an exact scheme needs at least 2")
+
+    def _descend(self, eps_fn: EpsFn, code: Code, path: Path) -> Tensor:
+        return exact(eps_fn, code.z, path, code.carried, self.clip)[0]
+
+    def _ascend(self, eps_fn: EpsFn, z: Tensor, path: Path) -> tuple[Tensor, Tensor | None]:
+        return exact(eps_fn, z, path, None, self.clip)
+
+
+@dataclass(frozen=True)
+class DDPM(Sampler):
+    """Ancestral sampling (ddpm.py), for reference: many steps, and no inversion.
+
+    Args:
+        seed: of the noise that each step adds; sample i of a batch gets the same draws whatever the batch size.
+    """
+
+    steps: int = 1000
+    grid: str = "uniform"
+    seed: int = 0
+
+    def _descend(self, eps_fn: EpsFn, code: Code, path: Path) -> Tensor:
+        keys = range(len(code))
+
+        def noise(node: int) -> Tensor:
+            return normal(code.z.shape[1:], self.seed, keys, f"ddpm/{node}").to(code.z)
+
+        return ddpm(eps_fn, code.z, path, noise, self.clip)
+
+    def _ascend(self, eps_fn: EpsFn, z: Tensor, path: Path) -> tuple[Tensor, Tensor | None]:
+        raise UserError("sampler=ddpm is random and cannot invert; choose ddim, multistep or exact")

@@ -4,6 +4,21 @@ import torch
 from torch import Tensor
 
 
+def slerp_weights(a: Tensor, b: Tensor, t: float | Tensor) -> tuple[Tensor, Tensor]:
+    """(B, 1, ...) float64 weights of a and b (B, ...) at share t of the arc between them; see `slerp`."""
+    left, right = a.flatten(1).double(), b.flatten(1).double()
+    t = torch.as_tensor(t, dtype=torch.float64, device=a.device).expand(len(a))
+    norms = left.norm(dim=1) * right.norm(dim=1)
+    omega = ((left * right).sum(1) / norms.clamp(min=torch.finfo(torch.float64).tiny)).clamp(-1, 1).arccos()
+    sine = omega.sin()
+    straight = sine < 1e-6
+    safe = torch.where(straight, torch.ones_like(sine), sine)
+    shape = (-1, *[1] * (a.ndim - 1))
+    weight_a = torch.where(straight, 1 - t, ((1 - t) * omega).sin() / safe)
+    weight_b = torch.where(straight, t, (t * omega).sin() / safe)
+    return weight_a.view(shape), weight_b.view(shape)
+
+
 def slerp(a: Tensor, b: Tensor, t: float | Tensor) -> Tensor:
     """The point at share t of the arc from a to b, per sample.
 
@@ -14,14 +29,5 @@ def slerp(a: Tensor, b: Tensor, t: float | Tensor) -> Tensor:
     Returns:
         (B, ...) in the dtype of a; a at t = 0, b at t = 1. Where a and b are (anti)parallel: the straight line.
     """
-    left, right = a.flatten(1).double(), b.flatten(1).double()
-    t = torch.as_tensor(t, dtype=torch.float64, device=a.device).expand(len(a)).unsqueeze(1)
-    norms = left.norm(dim=1, keepdim=True) * right.norm(dim=1, keepdim=True)
-    cosine = (left * right).sum(1, keepdim=True) / norms.clamp(min=torch.finfo(torch.float64).tiny)
-    omega = cosine.clamp(-1, 1).arccos()
-    sine = omega.sin()
-    straight = sine < 1e-6
-    safe = torch.where(straight, torch.ones_like(sine), sine)
-    weight_a = torch.where(straight, 1 - t, ((1 - t) * omega).sin() / safe)
-    weight_b = torch.where(straight, t, (t * omega).sin() / safe)
-    return (weight_a * left + weight_b * right).view_as(a).to(a.dtype)
+    weight_a, weight_b = slerp_weights(a, b, t)
+    return (weight_a * a + weight_b * b).to(a.dtype)

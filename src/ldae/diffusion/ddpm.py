@@ -1,0 +1,31 @@
+"""DDPM's ancestral sampling (arXiv 2006.11239, algorithm 2) between the nodes of any path (arXiv 2102.09672)."""
+
+import math
+from collections.abc import Callable
+
+from torch import Tensor
+
+from ldae.diffusion.grids import Path
+from ldae.diffusion.guidance import EpsFn
+from ldae.diffusion.prediction import ask
+
+
+def ddpm(eps_fn: EpsFn, z: Tensor, path: Path, noise: Callable[[int], Tensor], clip: float | None = None) -> Tensor:
+    """Draw z_0 from z (B, ...) along a descending path, one evaluation a step.
+
+    With A the current node's and B the next one's, a = A / B, each step draws from q(z_next | z, z_0), whose mean is
+    [sqrt(B) (1 - a) z_0 + sqrt(a) (1 - B) z] / (1 - A) and whose variance is (1 - B) (1 - a) / (1 - A).
+
+    Args:
+        noise: noise(i), like z, for step i; not asked for where the variance is 0.
+    """
+    for node in range(len(path) - 1):
+        alpha, sigma = float(path.alpha[node]), float(path.sigma[node])
+        z0 = (z - sigma * ask(eps_fn, z, path, node, clip)) / alpha
+        fresh = -math.expm1(path.log_alpha_bar[node] - path.log_alpha_bar[node + 1])  # 1 - a
+        remaining = float(path.sigma[node + 1]) ** 2  # 1 - B
+        z = float(path.alpha[node + 1]) * fresh / sigma**2 * z0 + math.sqrt(1 - fresh) * remaining / sigma**2 * z
+        variance = remaining * fresh / sigma**2
+        if variance > 0:
+            z = z + math.sqrt(variance) * noise(node)
+    return z
