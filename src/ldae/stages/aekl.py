@@ -18,7 +18,7 @@ from ldae.losses import autoencoder as losses
 from ldae.losses.perceptual import read_weights
 from ldae.noise import generator, normal
 from ldae.runs import load_strictly
-from ldae.training.stage import Batch, Monitor, Stage, Updater, adam
+from ldae.training.stage import Batch, Monitor, Stage, Updater, adam, memory_format
 from ldae.training.validation import mean_over_scans, spread
 
 
@@ -66,7 +66,7 @@ class AutoencoderStage(Stage):
         self.accelerator = accelerator
         self.seed = seed
         self.validation_rows = self.cohort.rows("val")[: trainer.validation_scans]
-        self.memory_format = torch.channels_last_3d if trainer.channels_last else torch.contiguous_format
+        self.memory_format = memory_format(trainer, accelerator)
         autoencoder, discriminator = (m.to(memory_format=self.memory_format) for m in self.modules.values())
         if trainer.checkpointing:
             autoencoder.enable_checkpointing()

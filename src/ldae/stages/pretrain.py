@@ -20,7 +20,7 @@ from ldae.errors import UserError
 from ldae.losses.denoising import denoising_loss, per_sample_mse
 from ldae.noise import normal, timesteps
 from ldae.training.ema import Ema
-from ldae.training.stage import Batch, Stage, Updater, adam
+from ldae.training.stage import Batch, Stage, Updater, adam, memory_format
 from ldae.training.validation import mean_over_scans, spread
 
 
@@ -63,7 +63,7 @@ class PretrainStage(Stage):
         self.seed = seed
         self.validation_rows = self.latents.rows("val")[: trainer.validation_scans]
         self.latents = self.latents.to(accelerator.device)
-        self.memory_format = torch.channels_last_3d if trainer.channels_last else torch.contiguous_format
+        self.memory_format = memory_format(trainer, accelerator)
         unet = self.modules["unet"].to(memory_format=self.memory_format)
         unet.checkpointing = trainer.checkpointing
         self.optimizers = {"unet": adam(unet.parameters(), optim.lr, optim)}

@@ -23,7 +23,7 @@ from ldae.noise import normal, timesteps
 from ldae.runs import estimator_node
 from ldae.stages.pretrain import open_latents
 from ldae.training.ema import Ema
-from ldae.training.stage import Batch, Monitor, Stage, Updater, adam
+from ldae.training.stage import Batch, Monitor, Stage, Updater, adam, memory_format
 from ldae.training.validation import mean_over_scans, spread
 
 
@@ -99,7 +99,7 @@ class ReprStage(Stage):
         self.seed = seed
         validation = np.flatnonzero((self.cohort.table["split"] == "val").to_numpy() & (self.pairs >= 0))
         self.validation_rows = validation[: trainer.validation_scans]
-        self.memory_format = torch.channels_last_3d if trainer.channels_last else torch.contiguous_format
+        self.memory_format = memory_format(trainer, accelerator)
         self.latents = self.latents.to(accelerator.device)
         for module in (self.autoencoder, self.unet):
             module.to(accelerator.device, memory_format=self.memory_format)
