@@ -1,0 +1,144 @@
+"""Who is in the cohort: labels, and the anatomy that follows from them.
+
+A subject is drawn from (seed, number) alone, so that cohorts of different sizes share their first subjects. Latent
+factors that know nothing of the labels (head size, own ventricles, hippocampi, sulci) meet the effects of age and of
+disease severity in `targets`: the volumes that the renderer then builds.
+"""
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ldae.noise import derive
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+SESSIONS = (0, 6, 12, 24)  # months
+DIAGNOSES = ("CN", "MCI", "AD")
+SHARES = (0.4, 0.3, 0.3)
+AGE_RANGE = (55.0, 88.0)  # at the first session
+AGES = {"CN": (67.0, 13.0), "MCI": (72.0, 13.0), "AD": (77.0, 13.0)}  # mean and sd before truncation
+# Disease severity at the first session: mean, sd, lowest, highest; 0 = healthy, 1 = a typical AD patient.
+SEVERITY = {"CN": (0.05, 0.1, 0.0, 0.28), "MCI": (0.5, 0.17, 0.2, 0.8), "AD": (1.0, 0.2, 0.65, 1.6)}
+PROGRESSION = {"CN": 0.01, "MCI": 0.06, "AD": 0.09}  # severity a year
+CONVERSION = {"CN": 0.3, "MCI": 0.82}  # a severity above which a later session carries the next diagnosis
+SCANNERS = ("A", "B")
+
+# Medians of cognitively normal people by age: lateral ventricles (mm3), both hippocampi (mm3), brain (mm3).
+REFERENCE_AGES = (40, 50, 60, 70, 80, 90)
+VENTRICLE = (16034, 17570, 21083, 29901, 41213, 51763)
+HIPPOCAMPUS = (7748, 7698, 7566, 7332, 6900, 6186)
+BRAIN = (1286e3, 1258e3, 1231e3, 1205e3, 1179e3, 1154e3)
+
+HEAD = {"M": 1500e3, "F": 1345e3}  # mm3 inside the brain mask
+HEAD_SD = 0.072  # of the logarithm, as all the following; the sulci's are shares of the head
+HEAD_REFERENCE = 1418e3
+HEALTHY = 0.08  # the severity of the people behind the reference values
+VENTRICLE_SD, VENTRICLE_DISEASE, VENTRICLE_HEAD = 0.40, 0.45, 1.0
+VENTRICLE_LIMIT = 1e5  # mm3, approached smoothly: the deformation goes no further
+HIPPOCAMPUS_SD, HIPPOCAMPUS_DISEASE, HIPPOCAMPUS_HEAD = 0.084, -0.17, 0.5
+SULCI_SD, SULCI_DISEASE, SULCI_RANGE = 0.011, 0.012, (0.085, 0.17)
+
+
+@dataclass(frozen=True)
+class Factors:
+    """What makes a subject at one session. `head` in mm3; `ventricle`, `hippocampus`, `sulci` are standard normal."""
+
+    seed: int
+    subject: int
+    months: int
+    sex: str
+    scanner: str
+    age: float
+    severity: float
+    diagnosis: str
+    head: float
+    ventricle: float
+    hippocampus: float
+    sulci: float
+
+    def key(self, *what: str | int) -> int:
+        """A seed for something random about this subject."""
+        return derive(self.seed, "phantom", self.subject, *what)
+
+    def changed(self, severity: float | None = None, age: float | None = None) -> "Factors":
+        """The same person, session and scanner with another severity or age."""
+        return replace(
+            self,
+            severity=self.severity if severity is None else float(severity),
+            age=self.age if age is None else float(age),
+        )
+
+
+def _bounded(rng: np.random.Generator, mean: float, sd: float, low: float, high: float) -> float:
+    """A normal draw, repeated until it lies within the bounds."""
+    while not low <= (value := rng.normal(mean, sd)) <= high:
+        pass
+    return float(value)
+
+
+@lru_cache(maxsize=4096)
+def draw_subject(seed: int, subject: int) -> tuple[Factors, ...]:
+    """One subject's sessions, 1 to 4 of them; `subject` counts from 1."""
+    rng = np.random.default_rng(derive(seed, "phantom", subject, "labels"))
+    baseline = str(rng.choice(DIAGNOSES, p=SHARES))
+    sex, scanner = str(rng.choice(["F", "M"])), str(rng.choice(SCANNERS))
+    age = round(_bounded(rng, *AGES[baseline], *AGE_RANGE), 2)
+    severity = _bounded(rng, *SEVERITY[baseline])
+    later = sorted(rng.choice(SESSIONS[1:], size=rng.integers(0, 4), replace=False).tolist())
+    rng = np.random.default_rng(derive(seed, "phantom", subject, "anatomy"))
+    head, ventricle, hippocampus, sulci = rng.standard_normal(4).clip(-2.4, 2.4).tolist()
+    head = HEAD[sex] * float(np.exp(HEAD_SD * head))
+    sessions = []
+    for months in (0, *later):
+        now = round(severity + PROGRESSION[baseline] * months / 12, 4)
+        diagnosis = baseline
+        if months and now > CONVERSION.get(baseline, np.inf):
+            diagnosis = DIAGNOSES[DIAGNOSES.index(baseline) + 1]
+        sessions.append(Factors(
+            seed, subject, months, sex, scanner, round(age + months / 12, 2), now, diagnosis,
+            head, ventricle, hippocampus, sulci,
+        ))  # fmt: skip
+    return tuple(sessions)
+
+
+def targets(factors: Factors) -> dict[str, float]:
+    """The volumes, in mm3, that this anatomy is to have: ventricle, hippocampus, brain, head."""
+    size, disease = factors.head / HEAD_REFERENCE, factors.severity - HEALTHY
+    ventricle, hippocampus, brain = (
+        float(np.interp(factors.age, REFERENCE_AGES, values)) for values in (VENTRICLE, HIPPOCAMPUS, BRAIN)
+    )
+    # CSF outside the ventricles as a share of the head: large ventricles do not narrow the sulci.
+    sulci = 1 - (brain + ventricle) / HEAD_REFERENCE + SULCI_SD * factors.sulci + SULCI_DISEASE * disease
+    ventricle *= size**VENTRICLE_HEAD * np.exp(VENTRICLE_SD * factors.ventricle + VENTRICLE_DISEASE * disease)
+    ventricle /= (1 + (ventricle / VENTRICLE_LIMIT) ** 6) ** (1 / 6)
+    hippocampus *= size**HIPPOCAMPUS_HEAD
+    hippocampus *= np.exp(HIPPOCAMPUS_SD * factors.hippocampus + HIPPOCAMPUS_DISEASE * disease)
+    brain = factors.head * (1 - float(np.clip(sulci, *SULCI_RANGE))) - ventricle
+    return {"ventricle": ventricle, "hippocampus": hippocampus, "brain": brain, "head": factors.head}
+
+
+def row(factors: Factors, volumes: dict[str, float]) -> dict[str, object]:
+    """The table's row of one scan, without its paths."""
+    return {
+        "subject": f"sub-{factors.subject:04d}",
+        "session": f"ses-M{factors.months:03d}",
+        "diagnosis": factors.diagnosis,
+        "age": factors.age,
+        "sex": factors.sex,
+        "scanner": factors.scanner,
+        **{f"{name}_mm3": round(volumes[name], 1) for name in ("ventricle", "hippocampus", "brain", "head")},
+        "severity": factors.severity,
+        "phantom_seed": factors.seed,
+    }
+
+
+def draw_table(subjects: int, seed: int) -> "pd.DataFrame":
+    """The cohort's labels with the volumes it aims at, one row a scan; nothing is rendered."""
+    import pandas as pd
+
+    drawn = (scan for subject in range(1, subjects + 1) for scan in draw_subject(seed, subject))
+    return pd.DataFrame([row(factors, targets(factors)) for factors in drawn])
