@@ -2,7 +2,7 @@
 
     down    conv3, then per level: residual blocks (attention if due), a down block except at the last
     middle  block, attention, block
-    up      per level: residual_blocks + 1 x (concatenate a skip, block, attention if due), an up block except at the top
+    up      per level: residual_blocks + 1 x (join a skip, block, attention if due), an up block except at the top
     out     GroupNorm, SiLU, zeroed conv3
 
 Middle, up and out are one module, `UpPath`: the gradient estimator has its own, conditioned on y, on this U-Net's
