@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
-from hydra.utils import get_method
+from hydra.utils import get_object
 from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 
 from ldae.errors import UserError
@@ -42,6 +42,7 @@ class Trainer:
     preview_every: int | None = None
     checkpoint_every: int = 500
     keep_states: int = 2
+    adversarial_start: int = 0  # the step from which stage 1 has its discriminator play along
     patience: int | None = None  # validations without improvement
     validation_scans: int | None = None
     channels_last: bool = True
@@ -106,6 +107,7 @@ class Model:
     autoencoder: Any = MISSING
     unet: Any = MISSING
     encoder: Any = MISSING
+    discriminator: Any = MISSING
 
 
 @dataclass
@@ -158,7 +160,7 @@ def check_targets(node: Any, key: str = "") -> None:
         return
     if not isinstance(node, DictConfig) or node._is_none():
         return
-    if "_target_" in node and not node._is_missing("_target_"):
+    if "_target_" in node and not OmegaConf.is_missing(node, "_target_"):
         _check_signature(node, key)
     for name in node:
         if not OmegaConf.is_missing(node, name):
@@ -167,7 +169,7 @@ def check_targets(node: Any, key: str = "") -> None:
 
 def _check_signature(node: DictConfig, key: str) -> None:
     try:
-        target = get_method(node["_target_"]) if not inspect.isclass(node["_target_"]) else node["_target_"]
+        target = get_object(node["_target_"])
     except Exception as error:
         raise UserError(f"{key}._target_: cannot import {node['_target_']!r} ({error})") from error
     parameters = inspect.signature(target).parameters.values()

@@ -75,7 +75,8 @@ def train(config: DictConfig) -> None:
     run = space.stage(name)
     _check_predecessors(config, space)
     cohort = open_cohort(config, accelerator, space)
-    stage = instantiate(config.stage, cohort=cohort, workspace=space)
+    # Partial: Hydra would turn the cohort, a dataclass, into a config.
+    stage = instantiate(config.stage, _partial_=True)(cohort=cohort, workspace=space)
     if accelerator.is_main_process:
         run.write_config(config)
         cohort.write_rejected(run.path / "rejected.csv")

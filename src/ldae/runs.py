@@ -8,15 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ldae.errors import UserError
 from ldae.files import read_json, replacing, write_json, write_text
+from ldae.models.state import load_strictly, read_tensors
 
 MAX_NAME = 200  # file names end at 255 bytes
 
@@ -84,32 +83,6 @@ def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary)
 
 
-def load_tensors(path: Path) -> dict[str, Tensor]:
-    """Read a safetensors file; nothing is unpickled.
-
-    Raises:
-        UserError: the file is missing or torn.
-    """
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"cannot read weights {path}: {error}") from error
-
-
-def load_strictly(module: nn.Module, tensors: dict[str, Tensor], source: Path | str) -> None:
-    """Load a state dict, naming the first missing, unexpected or misshapen tensor."""
-    own = module.state_dict()
-    for name, tensor in own.items():
-        if name not in tensors:
-            raise UserError(f"{source}: tensor '{name}' is missing")
-        if tensors[name].shape != tensor.shape:
-            raise UserError(f"{source}: tensor '{name}' is {tuple(tensors[name].shape)}, not {tuple(tensor.shape)}")
-    for name in tensors:
-        if name not in own:
-            raise UserError(f"{source}: unexpected tensor '{name}'")
-    module.load_state_dict(tensors)
-
-
 @dataclass(frozen=True)
 class Run:
     """One stage's directory."""
@@ -159,7 +132,7 @@ class Run:
         if name not in self.metadata["weights"]:
             raise UserError(f"{self.path} holds no weights of '{name}'")
         module = node if isinstance(node, nn.Module) else instantiate(node)
-        load_strictly(module, load_tensors(path), path)
+        load_strictly(module, read_tensors(path), path)
         return module.eval().requires_grad_(False)
 
 
@@ -169,12 +142,3 @@ def estimator_node(unet: DictConfig, semantic_dim: int) -> dict[str, Any]:
     target = "ldae.models.gradient_estimator.GradientEstimator"
     return {**node, "_target_": target, "semantic_dim": semantic_dim}
 
-
-def cpu_state(module: nn.Module) -> dict[str, Tensor]:
-    """A detached copy of a module's tensors on the CPU."""
-    return {name: tensor.detach().cpu().clone() for name, tensor in module.state_dict().items()}
-
-
-def pick_device(device: str | torch.device | None) -> torch.device:
-    """The given device, or a GPU where there is one."""
-    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))

@@ -5,14 +5,13 @@ features of a 3D ResNet trained on medical volumes (MONAI's network).
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from ldae.errors import UserError
-from ldae.runs import load_strictly, load_tensors
+from ldae.models.state import load_strictly, read_tensors
 
 FIRE_CHANNELS = (  # (in, squeeze, expand) of SqueezeNet 1.1's fire modules, arXiv 1602.07360
     (64, 16, 64), (128, 16, 64), (128, 32, 128), (256, 32, 128),
@@ -23,23 +22,6 @@ TAPS = (1, 4, 7, 9, 10, 11, 12)  # LPIPS reads the features behind these places
 HEAD_CHANNELS = (64, 128, 256, 384, 384, 512, 512)
 SHIFT = (-0.030, -0.088, -0.188)
 SCALE = (0.458, 0.448, 0.450)
-
-
-def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """Tensors of a local file: safetensors, or a PyTorch file of tensors only."""
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"no weights file at {path}: give the path of a local copy")
-    if path.suffix == ".safetensors":
-        return load_tensors(path)
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise UserError(f"{path} is not a file of weights alone: {str(error).splitlines()[0]}") from error
-    content = content.get("state_dict", content) if isinstance(content, dict) else content
-    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
-        raise UserError(f"{path} does not hold a state dict of tensors")
-    return content
 
 
 class Fire(nn.Module):
@@ -92,10 +74,10 @@ class SqueezeLpips(nn.Module):
 def lpips_network(backbone: str, heads: str) -> SqueezeLpips:
     """SqueezeLpips from torchvision's SqueezeNet 1.1 file and LPIPS's file of linear heads, both loaded strictly."""
     network = SqueezeLpips()
-    wanted = {n: t for n, t in read_weights(backbone).items() if not n.startswith("classifier.")}
+    wanted = {n: t for n, t in read_tensors(backbone).items() if not n.startswith("classifier.")}
     load_strictly(network.features, {n.removeprefix("features."): t for n, t in wanted.items()}, backbone)
     # The published file names head i `lin{i}.model.1.weight`.
-    tensors = {n.removeprefix("lin").replace(".model.1.", "."): t for n, t in read_weights(heads).items()}
+    tensors = {n.removeprefix("lin").replace(".model.1.", "."): t for n, t in read_tensors(heads).items()}
     load_strictly(network.heads, tensors, heads)
     return network.eval().requires_grad_(False)
 
@@ -161,7 +143,7 @@ class MedicalNetDistance(nn.Module):
             pretrained=False, spatial_dims=3, n_input_channels=1, feed_forward=False, shortcut_type=shortcut,
             bias_downsample=shortcut == "A",
         )  # fmt: skip
-        tensors = {n.removeprefix("module."): t for n, t in read_weights(weights).items()}
+        tensors = {n.removeprefix("module."): t for n, t in read_tensors(weights).items()}
         load_strictly(self.network, {n: t for n, t in tensors.items() if not n.startswith("conv_seg.")}, weights)
         self.network.eval().requires_grad_(False)
 

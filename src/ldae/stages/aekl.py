@@ -15,9 +15,8 @@ from torch import Tensor, nn
 from ldae.config import Optim, Trainer
 from ldae.evaluation.image_metrics import brain_mask, ssim
 from ldae.losses import autoencoder as losses
-from ldae.losses.perceptual import read_weights
+from ldae.models.state import load_strictly, read_tensors
 from ldae.noise import generator, normal
-from ldae.runs import load_strictly
 from ldae.training.stage import Batch, Monitor, Stage, Updater, adam, memory_format
 from ldae.training.validation import mean_over_scans, spread
 
@@ -49,7 +48,7 @@ class AutoencoderStage(Stage):
         workspace: Any,
     ) -> None:
         if initial_weights is not None:
-            load_strictly(autoencoder, read_weights(initial_weights), initial_weights)
+            load_strictly(autoencoder, read_tensors(initial_weights), initial_weights)
         self.modules = {"autoencoder": autoencoder, "discriminator": discriminator}
         self.perceptual = perceptual or None
         self.kl_weight = kl_weight

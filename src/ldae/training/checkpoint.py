@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ldae.errors import UserError
 from ldae.files import read_json, write_json
-from ldae.runs import file_sha256, load_tensors, save_tensors
+from ldae.models.state import read_tensors
+from ldae.runs import file_sha256, save_tensors
 from ldae.training.stage import Stage
 
 log = logging.getLogger(__name__)
@@ -92,7 +93,7 @@ class Checkpoints:
                 record = read_json(path)
                 if file_sha256(weights) != record["sha256"]:
                     raise UserError(f"{weights} does not have the hash it was written with")
-                tensors = load_tensors(weights)
+                tensors = read_tensors(weights)
             except (UserError, OSError, ValueError, KeyError) as error:
                 log.warning("skipping a damaged checkpoint: %s", error)
                 continue
