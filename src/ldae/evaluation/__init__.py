@@ -1,0 +1,1 @@
+"""What a trained model is worth: embeddings, probes, reconstruction, semantics, generation, and their report."""

@@ -1,0 +1,130 @@
+"""Fitting one linear probe on training rows: every choice is made by cross-validation over subjects inside them.
+
+The estimator is a scikit-learn Pipeline (mean imputation, optional PCA, standardisation, logistic or ridge regression),
+so that nothing, scaling and PCA included, ever sees a held-out fold or the test set.
+"""
+
+import logging
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from ldae.evaluation.linear import LinearModel
+
+log = logging.getLogger(__name__)
+
+
+class Task(Protocol):
+    """What a probe predicts and with which estimator; see probes.py."""
+
+    column: str
+    classes: tuple[str, str] | None
+    strengths: Sequence[float]
+
+    def estimator(self, strength: float) -> Any: ...
+
+    def folds(self, truth: np.ndarray, subjects: np.ndarray, seed: int) -> Iterable[tuple[np.ndarray, np.ndarray]]: ...
+
+    def loss(self, model: Any, features: np.ndarray, truth: np.ndarray) -> float: ...
+
+
+def fit(
+    task: Task,
+    features: np.ndarray,
+    truth: np.ndarray,
+    subjects: np.ndarray,
+    seed: int,
+    widths: Sequence[int] | None = None,
+) -> LinearModel:
+    """Choose PCA width (if `widths`) and regularisation by grouped folds, refit on all rows, return plain arrays.
+
+    Args:
+        features: (N, D), NaN where missing; D = 0 fits a constant.
+        truth: (N,), 0/1 for a class or a number.
+        subjects: (N,), the groups: no subject is on both sides of a fold.
+    """
+    if features.shape[1] == 0:
+        return _constant(task, truth)
+    width, strength = choose(task, features, truth, subjects, seed, widths)
+    reducer = _reducer(features, width, seed)
+    predictor = _predictor(task, strength)
+    predictor.fit(reducer.fit_transform(features), truth)
+    return _as_arrays(task, reducer, predictor)
+
+
+def choose(
+    task: Task,
+    features: np.ndarray,
+    truth: np.ndarray,
+    subjects: np.ndarray,
+    seed: int,
+    widths: Sequence[int] | None,
+) -> tuple[int | None, float]:
+    """The (width, strength) with the lowest mean held-out loss; the first of the grid among equals."""
+    losses: dict[tuple[int | None, float], list[float]] = {}
+    for inner, held in task.folds(truth, subjects, seed):
+        usable = _usable_widths(widths, len(inner), features.shape[1])
+        # The leading components of one PCA are the PCA of every smaller width: one decomposition a fold.
+        reducer = _reducer(features[inner], usable[-1], seed)
+        fitted, tried = reducer.fit_transform(features[inner]), reducer.transform(features[held])
+        for width in usable:
+            for strength in task.strengths:
+                model = _predictor(task, strength).fit(fitted[:, :width], truth[inner])
+                loss = task.loss(model, tried[:, :width], truth[held])
+                losses.setdefault((width, strength), []).append(loss)
+    folds = max(len(found) for found in losses.values())
+    complete = {key: float(np.mean(found)) for key, found in losses.items() if len(found) == folds}
+    best = min(complete, key=complete.__getitem__)
+    log.debug("%s: width %s, strength %g chosen with loss %.4f", task.column, *best, complete[best])
+    return best
+
+
+def _usable_widths(widths: Sequence[int] | None, rows: int, columns: int) -> list[int | None]:
+    if not widths:
+        return [None]
+    limit = min(rows - 1, columns)
+    return sorted({min(width, limit) for width in widths})
+
+
+def _reducer(features: np.ndarray, width: int | None, seed: int) -> Any:
+    """Imputation, then the leading `width` principal components; None keeps the features."""
+    from sklearn.decomposition import PCA
+    from sklearn.impute import SimpleImputer
+    from sklearn.pipeline import make_pipeline
+
+    fill = SimpleImputer(keep_empty_features=True)
+    if width is None:
+        return make_pipeline(fill)
+    # Exact where that is cheap; beyond, randomised with a fixed seed.
+    solver = "full" if features.size <= 4_000_000 else "randomized"
+    return make_pipeline(fill, PCA(width, svd_solver=solver, random_state=seed))
+
+
+def _predictor(task: Task, strength: float) -> Any:
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    return make_pipeline(StandardScaler(), task.estimator(strength))
+
+
+def _constant(task: Task, truth: np.ndarray) -> LinearModel:
+    """Always the mean; for a class, always its share, which calls the majority class."""
+    mean = float(truth.mean())
+    intercept = mean if task.classes is None else float(np.log(mean / (1 - mean)))
+    none = np.zeros(0)
+    return LinearModel(task.column, none, none, none, intercept, task.classes)
+
+
+def _as_arrays(task: Task, reducer: Any, predictor: Any) -> LinearModel:
+    """Fold imputation, PCA and standardisation into (mean, std, coef, intercept) of the input features."""
+    scaler, estimator = predictor[0], predictor[-1]
+    coef, intercept = np.ravel(estimator.coef_), float(np.ravel(estimator.intercept_)[0])
+    if len(reducer) == 1:
+        return LinearModel(task.column, scaler.mean_, scaler.scale_, coef, intercept, task.classes)
+    pca = reducer[-1]
+    slopes = coef / scaler.scale_  # on components, whose training mean is 0 up to rounding
+    intercept -= float(slopes @ scaler.mean_)
+    ones = np.ones_like(pca.mean_, dtype=np.float64)
+    direction = pca.components_.T.astype(np.float64) @ slopes
+    return LinearModel(task.column, pca.mean_.astype(np.float64), ones, direction, intercept, task.classes)

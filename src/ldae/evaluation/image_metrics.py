@@ -1,0 +1,161 @@
+"""How alike two volumes are: SSIM, MS-SSIM, PSNR, MSE, over the whole volume and inside the brain.
+
+SSIM (Wang et al. 2004, doi 10.1109/TIP.2003.819861) with K1 = 0.01, K2 = 0.03 and data range 1. Ours: Gaussian window
+of sigma 1.5 and width 11 in 3D. `published`: width 3, as LDAE (arXiv 2504.08635) reports it. A volume smaller than the
+window gets the largest odd width that fits. Whole-volume values average where the window lies inside the volume; values
+in the mask average the map over its voxels, with replicated borders. Background inflates the former: read the latter.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+WIDTH, PUBLISHED_WIDTH, SIGMA = 11, 3, 1.5
+C1, C2 = 0.01**2, 0.03**2
+# MS-SSIM: weights of the five scales (Wang et al. 2003, doi 10.1109/ACSSC.2003.1292216), and a window that fits small
+# volumes: MONAI's default needs over 160 voxels an axis.
+SCALES, MS_WIDTH = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333), 5
+MASK_THRESHOLD = 0.05
+
+
+def _window(width: int, sigma: float, like: Tensor) -> Tensor:
+    offset = torch.arange(width, dtype=like.dtype, device=like.device) - (width - 1) / 2
+    weights = torch.exp(-(offset**2) / (2 * sigma**2))
+    return weights / weights.sum()
+
+
+def _blur(x: Tensor, window: Tensor) -> Tensor:
+    """Separable Gaussian mean of (B, C, X, Y, Z), same size, borders replicated."""
+    half = len(window) // 2
+    channels = x.shape[1]
+    x = functional.pad(x, (half,) * 6, mode="replicate")
+    for axis in range(3):
+        shape = [channels, 1, 1, 1, 1]
+        shape[2 + axis] = len(window)
+        kernel = window.view([1, 1, *(len(window) if a == axis else 1 for a in range(3))]).expand(shape)
+        x = functional.conv3d(x, kernel, groups=channels)
+    return x
+
+
+def fitting_width(shape: tuple[int, ...], width: int) -> int:
+    """`width`, or the largest odd number of voxels that fits the smallest axis."""
+    smallest = min(shape)
+    return min(width, smallest - 1 + smallest % 2)
+
+
+def _maps(x: Tensor, y: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Maps (B, 1, X, Y, Z) of SSIM and of its contrast-structure factor."""
+    window = _window(width, SIGMA, x)
+    mx, my, xx, yy, xy = _blur(torch.cat([x, y, x * x, y * y, x * y], 1), window).split(1, 1)
+    covariance, spread = xy - mx * my, (xx - mx * mx) + (yy - my * my)
+    structure = (2 * covariance + C2) / (spread + C2)
+    return structure * (2 * mx * my + C1) / (mx * mx + my * my + C1), structure
+
+
+def _inside(x: Tensor, width: int) -> Tensor:
+    """The part of a map where the whole window lay inside the volume."""
+    half = width // 2
+    return x[..., half : x.shape[-3] - half, half : x.shape[-2] - half, half : x.shape[-1] - half]
+
+
+def _mean(values: Tensor, mask: Tensor | None) -> Tensor:
+    """Mean per sample, (B,); over a mask of the same shape where given (NaN if it is empty)."""
+    if mask is None:
+        return values.flatten(1).mean(1)
+    weight = mask.to(values.dtype)
+    return (values * weight).flatten(1).sum(1) / weight.flatten(1).sum(1)
+
+
+def ssim_map(x: Tensor, y: Tensor, width: int = WIDTH) -> Tensor:
+    """SSIM at every voxel of (B, 1, X, Y, Z) volumes in [0, 1], same shape."""
+    return _maps(x.float(), y.float(), fitting_width(tuple(x.shape[2:]), width))[0]
+
+
+def ssim(x: Tensor, y: Tensor, mask: Tensor | None = None, width: int = WIDTH) -> Tensor:
+    """Mean SSIM of each pair of (B, 1, X, Y, Z) volumes, (B,); inside `mask` (B, 1, X, Y, Z) where given."""
+    values = ssim_map(x, y, width)
+    return _mean(_inside(values, fitting_width(tuple(x.shape[2:]), width)) if mask is None else values, mask)
+
+
+def published_ssim(x: Tensor, y: Tensor) -> Tensor:
+    """Whole-volume SSIM with the published width of 3, (B,)."""
+    return ssim(x, y, width=PUBLISHED_WIDTH)
+
+
+def ms_ssim(x: Tensor, y: Tensor) -> Tensor:
+    """Multi-scale SSIM of (B, 1, X, Y, Z) volumes, (B,): as many of the five scales as hold a window of width 5.
+
+    The weights of the scales used are made to sum to one. Negative factors count as 0.
+    """
+    smallest, count = min(x.shape[2:]), 1
+    while count < len(SCALES) and smallest // 2**count >= MS_WIDTH:
+        count += 1
+    weights = torch.tensor(SCALES[:count]) / sum(SCALES[:count])
+    x, y, value = x.float(), y.float(), torch.ones(len(x), device=x.device)
+    for scale, weight in enumerate(weights.tolist()):
+        width = fitting_width(tuple(x.shape[2:]), MS_WIDTH)
+        whole, structure = _maps(x, y, width)
+        last = scale == count - 1
+        value = value * _mean(_inside(whole if last else structure, width), None).clamp(min=0) ** weight
+        x, y = functional.avg_pool3d(x, 2), functional.avg_pool3d(y, 2)
+    return value
+
+
+def mse(x: Tensor, y: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Mean squared error of each pair, (B,)."""
+    return _mean((x.float() - y.float()) ** 2, mask)
+
+
+def psnr(x: Tensor, y: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Peak signal-to-noise ratio of each pair in dB, (B,), for data range 1."""
+    return -10 * torch.log10(mse(x, y, mask).clamp(min=1e-12))
+
+
+def brain_mask(x: Tensor, threshold: float = MASK_THRESHOLD) -> Tensor:
+    """The head of skull-stripped scans (B, 1, X, Y, Z) in [0, 1]: bool, same shape and device.
+
+    Voxels above `threshold`, closed by one voxel, holes filled, largest component: ventricles belong to it. Of a whole
+    head it is the head.
+    """
+    from scipy import ndimage
+
+    masks = []
+    for volume in x.detach().float().cpu().numpy()[:, 0]:
+        padded = np.pad(volume > threshold, 1)  # closing must not erode at the border
+        filled = ndimage.binary_fill_holes(ndimage.binary_closing(padded))[1:-1, 1:-1, 1:-1]
+        parts, count = ndimage.label(filled)
+        if count > 1:
+            filled = parts == 1 + np.argmax(np.bincount(parts.ravel())[1:])
+        masks.append(filled)
+    return torch.from_numpy(np.stack(masks))[:, None].to(x.device)
+
+
+def compare(
+    x: Tensor,
+    reference: Tensor,
+    mask: Tensor | None = None,
+    perceptual: Callable[[Tensor, Tensor], Tensor] | None = None,
+) -> dict[str, Tensor]:
+    """Every metric of `x` against `reference`, (B,) each; the mask is that of the reference.
+
+    `ssim`, `ms_ssim`, `psnr`, `mse` over the whole volume, `..._mask` in the brain, `ssim_published`, and `lpips` where
+    a distance (x, y) -> scalar is given (called scan by scan).
+    """
+    mask = brain_mask(reference) if mask is None else mask
+    found = {
+        "ssim": ssim(x, reference),
+        "ssim_mask": ssim(x, reference, mask),
+        "ssim_published": published_ssim(x, reference),
+        "ms_ssim": ms_ssim(x, reference),
+        "psnr": psnr(x, reference),
+        "psnr_mask": psnr(x, reference, mask),
+        "mse": mse(x, reference),
+        "mse_mask": mse(x, reference, mask),
+    }
+    if perceptual is not None:
+        pairs = zip(x.split(1), reference.split(1), strict=True)
+        found["lpips"] = torch.stack([perceptual(a, b).reshape(()) for a, b in pairs])
+    return found

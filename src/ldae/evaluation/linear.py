@@ -1,0 +1,67 @@
+"""A fitted linear predictor as plain arrays: what is stored, shipped and applied to another cohort.
+
+    decision(x) = ((x - mean) / std) @ coef + intercept
+
+with a missing feature set to its mean. A class probability is the logistic function of the decision.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ldae.errors import UserError
+
+
+@dataclass(frozen=True)
+class LinearModel:
+    """mean, std, coef: (D,); D = 0 is a constant predictor. classes: (negative, positive), or None for a number."""
+
+    column: str
+    mean: np.ndarray
+    std: np.ndarray
+    coef: np.ndarray
+    intercept: float
+    classes: tuple[str, str] | None = None
+
+    def decision(self, features: np.ndarray) -> np.ndarray:
+        """(N, D) -> (N,): log-odds of the positive class, or the predicted number."""
+        if features.shape[1] != len(self.mean):
+            raise UserError(
+                f"the frozen predictor of {self.column!r} takes {len(self.mean)} features, the cohort has "
+                f"{features.shape[1]}; prepare it with the same model and volume size"
+            )
+        features = np.asarray(features, np.float64)
+        filled = np.where(np.isnan(features), self.mean, features)
+        return ((filled - self.mean) / self.std) @ self.coef + self.intercept
+
+    def predict(self, features: np.ndarray) -> np.ndarray:
+        """(N, D) -> (N,): probability of the positive class, or the predicted number."""
+        from scipy.special import expit
+
+        decision = self.decision(features)
+        return decision if self.classes is None else expit(decision)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values; floats are written so that they read back exactly."""
+        return {
+            "column": self.column,
+            "classes": None if self.classes is None else list(self.classes),
+            "mean": self.mean.tolist(),
+            "std": self.std.tolist(),
+            "coef": self.coef.tolist(),
+            "intercept": self.intercept,
+        }
+
+    @classmethod
+    def from_dict(cls, value: dict[str, Any]) -> "LinearModel":
+        """The inverse of `to_dict`."""
+        classes = value["classes"]
+        return cls(
+            column=value["column"],
+            mean=np.asarray(value["mean"], np.float64),
+            std=np.asarray(value["std"], np.float64),
+            coef=np.asarray(value["coef"], np.float64),
+            intercept=float(value["intercept"]),
+            classes=None if classes is None else (classes[0], classes[1]),
+        )

@@ -1,0 +1,249 @@
+"""Proves the probes: AD positive, blind to test rows, grouped folds, honest baselines, exact storage, no refit abroad."""
+
+import json
+import logging
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from ldae.errors import UserError
+from ldae.evaluation.context import Context, spread
+from ldae.evaluation.embeddings import cached_embeddings, embed_rows
+from ldae.evaluation.fitting import choose, fit
+from ldae.evaluation.frozen import read_frozen
+from ldae.evaluation.linear import LinearModel
+from ldae.evaluation.probes import Classification, Regression
+from ldae.evaluation.probing import External, Probes, first_visits
+
+DIAGNOSIS = {"positive": "AD", "negative": "CN"}
+
+
+def cohort(out, subjects=120, seed=0, shift=2.0, splits=(0.7, 0.3)):
+    """Two scans a subject. y holds disease (first number) and age (second); the untrained y is noise."""
+    rng = np.random.default_rng(seed)
+    sick = rng.integers(0, 3, subjects)  # CN, MCI, AD
+    age = 70 + 6 * rng.standard_normal(subjects) + 2 * (sick == 2)
+    kind = np.where(np.arange(subjects) < splits[0] * subjects, "train", "test")
+    rows = [
+        {"subject": f"s{i:03d}", "session": f"ses-M{m:03d}", "months": m, "path": f"{i}-{m}", "split": kind[i],
+         "diagnosis": ["CN", "MCI", "AD"][sick[i]], "age": age[i] + m / 12, "sex": "MF"[i % 2],
+         "ventricle_mm3": 20000 + 9000 * (sick[i] == 2) + 3000 * rng.standard_normal()}
+        for i in range(subjects) for m in (0, 12)
+    ]  # fmt: skip
+    table = pd.DataFrame(rows)
+    y = rng.standard_normal((len(table), 32)).astype(np.float32)
+    y[:, 0] += shift * (table["diagnosis"] == "AD")
+    y[:, 1] += 0.4 * (table["age"] - 70)
+    noise = rng.standard_normal((len(table), 32)).astype(np.float32)
+    latents = torch.from_numpy(rng.standard_normal((len(table), 2, 3, 3, 3)).astype(np.float32))
+    return Context(
+        model=None, table=table, volumes=None, posterior=lambda r: (latents[r], latents[r]), embeddings=y,
+        untrained=lambda: noise, out=out, spacing=(4.5,) * 3, seed=0, weights="abc",
+    )  # fmt: skip
+
+
+def probes(**options):
+    tasks = {"diagnosis": Classification("diagnosis", **DIAGNOSIS), "age": Regression("age")}
+    return Probes(tasks, **{"resamples": 200, "pca_widths": [4, 8], **options})
+
+
+@pytest.fixture(scope="module")
+def judged(tmp_path_factory):
+    """Context and metrics of one evaluation."""
+    context = cohort(tmp_path_factory.mktemp("evaluation"))
+    return context, dict(probes()(context))
+
+
+def test_the_disease_is_the_positive_class(judged):
+    context, metrics = judged
+    entry = read_frozen(context.out / "probes.json")["diagnosis"]["embedding"]
+    assert entry.model.classes == ("CN", "AD")
+    assert entry.model.coef[0] > 0
+    test = context.table[context.table["split"] == "test"]
+    assert metrics["probe/diagnosis/tp"] + metrics["probe/diagnosis/fn"] == (test["diagnosis"] == "AD").sum()
+    assert metrics["probe/diagnosis/tn"] + metrics["probe/diagnosis/fp"] == (test["diagnosis"] == "CN").sum()
+
+
+def test_the_predictions_reproduce_the_metrics(judged):
+    from sklearn.metrics import mean_absolute_error, roc_auc_score
+
+    context, metrics = judged
+    table = pd.read_csv(context.out / "diagnosis_predictions.csv")
+    assert metrics["probe/diagnosis/auc"] == pytest.approx(roc_auc_score(table["truth"], table["embedding"]))
+    ages = pd.read_csv(context.out / "age_predictions.csv")
+    assert metrics["probe/age/mae"] == pytest.approx(mean_absolute_error(ages["truth"], ages["embedding"]))
+
+
+def test_ours_beats_noise_and_differences_are_signed_so(judged):
+    _, metrics = judged
+    assert metrics["baseline/untrained/diagnosis/auc_difference_low"] > 0
+    assert metrics["baseline/untrained/age/mae_difference_low"] > 0
+    for name in ("auc", "brier"):
+        sign = {"auc": 1, "brier": -1}[name]
+        gap = metrics[f"probe/diagnosis/{name}"] - metrics[f"baseline/pca/diagnosis/{name}"]
+        assert metrics[f"baseline/pca/diagnosis/{name}_difference"] == pytest.approx(sign * gap)
+
+
+def test_every_baseline_that_applies_is_there(judged):
+    _, metrics = judged
+    for name in ("mean", "age_sex", "pca", "untrained", "volumes"):
+        assert f"baseline/{name}/diagnosis/auc" in metrics
+    assert metrics["baseline/mean/diagnosis/auc"] == 0.5
+    assert metrics["baseline/volumes/diagnosis/auc"] > 0.8
+    assert "baseline/age_sex/age/mae" not in metrics  # it would be told the answer
+    assert metrics["probe/diagnosis/auc_age_adjusted"] > 0.8
+    assert all(np.isfinite(metrics[f"probe/diagnosis/{name}"]) for name in ("auc_low", "auc_high", "mcc", "pr_auc"))
+
+
+def test_poisoned_test_rows_change_no_coefficient(judged, tmp_path):
+    context, _ = judged
+    test = context.rows("test")
+    y, table = context.embeddings.copy(), context.table.copy()
+    y[test] = 1e3 * np.random.default_rng(9).standard_normal(y[test].shape)
+    table.loc[test, "diagnosis"] = table.loc[test, "diagnosis"].map({"AD": "CN", "CN": "AD", "MCI": "MCI"})
+    table.loc[test, ["age", "ventricle_mm3"]] = 1e4 * np.random.default_rng(8).random((len(test), 2))
+    before = json.loads((context.out / "probes.json").read_text())
+    dict(probes()(replace(context, embeddings=y, table=table, out=tmp_path)))
+    assert json.loads((tmp_path / "probes.json").read_text()) == before
+
+
+def test_a_poisoned_training_row_does_change_them(judged, tmp_path):
+    """The check above could fail."""
+    context, _ = judged
+    y = context.embeddings.copy()
+    y[context.rows("train")[0]] += 5
+    dict(probes(baselines=[])(replace(context, embeddings=y, out=tmp_path)))
+    before = read_frozen(context.out / "probes.json")["age"]["embedding"].model
+    after = read_frozen(tmp_path / "probes.json")["age"]["embedding"].model
+    assert not np.allclose(before.coef, after.coef)
+
+
+@pytest.mark.parametrize("task", [Classification("diagnosis", **DIAGNOSIS), Regression("age")])
+def test_no_subject_is_on_both_sides_of_a_fold(task):
+    subjects = np.repeat([f"s{i}" for i in range(30)], 3)
+    truth = np.repeat(np.arange(30) % 2, 3).astype(float)
+    folds = list(task.folds(truth, subjects, seed=0))
+    assert len(folds) == 5
+    for inner, held in folds:
+        assert not set(subjects[inner]) & set(subjects[held])
+
+
+@pytest.mark.parametrize("widths", [None, [3, 6]])
+@pytest.mark.parametrize("task", [Classification("diagnosis", **DIAGNOSIS), Regression("age")])
+def test_stored_arrays_predict_what_the_pipeline_does(task, widths):
+    """Imputation, PCA and scaling folded into four arrays, through JSON, to 1e-10."""
+    from ldae.evaluation.fitting import _predictor, _reducer
+
+    rng = np.random.default_rng(5)
+    x = 3 + rng.standard_normal((90, 12)) * np.arange(1, 13)
+    x[::17, 2] = np.nan
+    truth = (np.nan_to_num(x[:, 0]) > 3).astype(float)
+    subjects = np.array([f"s{i // 2}" for i in range(90)])
+    width, strength = choose(task, x, truth, subjects, 0, widths)
+    reducer, predictor = _reducer(x, width, 0), _predictor(task, strength)
+    predictor.fit(reducer.fit_transform(x), truth)
+    reduced = reducer.transform(x)
+    expected = predictor.predict(reduced) if task.classes is None else predictor.predict_proba(reduced)[:, 1]
+    model = fit(task, x, truth, subjects, 0, widths)
+    again = LinearModel.from_dict(json.loads(json.dumps(model.to_dict())))
+    np.testing.assert_allclose(again.predict(x), expected, atol=1e-10, rtol=0)
+    np.testing.assert_array_equal(again.coef, model.coef)
+
+
+def test_pca_width_is_chosen_among_those_that_fit():
+    rng = np.random.default_rng(6)
+    x = rng.standard_normal((40, 6))
+    subjects = np.array([str(i) for i in range(40)])
+    width, _ = choose(Regression("age"), x, x @ np.ones(6), subjects, 0, [2, 500])
+    assert width == 6
+
+
+def test_another_cohort_is_judged_without_a_refit(judged, tmp_path):
+    context, _ = judged
+    other = cohort(tmp_path, subjects=80, seed=11, splits=(1.0, 0.0))
+    metrics = dict(External(context.out / "probes.json", resamples=200)(other))
+    assert metrics["external/probe/diagnosis/auc_low"] > 0.7
+    assert metrics["external/baseline/untrained/diagnosis/auc_difference_low"] > 0
+    assert metrics["external/baseline/untrained/age/mae_difference_low"] > 0
+    assert metrics["external/baseline/mean/age/mae"] > metrics["external/probe/age/mae"]
+    model = read_frozen(context.out / "probes.json")["age"]["embedding"].model
+    expected = np.abs(model.predict(other.embeddings) - other.table["age"]).mean()
+    assert metrics["external/probe/age/mae"] == pytest.approx(expected)
+    assert not (tmp_path / "probes.json").exists()
+
+
+def test_another_encoder_and_a_missing_file_are_refused(judged, tmp_path):
+    context, _ = judged
+    with pytest.raises(UserError, match="another encoder"):
+        dict(External(context.out / "probes.json")(replace(context, weights="xyz")))
+    with pytest.raises(UserError, match="evaluation=probes"):
+        dict(External(tmp_path / "probes.json")(context))
+
+
+def test_a_cohort_without_volumes_loses_that_baseline_only(judged, tmp_path, caplog):
+    context, _ = judged
+    other = cohort(tmp_path, subjects=40, seed=12)
+    other.table = other.table.drop(columns=["ventricle_mm3"])
+    metrics = dict(External(context.out / "probes.json", resamples=50)(other))
+    assert "external/baseline/volumes/diagnosis/auc" not in metrics
+    assert "external/baseline/pca/diagnosis/auc" in metrics
+    assert "ventricle_mm3" in caplog.text
+
+
+@pytest.mark.parametrize("damage", ["no AD", "no age", "no column", "tiny"])
+def test_a_degenerate_cohort_skips_a_probe_with_one_line(tmp_path, caplog, damage):
+    context = cohort(tmp_path, subjects=30)
+    if damage == "no AD":
+        context.table["diagnosis"] = context.table["diagnosis"].replace("AD", "CN")
+    if damage == "no age":
+        context.table["age"] = np.nan
+    if damage == "no column":
+        context.table = context.table.drop(columns="diagnosis")
+    if damage == "tiny":
+        context = replace(
+            context, table=context.table[::12].reset_index(drop=True), embeddings=context.embeddings[::12],
+            untrained=lambda: np.ones((5, 3)),
+        )  # fmt: skip
+    with caplog.at_level(logging.WARNING):
+        metrics = dict(probes(resamples=20)(context))
+    skipped = "age" if damage == "no age" else "diagnosis"
+    assert f"probe {skipped} is skipped" in caplog.text
+    assert not any(name.startswith(f"probe/{skipped}/") for name in metrics)
+    if damage not in ("tiny",):
+        assert any(name.startswith("probe/") for name in metrics)
+
+
+def test_first_visits_only(tmp_path):
+    context = cohort(tmp_path, subjects=60)
+    assert first_visits(context.table).sum() == 60
+    metrics = dict(probes(baselines=[], baseline_visits_only=True, resamples=20)(context))
+    assert metrics["probe/age/scans"] == metrics["probe/age/subjects"] == 18
+
+
+def test_embeddings_are_reused_only_for_the_same_weights_and_rows(tmp_path):
+    context = cohort(tmp_path, subjects=10)
+    calls = []
+
+    def compute():
+        calls.append(1)
+        return embed_rows(lambda x: x.flatten(1) / 3, lambda r: torch.tensor(r)[:, None].float(), 20, 7, False)
+
+    path = tmp_path / "embeddings.csv"
+    first = cached_embeddings(path, context.table, "one", compute)
+    again = cached_embeddings(path, context.table, "one", compute)
+    assert len(calls) == 1
+    np.testing.assert_array_equal(first, again)
+    np.testing.assert_array_equal(first[:, 0], (torch.arange(20) / 3).numpy())
+    cached_embeddings(path, context.table, "two", compute)
+    assert len(calls) == 2
+    cached_embeddings(path, context.table[::-1], "two", compute)
+    assert len(calls) == 3
+    assert list(pd.read_csv(path).columns) == ["subject", "session", "split", "y000"]
+
+
+def test_a_small_sample_of_rows_prefers_new_subjects():
+    subjects = ["a"] * 5 + ["b"] * 5 + ["c"]
+    assert {subjects[row] for row in spread(np.arange(11), subjects, 3, seed=0)} == {"a", "b", "c"}
