@@ -8,7 +8,7 @@ from typing import Any
 
 __all__ = ["Rendered", "draw_table", "make_cohort", "regions", "render"]
 
-_HOMES = {name: "render" for name in ("Rendered", "regions", "render")} | {
+_HOMES = {name: "rendering" for name in ("Rendered", "regions", "render")} | {
     "draw_table": "subjects",
     "make_cohort": "cohort",
 }

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool3d
 
-MARGIN = 12  # mm of background around the brain: room for the deformations
+MARGIN = 8  # mm of background around the brain: room for the deformations
 MULTIPLE = 6  # mm; the box divides into voxels of 1, 2 and 3 mm
 
 # Region maps by channel, behind the three intensity maps; labels in DLMUSE numbers.

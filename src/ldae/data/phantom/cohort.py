@@ -112,7 +112,7 @@ def _one_thread() -> Iterator[None]:
 
 def _render_subject(out: Path, seed: int, subject: int, spacing: float, shape: tuple[int, ...]) -> None:
     """All sessions of one subject, and last its sidecar."""
-    from ldae.data.phantom.render import render
+    from ldae.data.phantom.rendering import render
 
     rows = []
     with _one_thread():

@@ -38,8 +38,8 @@ class Scanner:
 
 
 SCANNERS = {
-    "A": Scanner(grey=0.75, csf=0.28, jitter=0.035, bias=0.05, noise=0.02, level=700),
-    "B": Scanner(grey=0.70, csf=0.22, jitter=0.045, bias=0.08, noise=0.03, level=1100),
+    "A": Scanner(grey=0.75, csf=0.28, jitter=0.05, bias=0.05, noise=0.02, level=700),
+    "B": Scanner(grey=0.70, csf=0.22, jitter=0.06, bias=0.08, noise=0.03, level=1100),
 }
 
 
@@ -120,7 +120,7 @@ def _voxel_means(factors: Factors, spacing: float, shape: tuple[int, ...]) -> Te
     centres = torch.stack(torch.meshgrid(*_axes(spacing, shape), indexing="ij"), dim=-1).reshape(-1, 3)
     coarse = load_base(3)
     # Only voxels that may touch the head are sampled finely.
-    inside = sample(coarse.depth, to_template(centres), base.extent, "border")[0] > -(1.2 * spacing + 3)
+    inside = sample(coarse.depth, to_template(centres), base.extent, "border")[0] > -(1.1 * spacing + 1)
     inside = inside.nonzero()[:, 0]
     steps = ((torch.arange(per_axis) + 0.5) / per_axis - 0.5) * spacing
     total = torch.zeros(len(CHANNELS), len(inside))
