@@ -1,12 +1,8 @@
 """What the three scripts do with a composed config: build the parts, and call one thing."""
 
 import logging
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import torch
 from accelerate import Accelerator
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
@@ -14,9 +10,6 @@ from omegaconf import DictConfig, OmegaConf
 from ldae.config import check_targets
 from ldae.data.cohort import Cohort, load_cohort
 from ldae.errors import UserError
-from ldae.evaluation.context import Context
-from ldae.evaluation.embeddings import cached_embeddings, embed_rows
-from ldae.evaluation.probing import External
 from ldae.runs import Workspace, workspace
 
 log = logging.getLogger(__name__)
@@ -123,7 +116,7 @@ def encode(config: DictConfig) -> None:
 
 def evaluate(config: DictConfig) -> None:
     """Embed every scan, then run each chosen evaluation; see ldae/evaluation/."""
-    from ldae.evaluation.report import console_table, merge_metrics, write_report
+    from ldae.evaluation.run import EXTERNAL, run_evaluations
     from ldae.pipeline import LDAE
 
     _check(config)
@@ -131,70 +124,9 @@ def evaluate(config: DictConfig) -> None:
     space = workspace(config)
     for stage in ("aekl", "pretrain", "repr"):
         space.predecessor(stage)
-    evaluators: dict[str, Any] = {name: instantiate(node) for name, node in config.evaluation.items()}
-    # Another cohort has no part in the split, and its numbers are its own.
-    external = any(isinstance(evaluator, External) for evaluator in evaluators.values())
-    cohort = open_cohort(config, accelerator, space, external)
-    _check_evaluated(space, cohort, external)
-    if not accelerator.is_main_process:
-        return
-    sampler = instantiate(config.sampler)
-    model = LDAE.load(space.root, device=accelerator.device, sampler=sampler)
-    context = _context(config, space, cohort, model, external)
-    cohort.write_rejected(context.out / "rejected.csv")
-    metrics: dict[str, float] = {}
-    for name, evaluator in evaluators.items():
-        log.info("evaluation: %s", name)
-        metrics |= dict(evaluator(context))
-        merge_metrics(space.evaluation / "metrics.json", metrics)
-    everything = merge_metrics(space.evaluation / "metrics.json", metrics)
-    report = write_report(space.evaluation, f"LDAE: {config.name}", everything)
-    log.info("%s\n%s and %s", console_table(metrics), space.evaluation / "metrics.json", report)
-
-
-def _check_evaluated(space: Workspace, cohort: Cohort, external: bool) -> None:
-    """The stages must have held out what is evaluated now, and have seen volumes of this transform."""
-    for stage in ("aekl", "pretrain", "repr"):
-        about = space.predecessor(stage).metadata
-        if not external and about["split_hash"] != cohort.split_hash:
-            raise UserError(f"{space.root / stage} was trained on another split than {space.split_file} holds now")
-        if about["transform"] != cohort.transform.key():
-            raise UserError(f"{space.root / stage} was trained on volumes of another transform: keep data.* as it was")
-
-
-def _context(config: DictConfig, space: Workspace, cohort: Cohort, model: Any, external: bool) -> Context:
-    """What the evaluators see of the cohort."""
-    run = space.predecessor("repr")
-    out = space.evaluation / "external" if external else space.evaluation
-    weights = run.sha256("encoder")
-    embeddings = cached_embeddings(
-        out / "embeddings.csv",
-        cohort.table,
-        weights,
-        lambda: embed_rows(model.embed, cohort.volumes.batch, len(cohort)),
-    )
-
-    def untrained() -> np.ndarray:
-        torch.manual_seed(run.config.seed)
-        encoder = instantiate(run.config.model.encoder).to(model.device).eval()
-        return embed_rows(encoder, lambda rows: cohort.volumes.batch(rows).to(model.device), len(cohort))
-
-    def labels(rows: Sequence[int]) -> torch.Tensor:
-        paths = cohort.table["labels_path"].iloc[list(rows)]
-        return torch.from_numpy(np.stack([cohort.transform.labels(path)[0] for path in paths]))
-
-    perceptual = instantiate(config.perceptual) if config.perceptual else None
-    return Context(
-        model=model,
-        table=cohort.table,
-        volumes=cohort.volumes.batch,
-        posterior=lambda rows: model.posterior(cohort.volumes.batch(rows)),
-        embeddings=embeddings,
-        untrained=untrained,
-        out=out,
-        spacing=(config.data.spacing,) * 3,
-        seed=config.seed,
-        weights=weights,
-        labels=labels if "labels_path" in cohort.table else None,
-        perceptual=perceptual,
-    )
+    evaluators = {name: instantiate(node) for name, node in config.evaluation.items()}
+    cohort = open_cohort(config, accelerator, space, external=EXTERNAL in evaluators)
+    if accelerator.is_main_process:
+        cohort.write_rejected(space.evaluation / "rejected.csv")
+        model = LDAE.load(space.root, device=accelerator.device, sampler=instantiate(config.sampler))
+        run_evaluations(model, cohort, evaluators, space, config)

@@ -18,6 +18,8 @@ class AutoencoderKL(nets.AutoencoderKL):
         channels: width of each level; all but the last end in a halving.
         residual_blocks: a level.
         groups: of every GroupNorm; divides every width.
+        initial_log_variance: what the posterior's log-variance starts near; None leaves it at about 0. A short run from
+            scratch would spend its first hundreds of steps on learning to be less noisy; -6 starts it there.
     """
 
     def __init__(
@@ -28,6 +30,7 @@ class AutoencoderKL(nets.AutoencoderKL):
         groups: int = 32,
         in_channels: int = 1,
         checkpointing: bool = False,
+        initial_log_variance: float | None = None,
     ) -> None:
         super().__init__(
             spatial_dims=3,
@@ -43,6 +46,8 @@ class AutoencoderKL(nets.AutoencoderKL):
             use_checkpoint=checkpointing,
         )
         self.strides = (2 ** (len(channels) - 1),) * 3
+        if initial_log_variance is not None:
+            nn.init.constant_(self.quant_conv_log_sigma.conv.bias, initial_log_variance)
 
     def enable_checkpointing(self) -> None:
         """Recompute activations in the backward pass: less memory, more time."""
