@@ -1,4 +1,4 @@
-"""Proves the probes: AD positive, blind to test rows, grouped folds, honest baselines, exact storage, no refit abroad."""
+"""Proves the probes: AD positive, blind to test rows, grouped folds, honest baselines, exact storage, no refit."""
 
 import json
 import logging

@@ -1,0 +1,167 @@
+"""Runs the chosen evaluations of a trained model on a cohort: Context in, metrics.json, figures and report out."""
+
+import hashlib
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+from torch import Tensor
+
+from ldae.data.cohort import Cohort
+from ldae.data.latents import ABOUT, LatentSet
+from ldae.errors import UserError
+from ldae.evaluation.context import Context, Evaluator
+from ldae.evaluation.embeddings import cached_embeddings, embed_rows
+from ldae.evaluation.report import console_table, merge_metrics, write_report
+from ldae.runs import Run, Workspace
+
+log = logging.getLogger(__name__)
+
+EXTERNAL = "external"
+
+
+def run_evaluations(
+    model: Any, cohort: Cohort, evaluators: Mapping[str, Evaluator], space: Workspace, config: DictConfig
+) -> dict[str, float]:
+    """Run `evaluators` in their order and write metrics.json, figures and report.html below `space.evaluation`.
+
+    Numbers are merged into metrics.json after every evaluation: what is done is kept if a later one fails.
+
+    Raises:
+        UserError: `external` beside others (its cohort has no test split of this model), or another split or transform.
+    """
+    external = EXTERNAL in evaluators
+    if external and len(evaluators) > 1:
+        raise UserError("evaluation=external judges another cohort and runs alone: give evaluation=[external]")
+    _check_cohort(space.predecessor("repr"), cohort, external)
+    out = space.evaluation
+    out.mkdir(parents=True, exist_ok=True)
+    context = build_context(model, cohort, space, config, "external_" if external else "")
+    metrics: dict[str, float] = {}
+    for name, evaluator in evaluators.items():
+        log.info("evaluation: %s", name)
+        found = dict(evaluator(context))
+        metrics |= found
+        merged = merge_metrics(out / "metrics.json", found)
+        report = write_report(out, f"{config.name}: evaluation", merged)
+    if metrics:
+        log.info("\n%s\n%s", console_table(headline(metrics)), f"all {len(metrics)} numbers and figures: {report}")
+    return metrics
+
+
+def headline(metrics: Mapping[str, float]) -> dict[str, float]:
+    """The few that belong on a console: first metrics of probes and baselines, differences, and the rest in brief."""
+    shown = (
+        "/auc",
+        "/mae",
+        "/auc_difference",
+        "/mae_difference",
+        "/ssim",
+        "/ssim_mask",
+        "_r",
+        "_ratio",
+        "/auc_age_adjusted",
+    )
+    stems = [name for name in metrics if name.endswith(shown) or name.startswith("generation/")]
+    wanted = {stem + suffix for stem in stems for suffix in ("", "_low", "_high")}
+    return {name: value for name, value in metrics.items() if name in wanted}
+
+
+def _check_cohort(run: Run, cohort: Cohort, external: bool) -> None:
+    if run.metadata["transform"] != cohort.transform.key():
+        raise UserError(f"{run.path} was trained on volumes of another transform: keep the same data.* values")
+    if not external and run.metadata["split_hash"] != cohort.split_hash:
+        raise UserError(f"{run.path} was trained on another split; for another cohort give evaluation=[external]")
+
+
+def build_context(model: Any, cohort: Cohort, space: Workspace, config: DictConfig, prefix: str = "") -> Context:
+    """The Context of `cohort`; its embeddings are computed or reused, `<prefix>embeddings.csv`."""
+    repr_run, aekl_run = space.predecessor("repr"), space.predecessor("aekl")
+    encoder, out, table = repr_run.sha256("encoder"), space.evaluation, cohort.table
+    size, volumes = int(config.trainer.batch_size), cohort.volumes.batch
+
+    def embedded(name: str, weights: str, embed: Callable[[Tensor], Tensor]) -> np.ndarray:
+        path = out / f"{prefix}{name}.csv"
+        return cached_embeddings(path, table, weights, lambda: embed_rows(embed, volumes, len(table), size))
+
+    def untrained() -> np.ndarray:
+        node, seed = repr_run.config.model.encoder, int(repr_run.config.seed)
+        return embedded("embeddings_untrained", f"seed {seed}, {encoder}", _fresh_encoder(node, seed, model.device))
+
+    return Context(
+        model=model,
+        table=table,
+        volumes=volumes,
+        posterior=_posterior(model, cohort, space, aekl_run.sha256("autoencoder")),
+        embeddings=embedded("embeddings", encoder, lambda x: model.embed(x.to(model.device))),
+        untrained=untrained,
+        out=out,
+        spacing=_spacing(cohort),
+        seed=int(config.seed),
+        weights=hashlib.sha256(f"{encoder}{aekl_run.sha256('autoencoder')}".encode()).hexdigest(),
+        regions=_regions(cohort),
+        perceptual=_perceptual(config, model.device),
+    )
+
+
+def _fresh_encoder(node: DictConfig, seed: int, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """The encoder as it was before training: the same config, random weights of this seed, eval mode."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        encoder = instantiate(node).eval().to(device)
+    return lambda x: encoder(x.to(device))
+
+
+def _posterior(
+    model: Any, cohort: Cohort, space: Workspace, autoencoder: str
+) -> Callable[[Sequence[int]], tuple[Tensor, Tensor]]:
+    """Stored latents where every scan has one of this autoencoder, otherwise computed anew."""
+
+    def computed(rows: Sequence[int]) -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            mean, std = model.posterior(cohort.volumes.batch(rows).to(model.device))
+        return mean.float().cpu(), std.float().cpu()
+
+    if not (space.latents / ABOUT).exists():
+        return computed
+    latents = LatentSet.open(space.latents)
+    places = {path: row for row, path in enumerate(latents.table["path"])}
+    if latents.autoencoder != autoencoder or not set(cohort.table["path"]) <= places.keys():
+        return computed
+    order = np.array([places[path] for path in cohort.table["path"]])
+    return lambda rows: (latents.mean[order[rows]], latents.std[order[rows]])
+
+
+def _spacing(cohort: Cohort) -> tuple[float, float, float]:
+    if cohort.transform.spacing is not None:
+        return cohort.transform.spacing
+    import nibabel
+
+    sizes = nibabel.load(cohort.table["path"].iloc[0]).header.get_zooms()[:3]
+    return float(sizes[0]), float(sizes[1]), float(sizes[2])
+
+
+def _regions(cohort: Cohort) -> Callable[[Sequence[int], Sequence[int]], np.ndarray] | None:
+    """Label maps through the cohort's transform, if every scan has one."""
+    if "labels_path" not in cohort.table:
+        return None
+    paths = cohort.table["labels_path"]
+    if not all(isinstance(path, str) and Path(path).is_file() for path in paths):
+        missing = int(sum(pd.isna(paths) | (paths == "")))
+        log.warning("label maps are left out: labels_path names no file for some scans (%d are empty)", missing)
+        return None
+    return lambda rows, labels: np.stack([cohort.transform.fraction(paths.iloc[row], labels) for row in rows])
+
+
+def _perceptual(config: DictConfig, device: torch.device) -> Callable[[Tensor, Tensor], Tensor] | None:
+    """LPIPS over all slices of the three planes, or None where it is not configured."""
+    node = config.get("perceptual")
+    if not node or not node["_target_"].endswith("SliceLpips"):
+        return None
+    return instantiate(node, share=1.0).to(device)

@@ -1,0 +1,220 @@
+"""Proves semantics, reconstruction, generation and the report on a model whose every answer is known on paper.
+
+A scan is a bright cube with a dark ball of some radius at its centre; y is the radius. The denoiser is perfect for the
+y that it is given; without y it expects the cohort's mean.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from ldae.diffusion.samplers import DDIM, Exact, Multistep
+from ldae.diffusion.schedule import linear
+from ldae.evaluation import figures, generation, report
+from ldae.evaluation.context import Context
+from ldae.evaluation.reconstruction import Reconstruction
+from ldae.evaluation.semantics import Semantics, other_subjects, z0_error_table, z0_errors
+
+SIZE = 16
+
+
+def share(radius):
+    """Smooth share of the ball in each voxel, (B, X, Y, Z)."""
+    grid = torch.stack(torch.meshgrid(*[torch.arange(SIZE) - (SIZE - 1) / 2] * 3, indexing="ij"))
+    return torch.sigmoid(2 * (radius.view(-1, 1, 1, 1).float() - grid.norm(dim=0)))
+
+
+def scan(radius):
+    """(B, 1, X, Y, Z) in [0, 1]."""
+    brain = torch.zeros(SIZE, SIZE, SIZE)
+    brain[1:-1, 1:-1, 1:-1] = 1
+    return (brain * (0.7 - 0.5 * share(radius)))[:, None]
+
+
+class Denoiser:
+    """eps that belongs to z_0 = latent(y), or to a fixed z_0."""
+
+    def __init__(self, uses_y=True):
+        self.schedule, self.uses_y = linear(), uses_y
+
+    def _eps(self, z_t, t, z0):
+        alpha, sigma = (f(t).to(z_t).view(-1, 1, 1, 1, 1) for f in (self.schedule.alpha, self.schedule.sigma))
+        return (z_t - alpha * z0) / sigma.clamp(min=1e-3)
+
+    def eps(self, z_t, t):
+        return self._eps(z_t, t, Model.latent(torch.tensor([3.0])))
+
+    def guided(self, y):
+        y = y if self.uses_y else torch.full_like(y, 3.0)
+        return lambda z_t, t: self._eps(z_t, t, Model.latent(y[:, 0]))
+
+
+@dataclass
+class Model:
+    """What the evaluators use of LDAE."""
+
+    denoiser: Denoiser
+    sampler: object
+    device = torch.device("cpu")
+
+    @staticmethod
+    def latent(radius):
+        return (scan(radius) - 0.5) / 0.25
+
+    def compress(self, x):
+        return (x - 0.5) / 0.25
+
+    def decompress(self, z):
+        return z * 0.25 + 0.5
+
+    def embed(self, x):
+        return x.flatten(1)[:, :5]
+
+    def invert(self, z, y):
+        return self.sampler.invert(self.denoiser.guided(y), z, self.denoiser.schedule)
+
+    def generate(self, code, y):
+        return self.sampler.sample(self.denoiser.guided(y), code, self.denoiser.schedule)
+
+    def decode(self, code, y):
+        return self.decompress(self.generate(code, y))
+
+
+def context(out: Path, uses_y=True, subjects=40) -> Context:
+    radius = torch.linspace(2, 5, subjects)[torch.randperm(subjects, generator=torch.Generator().manual_seed(0))]
+    table = pd.DataFrame({
+        "subject": [f"s{i:02d}" for i in range(subjects)], "session": "ses-M000",
+        "split": ["train" if i < subjects // 2 else "test" for i in range(subjects)],
+    })  # fmt: skip
+    return Context(
+        model=Model(Denoiser(uses_y), Multistep(steps=5)), table=table, volumes=lambda rows: scan(radius[rows]),
+        posterior=None, embeddings=radius[:, None].numpy(), untrained=None, out=out, spacing=(2.0, 2.0, 2.0), seed=1,
+        regions=lambda rows, labels: share(radius[rows]).numpy() * (51 in labels),
+    )  # fmt: skip
+
+
+def test_z0_errors_by_hand():
+    """Own y leaves no error, another's the distance between the two latents, none the distance to the mean's."""
+    z, other = Model.latent(torch.tensor([2.5, 4.0])), Model.latent(torch.tensor([4.0, 2.5]))
+    y = torch.tensor([[2.5], [4.0]])
+    table = z0_error_table(Denoiser(), z, y, y.flip(0), seed=0, keys=[1, 2])
+    for band in ("t000", "t400", "t800"):
+        assert float(table[f"own_{band}"].max()) < 1e-4
+        torch.testing.assert_close(
+            table[f"other_{band}"], (z - other).square().flatten(1).mean(1), rtol=1e-2, atol=1e-4
+        )
+    alone = z0_errors(Denoiser(), z[:1], y[:1], y[1:], seed=0, key=1)
+    assert alone["z0_error/other_t800"] == pytest.approx(float(table["other_t800"][0]), rel=1e-5)
+    assert set(alone) == {
+        f"z0_error/{k}_t{b}" for k in ("own", "other", "none") for b in ("000", "200", "400", "600", "800")
+    }
+
+
+def test_a_model_that_uses_y_is_told_from_one_that_does_not(tmp_path):
+    metrics = dict(Semantics(resamples=100)(context(tmp_path)))
+    assert metrics["semantics/z0_error_ratio"] > 10
+    assert metrics["semantics/ssim_mask"] > 0.99
+    assert metrics["semantics/ventricle_r"] > 0.99
+    assert metrics["semantics/ventricle_r_low"] <= metrics["semantics/ventricle_r"]
+    assert abs(metrics["semantics/ventricle_r_control"]) < 0.5
+    deaf = dict(Semantics(resamples=100)(context(tmp_path, uses_y=False)))
+    assert deaf["semantics/z0_error_ratio"] == pytest.approx(1, abs=1e-6)
+    assert abs(deaf.get("semantics/ventricle_r", 0.0)) < 0.5
+    assert deaf["semantics/ssim_mask"] < metrics["semantics/ssim_mask"]
+
+
+def test_without_label_maps_the_rest_is_still_measured(tmp_path, caplog):
+    cohort = context(tmp_path)
+    cohort.regions = None
+    metrics = dict(Semantics(scans=4, resamples=20)(cohort))
+    assert metrics["semantics/scans"] == 4
+    assert "semantics/ventricle_r" not in metrics
+    assert "labels_path" in caplog.text
+
+
+def test_partners_are_of_another_subject_and_each_is_used_once():
+    for subjects in (["a", "b"], ["a", "a", "b", "b", "c"], ["b", "a", "c", "a", "b", "c", "d"]):
+        partner = other_subjects(subjects)
+        assert sorted(partner) == list(range(len(subjects)))
+        assert all(subjects[i] != subjects[j] for i, j in enumerate(partner))
+    assert other_subjects(["a", "a", "a", "b"]) is None
+    assert other_subjects(["a"]) is None
+
+
+def test_reconstruction_reports_what_it_promises(tmp_path):
+    samplers = {"ddim": DDIM(), "exact": Exact()}
+    metrics = dict(Reconstruction(samplers, [5, 10], 4, DDIM(steps=50), 2, 8, 50)(context(tmp_path)))
+    assert metrics["reconstruction/autoencoder/ssim_mask"] == pytest.approx(1, abs=1e-5)
+    assert metrics["reconstruction/autoencoder/scans"] == 20
+    for name in ("ddim_5", "ddim_10", "exact_5", "exact_10"):
+        stem = f"reconstruction/{name}"
+        assert metrics[f"{stem}/semantic/ssim_mask"] > 0.95
+        assert metrics[f"{stem}/encoded/evaluations"] == 2 * metrics[f"{stem}/semantic/evaluations"]
+        assert metrics[f"{stem}/encoded/seconds"] > 0
+        for key in ("code/std", "code/kurtosis", "code/norm_ks", "code/error", "semantic/error", "encoded/ssim_drop"):
+            assert np.isfinite(metrics[f"{stem}/{key}"])
+    assert metrics["reconstruction/exact_5/encoded/latent_error"] < 1e-3
+    table = pd.read_csv(tmp_path / "reconstruction.csv")
+    assert len(table) == 1 + 3 * 4
+    assert (tmp_path / "reconstruction.png").exists()
+    assert (tmp_path / "reconstruction_scan.png").exists()
+
+
+def test_generation_measures_distance_and_diversity(tmp_path):
+    """Every sample of this model is the mean scan: far from real ones in diversity."""
+    cohort = context(tmp_path)
+    cohort.embeddings = cohort.volumes(np.arange(40)).flatten(1)[:, :5].numpy()
+    metrics = dict(generation.Generation(samples=5, pairs=10)(cohort))
+    assert metrics["generation/ms_ssim"] == pytest.approx(1, abs=5e-3)
+    assert metrics["generation/ms_ssim_real"] < 0.99
+    assert {"generation/own_encoder/fid", "generation/own_encoder/mmd_real"} <= set(metrics)
+
+
+def test_feature_distances_by_hand():
+    rng = np.random.default_rng(0)
+    a = rng.standard_normal((4000, 3))
+    b = 2 * rng.standard_normal((4000, 3)) + np.array([1.0, 0, 0])
+    # |mean|^2 + sum (s_a - s_b)^2 for Gaussians with diagonal covariances
+    assert generation.frechet_distance(a, b) == pytest.approx(1 + 3, rel=0.1)
+    assert generation.frechet_distance(a, a) == pytest.approx(0, abs=1e-8)
+    assert abs(generation.cubic_mmd(a[:500], a[500:1000])) < 0.05
+    assert generation.cubic_mmd(a[:500], b[:500]) > 0.5
+
+
+def test_slices_are_the_right_way_up():
+    """A marker right, anterior and superior of the centre is drawn right and up in each plane that shows it."""
+    volume = np.zeros((9, 11, 13))
+    volume[8, 5, 6] = 1  # right
+    volume[4, 10, 6] = 2  # anterior
+    volume[4, 5, 12] = 3  # superior
+    slices = dict(figures.orthogonal(volume))
+    assert slices["axial"][5, 8] == 1
+    assert slices["axial"][0, 4] == 2
+    assert slices["coronal"][6, 8] == 1
+    assert slices["coronal"][0, 4] == 3
+    assert slices["sagittal"][6, 10] == 2
+    assert slices["sagittal"][0, 5] == 3
+
+
+def test_metrics_are_merged_and_only_numbers_are_kept(tmp_path):
+    path = tmp_path / "metrics.json"
+    report.merge_metrics(path, {"a": 1.0, "b": 2.0, "c": 3.0})
+    report.merge_metrics(path, {"b": np.float32(5), "c": float("nan"), "d": float("inf")})
+    assert json.loads(path.read_text()) == {"a": 1.0, "b": 5.0}
+
+
+def test_the_report_is_one_escaped_file(tmp_path):
+    figures.scatter(tmp_path / "age.png", "age", np.arange(5.0), np.arange(5.0) + 1)
+    metrics = {"probe/age/mae": 1.5, "probe/age/mae_low": 1.0, "probe/age/mae_high": 2.0, "x/<b>": 1.0}
+    text = report.write_report(tmp_path, "a <script>", metrics).read_text()
+    assert "<script>" not in text
+    assert "&lt;b&gt;" in text
+    assert "1.5 [1, 2]" in text
+    assert "data:image/png;base64," in text
+    assert "http" not in text
+    assert "probe/age/mae  1.5 [1, 2]" in report.console_table(metrics)
