@@ -170,8 +170,8 @@ def test_generation_measures_distance_and_diversity(tmp_path):
     cohort = context(tmp_path)
     cohort.embeddings = cohort.volumes(np.arange(40)).flatten(1)[:, :5].numpy()
     metrics = dict(generation.Generation(samples=5, pairs=10)(cohort))
-    assert metrics["generation/ms_ssim"] == pytest.approx(1, abs=5e-3)
-    assert metrics["generation/ms_ssim_real"] < 0.99
+    assert metrics["generation/ms_ssim"] > 0.97
+    assert metrics["generation/ms_ssim_real"] < metrics["generation/ms_ssim"] - 0.01
     assert {"generation/own_encoder/fid", "generation/own_encoder/mmd_real"} <= set(metrics)
 
 
