@@ -1,4 +1,4 @@
-"""Proves that every model preset composes and builds, with the published parameter counts, and that bad sizes are refused."""
+"""Proves that every preset composes and builds with the published parameter counts, and that bad sizes are refused."""
 
 import pytest
 import torch

@@ -38,6 +38,19 @@ def run(module: nn.Module, checkpointing: bool, *inputs: Any) -> Any:
     return module(*inputs)
 
 
+class GroupNorm(nn.GroupNorm):
+    """nn.GroupNorm that can be trained on features which need no gradient, as the frozen trunk's.
+
+    PyTorch's CPU kernel (2.13) crashes in channels_last when it need not compute the input's gradient.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, ...) -> the same shape."""
+        if torch.is_grad_enabled() and self.weight.requires_grad and not x.requires_grad:
+            x = x.detach().requires_grad_()
+        return super().forward(x)
+
+
 class Modulation(nn.Module):
     """SiLU, Linear: an embedding (B, E) to a scale and a shift, (B, C) each."""
 
@@ -71,12 +84,12 @@ class ResidualBlock(nn.Module):
         resample: nn.Module | None = None,
     ) -> None:
         super().__init__()
-        self.norm1 = nn.GroupNorm(groups, channels)
+        self.norm1 = GroupNorm(groups, channels)
         self.resample = resample or nn.Identity()
         self.conv1 = nn.Conv3d(channels, out_channels, 3, padding=1)
         self.time = Modulation(embedding, out_channels)
         self.semantic = Modulation(embedding, out_channels) if semantic else None
-        self.norm2 = nn.GroupNorm(groups, out_channels)
+        self.norm2 = GroupNorm(groups, out_channels)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = zeroed(nn.Conv3d(out_channels, out_channels, 3, padding=1))
         same = channels == out_channels
@@ -107,7 +120,7 @@ class Attention(nn.Module):
     def __init__(self, channels: int, heads: int, groups: int) -> None:
         super().__init__()
         self.heads = heads
-        self.norm = nn.GroupNorm(groups, channels)
+        self.norm = GroupNorm(groups, channels)
         # 1x1 convolutions on (B, L, C), which is how channels_last_3d lies in memory.
         self.qkv = nn.Linear(channels, 3 * channels)
         self.projection = zeroed(nn.Linear(channels, channels))

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ldae.models.blocks import Attention, ResidualBlock, downsampling, run, time_features, upsampling, zeroed
+from ldae.models.blocks import Attention, GroupNorm, ResidualBlock, downsampling, run, time_features, upsampling, zeroed
 from ldae.models.sizes import check_divisible
 
 
@@ -126,7 +126,7 @@ class UpPath(nn.Module):
                 channels = shape.widths[level]
             if level > 0:
                 self.up[-1].append(shape.block(channels, channels, semantic, upsampling(shape.resample)))
-        self.norm = nn.GroupNorm(shape.groups, channels)
+        self.norm = GroupNorm(shape.groups, channels)
         self.conv = zeroed(nn.Conv3d(channels, shape.in_channels, 3, padding=1))
 
     def forward(self, features: Features, semantic: Tensor | None, checkpointing: bool) -> Tensor:
