@@ -4,8 +4,9 @@ Grids (S steps, S + 1 nodes, between t = 0 and t_end = depth (T - 1)):
     uniform   t = int(linspace(0, t_end, S + 1)), the published one
     log_snr   uniform in log A / (1 - A), t fractional (rounding would repeat steps)
     angle     uniform in phi = arctan sqrt((1 - A) / A), t fractional
-    balanced  between the two, t fractional: nodes as dense as the geometric mean of log_snr's and angle's densities.
-              log_snr spends most nodes where z is nearly noise or nearly clean, angle too few where it is nearly clean
+    balanced  t fractional, node density (sin phi)^(-1/2) (cos phi)^(-3/4) in phi: between angle (exponents 0), which
+              has too few nodes at both ends, and log_snr (exponents 1), which has too many there. The exponents are
+              those with the smallest worst error of the third-order solver at 20 steps (samplers.Multistep)
 End rules, for the node at the noise-free end, where the network is asked at t = 0 under both:
     published  z is taken to be z_0 of that node, A_0 = 0.9999
     closed     z has A = 1
@@ -48,7 +49,7 @@ class Path:
     @cached_property
     def sigma(self) -> np.ndarray:
         """sqrt(1 - A)."""
-        return np.sqrt(-np.expm1(self.log_alpha_bar))
+        return np.sqrt(np.abs(np.expm1(self.log_alpha_bar)))
 
     @cached_property
     def angle(self) -> np.ndarray:
@@ -97,12 +98,12 @@ def angle(schedule: Schedule, steps: int, end: float) -> np.ndarray:
 
 
 def balanced(schedule: Schedule, steps: int, end: float) -> np.ndarray:
-    """Evenly spaced in the integral of dphi / sqrt(sin phi cos phi) from t = 0 to `end`; (steps+1,), fractional."""
+    """Evenly spaced in the integral of (sin phi)^(-1/2) (cos phi)^(-3/4) dphi; (steps+1,), fractional."""
     first, last = np.arcsin(schedule.sigma(torch.tensor([0.0, end])).numpy())
-    # Quadrature nodes even in log tan(phi), where the integrand sqrt(sin phi cos phi) is smooth.
+    # Trapezoids even in log tan(phi), where the integrand is smooth: dphi = sin phi cos phi d(log tan phi).
     log_tan = np.linspace(np.log(np.tan(first)), np.log(np.tan(last)), 20001)
     phi = np.arctan(np.exp(log_tan))
-    density = np.sqrt(np.sin(phi) * np.cos(phi))
+    density = np.sin(phi) ** 0.5 * np.cos(phi) ** 0.25
     integral = np.concatenate([[0.0], np.cumsum(density[1:] + density[:-1])])
     nodes = np.interp(np.linspace(0, integral[-1], steps + 1), integral, phi)
     times = schedule.timestep_of(np.log1p(-(np.sin(nodes) ** 2)))

@@ -17,6 +17,8 @@ from ldae.diffusion.schedule import Schedule
 from ldae.errors import UserError
 from ldae.noise import normal
 
+STEPS_FOR_ORDER_3 = 15
+
 
 @dataclass(frozen=True)
 class Sampler(ABC):
@@ -108,8 +110,23 @@ class DDIM(Sampler):
 class Multistep(Sampler):
     """Adams predictor-corrector in the angle, both ways (multistep.py): one evaluation a step. The default.
 
+    Measured on analytic networks in 64 dimensions (Gaussians of variance 1/i and 1/i^2, mixtures of 5 wide and of 40
+    narrow Gaussians; each with a smooth error of v, rms 0.15, or of eps, rms 0.03; linear schedule, closed end). The
+    worst of the eight, medians over samples of the rms error against an 800-step solution, latents of variance 1:
+
+                                     sampling   inversion   there and back
+        DDIM, uniform, 100             0.020      0.076        0.039
+        order 3, balanced, 20          0.004      0.003        0.003
+        order 2, balanced, 20          0.008      0.011        0.011
+        order 3, uniform, 20           0.028      0.127        0.041
+        Exact, balanced, 20            0.052      0.030        0 (rounding)
+
+    At 10 steps order 3 is unstable on the narrow mixtures and where eps errs at high noise (0.15 and worse), order 2 is
+    not (0.03, 0.045, 0.07): hence the lower order below `STEPS_FOR_ORDER_3`. Codes near the border between two narrow
+    modes may come back in the other one under any one-tensor scheme; `Exact` returns them.
+
     Args:
-        order: 1 to 3.
+        order: 1 to 3, of predictor and corrector; at most 2 below `STEPS_FOR_ORDER_3` steps.
         corrector: correct each step with the evaluation that the next one needs anyway.
     """
 
@@ -120,11 +137,19 @@ class Multistep(Sampler):
         if self.order not in (1, 2, 3):
             raise UserError(f"sampler.order={self.order}: choose 1, 2 or 3")
 
+    @property
+    def used_order(self) -> int:
+        """The order that this number of steps allows."""
+        return self.order if self.steps >= STEPS_FOR_ORDER_3 else min(self.order, 2)
+
+    def _walk(self, eps_fn: EpsFn, z: Tensor, path: Path) -> Tensor:
+        return multistep(eps_fn, z, path, self.used_order, self.corrector, self.clip)
+
     def _descend(self, eps_fn: EpsFn, code: Code, path: Path) -> Tensor:
-        return multistep(eps_fn, code.z, path, self.order, self.corrector, self.clip)
+        return self._walk(eps_fn, code.z, path)
 
     def _ascend(self, eps_fn: EpsFn, z: Tensor, path: Path) -> tuple[Tensor, Tensor | None]:
-        return multistep(eps_fn, z, path, self.order, self.corrector, self.clip), None
+        return self._walk(eps_fn, z, path), None
 
 
 @dataclass(frozen=True)

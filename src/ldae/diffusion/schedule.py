@@ -56,12 +56,11 @@ class Schedule:
 
     def sigma(self, t: Tensor | float) -> Tensor:
         """sqrt(1 - A_t), the share of the noise in z_t."""
-        return (-torch.expm1(self.log_alpha_bar(t))).sqrt()
+        return torch.expm1(self.log_alpha_bar(t)).abs().sqrt()  # abs, not minus: -0.0 at t = -1 would spread
 
     def snr(self, t: Tensor | float) -> Tensor:
         """A_t / (1 - A_t); infinite at t = -1."""
-        log_alpha_bar = self.log_alpha_bar(t)
-        return log_alpha_bar.exp() / -torch.expm1(log_alpha_bar)
+        return 1 / torch.expm1(-self.log_alpha_bar(t)).abs()
 
     def timestep_of(self, log_alpha_bar: np.ndarray) -> np.ndarray:
         """The fractional t in [-1, T-1] with this log A_t: the inverse of `log_alpha_bar`."""
