@@ -1,6 +1,8 @@
 """Proves the samplers on networks whose flow is known: orders of convergence both ways, exact inversion, evaluations
 counted, partial and renoised inversion, and the pinned error of DDIM on unit-Gaussian latents."""
 
+from functools import cache
+
 import numpy as np
 import pytest
 import torch
