@@ -1,7 +1,6 @@
 """A cohort of phantoms on disk: NIfTI scans, label maps and the table that lists them."""
 
 import logging
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -44,7 +43,7 @@ def make_cohort(
     if _claim(out, parameters) and table.exists():
         return table
     todo = [subject for subject in range(1, subjects + 1) if not _sidecar(out, subject).exists()]
-    _render_all(todo, out, seed, float(spacing), shape, workers or os.cpu_count() or 1, progress)
+    _render_all(todo, out, seed, float(spacing), shape, workers, progress)
     _write_table(table, [scan for subject in range(1, subjects + 1) for scan in read_json(_sidecar(out, subject))])
     return table
 
@@ -81,13 +80,13 @@ def _sidecar(out: Path, subject: int) -> Path:
 
 
 def _render_all(
-    todo: list[int], out: Path, seed: int, spacing: float, shape: tuple[int, ...], workers: int, progress: bool
+    todo: list[int], out: Path, seed: int, spacing: float, shape: tuple[int, ...], workers: int | None, progress: bool
 ) -> None:
     # joblib's loky starts fresh interpreters that do not import the caller's main script: no guard is needed there.
-    from joblib import Parallel, delayed
+    from joblib import Parallel, cpu_count, delayed
     from tqdm import tqdm
 
-    workers = min(workers, -(-len(todo) // 4)) or 1  # a process takes seconds to start
+    workers = min(workers or cpu_count(), -(-len(todo) // 4)) or 1  # a process takes seconds to start
     pool = Parallel(n_jobs=workers, return_as="generator_unordered", batch_size=1, pre_dispatch="4*n_jobs")
     bar = tqdm(total=len(todo), desc="phantoms", unit="subject", disable=not progress or not todo)
     with bar:

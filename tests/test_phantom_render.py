@@ -1,0 +1,140 @@
+"""Proves that phantoms are diffeomorphic images of the template with the volumes they claim, and that a counterfactual
+changes the anatomy and nothing else."""
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import norm
+
+from ldae.data.phantom import regions, render
+from ldae.data.phantom.anatomy import GRID, load_fields, random_shape
+from ldae.data.phantom.base import load_base
+from ldae.data.phantom.deform import exponential, jacobian, sample
+from ldae.data.phantom.rendering import deformation, find_factors
+from ldae.data.phantom.subjects import draw_subject, draw_table, row, targets
+
+SEED = 11
+COARSE = {"spacing": 9.0, "shape": (24, 28, 24)}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_exponential_of_a_linear_field_is_known():
+    # v = a x on every axis: exp(v) = e^a x, and its Jacobian is e^(3 a).
+    base = load_base(3)
+    points, extent = base.points(), base.extent
+    displacement = exponential(0.1 * points.movedim(-1, 0), points, extent)
+    inner = (slice(None), slice(10, -10), slice(10, -10), slice(10, -10))
+    expected = (np.exp(0.1) - 1) * points.movedim(-1, 0)
+    assert torch.allclose(displacement[inner], expected[inner], atol=0.02)
+    middle = jacobian(displacement, 3)[12:-12, 12:-12, 12:-12]
+    assert torch.allclose(middle, torch.full_like(middle, float(np.exp(0.3))), rtol=5e-3)
+
+
+def test_deformations_are_invertible_with_positive_jacobian():
+    fields = load_fields()
+    table = draw_table(60, SEED)
+    extremes = [table.ventricle_mm3.idxmax(), table.hippocampus_mm3.idxmin(), table.brain_mm3.idxmin()]
+    for index in [*extremes, 0]:
+        displacement, _ = deformation(find_factors((SEED, *table.loc[index, ["subject", "session"]])))
+        assert jacobian(displacement, GRID).min() > 0
+    shape = random_shape(5)
+    strengths = np.array([6.0, 1.0, 5.0])
+    there, back = (fields.displacement(strengths, shape, sign) for sign in (1, -1))
+    moved = fields.points + there.movedim(0, -1)
+    returned = moved + sample(back, moved, fields.extent, "border").movedim(0, -1)
+    assert (returned - fields.points)[fields.head > 0.5].norm(dim=-1).quantile(0.99) < 0.5
+
+
+def test_built_volumes_are_those_of_the_drawn_table():
+    errors = []
+    for subject in range(1, 9):
+        factors = draw_subject(SEED, subject)[-1]
+        built, wanted = render(factors, **COARSE).volumes, targets(factors)
+        errors.append([np.log(built[name] / wanted[name]) for name in ("ventricle", "hippocampus", "brain", "head")])
+    assert np.abs(errors).max(0) == pytest.approx(0, abs=0.06)
+    assert np.abs(errors).max(0)[2:] == pytest.approx(0, abs=0.02)
+
+
+def test_identity_does_not_depend_on_the_grid():
+    fine = render((SEED, 2, 0), spacing=3.0, shape=(60, 72, 60))
+    coarse = render((SEED, 2, 0), **COARSE)
+    assert coarse.volumes == pytest.approx(fine.volumes, rel=0.02)
+    fine, coarse = (
+        render((SEED, 2, 0), noise=False, spacing=s, shape=n).image for s, n in ((3, (60, 72, 60)), (9, (20, 24, 20)))
+    )
+    averaged = fine.reshape(20, 3, 24, 3, 20, 3).mean((1, 3, 5))
+    inside = (coarse > 0) & (fine.reshape(20, 3, 24, 3, 20, 3).min((1, 3, 5)) > 0)
+    assert inside.sum() > 1000
+    assert np.abs(averaged - coarse)[inside].max() < 0.06 * coarse.max()
+    assert np.abs(averaged - coarse)[inside].mean() < 0.01 * coarse.max()
+
+
+def test_the_scan_is_a_centred_skull_stripped_ras_brain():
+    import nibabel
+
+    scan = render((SEED, 1, 0))
+    assert nibabel.aff2axcodes(scan.affine) == ("R", "A", "S")
+    assert ((scan.image > 0) == (scan.labels > 0)).all()
+    assert set(np.unique(scan.labels)) == {0, 1, 47, 48, 51, 52}
+    where = np.argwhere(scan.labels > 0)
+    assert np.abs((where.min(0) + where.max(0)) / 2 - (np.array(scan.image.shape) - 1) / 2).max() < 2.5
+    assert where.min() > 0
+    # Right has the larger first index, and the hippocampi lie below the ventricles.
+    places = {label: np.argwhere(scan.labels == label).mean(0) for label in (47, 48, 51, 52)}
+    assert places[47][0] > places[48][0]
+    assert places[51][0] > places[52][0]
+    assert places[47][2] < places[51][2]
+    ventricle = scan.image[np.isin(scan.labels, (51, 52))].mean()
+    assert ventricle < 0.7 * scan.image[scan.labels == 1].mean()
+
+
+def test_counterfactuals_change_the_anatomy_alone():
+    key = (SEED, 4, 0)
+    scans = [render(key, severity=value) for value in (0.0, 0.5, 1.0)]
+    older = render(key, age=85.0, severity=0.0)
+    for less, more in [*pairwise(scans), (render(key, age=65.0, severity=0.0), older)]:
+        assert more.volumes["ventricle"] > 1.05 * less.volumes["ventricle"]
+        assert more.volumes["hippocampus"] < 0.99 * less.volumes["hippocampus"]
+        assert more.volumes["brain"] < less.volumes["brain"]
+        assert more.volumes["head"] == pytest.approx(less.volumes["head"], rel=0.01)
+    healthy, sick = scans[0], scans[2]
+    noise = [scan.image - render(key, severity=s, noise=False).image for scan, s in ((healthy, 0.0), (sick, 1.0))]
+    both = (healthy.image > 0) & (sick.image > 0) & (healthy.labels == 1) & (sick.labels == 1)
+    assert np.corrcoef(noise[0][both], noise[1][both])[0, 1] > 0.97
+    assert both.sum() > 0.97 * (healthy.labels == 1).sum()
+    assert (regions(key, severity=1.0) == sick.labels).all()
+    factors = find_factors(key)
+    assert (render(key).image == render(key, severity=factors.severity, age=factors.age).image).all()
+
+
+def test_a_key_is_a_row_or_seed_subject_session():
+    table = draw_table(3, SEED)
+    last = table.iloc[-1]
+    assert find_factors(last) == find_factors((SEED, 3, last.session)) == draw_subject(SEED, 3)[-1]
+    assert row(find_factors(last), targets(find_factors(last))) == last.to_dict()
+    with pytest.raises(KeyError, match="no session at 7 months"):
+        find_factors((SEED, 3, "ses-M007"))
+
+
+def test_mean_intensity_hardly_tells_the_diagnosis():
+    # The same heads as a typical healthy and as a typical demented person: far fewer scans tell the same as two groups.
+    means = {0.08: [], 1.0: []}
+    for subject in range(1, 21):
+        for severity, age in ((0.08, 69.5), (1.0, 73.5)):
+            image = render(draw_subject(SEED, subject)[0], severity=severity, age=age, **COARSE).image
+            low, high = np.percentile(image[image > 0], [0.5, 99.5])
+            scaled = np.clip((image - low) / (high - low), 0, 1)
+            means[severity].append((scaled.mean(), scaled[image > 0].mean()))
+    healthy, sick = (np.array(group) for group in means.values())
+    apart = np.abs(sick.mean(0) - healthy.mean(0)) / np.sqrt((sick.var(0) + healthy.var(0)) / 2)
+    # The AUC of two normal distributions `apart` standard deviations apart.
+    assert (norm.cdf(apart / np.sqrt(2)) <= 0.65).all()
