@@ -6,9 +6,10 @@ whose blocks see y besides the time.
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from ldae.models.unet import Architecture, Features, UpPath
+from ldae.models.unet import Architecture, Features, UNet, UpPath
 
 
 class GradientEstimator(nn.Module):
@@ -25,6 +26,17 @@ class GradientEstimator(nn.Module):
         self.checkpointing = shape.checkpointing
         self.semantic = nn.Linear(semantic_dim, shape.embedding)
         self.path = UpPath(shape, semantic=True)
+
+    @torch.no_grad()
+    def start_from(self, unet: UNet) -> None:
+        """Start the way up as a copy of the trained U-Net's, but for the last convolution, which stays zero: G is 0.
+
+        As built, each block's last convolution is zero too: y reaches G through two zeros in a row, a saddle that short
+        runs never leave (z_0 errors with the own and another's y equal to four digits after hundreds of steps).
+        """
+        own, source = self.path.state_dict(), unet.path.state_dict()
+        for name in source.keys() - {"conv.weight", "conv.bias"}:
+            own[name].copy_(source[name])
 
     def forward(self, features: Features, y: Tensor) -> Tensor:
         """Features of the U-Net and y (B, semantic_dim) to G."""

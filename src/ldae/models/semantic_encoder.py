@@ -4,6 +4,7 @@ tokens = CNN(slices) + positions; a query, the softmax-weighted mean of the toke
 """
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +35,9 @@ class SemanticEncoder(nn.Module):
         axis: 0, 1, 2 for x, y, z: sagittal, coronal, axial slices.
         checkpointing: volumes go through the backbone one by one and again in the backward pass.
         slice_dropout: share of slices that a training step leaves out (drawn anew by sample), and need not compute.
+        calibrated: y is centred and scaled by constants that `calibrate` measures once, before training. From random
+            weights all brains give nearly the same y (its spread over scans is 1/90 of its size), so that the
+            estimator sees a constant and learns to ignore it; pre-trained and released encoders need none of this.
     """
 
     def __init__(
@@ -46,6 +50,7 @@ class SemanticEncoder(nn.Module):
         axis: int = 2,
         checkpointing: bool = False,
         slice_dropout: float = 0.0,
+        calibrated: bool = False,
     ) -> None:
         super().__init__()
         if axis not in (0, 1, 2) or not 0 <= slice_dropout < 1:
@@ -66,6 +71,18 @@ class SemanticEncoder(nn.Module):
         self.value = nn.Linear(dim, dim)
         self.cross_attention = nn.MultiheadAttention(dim, heads, dropout=dropout, batch_first=True)
         self.norm = nn.LayerNorm(dim)
+        self.calibrated = calibrated
+        if calibrated:
+            self.register_buffer("centre", torch.zeros(dim))
+            self.register_buffer("spread", torch.ones(dim))
+
+    @torch.no_grad()
+    def calibrate(self, batches: Iterable[Tensor]) -> None:
+        """Measure the centre and the spread of y over scans, (B, 1, X, Y, Z) each; call before training, in eval mode."""
+        y = torch.cat([self.norm(self._attend(x, weights=False)[0].squeeze(1)).float() for x in batches])
+        spread = y.std(0)
+        self.centre.copy_(y.mean(0))
+        self.spread.copy_(spread.clamp_min(0.1 * spread.median()))
 
     def _kept(self, x: Tensor) -> Tensor:
         """Numbers of the slices that are read, (B, S'), ascending: all of them, but for slice dropout in training."""
@@ -105,7 +122,8 @@ class SemanticEncoder(nn.Module):
         Raises:
             UserError: the volume has another number of slices.
         """
-        return self.norm(self._attend(x, weights=False)[0].squeeze(1))
+        y = self.norm(self._attend(x, weights=False)[0].squeeze(1))
+        return (y - self.centre) / self.spread if self.calibrated else y
 
     def attention(self, x: Tensor) -> Tensor:
         """How much the query looks at each slice, mean over heads: (B, slices), rows sum to 1."""

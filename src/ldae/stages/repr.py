@@ -26,6 +26,8 @@ from ldae.training.ema import Ema
 from ldae.training.stage import Batch, Monitor, Stage, Updater, adam, memory_format
 from ldae.training.validation import mean_over_scans, spread
 
+CALIBRATION_SCANS = 128
+
 
 class Conditioner(nn.Module):
     """Encoder and estimator in one call: all that is trained, wrapped once."""
@@ -73,6 +75,7 @@ class ReprStage(Stage):
         diffusion = instantiate(second.config.diffusion)
         self.schedule, self.parameterisation = diffusion.schedule, diffusion.parameterisation
         estimator = instantiate(estimator_node(second.config.model.unet, encoder.dim))
+        estimator.start_from(self.unet)
         self.modules = {"encoder": encoder, "estimator": estimator}
         self.sampler = sampler
         self.cohort = cohort
@@ -104,6 +107,8 @@ class ReprStage(Stage):
         for module in (self.autoencoder, self.unet):
             module.to(accelerator.device, memory_format=self.memory_format)
         encoder, estimator = self.modules["encoder"], self.modules["estimator"]
+        if encoder.calibrated:
+            self._calibrate(encoder.to(accelerator.device))
         encoder.checkpointing = estimator.checkpointing = trainer.checkpointing
         conditioner = Conditioner(encoder, estimator).to(memory_format=self.memory_format)
         self.optimizers = {"conditioner": adam(conditioner.parameters(), optim.lr, optim)}
@@ -114,6 +119,13 @@ class ReprStage(Stage):
         self.averages = {n: Ema(m, trainer.ema) for n, m in self.modules.items()} if trainer.ema else {}
         self.denoiser = Denoiser(self.unet, estimator, self.schedule, self.parameterisation)
         conditioner.train()
+
+    def _calibrate(self, encoder: nn.Module) -> None:
+        """Constants of y from untrained weights and the first training scans; a resumed run loads its own over them."""
+        rows = self.train_rows[:CALIBRATION_SCANS]
+        chunks = [rows[start : start + 8] for start in range(0, len(rows), 8)]
+        encoder.eval()
+        encoder.calibrate(self.cohort.volumes.batch(chunk).to(self.accelerator.device) for chunk in chunks)
 
     def fetch(self, indices: np.ndarray) -> Batch:
         """Volumes of training scans."""
