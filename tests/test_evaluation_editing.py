@@ -1,0 +1,394 @@
+"""Proves directions, edits and their measures on a linear model whose every answer is known.
+
+Directions find what was planted, ignore test rows and nuisance; dose-response, true counterfactuals, interpolation and
+variation give the numbers that follow by hand; pictures are written and the right way up.
+"""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+
+from ldae.config import check_targets, conf_dir, register
+from ldae.diffusion.code import Code
+from ldae.diffusion.samplers import DDIM
+from ldae.errors import UserError
+from ldae.evaluation import directions, edit_figures
+from ldae.evaluation.context import Context
+from ldae.evaluation.counterfactuals import Counterfactuals, Exchange, Truth, compare
+from ldae.evaluation.directions import Direction, HeldFixed, MeanDifference, Pattern, ProjectedOut, Shrunken, Weights
+from ldae.evaluation.editing import Anatomy, Editor, open_scans
+from ldae.evaluation.effects import correlation, slope, spearman, weighted_median
+from ldae.evaluation.independent import halves
+from ldae.evaluation.interpolation import Interpolation, triples
+from ldae.evaluation.ladder import climb, outside_share
+from ldae.evaluation.manipulation import Manipulation
+from ldae.evaluation.probes import Classification, Regression
+from ldae.evaluation.selection import rank
+from ldae.evaluation.variation import Variation
+
+SHAPE, DIM, VOXEL = (10, 12, 10), 6, 8.0
+VENTRICLE, HIPPOCAMPUS = (slice(4, 6), slice(5, 7), slice(4, 7)), (slice(2, 3), slice(3, 5), slice(3, 4))
+RIM = (slice(6, 7), slice(5, 7), slice(4, 7))
+DIAGNOSIS = Classification("diagnosis", "AD", "CN")
+
+
+def templates():
+    """(DIM, *SHAPE): y_0 darkens a side of the rim of the ventricle, y_1 brightens another place, the rest nothing."""
+    found = np.zeros((DIM, *SHAPE), np.float32)
+    found[0][RIM] = -0.05
+    found[1][7:9, 2:10, 2:4] = 0.1
+    return torch.from_numpy(found)
+
+
+def base():
+    """(*SHAPE): dark ventricle, bright tissue, and a side of the rim in between."""
+    found = torch.full(SHAPE, 0.6)
+    found[VENTRICLE], found[RIM] = 0.1, 0.35
+    return found
+
+
+class LinearModelOfBrains:
+    """y is read off two places, z_T is what y does not explain: z = noise + y @ templates."""
+
+    device = torch.device("cpu")
+    transform = None
+
+    def __init__(self):
+        self.templates = templates()
+
+    def embed(self, x):
+        y = torch.zeros(len(x), DIM)
+        for place in (0, 1):
+            template = self.templates[place]
+            y[:, place] = ((x[:, 0] - base()) * template).sum((1, 2, 3)) / template.square().sum()
+        return y
+
+    def compress(self, x):
+        return x.clone()
+
+    def decompress(self, z):
+        return z.clamp(0, 1)
+
+    def _mean(self, y):
+        return torch.einsum("bd,dxyz->bxyz", y, self.templates)[:, None]
+
+    def invert(self, z, y, steps=None, depth=1.0, noise=None, renoise=0.0):
+        return Code(z - self._mean(y), None, depth)
+
+    def decode(self, code, y, steps=None):
+        noise = code.z if isinstance(code, Code) else base() + 0.01 * code
+        return self.decompress(noise + self._mean(y))
+
+
+@pytest.fixture
+def context(tmp_path):
+    """60 subjects, some with three visits; AD darkens the rim, age goes with AD and brightens the other place."""
+    rng = np.random.default_rng(0)
+    rows, ys = [], []
+    for subject in range(60):
+        sick, split = subject % 2, "train" if subject < 40 else "val" if subject < 48 else "test"
+        age = 65 + 10 * sick + rng.normal(0, 5)
+        for months in (0, 6, 24) if subject % 4 < 2 else (0,):
+            rows.append((f"sub-{subject:03d}", f"ses-M{months:03d}", months, "AD" if sick else "CN", age, split))
+            y = 0.2 * rng.standard_normal(DIM)
+            y[0] += sick + months / 24
+            y[1] += (age - 70) / 10
+            ys.append(y)
+    table = pd.DataFrame(rows, columns=["subject", "session", "months", "diagnosis", "age", "split"])
+    y, model = torch.tensor(np.array(ys), dtype=torch.float32), LinearModelOfBrains()
+    images = (base() + model._mean(y)).clamp(0, 1)
+    regions = {51: np.zeros(SHAPE, np.float32), 47: np.zeros(SHAPE, np.float32)}
+    regions[51][VENTRICLE] = 1
+    regions[47][HIPPOCAMPUS] = 1
+    return Context(
+        model=model,
+        table=table,
+        volumes=lambda rows: images[list(rows)],
+        posterior=None,
+        embeddings=y.numpy(),
+        untrained=None,
+        out=tmp_path,
+        spacing=(2.0, 2.0, 2.0),
+        regions=lambda rows, labels: np.stack([sum(regions.get(n, np.zeros(SHAPE)) for n in labels)] * len(list(rows))),
+    )
+
+
+def find(context, estimator, task=DIAGNOSIS):
+    return directions.find_direction(estimator, task, context.table, context.embeddings, context.rows("train"))
+
+
+@pytest.mark.parametrize("estimator", [Weights(), Pattern(), MeanDifference(), Shrunken(0.3)])
+def test_every_estimator_finds_a_planted_direction(context, estimator):
+    """Of y_0 and y_1, only y_0 tells the diagnosis at this age effect; the sign is towards AD."""
+    context.embeddings[:, 1] = context.embeddings[:, 2]
+    found = find(context, estimator)
+    assert np.linalg.norm(found.unit) == pytest.approx(1)
+    assert found.unit[0] > 0.85
+
+
+@pytest.mark.parametrize("estimator", [Weights(), Pattern(), HeldFixed(MeanDifference(), ["age"]), Shrunken()])
+def test_directions_are_blind_to_other_rows(context, estimator):
+    before = find(context, estimator)
+    poisoned = context.rows("val", "test")
+    context.embeddings[poisoned] = 1e3
+    context.table.loc[poisoned, ["age"]] = -50
+    after = find(context, estimator)
+    np.testing.assert_array_equal(before.step(), after.step())
+
+
+def test_a_number_points_to_more_of_it(context):
+    found = find(context, MeanDifference(), Regression("age"))
+    assert found.unit[1] > 0.5
+
+
+def test_nuisance_is_held_fixed_or_projected_out(context):
+    """The diagnosis comes with age: the raw difference has age's y_1 in it, adjusted ones hardly or not at all."""
+    raw = find(context, MeanDifference()).unit
+    fixed, out = (find(context, kind(MeanDifference(), ["age"])) for kind in (HeldFixed, ProjectedOut))
+    assert raw[1] > 0.4
+    assert abs(fixed.unit[1]) < 0.1
+    assert fixed.unit[0] > 0.9
+    # Age's effect on standardised y at a fixed diagnosis, by least squares on the train rows: nothing along it is left.
+    rows = context.rows("train")
+    y = (context.embeddings[rows] - fixed.mean) / fixed.std
+    sick = (context.table["diagnosis"].iloc[rows] == "AD").to_numpy(float)
+    design = np.column_stack([np.ones(len(rows)), sick, context.table["age"].iloc[rows]])
+    effect = np.linalg.lstsq(design, y, rcond=None)[0][2]
+    assert abs(out.unit @ effect) < 1e-9 * np.linalg.norm(effect)
+
+
+def test_nuisance_columns_of_any_kind(context):
+    table = context.table.assign(
+        sex=["F", "M"] * (len(context.table) // 2) + ["F"] * (len(context.table) % 2), flat=1.0
+    )
+    sample = directions.Sample(context.embeddings, np.zeros(len(table)), table, DIAGNOSIS, 0)
+    design = directions.nuisance(sample, ["age", "sex", "flat", "missing", "diagnosis"])
+    assert design.shape[1] == 2  # age and one column for sex
+    np.testing.assert_allclose(design.mean(0), 0, atol=1e-9)
+
+
+def test_shrinkage_ends_at_the_mean_difference(context):
+    np.testing.assert_allclose(find(context, Shrunken(1.0)).unit, find(context, MeanDifference()).unit)
+    with pytest.raises(UserError, match="shrinkage"):
+        Shrunken(0.0)
+
+
+def test_impossible_directions_say_why(context):
+    with pytest.raises(UserError, match="1 subjects"):
+        directions.find_direction(MeanDifference(), DIAGNOSIS, context.table, context.embeddings, np.arange(1))
+    context.embeddings[:] = 1.0
+    with pytest.raises(UserError, match="length zero"):
+        find(context, MeanDifference())
+
+
+def test_alpha_has_the_stated_unit():
+    """alpha = 1 is sqrt(dim) along the unit direction in standardised y; tensors and arrays alike; JSON round trip."""
+    direction = Direction(np.full(4, 5.0), np.full(4, 3.0), np.array([0.0, 1.0, 0.0, 0.0]))
+    y = torch.full((2, 4), 5.0)
+    expected = [[5.0, 5.0 + 2.5 * 2 * 3, 5.0, 5.0]] * 2
+    assert direction.edit(y, 2.5).tolist() == expected
+    assert direction.edit(y.numpy(), 2.5).tolist() == expected
+    stored = json.loads(json.dumps(direction.to_dict()))
+    np.testing.assert_array_equal(Direction.from_dict(stored).step(), direction.step())
+
+
+def test_numbers_of_effects_by_hand():
+    x = np.array([-1.0, 0.0, 1.0, 2.0])
+    y = np.array([[1.0, 2, 3, 9], [4, 3, 2, 1], [1, 1, 1, 1], [1, 3, 2, 4]])
+    np.testing.assert_allclose(spearman(x, y), [1, -1, 0, 0.8])
+    np.testing.assert_allclose(slope(x, np.array([[1.0, 3, 5, 7]])), [2])
+    weights = np.array([[1, 1, 1, 1], [0, 3, 0, 1]])
+    np.testing.assert_allclose(weighted_median(np.array([1.0, 2.0, np.nan, 10.0]), weights), [2, 2])
+    mask = np.ones((2, 2, 1), bool)
+    a = np.arange(4.0).reshape(2, 2, 1)
+    assert correlation(a, 5 - 2 * a, mask) == pytest.approx(-1)
+    assert np.isnan(correlation(a, 0 * a, mask))
+    change, region = np.zeros((1, 2, 2, 2)), np.zeros((2, 2, 2), bool)
+    change[0, 0, 0], region[0, 0, 0] = -3, True
+    assert outside_share(change, np.ones_like(change, bool), region)[0] == pytest.approx(0.5)
+
+
+def test_halves_share_no_subject_and_have_both_classes():
+    subjects = np.repeat([f"s{i}" for i in range(20)], 3)
+    truth = np.repeat(np.arange(20) % 4 == 0, 3).astype(float)
+    member = halves(subjects, truth, 0)
+    assert not set(subjects[member]) & set(subjects[~member])
+    assert truth[member].sum() in (6, 9)
+    assert member.sum() == 30
+
+
+def test_manipulation_of_a_planted_effect(context):
+    """Edits darken the rim in proportion to alpha: every scan's ventricles follow, and nothing else is touched."""
+    evaluator = Manipulation(
+        {"diagnosis": DIAGNOSIS, "age": Regression("age"), "nothing": Regression("no_such_column")},
+        HeldFixed(MeanDifference(), ["age", "diagnosis"]), Editor(), alphas=[-0.6, -0.3, 0, 0.3, 0.6], shown=0.3,
+        scans=6, batch_size=4, resamples=20,
+    )  # fmt: skip
+    metrics = dict(evaluator(context))
+    assert metrics["manipulation/diagnosis/scans"] == 6
+    assert metrics["manipulation/diagnosis/ventricle_spearman_share"] == 1
+    assert metrics["manipulation/diagnosis/ventricle_slope"] > 5
+    low, high = (metrics[f"manipulation/diagnosis/ventricle_slope_{end}"] for end in ("low", "high"))
+    assert low <= metrics["manipulation/diagnosis/ventricle_slope"] <= high
+    assert metrics["manipulation/diagnosis/independent_right"] == 1
+    assert metrics["manipulation/diagnosis/independent_slope"] > 0
+    assert metrics["manipulation/diagnosis/reversibility_ssim_mask"] > 0.999
+    assert (
+        metrics["manipulation/diagnosis/identity_ssim_mask"] < metrics["manipulation/diagnosis/reversibility_ssim_mask"]
+    )
+    assert metrics["manipulation/diagnosis/outside_share"] < metrics["manipulation/age/outside_share"]
+    assert not any(name.startswith("manipulation/nothing") for name in metrics)
+    names = {path.name for path in context.out.iterdir()}
+    stem = "manipulation_diagnosis"
+    assert {f"{stem}.csv", f"{stem}_scans.csv", f"{stem}_dose.png", f"{stem}_1.png", f"{stem}_2.gif"} <= names
+    stored = json.loads((context.out / "directions.json").read_text())["directions"]
+    assert set(stored) == {"diagnosis", "age"}
+
+
+def test_the_reversed_direction_has_no_spearman_share(context):
+    backwards = SimpleNamespace(estimate=lambda sample: -MeanDifference().estimate(sample))
+    evaluator = Manipulation({"d": DIAGNOSIS}, backwards, Editor(), [-0.3, 0, 0.3], 0.3, 4, pictures=0, resamples=5)
+    metrics = dict(evaluator(context))
+    assert metrics["manipulation/d/ventricle_spearman_share"] == 0
+    assert metrics["manipulation/d/ventricle_spearman_median"] == -1
+
+
+def test_alphas_must_hold_zero_and_what_is_shown():
+    with pytest.raises(UserError, match="0 and"):
+        Manipulation({}, Weights(), Editor(), alphas=[-1, 1], shown=1)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_maps_against_a_true_counterfactual(context, sign):
+    """A truth that darkens the same rim correlates perfectly, one that brightens it perfectly negatively."""
+    context.embeddings[:, 1:] = 0
+    direction = Direction(np.zeros(DIM), np.ones(DIM), np.eye(DIM)[0])
+    anatomy, editor = Anatomy(context), Editor()
+    template = context.model.templates[:1]
+
+    def render(row, factor, change):
+        return Truth(context.volumes([row])[0] + sign * change * template, 1000.0 * (1 + change))
+
+    opened = open_scans(context, editor, anatomy, context.rows("test")[:3])
+    ladder = climb(context, editor, anatomy, direction, opened, [-0.2, 0.0, 0.2])
+    found = compare(context, anatomy, Exchange(SimpleNamespace(render=render), "severity", 0.5), ladder, 0.2)
+    np.testing.assert_allclose(found.numbers["difference_r"], sign, atol=1e-3)
+    np.testing.assert_allclose(found.numbers["difference_r_ceiling"], 1, atol=1e-3)
+    np.testing.assert_allclose(found.numbers["change_true"], 200)
+    error = np.abs(found.numbers["change_decoded"] - 200)
+    np.testing.assert_allclose(found.numbers["ventricle_error"], error)
+
+
+def test_exchange_is_kept_within_the_generators_limits():
+    rate = Exchange(None, "age", 10.0)
+    assert rate.change(-0.5) == -5
+    assert rate.change(9) == 25
+
+
+def test_counterfactuals_of_a_real_phantom_are_the_stored_scan_moved(tmp_path):
+    """Unmoved: the stored scan less its noise. More severe: larger ventricles, and darker voxels."""
+    from ldae.data.phantom import make_cohort
+    from ldae.data.transforms import Transform
+
+    table = pd.read_csv(make_cohort(tmp_path, 1, 3, 8.0, (24, 28, 24), workers=1, progress=False))
+    table["path"] = [str(tmp_path / path) for path in table["path"]]
+    transform = Transform((24, 28, 24), 8.0)
+    source = Counterfactuals(SimpleNamespace(table=table, model=SimpleNamespace(transform=transform)))
+    assert source.available
+    same, worse = source.render(0), source.render(0, "severity", 0.8)
+    stored = transform(table["path"][0])
+    assert correlation(np.asarray(same.volume), stored, stored > 0) > 0.98
+    assert same.ventricle == pytest.approx(table["ventricle_mm3"][0], rel=1e-3)
+    rise = source.ventricle_slope([0], "severity")
+    assert worse.ventricle - same.ventricle == pytest.approx(0.8 * rise, rel=0.4)
+    assert not Counterfactuals(SimpleNamespace(table=table.drop(columns="severity"), model=source)).available
+
+
+def test_guidance_strength_is_tuned_on_a_copy():
+    model = SimpleNamespace(sampler=DDIM())
+    tuned = Editor(strength=2.0).tuned(model)
+    assert (tuned.sampler.guidance.strength, model.sampler.guidance.strength) == (2.0, 1.0)
+    assert Editor().tuned(model) is model
+
+
+def test_triples_and_nearest_visit():
+    table = pd.DataFrame({"subject": ["b", "a", "a", "a", "b", "a"], "months": [0, 24, 0, 6, 12, 12]})
+    found = triples(table, np.arange(6))
+    assert [(t.start, t.target, t.end) for t in found] == [(2, 3, 5), (2, 3, 1), (2, 5, 1), (3, 5, 1)]
+    assert [t.share for t in found] == [0.5, 0.25, 0.5, pytest.approx(1 / 3)]
+    assert [t.nearest for t in found] == [2, 2, 2, 3]
+    assert [t.gap for t in found] == [12, 24, 24, 18]
+
+
+def test_interpolation_numbers_by_hand(context):
+    """Months 0, 6, 24: a quarter of the way. All is linear: our prediction and both blends are the same image."""
+    metrics = dict(Interpolation(Editor(depth=1.0), resamples=20)(context))
+    assert metrics["interpolation/triples"] == len(triples(context.table, context.rows("test"))) == 6
+    row = pd.read_csv(context.out / "interpolation.csv").query("against == 'real'").set_index(["subject", "method"])
+    triple = triples(context.table, context.rows("test"))[0]
+    x = context.volumes([triple.start, triple.target, triple.end]).numpy()
+    who = context.table["subject"].iloc[triple.target]
+    blend = 0.75 * x[0] + 0.25 * x[2]
+    assert row.loc[(who, "voxel"), "mse"] == pytest.approx(((blend - x[1]) ** 2).mean(), rel=1e-3)
+    assert row.loc[(who, "latent"), "mse"] == pytest.approx(row.loc[(who, "voxel"), "mse"], rel=1e-3)
+    assert row.loc[(who, "nearest"), "mse"] == pytest.approx(((x[0] - x[1]) ** 2).mean(), rel=1e-3)
+    assert metrics["interpolation/ldae/real/mse_gap24"] == pytest.approx(metrics["interpolation/ldae/real/mse"])
+    gain = metrics["interpolation/nearest/real/mse"] - metrics["interpolation/ldae/real/mse"]
+    assert metrics["interpolation/gain/real/mse_over_nearest"] == pytest.approx(gain)
+    assert "interpolation/ldae/autoencoded/ventricle_error_high" in metrics
+    assert (context.out / "interpolation_1.gif").exists()
+
+
+def test_variation_of_a_model_whose_y_holds_everything(context):
+    """Variants differ by the noise of standard deviation 0.01 alone, and the probe's verdict stays."""
+    metrics = dict(Variation({"diagnosis": DIAGNOSIS}, scans=6, variants=12, resamples=20)(context))
+    assert metrics["variation/std_mask"] == pytest.approx(0.01, rel=0.1)
+    assert metrics["variation/diagnosis_agreement"] > 0.95
+    assert metrics["variation/diagnosis_r"] > 0.95
+    assert metrics["variation/diagnosis_within"] < 0.1
+    assert metrics["variation/ventricle_cv"] > 0
+    assert (context.out / "variation.png").exists()
+
+
+def test_rank_prefers_sure_settings():
+    table = pd.DataFrame({"difference_r": [0.9, 0.4, 0.6], "monotone": [0.5, 1.0, 0.8]})
+    assert rank(table)["difference_r"].tolist() == [0.6, 0.4, 0.9]
+
+
+def test_slices_are_the_right_way_up():
+    """A mark at the front, top and right of the head is at the top and right of the axial slice, top of the coronal."""
+    volume = np.zeros((8, 10, 6), np.float32)
+    volume[6, 8, 4] = 1
+    axial, coronal, sagittal = edit_figures.slices(volume, (6, 8, 4))
+    assert axial.shape == (10, 8)
+    assert axial[1, 6] == 1
+    assert coronal[1, 6] == 1
+    assert sagittal[1, 8] == 1
+
+
+def test_animation_runs_forth_and_back(tmp_path):
+    from PIL import Image
+
+    frames = np.random.default_rng(0).random((4, *SHAPE))
+    edit_figures.animation(tmp_path / "a.gif", frames, list("abcd"), (5, 6, 5))
+    with Image.open(tmp_path / "a.gif") as image:
+        assert image.n_frames == 6
+
+
+def test_configs_build_what_they_say():
+    register()
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        config = compose("evaluate", ["evaluation=[manipulation,selection,interpolation,variation]", "experiment=demo"])
+    check_targets(config.evaluation)
+    built = {name: instantiate(node) for name, node in config.evaluation.items()}
+    assert isinstance(built["manipulation"].direction, HeldFixed)
+    assert isinstance(built["manipulation"].direction.base, MeanDifference)
+    assert isinstance(built["manipulation"].editor, Editor)
+    assert isinstance(built["interpolation"].editor, Editor)
+    assert len(built["selection"].grid) == 16
