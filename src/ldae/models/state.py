@@ -11,8 +11,11 @@ from torch import Tensor, nn
 from ldae.errors import UserError
 
 
-def read_tensors(path: Path | str) -> dict[str, Tensor]:
+def read_tensors(path: Path | str, bare: bool = False) -> dict[str, Tensor]:
     """The tensors of a .safetensors file or of a PyTorch checkpoint, which is never unpickled into code.
+
+    Args:
+        bare: whether a PyTorch file may hold one tensor without a name.
 
     Raises:
         UserError: the file is missing, damaged, or holds something else than named tensors.
@@ -28,6 +31,8 @@ def read_tensors(path: Path | str) -> dict[str, Tensor]:
         raise UserError(f"cannot read weights {path}: {str(error).splitlines()[0]}") from error
     if isinstance(found, dict) and isinstance(found.get("state_dict"), dict):
         found = found["state_dict"]
+    if bare and isinstance(found, Tensor):
+        return {"": found}
     if not isinstance(found, dict) or not found or not all(isinstance(value, Tensor) for value in found.values()):
         raise UserError(f"weights {path}: expected named tensors, found {type(found).__name__}")
     return dict(found)

@@ -1,0 +1,253 @@
+"""A trained model as a description: what each network is, where its weights lie, and what its numbers mean.
+
+It is read from a run, `runs/<name>`, or from a bundle, a folder that can be moved and shared:
+
+    bundle.json                 format, each network's config and weights' hash, latent scale, transform, diffusion,
+                                sampler, where it came from; written last, so that a torn folder is none
+    <network>.safetensors       autoencoder, encoder, unet, estimator
+    probes.json                 optional: frozen probes of y (ldae/evaluation/frozen.py)
+
+A bundle may come from strangers: nothing in it is unpickled, its configs may name only classes of this package that
+build networks, transforms and diffusion, its files must be those that were described, its tensors exactly those that
+the networks have.
+"""
+
+import hashlib
+import importlib
+import inspect
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+from torch import nn
+
+from ldae.errors import UserError
+from ldae.files import read_json, replacing, write_json
+from ldae.models.state import load_strictly, read_tensors
+from ldae.runs import Workspace, estimator_node, file_sha256
+
+FORMAT = 1
+DESCRIPTION, PROBES = "bundle.json", "probes.json"
+NETWORKS = ("autoencoder", "encoder", "unet", "estimator")
+# What a bundle's configs may build. Never functions that read or write files.
+ALLOWED = ("ldae.models.", "ldae.data.transforms.", "ldae.diffusion.")
+FUNCTIONS = ("ldae.diffusion.schedule.",)
+NOT_ALLOWED = {"_args_", "_partial_", "_recursive_", "_convert_"}
+
+
+@dataclass(frozen=True)
+class Part:
+    """One network: its config with `_target_`, its safetensors file, and that file's SHA-256."""
+
+    config: dict[str, Any]
+    file: Path
+    sha256: str
+
+    def build(self) -> nn.Module:
+        """The network with its weights, on the CPU, frozen, in eval mode; its random start is never computed."""
+        with torch.device("meta"):
+            module = instantiate(self.config)
+        constants = [buffer for name, buffer in module.named_buffers() if name not in module.state_dict()]
+        if any(buffer.is_meta for buffer in constants):  # somebody's own network: no file holds these
+            module = instantiate(self.config)
+        load_strictly(module, read_tensors(self.file), self.file, assign=True)
+        return module.eval().requires_grad_(False)
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """Everything that `LDAE` is made of.
+
+    Attributes:
+        parts: the four networks by name.
+        scale: 1 / standard deviation of each latent channel.
+        transform, schedule, parameterisation, sampler: configs with `_target_`; the sampler holds the guidance.
+        probes: file of frozen probes, or None.
+        sources: where it came from, for people.
+    """
+
+    parts: dict[str, Part]
+    scale: list[float]
+    transform: dict[str, Any]
+    schedule: dict[str, Any]
+    parameterisation: dict[str, Any]
+    sampler: dict[str, Any]
+    probes: Path | None = None
+    sources: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def weights(self) -> str:
+        """The hash that frozen probes are tied to: of encoder and autoencoder, as evaluate.py writes it."""
+        return hashlib.sha256(f"{self.parts['encoder'].sha256}{self.parts['autoencoder'].sha256}".encode()).hexdigest()
+
+    @classmethod
+    def of_run(cls, root: Path | str) -> "Bundle":
+        """The model of `runs/<name>`, each network with the config it was trained with.
+
+        Raises:
+            UserError: a stage is missing, or one stands on weights that have since been replaced.
+        """
+        space = Workspace(Path(root))
+        runs = {name: space.predecessor(name) for name in ("aekl", "pretrain", "repr")}
+        first, second, third = runs.values()
+        if second.metadata["autoencoder_sha256"] != first.sha256("autoencoder"):
+            raise UserError(
+                f"{second.path} learned the latents of another autoencoder than {first.path}: train it again"
+            )
+        for stage, weights in third.metadata["stands_on"].items():
+            if stage in runs and weights != runs[stage].metadata["weights"]:
+                raise UserError(f"{third.path} stands on other weights than {runs[stage].path} holds: train it again")
+        encoder = third.config.model.encoder
+        configs = {
+            "autoencoder": (first, first.config.model.autoencoder),
+            "encoder": (third, encoder),
+            "unet": (second, second.config.model.unet),
+            "estimator": (third, estimator_node(second.config.model.unet, encoder.dim)),
+        }
+        parts = {
+            name: Part(plain(node), run.weights / f"{name}.safetensors", run.sha256(name))
+            for name, (run, node) in configs.items()
+        }
+        probes = space.evaluation / PROBES
+        return cls(
+            parts=parts,
+            scale=[float(value) for value in second.metadata["scale"]],
+            transform=plain(first.config.data.transform),
+            schedule=plain(second.config.diffusion.schedule),
+            parameterisation=plain(second.config.diffusion.parameterisation),
+            sampler=plain(third.config.sampler),
+            probes=probes if probes.is_file() else None,
+            sources={"run": space.root.name, "split_hash": third.metadata["split_hash"]},
+        )
+
+    @classmethod
+    def open(cls, folder: Path | str, trust: Sequence[str] = ()) -> "Bundle":
+        """A bundle folder, checked before anything is built.
+
+        Args:
+            trust: prefixes of further modules whose classes its configs may name, e.g. ("mylab.networks.",).
+
+        Raises:
+            UserError: it is no bundle, of another format, altered, or names what it may not.
+        """
+        folder = Path(folder)
+        about = _read(folder)
+        for key in ("modules", "transform", "schedule", "parameterisation", "sampler"):
+            check_targets(about[key], f"{folder / DESCRIPTION}: {key}", (*ALLOWED, *trust))
+        parts = {
+            name: Part(about["modules"][name]["config"], _file(folder, about["modules"][name]), entry["sha256"])
+            for name, entry in about["modules"].items()
+        }
+        probes = about["probes"]
+        kept = ("transform", "schedule", "parameterisation", "sampler", "sources", "scale")
+        return cls(parts=parts, probes=_file(folder, probes) if probes else None, **{key: about[key] for key in kept})
+
+    def save(self, folder: Path | str) -> Path:
+        """Write the bundle; files that lie there already, as described, stay. Returns the folder."""
+        folder = Path(folder)
+        modules = {
+            name: {"config": part.config, **_copy(part.file, folder / f"{name}.safetensors")}
+            for name, part in self.parts.items()
+        }
+        for name, part in self.parts.items():
+            if modules[name]["sha256"] != part.sha256:
+                raise UserError(f"{part.file} has changed since it was published: train or export it again")
+        about = {
+            "format": FORMAT,
+            "modules": modules,
+            "scale": self.scale,
+            "transform": self.transform,
+            "schedule": self.schedule,
+            "parameterisation": self.parameterisation,
+            "sampler": self.sampler,
+            "probes": _copy(self.probes, folder / PROBES) if self.probes else None,
+            "sources": self.sources,
+        }
+        write_json(folder / DESCRIPTION, about)
+        return folder
+
+
+def plain(node: Any) -> dict[str, Any]:
+    """A config node as plain values, without the files that training started from: the weights are in the bundle."""
+
+    def cleaned(value: Any) -> Any:
+        if isinstance(value, dict):
+            kept = {key: cleaned(item) for key, item in value.items()}
+            return {**kept, "weights": None} if kept.get("weights") else kept
+        return [cleaned(item) for item in value] if isinstance(value, list) else value
+
+    return cleaned(node if isinstance(node, dict) else OmegaConf.to_container(node, resolve=True))
+
+
+def check_targets(value: Any, where: str, allowed: Sequence[str] = ALLOWED) -> None:
+    """Refuse a config that would build anything but this package's networks, transforms and diffusion."""
+    if isinstance(value, list):
+        for item in value:
+            check_targets(item, where, allowed)
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            if key in NOT_ALLOWED:
+                raise UserError(f"{where}: '{key}' is not allowed in a bundle")
+            if key == "_target_":
+                _check_target(item, where, allowed)
+            else:
+                check_targets(item, where, allowed)
+    elif isinstance(value, str) and "${" in value:
+        raise UserError(f"{where}: '{value}' is not allowed in a bundle")
+
+
+def _check_target(name: Any, where: str, allowed: Sequence[str]) -> None:
+    """A class defined in an allowed module, or one of the schedules' functions."""
+    module, _, attribute = str(name).rpartition(".")
+    if not f"{module}.".startswith(tuple(allowed)):
+        raise UserError(f"{where}: '{name}' may not be built from a bundle; trust its module if you know who made it")
+    try:
+        found = getattr(importlib.import_module(module), attribute, None)
+    except ImportError as error:
+        raise UserError(f"{where}: cannot import '{name}' ({error})") from error
+    kind = inspect.isfunction if f"{module}.".startswith(FUNCTIONS) else inspect.isclass
+    own = getattr(found, "__module__", None) == module and not attribute.startswith("_")
+    if not own or not (inspect.isclass(found) or kind(found)):
+        raise UserError(f"{where}: '{name}' is nothing that a bundle may build")
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    path = folder / DESCRIPTION
+    if not path.is_file():
+        raise UserError(f"{folder} is no bundle: it has no {DESCRIPTION}")
+    try:
+        about = read_json(path)
+        version = about["format"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{path} is damaged ({error}); export or import the bundle again") from error
+    if version != FORMAT:
+        raise UserError(f"{path}: format {version}, this version of ldae reads {FORMAT}; export the bundle again")
+    missing = {"modules", "scale", "transform", "schedule", "parameterisation", "sampler", "probes", "sources"} - set(
+        about
+    )
+    missing |= set(NETWORKS) ^ set(about.get("modules", ()))
+    if missing:
+        raise UserError(f"{path}: '{sorted(missing)[0]}' is missing or unknown; export or import the bundle again")
+    return about
+
+
+def _file(folder: Path, entry: dict[str, str]) -> Path:
+    """A described file of the folder itself, unaltered."""
+    path = folder / Path(entry["file"]).name
+    if not path.is_file():
+        raise UserError(f"bundle {folder}: '{path.name}' is missing")
+    if file_sha256(path) != entry["sha256"]:
+        raise UserError(f"bundle {folder}: '{path.name}' is not the file that was described; get it again")
+    return path
+
+
+def _copy(source: Path, target: Path) -> dict[str, str]:
+    if source.resolve() != target.resolve():
+        with replacing(target) as temporary:
+            shutil.copyfile(source, temporary)
+    return {"file": target.name, "sha256": file_sha256(target)}

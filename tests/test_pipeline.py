@@ -1,0 +1,214 @@
+"""Proves class LDAE: its methods fit together, a run and its bundle are one model, altered bundles are refused."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+from omegaconf import OmegaConf, open_dict
+from torch import nn
+
+from ldae import LDAE
+from ldae.bundle import Bundle, check_targets
+from ldae.config import conf_dir, register
+from ldae.errors import UserError
+from ldae.evaluation.frozen import OURS, Frozen, write_frozen
+from ldae.evaluation.linear import LinearModel
+from ldae.runs import Workspace, estimator_node
+
+SMALL = [
+    "experiment=smoke", "stage=repr", "data.shape=[8,8,8]", "model.autoencoder.channels=[8,8]",
+    "model.autoencoder.groups=4", "model.unet.base=8", "model.unet.groups=4", "model.encoder.dim=16",
+    "model.encoder.backbone.widths=[8,16]", "model.encoder.backbone.depths=[1,1]", "sampler.steps=4",
+]  # fmt: skip
+
+
+def random_weights(module: nn.Module) -> nn.Module:
+    """Away from the zeros that untrained networks end in."""
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    return module.eval()
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """`runs/small`, as three stages leave it, with random weights and a probe."""
+    register()
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        config = compose("train", SMALL)
+    with open_dict(config):
+        config.hydra = None
+    space = Workspace(tmp_path_factory.mktemp("runs") / "small")
+    torch.manual_seed(0)
+    nodes = {**config.model, "estimator": estimator_node(config.model.unet, 16)}
+    networks = {
+        name: random_weights(instantiate(nodes[name])) for name in ("autoencoder", "unet", "encoder", "estimator")
+    }
+    about = {"split_hash": "0", "scale": [1.5, 2.0, 0.5], "step": 1}
+    published = {"aekl": ["autoencoder"], "pretrain": ["unet"], "repr": ["encoder", "estimator"]}
+    for stage, names in published.items():
+        at = space.stage(stage)
+        if stage == "pretrain":
+            about["autoencoder_sha256"] = space.stage("aekl").sha256("autoencoder")
+        about["stands_on"] = (
+            {s: space.stage(s).metadata["weights"] for s in ("aekl", "pretrain")} if stage == "repr" else {}
+        )
+        at.publish({name: networks[name].state_dict() for name in names}, about)
+        at.write_config(config)
+    rng = np.random.default_rng(0)
+    probe = LinearModel("diagnosis", *rng.uniform(0.5, 1, (3, 16)), intercept=0.1, classes=("CN", "AD"))
+    weights = Bundle.of_run(space.root).weights
+    write_frozen(space.evaluation / "probes.json", {"diagnosis": {OURS: Frozen([], probe)}}, weights)
+    return space.root
+
+
+@pytest.fixture(scope="module")
+def model(run):
+    return LDAE.load(run, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def bundle(model, tmp_path_factory):
+    return model.export(tmp_path_factory.mktemp("bundle") / "b")
+
+
+X = torch.rand(2, 1, 8, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+def test_latents_are_the_posterior_mean_scaled_by_channel(model):
+    mean, std = model.posterior(X)
+    assert mean.shape == std.shape == (2, 3, 4, 4, 4)
+    scale = torch.tensor([1.5, 2.0, 0.5]).view(1, 3, 1, 1, 1)
+    torch.testing.assert_close(model.compress(X), scale * mean)
+    torch.testing.assert_close(model.decompress(model.compress(X)), model.autoencoder.decode(mean))
+
+
+def test_decoding_undoes_inversion(model):
+    y, z = model.embed(X), model.compress(X)
+    assert y.shape == (2, 16)
+    code = model.invert(z, y, steps=100)
+    assert model.decode(code, y).shape == X.shape
+    own, other = (model.generate(code, y_, steps=100) - z for y_ in (y, y.flip(0)))
+    assert own.abs().max() < 0.1
+    assert other.abs().max() > 5 * own.abs().max()  # and y matters
+
+
+def test_edits_go_through_y_and_the_code(model):
+    y = model.embed(X)
+    same = model.decode(model.invert(model.compress(X), y), y)
+    torch.testing.assert_close(model.manipulate(X, "diagnosis", 0.0), same)
+    assert not torch.allclose(model.manipulate(X, "diagnosis", 2.0), same, atol=1e-3)
+    torch.testing.assert_close(model.interpolate(X, X.flip(0), 0.0), same, atol=1e-5, rtol=0)
+    torch.testing.assert_close(model.interpolate(X, X.flip(0), 1.0), same.flip(0), atol=1e-5, rtol=0)
+
+
+def test_a_probes_direction_raises_its_decision_as_the_method_says(model):
+    y = model.embed(X)
+    probe = model.probes["diagnosis"]
+    before, after = (probe.decision(v.numpy()) for v in (y, model.direction("diagnosis").edit(y, 0.5)))
+    np.testing.assert_allclose(after - before, 0.5 * 16**0.5 * np.linalg.norm(probe.coef), rtol=1e-4)
+    with pytest.raises(UserError, match="no probe 'sex'; it has diagnosis"):
+        model.manipulate(X, "sex", 1.0)
+
+
+def test_a_sample_does_not_depend_on_how_many_are_drawn(model):
+    torch.testing.assert_close(model.sample(3, seed=5)[:2], model.sample(2, seed=5), atol=1e-5, rtol=0)
+    varied = model.vary(X[:1], 2, seed=5)
+    assert varied.shape == X.shape
+    assert not torch.allclose(varied[0], varied[1])
+
+
+def test_noise_and_gradient_are_the_networks_own(model):
+    z, y = model.compress(X), model.embed(X)
+    t = torch.tensor([10.5, 900.0])
+    parts = model.denoiser
+    expected = parts.parameterisation.to_eps(parts.schedule, parts.unet(z, t), z, t)
+    torch.testing.assert_close(model.predict_noise(z, t), expected)
+    torch.testing.assert_close(model.estimate_gradient(z, t, y), parts.estimator(parts.unet.features(z, t), y))
+
+
+def test_what_comes_back_can_be_differentiated_through(model):
+    z = model.compress(X).requires_grad_()
+    model.autoencoder.decode(z).sum().backward()
+    assert z.grad is not None
+
+
+def test_a_bundle_is_the_run_it_came_from(model, bundle, tmp_path):
+    moved = shutil.copytree(bundle, tmp_path / "moved")
+    other = LDAE.load(moved, device="cpu")
+    assert torch.equal(
+        other.decode(other.noise(1), other.embed(X[:1])), model.decode(model.noise(1), model.embed(X[:1]))
+    )
+    assert other.probes["diagnosis"].to_dict() == model.probes["diagnosis"].to_dict()
+    assert other.transform.key() == model.transform.key()
+    assert other.sampler == model.sampler
+    again = other.export(tmp_path / "again")
+    assert (again / "bundle.json").read_text() == (bundle / "bundle.json").read_text()
+
+
+def altered(bundle, tmp_path, change):
+    folder = shutil.copytree(bundle, tmp_path / "altered")
+    about = json.loads((folder / "bundle.json").read_text())
+    change(about, folder)
+    (folder / "bundle.json").write_text(json.dumps(about))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda about, folder: about.update(format=2), "format 2, this version of ldae reads 1"),
+        (lambda about, folder: about.pop("scale"), "'scale' is missing"),
+        (lambda about, folder: about["modules"].pop("unet"), "'unet' is missing"),
+        (lambda about, folder: (folder / "unet.safetensors").unlink(), "'unet.safetensors' is missing"),
+        (lambda about, folder: (folder / "unet.safetensors").write_bytes(b"x"), "not the file that was described"),
+        (lambda about, folder: (folder / "probes.json").write_text("{}"), "not the file that was described"),
+        (lambda about, folder: about["modules"]["unet"]["config"].update(base=16), "tensor 'time.0.weight' is"),
+        (lambda about, folder: about["modules"]["unet"]["config"].update(_target_="os.system"), "may not be built"),
+        (lambda about, folder: about["sampler"].update(_target_="ldae.files.write_text"), "may not be built"),
+        (
+            lambda about, folder: about["transform"].update(_target_="ldae.data.transforms.load_scan"),
+            "nothing that a bundle may build",
+        ),
+        (
+            lambda about, folder: about["modules"]["encoder"]["config"]["backbone"].update(
+                _target_="ldae.models.convnext.Path"
+            ),
+            "nothing that a bundle may build",
+        ),
+    ],
+)
+def test_an_altered_bundle_is_refused(bundle, tmp_path, change, message):
+    with pytest.raises(UserError, match=message):
+        LDAE.load(altered(bundle, tmp_path, change), device="cpu")
+
+
+def test_configs_may_neither_read_the_environment_nor_change_how_they_are_built():
+    with pytest.raises(UserError, match="not allowed"):
+        check_targets({"a": ["${oc.env:HOME}"]}, "x")
+    with pytest.raises(UserError, match="'_partial_' is not allowed"):
+        check_targets({"_target_": "ldae.models.unet.UNet", "_partial_": True}, "x")
+
+
+def test_stages_that_do_not_belong_together_are_refused(run, tmp_path):
+    root = shutil.copytree(run, tmp_path / "spoilt")
+    path = root / "aekl/weights/metadata.json"
+    about = json.loads(path.read_text())
+    about["weights"]["autoencoder"]["sha256"] = "0"
+    path.write_text(json.dumps(about))
+    with pytest.raises(UserError, match="another autoencoder"):
+        LDAE.load(root)
+    with pytest.raises(UserError, match="no trained 'aekl'"):
+        LDAE.load(tmp_path)
+
+
+def test_weights_that_training_started_from_are_not_looked_for(run, tmp_path):
+    root = shutil.copytree(run, tmp_path / "started")
+    path = root / "repr/config.yaml"
+    config = OmegaConf.load(path)
+    config.model.encoder.backbone.weights = "gone.pth"
+    OmegaConf.save(config, path)
+    assert LDAE.load(root, device="cpu").embed(X).shape == (2, 16)
