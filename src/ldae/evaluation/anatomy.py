@@ -8,6 +8,9 @@ The region is FIXED for a cohort: where the training scans' label maps put the s
 voxel wider. A scan's own labels, however dilated, would tell its volume before a decoded voxel is looked at. The two
 levels belong to the scan: least squares of its autoencoder reconstruction on its own label map's share of each voxel,
 so that a decoded scan is measured with levels that its own decoding cannot move.
+
+On phantoms at 4.5 mm the measure of the scan itself correlates with the true ventricle volume at 0.97, with another
+scan's at -0.1. Hippocampi have no contrast to their surroundings there (-0.2): read theirs at fine resolution only.
 """
 
 from collections.abc import Sequence

@@ -83,15 +83,23 @@ class Semantics:
     """`semantics/...` on test scans, with intervals over subjects.
 
     - `z0_error/{own,other,none}`: mean for t >= 0.8 T; `..._t000` to `..._t800` by band; `z0_error_ratio`: other / own.
-    - `ssim`, `ssim_mask`: decoding from y alone (z_T fixed noise) against the scan; `..._autoencoder`: against the
-      autoencoder's reconstruction, which no decoding from latents can beat.
-    - `ventricle_r`, `hippocampus_r`: Pearson's r of the decoded scan's volume (anatomy.py) with the scan's own;
-      `..._control`: the same with ANOTHER subject's decoded scan and the own intensity levels, near 0 unless the
-      measure itself gives the answer away.
+    - `ssim`, `ssim_mask`: decoding from y alone (z_T fixed noise) against the scan; `..._autoencoder`: against
+      the autoencoder's reconstruction.
+    - `ventricle_r`: Pearson's r of the decoded scan's volume (anatomy.py) with the scan's own; `..._control`: the same
+      with ANOTHER subject's decoded scan and the own intensity levels, near 0 unless the measure itself gives the
+      answer away.
     """
 
-    def __init__(self, scans: int | None = None, batch_size: int = 8, points: int = 2, resamples: int = 1000):
-        """`scans` at most (None: all of test); `points` timesteps in each band."""
+    def __init__(
+        self,
+        scans: int | None = None,
+        batch_size: int = 8,
+        points: int = 2,
+        resamples: int = 1000,
+        structures: Sequence[str] = ("ventricle",),
+    ):
+        """`scans` at most (None: all of test); `points` timesteps in each band; `structures` of anatomy.py."""
+        self.structures = list(structures)
         self.scans, self.batch_size, self.points, self.resamples = scans, batch_size, points, resamples
 
     def __call__(self, context: Context) -> Iterator[tuple[str, float]]:
@@ -101,7 +109,7 @@ class Semantics:
         if partner is None:
             log.warning("semantics are skipped: test needs scans of at least two subjects, none with most of them")
             return
-        measures = {name: soft_volume(context, labels) for name, labels in STRUCTURES.items()}
+        measures = {name: soft_volume(context, STRUCTURES[name]) for name in self.structures}
         if not any(measures.values()):
             log.warning("semantics: the table has no usable label maps (labels_path), volumes are not measured")
         found, volumes = self._all_batches(context, rows, partner, measures)
