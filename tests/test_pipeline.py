@@ -89,11 +89,11 @@ def test_latents_are_the_posterior_mean_scaled_by_channel(model):
 def test_decoding_undoes_inversion(model):
     y, z = model.embed(X), model.compress(X)
     assert y.shape == (2, 16)
-    code = model.invert(z, y, steps=100)
+    code = model.invert(z, y, steps=20)
     assert model.decode(code, y).shape == X.shape
-    own, other = (model.generate(code, y_, steps=100) - z for y_ in (y, y.flip(0)))
+    own, other = (model.generate(code, given, steps=20) - z for given in (y, -y))
     assert own.abs().max() < 0.1
-    assert other.abs().max() > 5 * own.abs().max()  # and y matters
+    assert other.abs().max() > 0.5  # y matters
 
 
 def test_edits_go_through_y_and_the_code(model):
