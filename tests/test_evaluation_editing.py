@@ -18,7 +18,7 @@ from ldae.config import check_targets, conf_dir, register
 from ldae.diffusion.code import Code
 from ldae.diffusion.samplers import DDIM
 from ldae.errors import UserError
-from ldae.evaluation import directions, edit_figures
+from ldae.evaluation import counterfactuals, directions, edit_figures, selection
 from ldae.evaluation.context import Context
 from ldae.evaluation.counterfactuals import Counterfactuals, Exchange, Truth, compare
 from ldae.evaluation.directions import Direction, HeldFixed, MeanDifference, Pattern, ProjectedOut, Shrunken, Weights
@@ -29,7 +29,6 @@ from ldae.evaluation.interpolation import Interpolation, triples
 from ldae.evaluation.ladder import climb, outside_share
 from ldae.evaluation.manipulation import Manipulation
 from ldae.evaluation.probes import Classification, Regression
-from ldae.evaluation.selection import rank
 from ldae.evaluation.variation import Variation
 
 SHAPE, DIM, VOXEL = (10, 12, 10), 6, 8.0
@@ -356,9 +355,39 @@ def test_variation_of_a_model_whose_y_holds_everything(context):
     assert (context.out / "variation.png").exists()
 
 
+def test_selection_prefers_the_direction_that_is_true(context, monkeypatch):
+    """The truth is the rim darkening; the raw difference brightens age's place too, held fixed it does not."""
+
+    def render(row, factor, change):
+        return Truth(context.volumes([row])[0] + change * context.model.templates[:1], 1000.0 * (1 + change))
+
+    source = SimpleNamespace(available=True, render=render)
+    monkeypatch.setattr(selection, "Counterfactuals", lambda context: source)
+    estimators = {"raw": MeanDifference(), "fixed": HeldFixed(MeanDifference(), ["age"])}
+    evaluator = selection.Selection(
+        {"diagnosis": DIAGNOSIS}, estimators, Editor(), depths=[0.5, 1.0], renoises=[0.0], strengths=[None],
+        alphas=[0.3], scans=3, finalists=1,
+    )  # fmt: skip
+    metrics = dict(evaluator(context))
+    assert metrics["selection/diagnosis/fixed/difference_r"] > metrics["selection/diagnosis/raw/difference_r"]
+    assert metrics["selection/diagnosis/best_monotone"] == 1
+    table = pd.read_csv(context.out / "selection_diagnosis.csv")
+    assert table["estimator"].iloc[0] == "fixed"
+    assert len(table) == 4  # two estimators with the default editor, then two depths of the better one
+    assert (context.out / "selection_diagnosis.png").exists()
+
+
+def test_an_edit_without_effect_is_held_to_a_real_change(context, monkeypatch):
+    nothing = Direction(np.zeros(DIM), np.ones(DIM), np.eye(DIM)[DIM - 1])
+    source = SimpleNamespace(available=True, ventricle_slope=lambda rows, factor: 10000.0)
+    monkeypatch.setattr(counterfactuals, "Counterfactuals", lambda context: source)
+    rate = counterfactuals.exchange(context, Editor(), Anatomy(context), nothing, "severity", 4, 4, 0.5)
+    assert rate.change(0.5) == pytest.approx(0.3)
+
+
 def test_rank_prefers_sure_settings():
     table = pd.DataFrame({"difference_r": [0.9, 0.4, 0.6], "monotone": [0.5, 1.0, 0.8]})
-    assert rank(table)["difference_r"].tolist() == [0.6, 0.4, 0.9]
+    assert selection.rank(table)["difference_r"].tolist() == [0.6, 0.4, 0.9]
 
 
 def test_slices_are_the_right_way_up():

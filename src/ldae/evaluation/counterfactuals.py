@@ -26,6 +26,7 @@ FACTORS = {"diagnosis": "severity", "severity": "severity", "age": "age"}
 # How far a factor is moved at most: beyond, the generator leaves the people it was made for.
 LIMITS = {"severity": 1.2, "age": 25.0}
 STEPS = {"severity": 0.25, "age": 5.0}  # for the true slope
+LEAST = {"severity": 0.3, "age": 5.0}  # what +-alpha stands for at least: an edit that does nothing is not right
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,8 @@ def exchange(
 ) -> Exchange | None:  # fmt: skip
     """The exchange rate between 0 and +-alpha on validation scans; None without phantoms or label maps.
 
-    A direction that moves ventricles the wrong way gets the same rate: its maps must come out anticorrelated.
+    A direction that moves ventricles the wrong way gets the same rate: its maps must come out anticorrelated. One that
+    hardly moves them is held to the LEAST change.
     """
     source = Counterfactuals(context)
     rows = spread(context.rows("val"), context.table["subject"].tolist(), scans, context.seed)
@@ -109,7 +111,7 @@ def exchange(
     rate = float(np.nanmean(np.concatenate(slopes))) / source.ventricle_slope(rows, factor)
     if rate < 0:
         log.warning("this direction moves the ventricles of validation scans the wrong way (%.3g %s)", rate, factor)
-    return Exchange(source, factor, abs(rate))
+    return Exchange(source, factor, max(abs(rate), LEAST[factor] / alpha))
 
 
 @dataclass(frozen=True)

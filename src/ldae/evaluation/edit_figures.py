@@ -75,8 +75,8 @@ def dose_response(path: Path, alphas: Sequence[float], volumes: Mapping[str, np.
     middle = list(alphas).index(0.0)
     with canvas(path, (4.2 * (len(volumes) + 1), 3.8), 1, len(volumes) + 1) as (_, grid):
         for axes, (name, measured) in zip(grid, volumes.items(), strict=False):
-            change = 100 * (measured / measured[:, middle : middle + 1] - 1)
-            change = change[np.isfinite(change).all(1)]  # a structure without contrast has no volume
+            kept = measured[measured[:, middle] > 0]  # a structure without contrast has no volume
+            change = 100 * (kept / kept[:, middle : middle + 1] - 1)
             axes.plot(alphas, change.T, color=COLOURS.get(name, "0.5"), alpha=0.25, linewidth=0.8)
             axes.plot(alphas, np.median(change, 0) if len(change) else np.full(len(alphas), np.nan), "ko-", linewidth=2)
             axes.axhline(0, color="0.7", linewidth=0.8)
@@ -111,7 +111,7 @@ def gap_curves(path: Path, curves: Mapping[str, Mapping[float, float]], ylabel: 
 def maps(path: Path, rows: Sequence[tuple[str, np.ndarray, np.ndarray]], cut: tuple[int, int, int], unit: str) -> None:
     """Labelled volumes (X, Y, Z), each beside a positive map of the same shape with a common colour bar."""
     top = max(float(np.percentile([row[2] for row in rows], 99.8)), 1e-3)
-    with canvas(path, (9.5, 1.9 * len(rows) + 0.4), len(rows), 6) as (figure, grid):
+    with canvas(path, (9.5, 1.55 * len(rows) + 0.4), len(rows), 6) as (figure, grid):
         for axes_row, (label, volume, values) in zip(np.atleast_2d(grid), rows, strict=True):
             images = (*slices(volume, cut), *slices(values, cut))
             for place, (axes, image) in enumerate(zip(axes_row, images, strict=True)):

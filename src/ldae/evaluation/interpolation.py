@@ -69,7 +69,8 @@ def triples(table: pd.DataFrame, rows: np.ndarray) -> list[Triple]:
 
 
 class Interpolation:
-    """`interpolation/<method>/<against>/<metric>` over all triples, intervals over subjects; `..._gap12` by gap.
+    """`interpolation/<method>/<against>/<metric>` over all triples, intervals over subjects; against `real` also
+    `..._gap12` by gap.
 
     Metrics: mse, mse_mask, ssim, ssim_mask (the mask is the target's brain), ventricle_error (mm3, absolute).
     `interpolation/gain/<against>/<metric>_over_<method>`: how much better ours is, paired, positive = better.
@@ -188,7 +189,7 @@ def summary(frame: pd.DataFrame, resamples: int, seed: int) -> Iterator[tuple[st
             for method, rows in by.items():
                 stem = f"interpolation/{method}/{against}/{metric}"
                 yield from summarise(stem, weights @ rows[metric].to_numpy() / total)
-                for gap, values in rows.groupby("gap")[metric]:
+                for gap, values in rows.groupby("gap")[metric] if against == "real" else ():
                     yield f"{stem}_gap{gap:02d}", float(values.mean())
             for method in BASELINES:
                 gain = BETTER[metric] * (by[OURS][metric] - by[method][metric]).to_numpy()

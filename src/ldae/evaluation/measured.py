@@ -77,7 +77,7 @@ class Measured:
         cut = edit_figures.centre(region, frames.shape[1:])
         ends = [self.alphas.index(end) for end in (-self.shown, 0.0, self.shown)]
         title = f"{row['subject']} {row['session']}: {self.stem.name.replace('_', ' along ', 1)}"
-        shown = [(f"alpha = {self.alphas[end]:+g}", frames[end]) for end in ends]
+        shown = [(f"alpha = {self.alphas[end]:+g}".replace("+0", "0"), frames[end]) for end in ends]
         changes = [(f"change at {label.removeprefix('alpha = ')}", frame - frames[ends[1]]) for label, frame in shown]
         changes = [changes[0], changes[2]]
         if true is not None:

@@ -91,7 +91,8 @@ class Selection:
         winner = table.iloc[0]
         log.info("best settings for edits along %s:\n%s", name, table.head(8).to_string(index=False))
         for key in ("difference_r", "monotone", "identity", "effect_percent", "depth", "renoise", "strength", "alpha"):
-            yield f"selection/{name}/best_{key}", float(winner[key])
+            if pd.notna(winner[key]):  # no strength: the sampler's own
+                yield f"selection/{name}/best_{key}", float(winner[key])
         for estimator, part in table.groupby("estimator", sort=False):
             yield f"selection/{name}/{estimator}/difference_r", float(part["difference_r"].max())
 
