@@ -93,6 +93,9 @@ def test_every_baseline_that_applies_is_there(judged):
         assert f"baseline/{name}/diagnosis/auc" in metrics
     assert metrics["baseline/mean/diagnosis/auc"] == 0.5
     assert metrics["baseline/volumes/diagnosis/auc"] > 0.8
+    mean, volumes = (metrics[f"baseline/{name}/age/mae"] for name in ("mean", "volumes"))
+    share = (mean - metrics["probe/age/mae"]) / (mean - volumes)
+    assert metrics["probe/age/mae_share_to_volumes"] == pytest.approx(share)
     assert "baseline/age_sex/age/mae" not in metrics  # it would be told the answer
     assert metrics["probe/diagnosis/auc_age_adjusted"] > 0.8
     assert all(np.isfinite(metrics[f"probe/diagnosis/{name}"]) for name in ("auc_low", "auc_high", "mcc", "pr_auc"))

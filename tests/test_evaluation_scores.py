@@ -76,6 +76,7 @@ def test_age_adjustment_takes_away_what_age_alone_tells():
     assert scores.auc(truth, age, unit)[0] > 0.75
     assert scores.age_adjusted_auc(truth, age, age, unit, window=1.0)[0] == pytest.approx(0.5, abs=0.05)
     assert scores.age_adjusted_auc(truth, age + 100 * truth, age, unit, window=1.0)[0] == 1
+    assert np.isnan(scores.age_adjusted_auc(truth[:6], age[:6], age[:6], unit[:, :6], window=0.1)[0])
 
 
 def test_scans_of_one_subject_are_drawn_together():

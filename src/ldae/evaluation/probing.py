@@ -2,7 +2,8 @@
 
 Names: `probe/<probe>/<metric>`, `baseline/<baseline>/<probe>/<metric>`, each with `_low` and `_high`, the 95 % interval
 of a bootstrap over subjects; `baseline/<baseline>/<probe>/<metric>_difference` (with interval, on the same resamples)
-is signed so that positive = ours better, for errors as for scores. `External` puts `external/` before them.
+is signed so that positive = ours better, for errors as for scores; `probe/<probe>/mae_share_to_volumes` is how far ours
+gets from always-the-mean (0) to the true volumes (1). `External` puts `external/` before them.
 """
 
 import logging
@@ -159,6 +160,9 @@ def judge(
             if key != OURS and metric in probe.better and metric in found[OURS]:
                 difference = probe.better[metric] * (found[OURS][metric] - values)
                 yield from summarise(f"{stem}/{metric}_difference", difference)
+    if {"mean", "volumes"} <= found.keys() and "mae" in found[OURS]:
+        mean, volumes, ours = (found[key]["mae"] for key in ("mean", "volumes", OURS))
+        yield from summarise(f"{prefix}probe/{name}/mae_share_to_volumes", (mean - ours) / (mean - volumes))
     _record(context, f"{prefix.replace('/', '_')}{name}", probe, table, truth[rows], predictions)
 
 

@@ -58,16 +58,9 @@ def run_evaluations(
 def headline(metrics: Mapping[str, float]) -> dict[str, float]:
     """The few that belong on a console: first metrics of probes and baselines, differences, and the rest in brief."""
     shown = (
-        "/auc",
-        "/mae",
-        "/auc_difference",
-        "/mae_difference",
-        "/ssim",
-        "/ssim_mask",
-        "_r",
-        "_ratio",
-        "/auc_age_adjusted",
-    )
+        "/auc", "/mae", "/auc_difference", "/mae_difference", "/auc_age_adjusted",
+        "/ssim", "/ssim_mask", "_r", "error_ratio", "code/std",
+    )  # fmt: skip
     stems = [name for name in metrics if name.endswith(shown) or name.startswith("generation/")]
     wanted = {stem + suffix for stem in stems for suffix in ("", "_low", "_high")}
     return {name: value for name, value in metrics.items() if name in wanted}

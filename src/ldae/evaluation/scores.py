@@ -12,6 +12,7 @@ BINARY = {
     "auc": 1, "pr_auc": 1, "auc_age_adjusted": 1, "brier": -1, "calibration_error": -1,
 }  # fmt: skip
 NUMERIC = {"mae": -1, "rmse": -1, "r2": 1, "pearson": 1}
+MIN_PAIRS = 20
 
 
 def binary_scores(truth: np.ndarray, probability: np.ndarray, weights: np.ndarray) -> dict[str, np.ndarray]:
@@ -80,10 +81,13 @@ def age_adjusted_auc(
     """The AUC among (positive, negative) pairs whose ages differ by at most `window` years.
 
     The probability that, of two people of about the same age, the diseased one scores higher: what age itself tells is
-    held fixed without fitting anything. Age alone scores near 0.5. Scans without an age are in no pair.
+    held fixed without fitting anything. Age alone scores near 0.5. Scans without an age are in no pair; fewer than
+    `MIN_PAIRS` pairs say nothing (NaN).
     """
     first, second = np.flatnonzero(truth == 1), np.flatnonzero(truth == 0)
     matched = np.abs(age[first, None] - age[None, second]) <= window  # False where an age is NaN
+    if matched.sum() < MIN_PAIRS:
+        return np.full(len(weights), np.nan)
     gap = score[first, None] - score[None, second]
     right = matched * ((gap > 0) + 0.5 * (gap == 0))
     one, other = weights[:, first], weights[:, second]
