@@ -107,7 +107,7 @@ class Bundle:
             "autoencoder": (first, first.config.model.autoencoder),
             "encoder": (third, encoder),
             "unet": (second, second.config.model.unet),
-            "estimator": (third, estimator_node(second.config.model.unet, encoder.dim)),
+            "estimator": (third, estimator_node(second.config.model.unet, encoder.dim, third.config.model.estimator)),
         }
         parts = {
             name: Part(plain(node), run.weights / f"{name}.safetensors", run.sha256(name))

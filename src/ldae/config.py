@@ -101,12 +101,20 @@ class Data:
 
 
 @dataclass
+class Estimator:
+    """What the gradient estimator does not share with the U-Net; see ldae.models.gradient_estimator."""
+
+    modes: int = 0
+
+
+@dataclass
 class Model:
     """One of each network; `conf/model/*.yaml` are bundles."""
 
     autoencoder: Any = MISSING
     unet: Any = MISSING
     encoder: Any = MISSING
+    estimator: Estimator = field(default_factory=Estimator)
     discriminator: Any = MISSING
 
 

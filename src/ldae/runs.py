@@ -136,9 +136,9 @@ class Run:
         return module.eval().requires_grad_(False)
 
 
-def estimator_node(unet: DictConfig, semantic_dim: int) -> dict[str, Any]:
-    """The gradient estimator's config: the U-Net's own, so that no architecture is typed twice."""
-    node = OmegaConf.to_container(unet, resolve=True)
+def estimator_node(unet: DictConfig, semantic_dim: int, options: DictConfig | None = None) -> dict[str, Any]:
+    """The gradient estimator's config: the U-Net's own, so that no architecture is typed twice, and its `options`."""
+    node = {**OmegaConf.to_container(unet, resolve=True), **(options or {})}
     target = "ldae.models.gradient_estimator.GradientEstimator"
     return {**node, "_target_": target, "semantic_dim": semantic_dim}
 

@@ -149,7 +149,7 @@ class AutoencoderStage(Stage):
             x, reconstruction = self._reconstruct(np.array([row]))
             mask = brain_mask(x)
             found[int(row)] = {
-                "l1": float(losses.reconstruction_l1(reconstruction, x)),
+                "l1": float(losses.reconstruction_l1(reconstruction, x).detach()),
                 "ssim": float(ssim(reconstruction, x)),
                 "ssim_mask": float(ssim(reconstruction, x, mask=mask)),
             }

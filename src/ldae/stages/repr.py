@@ -47,6 +47,7 @@ class ReprStage(Stage):
 
     Args:
         encoder: maps (B, 1, X, Y, Z) to (B, dim).
+        estimator: options of the gradient estimator; its architecture is the U-Net's.
         sampler: decodes from y alone in validation.
         aekl, pretrain, latents: paths of the predecessors; None: siblings under the same name.
     """
@@ -58,6 +59,7 @@ class ReprStage(Stage):
     def __init__(
         self,
         encoder: nn.Module,
+        estimator: Any,
         sampler: Any,
         aekl: str | None,
         pretrain: str | None,
@@ -74,7 +76,7 @@ class ReprStage(Stage):
         # The U-Net's own schedule and parameterisation: another would make its predictions meaningless.
         diffusion = instantiate(second.config.diffusion)
         self.schedule, self.parameterisation = diffusion.schedule, diffusion.parameterisation
-        estimator = instantiate(estimator_node(second.config.model.unet, encoder.dim))
+        estimator = instantiate(estimator_node(second.config.model.unet, encoder.dim, estimator))
         estimator.start_from(self.unet)
         self.modules = {"encoder": encoder, "estimator": estimator}
         self.sampler = sampler

@@ -1,0 +1,195 @@
+"""Proves what a step of each stage may and may not touch: discriminator, trunk, averages, calibration."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from accelerate import Accelerator
+
+from ldae.config import Optim, Trainer
+from ldae.data.latents import LatentSet
+from ldae.diffusion.process import Velocity
+from ldae.diffusion.samplers import DDIM
+from ldae.diffusion.schedule import linear
+from ldae.models.autoencoder import AutoencoderKL
+from ldae.models.convnext import ConvNeXt
+from ldae.models.gradient_estimator import GradientEstimator
+from ldae.models.semantic_encoder import SemanticEncoder
+from ldae.models.unet import UNet
+from ldae.noise import generator
+from ldae.stages.aekl import AutoencoderStage
+from ldae.stages.pretrain import PretrainStage
+from ldae.stages.repr import ReprStage
+
+SHAPE = (16, 16, 16)
+UNET = {"base": 8, "multipliers": (1, 2), "residual_blocks": 1, "attention_at": (2,), "groups": 4, "dropout": 0.0}
+
+
+class Cohort:
+    """Eight scans of six subjects, in memory."""
+
+    split_hash = "h"
+
+    def __init__(self):
+        self.x = torch.rand(8, 1, *SHAPE, generator=generator(0, "x"))
+        self.volumes = SimpleNamespace(batch=lambda rows: self.x[torch.as_tensor(np.array(rows))])
+        subjects = ["a", "a", "b", "c", "d", "e", "f", "f"]
+        self.table = pd.DataFrame(
+            {"subject": subjects, "session": ["ses-M000", "ses-M006"] * 4, "split": ["train"] * 4 + ["val"] * 4}
+        )
+
+    def rows(self, split):
+        return np.flatnonzero((self.table["split"] == split).to_numpy())
+
+    def augment(self, x, seed, keys):
+        return x
+
+
+def batch(stage, indices):
+    indices = np.array(indices)
+    return {"index": indices, "position": indices, **stage.fetch(indices)}
+
+
+def prepared(stage, **settings):
+    stage.prepare(Accelerator(cpu=True), Trainer(**{"ema": 0.5, **settings}), Optim(lr=1e-3), 0)
+    return stage
+
+
+def tensors(module):
+    return {name: tensor.clone() for name, tensor in module.state_dict().items()}
+
+
+def moved(before, module):
+    return {name for name, tensor in module.state_dict().items() if not torch.equal(tensor, before[name])}
+
+
+@pytest.fixture
+def aekl():
+    from monai.networks.nets import PatchDiscriminator
+
+    torch.manual_seed(0)
+    autoencoder = AutoencoderKL(channels=(8, 8), residual_blocks=1, groups=4)
+    discriminator = PatchDiscriminator(spatial_dims=3, in_channels=1, channels=4, num_layers_d=1)
+    return prepared(AutoencoderStage(autoencoder, discriminator, None, 1e-7, 1e-3, 0.025, 1, None, Cohort(), None))
+
+
+def test_the_generators_backward_leaves_no_gradient_in_the_discriminator(aekl, monkeypatch):
+    """Published defect: what the generator's backward left there was added to the discriminator's own."""
+    discriminator = aekl.modules["discriminator"]
+    seen = []
+    monkeypatch.setattr(
+        aekl, "update_discriminator", lambda *_: seen.append([p.grad for p in discriminator.parameters()]) or
+        {"discriminator": torch.zeros(())},
+    )  # fmt: skip
+    aekl.run_step([batch(aekl, [0, 1])], step=1)
+    assert seen, "the discriminator had its turn"
+    assert all(gradient is None for gradient in seen[0])
+
+
+def test_the_discriminator_plays_along_from_its_start_only(aekl):
+    before = tensors(aekl.modules["discriminator"])
+    scalars = aekl.run_step([batch(aekl, [0, 1])], step=0)
+    assert "adversarial" not in scalars
+    assert not moved(before, aekl.modules["discriminator"])
+    scalars = aekl.run_step([batch(aekl, [0, 1]), batch(aekl, [2, 3])], step=1)
+    assert {"adversarial", "discriminator"} <= scalars.keys()
+    assert moved(before, aekl.modules["discriminator"])
+
+
+def test_the_autoencoders_validation_is_better_for_a_better_reconstruction(aekl):
+    metrics = aekl.validate()
+    assert {"l1", "ssim", "ssim_mask"} == metrics.keys()
+    for _ in range(30):
+        aekl.run_step([batch(aekl, [0, 1, 2, 3])], step=0)
+    assert aekl.validate()["l1"] < metrics["l1"]
+
+
+def latents(cohort):
+    shape = (8, 3, 4, 4, 4)
+    mean = torch.randn(shape, generator=generator(1, "latent"))
+    return LatentSet(cohort.table, mean, torch.full(shape, 0.1), torch.ones(3), "h", "sha")
+
+
+def repr_stage(monkeypatch, **encoder):
+    """A stage 3 on a random trunk, without files."""
+    cohort = Cohort()
+    torch.manual_seed(0)
+    stage = ReprStage.__new__(ReprStage)
+    stage.cohort, stage.latents, stage.pairs = cohort, latents(cohort), np.arange(8)
+    stage.train_rows, stage.length = cohort.rows("train"), 4
+    stage.schedule, stage.parameterisation, stage.sampler = linear(), Velocity(), DDIM(steps=2)
+    stage.unet = UNet(**UNET).eval().requires_grad_(False)
+    torch.nn.init.normal_(stage.unet.path.conv.weight, std=0.1)
+    stage.autoencoder = AutoencoderKL(channels=(8, 8, 8), residual_blocks=1, groups=4).eval().requires_grad_(False)
+    backbone = ConvNeXt(widths=(8, 16), depths=(1, 1), kernel=3, layer_scale=1.0, init_std=None)
+    stage.modules = {
+        "encoder": SemanticEncoder(backbone, slices=16, dim=32, heads=4, **encoder),
+        "estimator": GradientEstimator(semantic_dim=32, **UNET),
+    }
+    stage.modules["estimator"].start_from(stage.unet)
+    return stage
+
+
+def test_a_step_of_stage_3_moves_no_tensor_of_the_trunk_or_the_autoencoder(monkeypatch):
+    stage = prepared(repr_stage(monkeypatch))
+    trunk, autoencoder = tensors(stage.unet), tensors(stage.autoencoder)
+    encoder, estimator = tensors(stage.modules["encoder"]), tensors(stage.modules["estimator"])
+    for step in range(2):  # G is 0 at first: the encoder hears of it with the second step
+        stage.run_step([batch(stage, [0, 1]), batch(stage, [2, 3])], step)
+    assert not moved(trunk, stage.unet)
+    assert not moved(autoencoder, stage.autoencoder)
+    assert not stage.unet.training
+    assert all(parameter.grad is None for parameter in stage.unet.parameters())
+    assert moved(estimator, stage.modules["estimator"])
+    assert moved(encoder, stage.modules["encoder"])
+
+
+def test_only_what_is_trained_is_averaged_and_published(monkeypatch):
+    stage = prepared(repr_stage(monkeypatch))
+    assert set(stage.averages) == set(stage.weights()) == {"encoder", "estimator"}
+    names = {name for part in stage.weights().values() for name in part}
+    assert not any(name.startswith(("unet", "trunk", "down", "input")) for name in names)
+
+
+def test_an_estimator_started_from_the_u_net_still_gives_nothing(monkeypatch):
+    """G is 0 to the bit: guided and unconditional eps are the same before training."""
+    stage = prepared(repr_stage(monkeypatch))
+    z, t = stage.latents.mean[:2], torch.tensor([10, 900])
+    y = stage.modules["encoder"](stage.cohort.x[:2])
+    assert torch.equal(stage.denoiser.guided(y)(z, t), stage.denoiser.eps(z, t))
+    middle = stage.modules["estimator"].path.middle[0].conv2.weight
+    assert torch.equal(middle, stage.unet.path.middle[0].conv2.weight)
+
+
+@torch.no_grad()
+def test_calibration_gives_y_of_untrained_weights_a_spread_of_one(monkeypatch):
+    plain = repr_stage(monkeypatch).modules["encoder"].eval()
+    stage = prepared(repr_stage(monkeypatch, calibrated=True))
+    encoder = stage.modules["encoder"].eval()
+    x = stage.cohort.x[:4]
+    assert plain(x).std(0).mean() < 0.5, "what the calibration is for"
+    np.testing.assert_allclose(encoder(x).mean(0).detach(), 0, atol=1e-3)
+    assert float(encoder(x).std(0).median()) == pytest.approx(1, abs=0.05)
+
+
+def test_stage_3_validates_with_another_subjects_y(monkeypatch):
+    stage = prepared(repr_stage(monkeypatch))
+    others = stage._others(stage.validation_rows)
+    subjects = stage.cohort.table["subject"]
+    assert all(subjects[row] != subjects[other] for row, other in others.items())
+    metrics = stage.validate()
+    assert {"ssim", "z0_error/own_t800", "z0_error/other_t800", "z0_error/none_t800"} <= metrics.keys()
+
+
+def test_noise_and_time_of_a_sample_do_not_depend_on_the_micro_batches():
+    cohort = Cohort()
+    stage = PretrainStage.__new__(PretrainStage)
+    stage.schedule, stage.parameterisation, stage.latents = linear(), Velocity(), latents(cohort)
+    stage.train_rows, stage.length = cohort.rows("train"), 4
+    stage.modules = {"unet": UNet(**UNET)}
+    prepared(stage)
+    whole = stage._drawn(np.array([0, 1, 2]), [5, 6, 7], "train")
+    part = stage._drawn(np.array([2]), [7], "train")
+    assert all(torch.equal(a[2:], b) for a, b in zip(whole, part, strict=True))
