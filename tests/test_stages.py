@@ -126,7 +126,7 @@ def repr_stage(monkeypatch, **encoder):
     backbone = ConvNeXt(widths=(8, 16), depths=(1, 1), kernel=3, layer_scale=1.0, init_std=None)
     stage.modules = {
         "encoder": SemanticEncoder(backbone, slices=16, dim=32, heads=4, **encoder),
-        "estimator": GradientEstimator(semantic_dim=32, **UNET),
+        "estimator": GradientEstimator(semantic_dim=32, modes=2, **UNET),
     }
     stage.modules["estimator"].start_from(stage.unet)
     return stage
