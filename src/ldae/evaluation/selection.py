@@ -187,7 +187,8 @@ def curves(table: pd.DataFrame) -> dict[str, tuple[list[float], list[float]]]:
         ["estimator", "depth", "renoise", "strength"], sort=False, dropna=False
     ):
         part = part.sort_values("alpha")
-        label = f"{estimator}, depth {depth:g}, renoise {renoise:g}" + (f", x{strength:g}" if strength else "")
+        times = f", x{strength:g}" if pd.notna(strength) else ""
+        label = f"{estimator}, depth {depth:g}, renoise {renoise:g}{times}"
         found[f"{label}: r {part['difference_r'].max():.2f}"] = (
             part["effect_percent"].tolist(),
             part["identity"].tolist(),
