@@ -5,7 +5,6 @@ The stand-ins of shared/fixtures/official go the way of a user: files, `import_o
 
 import importlib.util
 import json
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -34,14 +33,10 @@ def fill():
 
 
 def stand_in(file: str) -> dict[str, torch.Tensor]:
-    """The stand-in for one released file; two threads, for most of the time goes here."""
-    module, layout = fill(), json.loads((FIXTURES / "layout.json").read_text())[file]
-    names = [name for name in layout if name != official.POSITIONS]
-    with ThreadPoolExecutor(2) as pool:
-        values = pool.map(lambda name: torch.from_numpy(module.fill(name, layout[name])), names)
-        tensors = dict(zip(names, values, strict=True))
-    if official.POSITIONS in layout:
-        tensors[official.POSITIONS] = official.sinusoidal_positions(*layout[official.POSITIONS][1:])
+    """The stand-in for one released file."""
+    tensors = {name: torch.from_numpy(value) for name, value in fill().state_dict(file).items()}
+    if file == "encoder.pth":
+        tensors[official.POSITIONS] = official.sinusoidal_positions(128, DIM)
     return tensors
 
 

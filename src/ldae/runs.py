@@ -141,4 +141,3 @@ def estimator_node(unet: DictConfig, semantic_dim: int, options: DictConfig | No
     node = {**OmegaConf.to_container(unet, resolve=True), **(options or {})}
     target = "ldae.models.gradient_estimator.GradientEstimator"
     return {**node, "_target_": target, "semantic_dim": semantic_dim}
-

@@ -59,11 +59,11 @@ def write_report(folder: Path, title: str, metrics: Mapping[str, float]) -> Path
     for group, rows in groups.items():
         cells = "".join(f"<tr><td>{html.escape(n)}</td><td>{html.escape(v)}</td></tr>" for n, v in rows)
         parts.append(f"<h2>{html.escape(group)}</h2><table>{cells}</table>")
-    for image in sorted(folder.glob("*.png")):
+    for image in sorted((*folder.glob("*.png"), *folder.glob("*.gif"))):
         data = base64.b64encode(image.read_bytes()).decode("ascii")
         name = html.escape(image.stem)
         parts.append(
-            f'<figure><img alt="{name}" src="data:image/png;base64,{data}"><figcaption>{name}</figcaption></figure>'
+            f'<figure><img alt="{name}" src="data:image/{image.suffix[1:]};base64,{data}"><figcaption>{name}</figcaption></figure>'
         )
     style = (
         "body{font:14px sans-serif;max-width:70em;margin:2em auto}td{padding:1px 1em 1px 0;font-family:monospace}"

@@ -78,7 +78,7 @@ class SemanticEncoder(nn.Module):
 
     @torch.no_grad()
     def calibrate(self, batches: Iterable[Tensor]) -> None:
-        """Measure the centre and the spread of y over scans, (B, 1, X, Y, Z) each; call before training, in eval mode."""
+        """Measure the centre and the spread of y over scans, (B, 1, X, Y, Z) each; before training, in eval mode."""
         y = torch.cat([self.norm(self._attend(x, weights=False)[0].squeeze(1)).float() for x in batches])
         spread = y.std(0)
         self.centre.copy_(y.mean(0))
