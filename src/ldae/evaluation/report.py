@@ -62,9 +62,8 @@ def write_report(folder: Path, title: str, metrics: Mapping[str, float]) -> Path
     for image in sorted((*folder.glob("*.png"), *folder.glob("*.gif"))):
         data = base64.b64encode(image.read_bytes()).decode("ascii")
         name = html.escape(image.stem)
-        parts.append(
-            f'<figure><img alt="{name}" src="data:image/{image.suffix[1:]};base64,{data}"><figcaption>{name}</figcaption></figure>'
-        )
+        source = f"data:image/{image.suffix[1:]};base64,{data}"
+        parts.append(f'<figure><img alt="{name}" src="{source}"><figcaption>{name}</figcaption></figure>')
     style = (
         "body{font:14px sans-serif;max-width:70em;margin:2em auto}td{padding:1px 1em 1px 0;font-family:monospace}"
         "img{max-width:100%}figure{display:inline-block;margin:1em 1em 0 0}"

@@ -59,7 +59,7 @@ def headline(metrics: Mapping[str, float]) -> dict[str, float]:
     """The few that belong on a console: first metrics of probes and baselines, differences, and the rest in brief."""
     shown = (
         "/auc", "/mae", "/auc_difference", "/mae_difference", "/auc_age_adjusted",
-        "/ssim", "/ssim_mask", "_r", "error_ratio", "code/std",
+        "/ssim", "/ssim_mask", "_r", "error_ratio", "code/std", "_spearman_share", "/ventricle_error",
     )  # fmt: skip
     stems = [name for name in metrics if name.endswith(shown) or name.startswith("generation/")]
     wanted = {stem + suffix for stem in stems for suffix in ("", "_low", "_high")}
