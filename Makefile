@@ -41,7 +41,7 @@ evaluate: $(STAMP) ## embeddings, probes, and the chosen evaluations
 	$(BIN)/python evaluate.py $(ARGS)
 
 test: $(STAMP) ## the test suite
-	$(BIN)/python -m pytest -q $(ARGS)
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile $(ARGS)
 
 lint: $(STAMP) ## ruff
 	$(BIN)/ruff check .

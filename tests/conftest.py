@@ -2,8 +2,8 @@
 
 import os
 
-# Small tensors: more threads only wait for each other.
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+# Two workers on two cores: more threads only wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HYDRA_FULL_ERROR", "0")
 
 import subprocess
