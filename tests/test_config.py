@@ -47,7 +47,7 @@ OPTIONS = {
 
 @pytest.mark.parametrize(
     "choice",
-    [f"{name}={option}" for name in ("model", "diffusion", "sampler", "optim", "trainer", "accelerator", "data",
+    [f"{name}={option}" for name in ("model", "diffusion", "sampler", "optim", "loss", "trainer", "accelerator", "data",
      "perceptual", "evaluation", "probe") for option in group(name)],
 )  # fmt: skip
 def test_every_group_option_composes_and_its_arguments_exist(choice):

@@ -17,6 +17,7 @@ from ldae.diffusion.samplers import DDIM, Exact, Multistep
 from ldae.diffusion.schedule import linear
 from ldae.evaluation import figures, generation, report
 from ldae.evaluation.context import Context
+from ldae.evaluation.gap import Gap
 from ldae.evaluation.reconstruction import Reconstruction
 from ldae.evaluation.semantics import Semantics, other_subjects, z0_error_table, z0_errors
 
@@ -96,6 +97,16 @@ def context(out: Path, uses_y=True, subjects=40) -> Context:
         posterior=None, embeddings=radius[:, None].numpy(), untrained=None, out=out, spacing=(2.0, 2.0, 2.0), seed=1,
         regions=lambda rows, labels: share(radius[rows]).numpy() * (51 in labels),
     )  # fmt: skip
+
+
+def test_the_gap_is_filled_by_y_alone(tmp_path):
+    """A denoiser that is perfect given y fills the whole gap; one that ignores y fills none of it."""
+    found = dict(Gap(scans=8, points=5)(context(tmp_path)))
+    assert found["gap/filled_share"] > 0.999
+    assert found["gap/filled"] < 0.03 * found["gap/unfilled"]
+    assert (tmp_path / "gap.png").exists()
+    ignored = dict(Gap(scans=8, points=5)(context(tmp_path, uses_y=False)))
+    assert ignored["gap/filled_share"] == pytest.approx(0, abs=1e-6)
 
 
 def test_z0_errors_by_hand():

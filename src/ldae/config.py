@@ -42,7 +42,6 @@ class Trainer:
     preview_every: int | None = None
     checkpoint_every: int = 500
     keep_states: int = 2
-    adversarial_start: int = 0  # the step from which stage 1 has its discriminator play along
     patience: int | None = None  # validations without improvement
     validation_scans: int | None = None
     channels_last: bool = True
@@ -61,6 +60,16 @@ class Optim:
     weight_decay: float = 0.0
     warmup_steps: int = 0
     final_factor: float = 1.0  # the factor at the last step of a half-cosine decay; 1 = constant
+
+
+@dataclass
+class Loss:
+    """Weights of stage 1's loss beside L1, and the step from which the discriminator plays along."""
+
+    kl_weight: float = 1e-7
+    perceptual_weight: float = 1e-3
+    adversarial_weight: float = 0.025
+    adversarial_start: int = 0
 
 
 @dataclass
@@ -135,6 +144,7 @@ class Config:
     paths: Paths = field(default_factory=Paths)
     trainer: Trainer = field(default_factory=Trainer)
     optim: Optim = field(default_factory=Optim)
+    loss: Loss = field(default_factory=Loss)
     data: Data = field(default_factory=Data)
     model: Model = field(default_factory=Model)
     diffusion: Diffusion = field(default_factory=Diffusion)
