@@ -1,25 +1,34 @@
-"""Proves that the released checkpoints' layout is read right: every output within 1e-3 of the official networks'.
+"""Proves that released checkpoints are read right: every output within 1e-3 of the official networks', no tensor amiss.
 
-The stand-ins of shared/fixtures/official go the way of a user: files, `import_official`, `LDAE.load`, public methods.
+Parity is that of the public methods of LDAE on the stand-ins of shared/fixtures/official, converted in memory: through
+files it holds too, but 7 GB would be written and read. Files, `import_official` and `LDAE.load` are tested on small
+networks with the same names.
 """
 
 import importlib.util
 import json
+import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hydra.utils import instantiate
 
-from ldae import LDAE
+from ldae import LDAE, official_bundle
+from ldae.denoiser import Denoiser
 from ldae.diffusion.guidance import Score
+from ldae.diffusion.process import Epsilon
+from ldae.diffusion.samplers import DDIM
+from ldae.diffusion.schedule import linear
 from ldae.errors import UserError
 from ldae.models import official
-from ldae.official_bundle import import_official, published_configs
+from ldae.models.state import load_strictly
+from ldae.official_bundle import SCALE, SHAPE, import_official, published_configs
 
 FIXTURES = Path(__file__).parents[2] / "shared" / "fixtures" / "official"
-pytestmark = pytest.mark.skipif(not FIXTURES.exists(), reason=f"the stand-in checkpoints are not at {FIXTURES}")
+with_fixtures = pytest.mark.skipif(not FIXTURES.exists(), reason=f"the stand-in checkpoints are not at {FIXTURES}")
 
 TOLERANCE = 1e-3
 DIM = 768
@@ -33,11 +42,27 @@ def fill():
 
 
 def stand_in(file: str) -> dict[str, torch.Tensor]:
-    """The stand-in for one released file."""
-    tensors = {name: torch.from_numpy(value) for name, value in fill().state_dict(file).items()}
+    """The stand-in for one released file, float32 as the release."""
+    tensors = {name: torch.from_numpy(value).float() for name, value in fill().state_dict(file).items()}
     if file == "encoder.pth":
         tensors[official.POSITIONS] = official.sinusoidal_positions(128, DIM)
     return tensors
+
+
+def empty(small: bool = False) -> dict[str, torch.nn.Module]:
+    """The four networks on the meta device, of published or of little size."""
+    with torch.device("meta"):
+        return {name: instantiate(config) for name, config in (narrow if small else published_configs)().items()}
+
+
+def narrow() -> dict[str, dict[str, Any]]:
+    """The published configs with narrow networks and a short encoder: the same names, other shapes."""
+    configs = published_configs()
+    for name in ("unet", "estimator"):
+        configs[name] |= {"base": 8, "groups": 4}
+    configs["autoencoder"] |= {"channels": [8, 8, 8, 8], "groups": 4}
+    configs["encoder"]["backbone"] |= {"widths": [4, 4, 8, DIM], "depths": [1, 1, 1, 1]}
+    return configs
 
 
 @pytest.fixture(scope="module")
@@ -54,16 +79,20 @@ def probe(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def model(probe, tmp_path_factory):
-    """The imported bundle, opened."""
-    folder = tmp_path_factory.mktemp("official")
-    paths = {name: folder / f"{name}.pth" for name in ("autoencoder", "encoder", "decoder")}
-    for name, path in paths.items():
-        torch.save(stand_in("autoencoderkl.pth" if name == "autoencoder" else path.name), path)
-    bundle = import_official(**paths, **probe[0], out=folder / "bundle")
-    for path in paths.values():
-        path.unlink()
-    return LDAE.load(bundle, device="cpu")
+def model():
+    """The stand-ins as an LDAE."""
+    networks = empty()
+    converted = {
+        "autoencoder": official.convert_autoencoder(networks["autoencoder"], stand_in("autoencoderkl.pth"), "a"),
+        "encoder": official.convert_encoder(networks["encoder"], stand_in("encoder.pth"), "e"),
+    }
+    pair = official.convert_decoder(networks["unet"], networks["estimator"], stand_in("decoder.pth"), "d")
+    converted |= dict(zip(("unet", "estimator"), pair, strict=True))
+    for name, network in networks.items():
+        load_strictly(network, converted[name], name, assign=True)
+    denoiser = Denoiser(networks["unet"], networks["estimator"], linear(), Epsilon())
+    parts = networks["autoencoder"], networks["encoder"], denoiser
+    return LDAE(*parts, scale=[SCALE] * 3, sampler=DDIM(), shape=SHAPE, device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +112,7 @@ def assert_same(found: torch.Tensor, wanted: torch.Tensor) -> None:
     assert (found - wanted).abs().max() < TOLERANCE * wanted.abs().max()
 
 
+@with_fixtures
 def test_noise_and_gradient(model, given, expected):
     z, t = given["latent"], given["timestep"]
     # Samples do not see each other: half of the batch each is enough, and half the time.
@@ -91,11 +121,13 @@ def test_noise_and_gradient(model, given, expected):
     assert_same(model.estimate_gradient(z[1:], t[1:], given["semantic"][1:]), expected["decoder_gradient"][1:])
 
 
+@with_fixtures
 def test_embedding(model, given, expected):
     x = given["slices"].permute(0, 1, 3, 4, 2)  # (batch, channel, slice, x, y) -> (B, C, X, Y, Z)
     assert_same(model.embed(x), expected["y_sem"])
 
 
+@with_fixtures
 def test_latent_and_reconstruction(model, given, expected):
     mean, std = model.posterior(given["volume"])
     assert_same(mean, expected["latent_mean"])
@@ -103,38 +135,82 @@ def test_latent_and_reconstruction(model, given, expected):
     assert_same(model.decompress(0.8730 * expected["latent_mean"]), expected["reconstruction"])
 
 
-def test_what_the_weights_imply_is_in_the_bundle(model, probe):
+def official_names(networks: dict[str, torch.nn.Module]) -> dict[str, dict[str, torch.Tensor]]:
+    """Random tensors for `networks` as the release names and stores them; the U-Net by itself as "unet"."""
+    torch.manual_seed(0)
+    named = {
+        name: {
+            getattr(official, f"{name}_name")(key): torch.randn(value.shape)
+            for key, value in network.state_dict().items()
+        }
+        for name, network in networks.items()
+    }
+    flat = {key for name in ("unet", "estimator") for key in named[name] if re.search(r"(qkv|proj_out).weight$", key)}
+    for name in ("unet", "estimator"):
+        named[name] = {key: value[..., None] if key in flat else value for key, value in named[name].items()}
+    prefix, twin = official.BACKBONE, official.BACKBONE_TWIN
+    twins = {twin + key.removeprefix(prefix): v for key, v in named["encoder"].items() if key.startswith(prefix)}
+    positions = {official.POSITIONS: official.sinusoidal_positions(128, DIM)}
+    return {**named, "encoder": named["encoder"] | twins | positions, "decoder": named["unet"] | named["estimator"]}
+
+
+def small_release() -> tuple[dict[str, torch.nn.Module], dict[str, dict[str, torch.Tensor]]]:
+    """Networks of little size on the meta device, and tensors for them."""
+    networks = empty(small=True)
+    return networks, official_names(networks)
+
+
+@pytest.fixture
+def files(monkeypatch, tmp_path):
+    """A small release on disk, and the import set to its sizes."""
+    configs, (_, tensors) = narrow(), small_release()
+    monkeypatch.setattr(official_bundle, "published_configs", lambda: configs)
+    paths = {name: tmp_path / f"{name}.pth" for name in ("autoencoder", "encoder", "decoder")}
+    for name, path in paths.items():
+        torch.save(tensors[name], path)
+    checkpoint = {"state_dict": {f"ema_unet.{key}": value for key, value in tensors["unet"].items()}, "epoch": 3}
+    torch.save(checkpoint, tmp_path / "unet.ckpt")
+    return {**paths, "unet": tmp_path / "unet.ckpt"}
+
+
+def test_files_become_a_bundle_with_all_that_the_weights_imply(files, probe, tmp_path):
+    model = LDAE.load(import_official(**files, **probe[0], out=tmp_path / "bundle"), device="cpu")
+    stored = torch.load(files["decoder"], weights_only=True)
+    assert torch.equal(model.denoiser.unet.path.conv.weight, stored["out.2.weight"])
+    assert torch.equal(model.denoiser.estimator.path.conv.weight, stored["shift_out.2.weight"])
     assert model.scale.flatten().tolist() == pytest.approx([0.8730] * 3)
     assert (model.transform.orientation, model.transform.spacing, model.shape) == ("LAS", (1.5,) * 3, (128, 160, 128))
     assert type(model.transform.intensity).__name__ == "MinMax"
     assert model.denoiser.unet.strides == (1, 4, 4)
     assert isinstance(model.sampler.guidance.form, Score)
     assert (model.sampler.end, model.sampler.clip) == ("published", None)
-    assert model.denoiser.schedule.alpha_bar[0] == pytest.approx(1 - 1e-4)
-    _, weight, mean, std = probe
+    assert float(model.denoiser.schedule.alpha_bar[0]) == pytest.approx(1 - 1e-4)
+
+
+def test_the_probe_is_turned_towards_ad(files, probe, tmp_path):
+    paths, weight, mean, std = probe
+    model = LDAE.load(import_official(**files, **paths, out=tmp_path / "bundle"), device="cpu")
     y = np.zeros((1, DIM))
     assert model.probes["diagnosis"].classes == ("CN", "AD")
-    logit = ((y - mean) / std) @ weight + 0.25  # of CN
-    np.testing.assert_allclose(model.probes["diagnosis"].decision(y), -logit)
+    towards_cn = ((y - mean) / std) @ weight + 0.25
+    np.testing.assert_allclose(model.probes["diagnosis"].decision(y), -towards_cn)
     np.testing.assert_allclose(model.direction("diagnosis").unit, -weight / np.linalg.norm(weight))
 
 
-def small(name: str) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
-    """A network of published layout but little size, on the meta device, and tensors under its official names."""
-    config = published_configs()[name]
-    config |= {"base": 32, "groups": 8} if name in ("unet", "estimator") else {}
-    with torch.device("meta"):
-        module = instantiate(config)
-    names = {"unet": official.unet_name, "encoder": official.encoder_name}[name]
-    return module, {names(key): torch.zeros(1).expand(value.shape) for key, value in module.state_dict().items()}
+def test_a_training_checkpoint_of_another_unet_is_refused(files, tmp_path):
+    checkpoint = torch.load(files["unet"], weights_only=True)
+    checkpoint["state_dict"]["ema_unet.middle_block.1.qkv.bias"] += 1
+    torch.save(checkpoint, files["unet"])
+    with pytest.raises(UserError, match=r"'middle_block.1.qkv.bias' is not what .*decoder.pth holds"):
+        import_official(**files, out=tmp_path / "bundle")
+    assert not (tmp_path / "bundle" / "bundle.json").exists()
 
 
+@with_fixtures
 def test_names_are_exactly_those_of_the_release():
     layout = json.loads((FIXTURES / "layout.json").read_text())
     wanted = {"autoencoder": "autoencoderkl.pth", "encoder": "encoder.pth", "unet": "pretrained_unet"}
-    configs = published_configs()
-    with torch.device("meta"):
-        modules = {name: instantiate(config) for name, config in configs.items()}
+    modules = empty()
     namers = {n: getattr(official, f"{n}_name") for n in ("autoencoder", "encoder", "unet", "estimator")}
     found = {name: {namers[name](key) for key in module.state_dict()} for name, module in modules.items()}
     for name, file in wanted.items():
@@ -152,26 +228,25 @@ def test_names_are_exactly_those_of_the_release():
     ],
 )
 def test_what_does_not_fit_is_named_as_in_the_file(change, message):
-    module, tensors = small("unet")
+    module, tensors = (part["unet"] for part in small_release())
     changed = {name: value for name, value in {**tensors, **change}.items() if value is not None}
     with pytest.raises(UserError, match=f"unet.ckpt: .*{message}"):
         official.convert_unet(module, changed, "unet.ckpt")
 
 
 def test_a_training_checkpoint_holds_the_unet_under_its_prefix():
-    module, tensors = small("unet")
+    module, tensors = (part["unet"] for part in small_release())
     prefixed = {f"ema_unet.{name}": value for name, value in tensors.items()}
     found = official.convert_unet(module, {**prefixed, "unet.time_embed.0.bias": torch.ones(3)}, "unet.ckpt")
     assert found.keys() == module.state_dict().keys()
 
 
 def test_copies_of_the_backbone_must_agree_and_positions_be_the_sinusoid():
-    module, tensors = small("encoder")
-    name = "backbone.features.0.0.bias"
-    twin = official.BACKBONE_TWIN + name
-    assert official.convert_encoder(module, {**tensors, twin: tensors[official.BACKBONE + name].clone()}, "encoder.pth")
+    module, tensors = (part["encoder"] for part in small_release())
+    assert official.convert_encoder(module, tensors, "encoder.pth")
+    twin = official.BACKBONE_TWIN + "backbone.features.0.0.bias"
     with pytest.raises(UserError, match="should be the same"):
-        official.convert_encoder(module, {**tensors, twin: torch.ones(96)}, "encoder.pth")
+        official.convert_encoder(module, {**tensors, twin: tensors[twin] + 1}, "encoder.pth")
     with pytest.raises(UserError, match="not the plain sinusoid"):
         official.convert_encoder(module, {**tensors, official.POSITIONS: torch.zeros(1, 128, 768)}, "encoder.pth")
 

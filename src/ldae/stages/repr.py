@@ -113,7 +113,11 @@ class ReprStage(Stage):
             self._calibrate(encoder.to(accelerator.device))
         encoder.checkpointing = estimator.checkpointing = trainer.checkpointing
         conditioner = Conditioner(encoder, estimator).to(memory_format=self.memory_format)
-        self.optimizers = {"conditioner": adam(conditioner.parameters(), optim.lr, optim)}
+        groups = [
+            {"params": list(encoder.parameters()), "lr": optim.encoder_lr or optim.lr},
+            {"params": list(estimator.parameters())},
+        ]
+        self.optimizers = {"conditioner": adam(groups, optim.lr, optim)}
         self.conditioner, optimizer = accelerator.prepare(
             torch.compile(conditioner) if trainer.compile else conditioner, self.optimizers["conditioner"]
         )

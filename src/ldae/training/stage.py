@@ -2,7 +2,7 @@
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -135,6 +135,6 @@ def memory_format(trainer: Trainer, accelerator: Accelerator) -> torch.memory_fo
     return torch.channels_last_3d if fits else torch.contiguous_format
 
 
-def adam(parameters: Sequence[nn.Parameter], lr: float, optim: Optim) -> torch.optim.Adam:
+def adam(parameters: Iterable[nn.Parameter] | list[dict[str, Any]], lr: float, optim: Optim) -> torch.optim.Adam:
     """Adam with the config's betas; foreach, so that one call updates all tensors."""
     return torch.optim.Adam(parameters, lr=lr, betas=tuple(optim.betas), weight_decay=optim.weight_decay, foreach=True)
