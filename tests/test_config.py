@@ -65,7 +65,8 @@ def test_every_group_option_composes_and_its_arguments_exist(choice):
 
 def test_single_networks_are_swapped_inside_a_bundle():
     config = composed("stage=pretrain", "model=base", "model/unet=tiny")
-    assert config.model.unet == composed("stage=pretrain", "model=tiny").model.unet
+    assert config.model.unet.base == composed("stage=pretrain", "model=tiny").model.unet.base
+    assert config.model.unet.in_channels == config.model.autoencoder.latent_channels
     assert config.model.autoencoder == composed("stage=pretrain", "model=base").model.autoencoder
 
 

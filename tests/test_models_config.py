@@ -28,7 +28,8 @@ def parameters(module: torch.nn.Module) -> int:
 
 
 def built(config) -> dict[str, torch.nn.Module]:
-    nodes = {**config, "estimator": estimator_node(config.unet, config.encoder.dim)}
+    nodes = {name: config[name] for name in ("autoencoder", "unet", "encoder")}
+    nodes["estimator"] = estimator_node(config.unet, config.encoder.dim, config.estimator)
     with torch.device("meta"):
         return {name: instantiate(node) for name, node in nodes.items()}
 

@@ -21,6 +21,7 @@ from ldae.runs import Workspace, estimator_node
 
 SMALL = [
     "experiment=smoke", "stage=repr", "data.shape=[8,8,8]", "model.autoencoder.channels=[8,8]",
+    "model.autoencoder.latent_channels=3", "model.estimator.modes=1",
     "model.autoencoder.groups=4", "model.unet.base=8", "model.unet.groups=4", "model.encoder.dim=16",
     "model.encoder.backbone.widths=[8,16]", "model.encoder.backbone.depths=[1,1]", "sampler.steps=4",
 ]  # fmt: skip
@@ -43,7 +44,7 @@ def run(tmp_path_factory):
         config.hydra = None
     space = Workspace(tmp_path_factory.mktemp("runs") / "small")
     torch.manual_seed(0)
-    nodes = {**config.model, "estimator": estimator_node(config.model.unet, 16)}
+    nodes = {**config.model, "estimator": estimator_node(config.model.unet, 16, config.model.estimator)}
     networks = {
         name: random_weights(instantiate(nodes[name])) for name in ("autoencoder", "unet", "encoder", "estimator")
     }

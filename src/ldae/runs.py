@@ -34,8 +34,8 @@ class Workspace:
 
     @property
     def latents(self) -> Path:
-        """Where encode_latents.py writes."""
-        return self.root / f"latents{self.variant}"
+        """Where encode_latents.py writes; a sweep's jobs all read the same."""
+        return self.root / "latents"
 
     @property
     def evaluation(self) -> Path:
