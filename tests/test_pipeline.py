@@ -12,7 +12,8 @@ from omegaconf import OmegaConf, open_dict
 from torch import nn
 
 from ldae import LDAE
-from ldae.bundle import Bundle, check_targets
+from ldae.allowed import check_targets
+from ldae.bundle import Bundle
 from ldae.config import conf_dir, register
 from ldae.errors import UserError
 from ldae.evaluation.frozen import OURS, Frozen, write_frozen

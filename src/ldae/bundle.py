@@ -13,8 +13,6 @@ the networks have.
 """
 
 import hashlib
-import importlib
-import inspect
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -26,6 +24,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from torch import nn
 
+from ldae.allowed import ALLOWED, check_targets
 from ldae.errors import UserError
 from ldae.files import read_json, replacing, write_json
 from ldae.models.state import load_strictly, read_tensors
@@ -34,10 +33,6 @@ from ldae.runs import Workspace, estimator_node, file_sha256
 FORMAT = 1
 DESCRIPTION, PROBES = "bundle.json", "probes.json"
 NETWORKS = ("autoencoder", "encoder", "unet", "estimator")
-# What a bundle's configs may build. Never functions that read or write files.
-ALLOWED = ("ldae.models.", "ldae.data.transforms.", "ldae.diffusion.")
-FUNCTIONS = ("ldae.diffusion.schedule.",)
-NOT_ALLOWED = {"_args_", "_partial_", "_recursive_", "_convert_"}
 
 
 @dataclass(frozen=True)
@@ -182,38 +177,6 @@ def plain(node: Any) -> dict[str, Any]:
         return [cleaned(item) for item in value] if isinstance(value, list) else value
 
     return cleaned(node if isinstance(node, dict) else OmegaConf.to_container(node, resolve=True))
-
-
-def check_targets(value: Any, where: str, allowed: Sequence[str] = ALLOWED) -> None:
-    """Refuse a config that would build anything but this package's networks, transforms and diffusion."""
-    if isinstance(value, list):
-        for item in value:
-            check_targets(item, where, allowed)
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            if key in NOT_ALLOWED:
-                raise UserError(f"{where}: '{key}' is not allowed in a bundle")
-            if key == "_target_":
-                _check_target(item, where, allowed)
-            else:
-                check_targets(item, where, allowed)
-    elif isinstance(value, str) and "${" in value:
-        raise UserError(f"{where}: '{value}' is not allowed in a bundle")
-
-
-def _check_target(name: Any, where: str, allowed: Sequence[str]) -> None:
-    """A class defined in an allowed module, or one of the schedules' functions."""
-    module, _, attribute = str(name).rpartition(".")
-    if not f"{module}.".startswith(tuple(allowed)):
-        raise UserError(f"{where}: '{name}' may not be built from a bundle; trust its module if you know who made it")
-    try:
-        found = getattr(importlib.import_module(module), attribute, None)
-    except ImportError as error:
-        raise UserError(f"{where}: cannot import '{name}' ({error})") from error
-    kind = inspect.isfunction if f"{module}.".startswith(FUNCTIONS) else inspect.isclass
-    own = getattr(found, "__module__", None) == module and not attribute.startswith("_")
-    if not own or not (inspect.isclass(found) or kind(found)):
-        raise UserError(f"{where}: '{name}' is nothing that a bundle may build")
 
 
 def _read(folder: Path) -> dict[str, Any]:
