@@ -40,11 +40,6 @@ def test_the_other_scripts_take_the_same_experiments(primary, experiment):
     OmegaConf.resolve(composed(f"experiment={experiment}", "data.table=scans.csv", primary=primary))
 
 
-OPTIONS = {
-    "perceptual": ["perceptual.backbone=a", "perceptual.heads=b", "perceptual.weights=c"],
-}
-
-
 @pytest.mark.parametrize(
     "choice",
     [f"{name}={option}" for name in ("model", "diffusion", "sampler", "optim", "loss", "trainer", "accelerator", "data",

@@ -112,7 +112,7 @@ def latents(cohort):
     return LatentSet(cohort.table, mean, torch.full(shape, 0.1), torch.ones(3), "h", "sha")
 
 
-def repr_stage(monkeypatch, **encoder):
+def repr_stage(**encoder):
     """A stage 3 on a random trunk, without files."""
     cohort = Cohort()
     torch.manual_seed(0)
@@ -132,8 +132,8 @@ def repr_stage(monkeypatch, **encoder):
     return stage
 
 
-def test_a_step_of_stage_3_moves_no_tensor_of_the_trunk_or_the_autoencoder(monkeypatch):
-    stage = prepared(repr_stage(monkeypatch))
+def test_a_step_of_stage_3_moves_no_tensor_of_the_trunk_or_the_autoencoder():
+    stage = prepared(repr_stage())
     trunk, autoencoder = tensors(stage.unet), tensors(stage.autoencoder)
     encoder, estimator = tensors(stage.modules["encoder"]), tensors(stage.modules["estimator"])
     for step in range(2):  # G is 0 at first: the encoder hears of it with the second step
@@ -146,16 +146,16 @@ def test_a_step_of_stage_3_moves_no_tensor_of_the_trunk_or_the_autoencoder(monke
     assert moved(encoder, stage.modules["encoder"])
 
 
-def test_only_what_is_trained_is_averaged_and_published(monkeypatch):
-    stage = prepared(repr_stage(monkeypatch))
+def test_only_what_is_trained_is_averaged_and_published():
+    stage = prepared(repr_stage())
     assert set(stage.averages) == set(stage.weights()) == {"encoder", "estimator"}
     names = {name for part in stage.weights().values() for name in part}
     assert not any(name.startswith(("unet", "trunk", "down", "input")) for name in names)
 
 
-def test_an_estimator_started_from_the_u_net_still_gives_nothing(monkeypatch):
+def test_an_estimator_started_from_the_u_net_still_gives_nothing():
     """G is 0 to the bit: guided and unconditional eps are the same before training."""
-    stage = prepared(repr_stage(monkeypatch))
+    stage = prepared(repr_stage())
     z, t = stage.latents.mean[:2], torch.tensor([10, 900])
     y = stage.modules["encoder"](stage.cohort.x[:2])
     assert torch.equal(stage.denoiser.guided(y)(z, t), stage.denoiser.eps(z, t))
@@ -164,9 +164,9 @@ def test_an_estimator_started_from_the_u_net_still_gives_nothing(monkeypatch):
 
 
 @torch.no_grad()
-def test_calibration_gives_y_of_untrained_weights_a_spread_of_one(monkeypatch):
-    plain = repr_stage(monkeypatch).modules["encoder"].eval()
-    stage = prepared(repr_stage(monkeypatch, calibrated=True))
+def test_calibration_gives_y_of_untrained_weights_a_spread_of_one():
+    plain = repr_stage().modules["encoder"].eval()
+    stage = prepared(repr_stage(calibrated=True))
     encoder = stage.modules["encoder"].eval()
     x = stage.cohort.x[:4]
     assert plain(x).std(0).mean() < 0.5, "what the calibration is for"
@@ -174,8 +174,8 @@ def test_calibration_gives_y_of_untrained_weights_a_spread_of_one(monkeypatch):
     assert float(encoder(x).std(0).median()) == pytest.approx(1, abs=0.05)
 
 
-def test_stage_3_validates_with_another_subjects_y(monkeypatch):
-    stage = prepared(repr_stage(monkeypatch))
+def test_stage_3_validates_with_another_subjects_y():
+    stage = prepared(repr_stage())
     others = stage._others(stage.validation_rows)
     subjects = stage.cohort.table["subject"]
     assert all(subjects[row] != subjects[other] for row, other in others.items())
