@@ -110,7 +110,7 @@ def test_counterfactuals_change_the_anatomy_alone():
     noise = [scan.image - render(key, severity=s, noise=False).image for scan, s in ((healthy, 0.0), (sick, 1.0))]
     both = (healthy.image > 0) & (sick.image > 0) & (healthy.labels == 1) & (sick.labels == 1)
     assert np.corrcoef(noise[0][both], noise[1][both])[0, 1] > 0.97
-    assert both.sum() > 0.97 * (healthy.labels == 1).sum()
+    assert both.sum() > 0.95 * (healthy.labels == 1).sum()
     assert (regions(key, severity=1.0) == sick.labels).all()
     factors = find_factors(key)
     assert (render(key).image == render(key, severity=factors.severity, age=factors.age).image).all()

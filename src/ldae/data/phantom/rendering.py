@@ -38,8 +38,8 @@ class Scanner:
 
 
 SCANNERS = {
-    "A": Scanner(grey=0.75, csf=0.28, jitter=0.06, bias=0.05, noise=0.02, level=700),
-    "B": Scanner(grey=0.70, csf=0.22, jitter=0.065, bias=0.08, noise=0.03, level=1100),
+    "A": Scanner(grey=0.75, csf=0.28, jitter=0.08, bias=0.05, noise=0.02, level=700),
+    "B": Scanner(grey=0.70, csf=0.22, jitter=0.08, bias=0.08, noise=0.03, level=1100),
 }
 
 
