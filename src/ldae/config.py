@@ -64,13 +64,14 @@ class Optim:
 
 @dataclass
 class Loss:
-    """Weights of stage 1's loss beside L1, and the step from which the discriminator plays along."""
+    """Weights of stage 1's loss beside L1, the step from which the discriminator plays along; stage 3's draw of t."""
 
     kl_weight: float = 1e-7
     ssim_weight: float = 0.0  # of 1 - SSIM; published: none
     perceptual_weight: float = 1e-3
     adversarial_weight: float = 0.025
     adversarial_start: int = 0
+    time_power: float = 1.0
 
 
 @dataclass

@@ -49,6 +49,8 @@ class ReprStage(Stage):
         encoder: maps (B, 1, X, Y, Z) to (B, dim).
         estimator: options of the gradient estimator; its architecture is the U-Net's.
         sampler: decodes from y alone in validation.
+        time_power: t is drawn with a density that grows as t^(time_power - 1); 1: uniform, as published. What y can add
+            lies at high noise, where z_t says little.
         aekl, pretrain, latents: paths of the predecessors; None: siblings under the same name.
     """
 
@@ -61,6 +63,7 @@ class ReprStage(Stage):
         encoder: nn.Module,
         estimator: Any,
         sampler: Any,
+        time_power: float,
         aekl: str | None,
         pretrain: str | None,
         latents: str | None,
@@ -80,6 +83,7 @@ class ReprStage(Stage):
         estimator.start_from(self.unet)
         self.modules = {"encoder": encoder, "estimator": estimator}
         self.sampler = sampler
+        self.time_power = time_power
         self.cohort = cohort
         self.latents = open_latents(latents, cohort, workspace)
         if second.metadata["autoencoder_sha256"] != self.latents.autoencoder:
@@ -143,12 +147,18 @@ class ReprStage(Stage):
         noise = normal(self.latents.mean.shape[1:], self.seed, keys, f"{purpose}/noise")
         return noise.to(self.accelerator.device, memory_format=self.memory_format)
 
+    def _times(self, keys: Sequence[int]) -> Tensor:
+        """Timesteps (B,) of `time_power`'s density."""
+        count = self.schedule.timesteps
+        uniform = (timesteps(count, self.seed, keys, "train/t").double() + 0.5) / count
+        return (count * uniform ** (1 / self.time_power)).long()
+
     def _loss(self, batch: Batch) -> dict[str, Tensor]:
         keys, rows = batch["position"], self.train_rows[batch["index"]]
         # The encoder may see an augmented scan; what it must explain is the scan's own latent.
         x = self._to_device(self.cohort.augment(batch["x"], self.seed, keys))
         z0, noise = self._latent(rows, keys, "train"), self._noise(keys, "train")
-        t = timesteps(self.schedule.timesteps, self.seed, keys, "train/t").to(z0.device)
+        t = self._times(keys).to(z0.device)
         z_t = add_noise(self.schedule, z0, noise, t)
         with torch.no_grad(), self.accelerator.autocast():
             features = self.unet.features(z_t, t)
