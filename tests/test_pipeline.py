@@ -112,7 +112,7 @@ def test_a_probes_direction_raises_its_decision_as_the_method_says(model):
     probe = model.probes["diagnosis"]
     before, after = (probe.decision(v.numpy()) for v in (y, model.direction("diagnosis").edit(y, 0.5)))
     np.testing.assert_allclose(after - before, 0.5 * 16**0.5 * np.linalg.norm(probe.coef), rtol=1e-4)
-    with pytest.raises(UserError, match="no probe 'sex'; it has diagnosis"):
+    with pytest.raises(UserError, match="no probe or direction 'sex'; it has diagnosis"):
         model.manipulate(X, "sex", 1.0)
 
 
@@ -205,6 +205,8 @@ def test_stages_that_do_not_belong_together_are_refused(run, tmp_path):
         LDAE.load(root)
     with pytest.raises(UserError, match="no trained 'aekl'"):
         LDAE.load(tmp_path)
+    with pytest.raises(UserError, match=r"no run or bundle 'gone'; the runs in .* are: spoilt"):
+        LDAE.load("gone", runs=tmp_path)
 
 
 def test_weights_that_training_started_from_are_not_looked_for(run, tmp_path):

@@ -6,6 +6,8 @@ It is read from a run, `runs/<name>`, or from a bundle, a folder that can be mov
                                 sampler, where it came from; written last, so that a torn folder is none
     <network>.safetensors       autoencoder, encoder, unet, estimator
     probes.json                 optional: frozen probes of y (ldae/evaluation/frozen.py)
+    directions.json             optional: directions of edits and their settings (ldae/knowledge.py)
+    README.md                   the model card (ldae/card.py)
 
 A bundle may come from strangers: nothing in it is unpickled, its configs may name only classes of this package that
 build networks, transforms and diffusion, its files must be those that were described, its tensors exactly those that
@@ -21,17 +23,18 @@ from typing import Any
 
 import torch
 from hydra.utils import instantiate
-from omegaconf import OmegaConf
 from torch import nn
 
 from ldae.allowed import ALLOWED, check_targets
+from ldae.card import CARD, model_card, provenance
+from ldae.data.latents import ABOUT
 from ldae.errors import UserError
-from ldae.files import read_json, replacing, write_json
+from ldae.files import read_json, replacing, write_json, write_text
 from ldae.models.state import load_strictly, read_tensors
-from ldae.runs import Workspace, estimator_node, file_sha256
+from ldae.runs import Run, Workspace, estimator_node, file_sha256, plain
 
 FORMAT = 1
-DESCRIPTION, PROBES = "bundle.json", "probes.json"
+DESCRIPTION, PROBES, DIRECTIONS = "bundle.json", "probes.json", "directions.json"
 NETWORKS = ("autoencoder", "encoder", "unet", "estimator")
 
 
@@ -63,6 +66,8 @@ class Bundle:
         scale: 1 / standard deviation of each latent channel.
         transform, schedule, parameterisation, sampler: configs with `_target_`; the sampler holds the guidance.
         probes: file of frozen probes, or None.
+        directions: file of directions found by evaluation=manipulation, or None.
+        likeness: what the training scans look like (data/likeness.py), or None where nobody measured it.
         sources: where it came from, for people.
     """
 
@@ -73,12 +78,29 @@ class Bundle:
     parameterisation: dict[str, Any]
     sampler: dict[str, Any]
     probes: Path | None = None
+    directions: Path | None = None
+    likeness: dict[str, Any] | None = None
     sources: dict[str, Any] = field(default_factory=dict)
 
     @property
     def weights(self) -> str:
         """The hash that frozen probes are tied to: of encoder and autoencoder, as evaluate.py writes it."""
         return hashlib.sha256(f"{self.parts['encoder'].sha256}{self.parts['autoencoder'].sha256}".encode()).hexdigest()
+
+    @classmethod
+    def find(cls, path: Path | str, runs: Path | str = "runs", trust: Sequence[str] = ()) -> "Bundle":
+        """The model at `path`: a bundle, a run's folder, or the name of a run below `runs`.
+
+        Raises:
+            UserError: there is none, or see `of_run` and `open`.
+        """
+        for place in (Path(path), Path(runs) / path):
+            if (place / DESCRIPTION).is_file():
+                return cls.open(place, trust)
+            if place.is_dir():
+                return cls.of_run(place)
+        known = ", ".join(sorted(found.parent.name for found in Path(runs).glob("*/repr"))) or "none"
+        raise UserError(f"no run or bundle '{path}'; the runs in {runs} are: {known}")
 
     @classmethod
     def of_run(cls, root: Path | str) -> "Bundle":
@@ -108,7 +130,7 @@ class Bundle:
             name: Part(plain(node), run.weights / f"{name}.safetensors", run.sha256(name))
             for name, (run, node) in configs.items()
         }
-        probes = space.evaluation / PROBES
+        probes, directions = space.evaluation / PROBES, space.evaluation / DIRECTIONS
         return cls(
             parts=parts,
             scale=[float(value) for value in second.metadata["scale"]],
@@ -117,7 +139,9 @@ class Bundle:
             parameterisation=plain(second.config.diffusion.parameterisation),
             sampler=plain(third.config.sampler),
             probes=probes if probes.is_file() else None,
-            sources={"run": space.root.name, "split_hash": third.metadata["split_hash"]},
+            directions=directions if directions.is_file() else None,
+            likeness=_likeness(space, first),
+            sources=provenance(space, runs),
         )
 
     @classmethod
@@ -138,9 +162,9 @@ class Bundle:
             name: Part(about["modules"][name]["config"], _file(folder, about["modules"][name]), entry["sha256"])
             for name, entry in about["modules"].items()
         }
-        probes = about["probes"]
+        files = {name: _file(folder, about[name]) for name in ("probes", "directions") if about.get(name)}
         kept = ("transform", "schedule", "parameterisation", "sampler", "sources", "scale")
-        return cls(parts=parts, probes=_file(folder, probes) if probes else None, **{key: about[key] for key in kept})
+        return cls(parts=parts, likeness=about.get("likeness"), **files, **{key: about[key] for key in kept})
 
     def save(self, folder: Path | str) -> Path:
         """Write the bundle; files that lie there already, as described, stay. Returns the folder."""
@@ -161,22 +185,20 @@ class Bundle:
             "parameterisation": self.parameterisation,
             "sampler": self.sampler,
             "probes": _copy(self.probes, folder / PROBES) if self.probes else None,
+            "directions": _copy(self.directions, folder / DIRECTIONS) if self.directions else None,
+            "likeness": self.likeness,
             "sources": self.sources,
         }
+        write_text(folder / CARD, model_card(about))
         write_json(folder / DESCRIPTION, about)
         return folder
 
 
-def plain(node: Any) -> dict[str, Any]:
-    """A config node as plain values, without the files that training started from: the weights are in the bundle."""
-
-    def cleaned(value: Any) -> Any:
-        if isinstance(value, dict):
-            kept = {key: cleaned(item) for key, item in value.items()}
-            return {**kept, "weights": None} if kept.get("weights") else kept
-        return [cleaned(item) for item in value] if isinstance(value, list) else value
-
-    return cleaned(node if isinstance(node, dict) else OmegaConf.to_container(node, resolve=True))
+def _likeness(space: Workspace, autoencoder: Run) -> dict[str, Any] | None:
+    """What encode_latents.py measured on the training scans, if it was with this autoencoder."""
+    path = space.latents / ABOUT
+    about = read_json(path) if path.is_file() else {}
+    return about.get("likeness") if about.get("autoencoder_sha256") == autoencoder.sha256("autoencoder") else None
 
 
 def _read(folder: Path) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from ldae.data.cohort import Cohort
 from ldae.data.latents import latent_name, read_latent, write_about, write_latent
+from ldae.data.likeness import ENOUGH, Likeness
 from ldae.data.table import write_table
 from ldae.errors import UserError
 from ldae.runs import Run
@@ -87,9 +88,18 @@ def _finish(run: Run, cohort: Cohort, folder: Path, table: Path, paths: list[Pat
         "autoencoder_sha256": weights,
         "autoencoder": run.metadata["step"],
         "transform": cohort.transform.key(),
+        "likeness": _likeness(cohort),
     }
     write_about(folder, about)
     log.info("%d latents of shape %s in %s; scale %s", len(paths), shape, folder, [round(s, 4) for s in scale])
+
+
+def _likeness(cohort: Cohort) -> dict[str, Any] | None:
+    """What training scans look like; see ldae/data/likeness.py."""
+    rows = cohort.rows("train")
+    rows = rows[np.linspace(0, len(rows) - 1, min(len(rows), ENOUGH)).astype(int)]
+    found = Likeness.measure(cohort.volumes[row] for row in rows)
+    return None if found is None else found.to_dict()
 
 
 def channel_scale(paths: list[Path]) -> tuple[list[float], list[int]]:

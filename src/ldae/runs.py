@@ -141,3 +141,15 @@ def estimator_node(unet: DictConfig, semantic_dim: int, options: DictConfig | No
     node = {**OmegaConf.to_container(unet, resolve=True), **(options or {})}
     target = "ldae.models.gradient_estimator.GradientEstimator"
     return {**node, "_target_": target, "semantic_dim": semantic_dim}
+
+
+def plain(node: Any) -> dict[str, Any]:
+    """A config node as plain values, without the files that training started from: the weights are in the bundle."""
+
+    def cleaned(value: Any) -> Any:
+        if isinstance(value, dict):
+            kept = {key: cleaned(item) for key, item in value.items()}
+            return {**kept, "weights": None} if kept.get("weights") else kept
+        return [cleaned(item) for item in value] if isinstance(value, list) else value
+
+    return cleaned(node if isinstance(node, dict) else OmegaConf.to_container(node, resolve=True))
