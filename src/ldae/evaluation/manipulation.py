@@ -77,7 +77,8 @@ class Manipulation:
                 continue
             directions[name] = found.to_dict()
             yield from self._one(context, anatomy, name, probe, found, rows)
-        write_json(context.out / "directions.json", {"weights": context.weights, "directions": directions})
+        about = {"weights": context.weights, "editor": vars(self.editor), "directions": directions}
+        write_json(context.out / "directions.json", about)
 
     def _one(
         self, context: Context, anatomy: Anatomy, name: str, probe: Any, direction: Direction, rows: np.ndarray
