@@ -121,6 +121,11 @@ def in_model_space(volume: Tensor, transform: Transform) -> nib.Nifti1Image:
     return image
 
 
+def in_ras(volume: np.ndarray, orientation: str) -> np.ndarray:
+    """An array (X, Y, Z) of these axes in RAS, as pictures want it."""
+    return nib.orientations.apply_orientation(volume, nib.orientations.axcodes2ornt(orientation))
+
+
 def stem(source: Source) -> str:
     """A scan's name without folder and ending; "scan" for an image that has no file."""
     path = _path(source)

@@ -1,7 +1,7 @@
 """class LDAE: the whole trained model behind a few methods (arXiv 2504.08635, section 4 of the method).
 
 Tensors are in model space: volumes (B, 1, X, Y, Z) in [0, 1], latents (B, C, X', Y', Z') of unit variance, y (B, dim).
-Where a method takes volumes it takes scans as well; see uses.py, which has the methods made of these.
+Where a method takes volumes it takes scans as well (inputs.py); uses.py has the methods made of those here.
 """
 
 import functools
@@ -15,16 +15,15 @@ from hydra.utils import instantiate
 from torch import Tensor, nn
 
 from ldae.bundle import Bundle
-from ldae.data.likeness import Likeness
-from ldae.data.transforms import Source
 from ldae.denoiser import Denoiser
 from ldae.diffusion.code import Code
 from ldae.diffusion.samplers import Sampler
 from ldae.errors import UserError
+from ldae.inputs import Inputs, Scans
 from ldae.knowledge import Knowledge
-from ldae.native import Preprocess, Scan, open_scan
+from ldae.native import Preprocess
 from ldae.noise import normal
-from ldae.uses import Edit, Scans, Uses
+from ldae.uses import Edit, Uses
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -41,7 +40,7 @@ def _inference(method: Callable[..., Any]) -> Callable[..., Any]:
     return wrapped
 
 
-class LDAE(Uses):
+class LDAE(Inputs, Uses):
     """A trained model.
 
     Args:
@@ -149,33 +148,6 @@ class LDAE(Uses):
         """A direction by name: alpha > 0 moves towards the probe's positive class or larger number."""
         return self.knowledge.direction(name)
 
-    @cached_property
-    def likeness(self) -> Likeness | None:
-        """What the training scans look like; None where nobody measured it."""
-        stored = None if self.bundle is None else self.bundle.likeness
-        return None if stored is None else Likeness.from_dict(stored)
-
-    def open(self, source: Source, check: bool = True) -> Scan:
-        """A scan in model space, and the way back.
-
-        Args:
-            check: refuse a scan that is unlike the training scans, or preprocess it.
-
-        Raises:
-            BadScan: it cannot be used; the message says why.
-        """
-        if self.transform is None:
-            raise UserError("this model was put together without a transform and takes tensors only")
-        return open_scan(source, self.transform, self.likeness if check else None, self.preprocess)
-
-    def volumes(self, x: Scans) -> Tensor:
-        """(B, 1, X, Y, Z) on the model's device, of a tensor in model space as it is, of scans through `open`."""
-        if isinstance(x, Tensor):
-            return x.to(self.device)
-        if isinstance(x, list | tuple):
-            return torch.cat([self.volumes(item) for item in x])
-        return (x if isinstance(x, Scan) else self.open(x)).volume.to(self.device)
-
     def _in_batches(self, work: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         return torch.cat([work(part).float() for part in x.to(self.device).split(self.batch_size)])
 
@@ -236,10 +208,14 @@ class LDAE(Uses):
         return normal(shape, seed, range(count), "sample").to(self.device)
 
     @_inference
-    def sample(self, count: int, seed: int = 0, steps: int | None = None) -> Tensor:
-        """Unconditional volumes, from the U-Net alone, clipped to [0, 1]."""
-        z = self._sampler(steps).sample(self.denoiser.eps, self.noise(count, seed), self.denoiser.schedule)
+    def sample_from(self, noise: Tensor, steps: int | None = None) -> Tensor:
+        """Unconditional volumes of z_T, from the U-Net alone, clipped to [0, 1]."""
+        z = self._sampler(steps).sample(self.denoiser.eps, noise.to(self.device), self.denoiser.schedule)
         return self.decompress(z).clamp(0, 1)
+
+    def sample(self, count: int, seed: int = 0, steps: int | None = None) -> Tensor:
+        """`count` unconditional volumes; volume i depends on (seed, i) alone."""
+        return self.sample_from(self.noise(count, seed), steps)
 
     @_inference
     def predict_noise(self, z_t: Tensor, t: Tensor) -> Tensor:

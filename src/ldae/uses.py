@@ -1,8 +1,4 @@
-"""What one does with a trained model, made of its primitives: reconstruct, vary, interpolate, edit.
-
-Where a method takes volumes it takes scans as well: a NIfTI's path, a nibabel image, an opened `native.Scan`, or a list
-of these. What comes back is a tensor; `Scan.restored` and `Scan.edited` make a NIfTI of it that overlays on the scan.
-"""
+"""What one does with a trained model, made of its primitives: reconstruct, vary, interpolate, edit."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
@@ -10,11 +6,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ldae.data.transforms import Source
 from ldae.evaluation.editing import Editor
-from ldae.native import Scan
-
-Scans = Tensor | Scan | Source | Sequence[Scan | Source]
+from ldae.inputs import Scans
 
 
 class Edit(Protocol):
@@ -36,12 +29,19 @@ class Uses:
 
     def interpolate(self, xa: Scans, xb: Scans, t: float | Tensor, steps: int | None = None) -> Tensor:
         """Between two scans: y on the line, z_T on the arc; t in [0, 1]."""
+        return next(self.between(xa, xb, [t], steps))
+
+    def between(
+        self, xa: Scans, xb: Scans, places: Sequence[float | Tensor], steps: int | None = None
+    ) -> Iterator[Tensor]:
+        """`interpolate` at one place after another, the scans inverted only once."""
         xa, xb = self.volumes(xa), self.volumes(xb)
         ya, yb = self.embed(xa), self.embed(xb)
         first = self.invert(self.compress(xa), ya, steps)
         second = self.invert(self.compress(xb), yb, steps)
-        share = torch.as_tensor(t, dtype=ya.dtype, device=self.device).view(-1, 1)
-        return self.decode(first.slerp(second, t), torch.lerp(ya, yb, share.expand_as(ya)), steps)
+        for t in places:
+            share = torch.as_tensor(t, dtype=ya.dtype, device=self.device).view(-1, 1)
+            yield self.decode(first.slerp(second, t), torch.lerp(ya, yb, share.expand_as(ya)), steps)
 
     def vary(self, x: Scans, count: int, seed: int = 0, steps: int | None = None) -> Tensor:
         """One scan's y with `count` codes ~ N(0, I): (count, 1, X, Y, Z) from x (1, 1, X, Y, Z)."""
