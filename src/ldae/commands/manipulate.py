@@ -25,16 +25,22 @@ if TYPE_CHECKING:
     from ldae.pipeline import LDAE
 
 
+DIRECTION = "What to change: a probe's name, such as diagnosis or age."
+ALPHA = (
+    "How far, one image each. 1 is sqrt(768) along the unit direction in standardised y, the length of a typical "
+    "standardised y; > 0 towards the disease, or older."
+)
+DEPTH = "Share of the schedule to invert; less keeps more of the scan. Default: the model's."
+
+
 @click.command()
 @scans_argument("SCAN")
-@click.option("--direction", required=True, metavar="NAME", help="What to change: a probe's name, such as diagnosis or age.")  # fmt: skip
-@click.option("--alpha", default="-1,1", show_default=True, metavar="A,B,...", help=(
-    "How far, one image each. 1 is sqrt(768) along the unit direction in standardised y, the length of a typical "
-    "standardised y; > 0 towards the disease, or older."))  # fmt: skip
+@click.option("--direction", required=True, metavar="NAME", help=DIRECTION)
+@click.option("--alpha", default="-1,1", show_default=True, metavar="A,B,...", help=ALPHA)
 @output_option("Folder for the images, NAME_diagnosis+1.nii.gz, ..., on the scan's grid.")
 @click.option("--decoded", is_flag=True, help="Write what the model decodes, not the scan plus the change.")
 @click.option("--viewer", is_flag=True, help="Write NAME_diagnosis.html too: three planes, and a slider over alpha.")
-@click.option("--depth", type=click.FloatRange(0, 1, min_open=True), help="Share of the schedule to invert; less keeps more of the scan. Default: the model's.")  # fmt: skip
+@click.option("--depth", type=click.FloatRange(0, 1, min_open=True), help=DEPTH)
 @steps_option
 @force_option
 @model_options

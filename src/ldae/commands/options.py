@@ -11,6 +11,7 @@ from ldae.errors import UserError
 if TYPE_CHECKING:
     from ldae.pipeline import LDAE
 
+INPUT = "A scan, one 3-D volume: .nii, .nii.gz, .mgz. The same as naming it without -i."
 PATH = click.Path(path_type=Path)
 
 
@@ -42,8 +43,8 @@ def scans_argument(names: str) -> Callable:
     """Scans as arguments, or each after an -i."""
     return _together(
         click.argument("scans", metavar=names, nargs=-1, type=PATH),
-        click.option("-i", "--input", "inputs", multiple=True, type=PATH, metavar="SCAN", help="A scan: .nii, .nii.gz, .mgz."),
-    )  # fmt: skip
+        click.option("-i", "--input", "inputs", multiple=True, type=PATH, metavar="SCAN", help=INPUT),
+    )
 
 
 def output_option(what: str) -> Callable:
