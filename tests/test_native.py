@@ -37,10 +37,13 @@ def reoriented(image, axcodes):
     return image.as_reoriented(change)
 
 
+def likeness_of_brains(transform):
+    return Likeness.measure(torch.from_numpy(transform(brain(seed))) for seed in range(8))
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    transform = Transform((8, 8, 8), 9.0)
-    likeness = Likeness.measure(torch.from_numpy(transform(brain(seed))) for seed in range(8))
+    likeness = likeness_of_brains(Transform((8, 8, 8), 9.0))
     return LDAE.load(small_run(tmp_path_factory.mktemp("runs") / "small", likeness), device="cpu")
 
 
