@@ -11,6 +11,7 @@ from ldae.errors import UserError
 from ldae.models.autoencoder import AutoencoderKL, IdentityAutoencoder
 from ldae.models.convnext import ConvNeXt
 from ldae.models.semantic_encoder import SemanticEncoder, sinusoidal_positions
+from ldae.models.slice_cnn import SliceCNN
 
 X = torch.rand(2, 1, 8, 16, 12)
 
@@ -86,10 +87,47 @@ def test_a_kept_slice_keeps_its_position():
     network = encoder(slice_dropout=0.5).train()
     plain = encoder().train()
     torch.manual_seed(3)
-    kept = network._kept(X)
-    torch.manual_seed(3)
-    tokens = network._tokens(X)
-    torch.testing.assert_close(tokens[1], plain._tokens(X)[1, kept[1]])
+    slices, kept = network._slices(X)
+    tokens = network._tokens(network._read(slices), kept)
+    everything = plain._tokens(plain._read(plain._slices(X)[0]), torch.arange(12).expand(2, 12))
+    torch.testing.assert_close(tokens[1], everything[1, kept[1]])
+
+
+def test_y_is_measured_from_the_reference_whatever_is_left_out():
+    """Of the reference itself nothing is left but the LayerNorm's bias; a scan's y does not hang on the shared part."""
+    network = encoder(reference=X.shape[2:], gated=True, slice_dropout=0.5)
+    network.set_reference(X[:1])
+    nn.init.constant_(network.norm.bias, 3.0)
+    for mode in (True, False):
+        y = network.train(mode)(X)
+        torch.testing.assert_close(y[0], torch.full_like(y[0], 3.0))
+        assert 0.5 < (y[1] - 3).square().mean() < 1.1, "a scan that differs has a y"
+    assert "reference" in network.state_dict()
+
+
+def test_a_reference_of_another_size_is_refused():
+    with pytest.raises(UserError, match="reference"):
+        encoder(reference=(8, 16, 13))
+
+
+def test_the_same_picture_at_another_height_gives_another_y_when_gated():
+    single = torch.zeros(2, *X.shape[1:])
+    single[0, ..., 2] = single[1, ..., 7] = X[0, ..., 5]
+    ungated, gated = (encoder(reference=X.shape[2:], gated=gated) for gated in (False, True))
+    assert float((gated(single)[0] - gated(single)[1]).norm()) > 2 * float(
+        (ungated(single)[0] - ungated(single)[1]).norm()
+    )
+
+
+def test_the_slice_cnn_keeps_places_and_refuses_what_does_not_divide():
+    network = SliceCNN(size=(8, 16), widths=(4, 8), out_channels=6)
+    x = torch.zeros(2, 1, 8, 16)
+    x[0, 0, 1, 1] = x[1, 0, 5, 13] = 1.0
+    y = network(x)
+    assert y.shape == (2, 6)
+    assert not torch.allclose(y[0], y[1], atol=1e-4)
+    with pytest.raises(UserError, match="do not divide by 8"):
+        SliceCNN(size=(40, 44), widths=(4, 8, 8))
 
 
 def imagenet() -> dict[str, torch.Tensor]:

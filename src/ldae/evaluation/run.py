@@ -85,7 +85,7 @@ def build_context(model: Any, cohort: Cohort, space: Workspace, config: DictConf
 
     def untrained() -> np.ndarray:
         node, seed = repr_run.config.model.encoder, int(repr_run.config.seed)
-        return embedded("embeddings_untrained", f"seed {seed}, {encoder}", _fresh_encoder(node, seed, model.device))
+        return embedded("embeddings_untrained", f"seed {seed}, {encoder}", _fresh_encoder(node, seed, model.encoder))
 
     return Context(
         model=model,
@@ -103,11 +103,14 @@ def build_context(model: Any, cohort: Cohort, space: Workspace, config: DictConf
     )
 
 
-def _fresh_encoder(node: DictConfig, seed: int, device: torch.device) -> Callable[[Tensor], Tensor]:
-    """The encoder as it was before training: the same config, random weights of this seed, eval mode."""
+def _fresh_encoder(node: DictConfig, seed: int, trained: torch.nn.Module) -> Callable[[Tensor], Tensor]:
+    """The encoder as it was before training: the same config and reference, random weights of this seed, eval mode."""
+    device = next(trained.parameters()).device
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         encoder = instantiate(node).eval().to(device)
+    if trained.reference is not None:
+        encoder.set_reference(trained.reference)
     return lambda x: encoder(x.to(device))
 
 

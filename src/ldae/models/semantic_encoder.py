@@ -4,7 +4,7 @@ tokens = CNN(slices) + positions; a query, the softmax-weighted mean of the toke
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -35,9 +35,12 @@ class SemanticEncoder(nn.Module):
         axis: 0, 1, 2 for x, y, z: sagittal, coronal, axial slices.
         checkpointing: volumes go through the backbone one by one and again in the backward pass.
         slice_dropout: share of slices that a training step leaves out (drawn anew by sample), and need not compute.
-        calibrated: y is centred and scaled by constants that `calibrate` measures once, before training. From random
-            weights all brains give nearly the same y (its spread over scans is 1/90 of its size), so that the
-            estimator sees a constant and learns to ignore it; pre-trained and released encoders need none of this.
+        reference: shape (X, Y, Z) of a reference volume that `set_reference` sets once, before training, to the mean
+            of the training scans; None: none, as published. With it, y = LayerNorm(f(x - reference) - f(0)): what all
+            brains share is taken out. From random weights it is nearly all there is (the spread of y over scans is
+            1/60 of its size), so that the estimator sees a constant and learns to ignore it.
+        gated: each token is multiplied by 1 + Linear(position), so that the same picture means something else at
+            another height; None of it, as published, leaves an average over slices.
     """
 
     def __init__(
@@ -50,7 +53,8 @@ class SemanticEncoder(nn.Module):
         axis: int = 2,
         checkpointing: bool = False,
         slice_dropout: float = 0.0,
-        calibrated: bool = False,
+        reference: Sequence[int] | None = None,
+        gated: bool = False,
     ) -> None:
         super().__init__()
         if axis not in (0, 1, 2) or not 0 <= slice_dropout < 1:
@@ -71,18 +75,17 @@ class SemanticEncoder(nn.Module):
         self.value = nn.Linear(dim, dim)
         self.cross_attention = nn.MultiheadAttention(dim, heads, dropout=dropout, batch_first=True)
         self.norm = nn.LayerNorm(dim)
-        self.calibrated = calibrated
-        if calibrated:
-            self.register_buffer("centre", torch.zeros(dim))
-            self.register_buffer("spread", torch.ones(dim))
+        self.gate = nn.Linear(dim, dim) if gated else None
+        if reference is not None and reference[axis] != slices:
+            raise UserError(
+                f"model.encoder: reference={list(reference)} does not have {slices} slices along axis {axis}"
+            )
+        self.register_buffer("reference", None if reference is None else torch.zeros(1, 1, *reference))
 
     @torch.no_grad()
-    def calibrate(self, batches: Iterable[Tensor]) -> None:
-        """Measure the centre and the spread of y over scans, (B, 1, X, Y, Z) each; before training, in eval mode."""
-        y = torch.cat([self.norm(self._attend(x, weights=False)[0].squeeze(1)).float() for x in batches])
-        spread = y.std(0)
-        self.centre.copy_(y.mean(0))
-        self.spread.copy_(spread.clamp_min(0.1 * spread.median()))
+    def set_reference(self, mean: Tensor) -> None:
+        """The volume that y is measured from, (1, 1, X, Y, Z): the mean of the training scans. Before training."""
+        self.reference.copy_(mean)
 
     def _kept(self, x: Tensor) -> Tensor:
         """Numbers of the slices that are read, (B, S'), ascending: all of them, but for slice dropout in training."""
@@ -92,29 +95,40 @@ class SemanticEncoder(nn.Module):
         kept = max(1, round(count * (1 - self.slice_dropout)))
         return torch.rand(batch, count, device=x.device).argsort(dim=1)[:, :kept].sort(dim=1).values
 
-    def _tokens(self, x: Tensor) -> Tensor:
-        """(B, 1, X, Y, Z) -> (B, S', dim), positions added."""
+    def _slices(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Slices to read, (B, S', 1, H, W), and their numbers, (B, S')."""
         if x.ndim != 5 or x.shape[2 + self.axis] != self.slices:
             raise UserError(
                 f"volumes of shape {tuple(x.shape)} do not have {self.slices} slices along axis {self.axis}, "
                 "for which the encoder was built"
             )
-        slices = x.movedim(2 + self.axis, 1)  # (B, S, 1, H, W)
+        if self.reference is not None:
+            x = x - self.reference
+        slices = x.movedim(2 + self.axis, 1)
         kept = self._kept(x)
         if kept.shape[1] < self.slices:
             slices = slices[torch.arange(len(x), device=x.device)[:, None], kept]
+        return slices, kept
+
+    def _read(self, slices: Tensor) -> Tensor:
+        """(B, S', 1, H, W) -> (B, S', dim)."""
         # One volume at a time when checkpointing: the activations of a single one exist at any moment.
         groups = slices.unbind(0) if self.checkpointing else [slices.flatten(0, 1)]
         read = torch.cat([run(self.backbone, self.checkpointing, group) for group in groups])  # (B S', C)
-        tokens = self.widen(read).unflatten(0, kept.shape)
-        return self.dropout(tokens + self.positions[0, kept])
+        return self.widen(read).unflatten(0, slices.shape[:2])
 
-    def _attend(self, x: Tensor, weights: bool) -> tuple[Tensor, Tensor | None]:
-        tokens = self._tokens(x)
+    def _tokens(self, read: Tensor, kept: Tensor) -> Tensor:
+        """What was read of the slices, (B, S', dim), and their numbers, (B, S'), to tokens, (B, S', dim)."""
+        positions = self.positions[0, kept]
+        return self.dropout((read if self.gate is None else read * (1 + self.gate(positions))) + positions)
+
+    def _attend(self, tokens: Tensor, weights: bool = False) -> tuple[Tensor, Tensor | None]:
+        """(B, S', dim) to (B, dim) and, if asked, weights (B, S')."""
         shares = self.score(tokens).softmax(dim=1)  # (B, S', 1)
         mean = (shares * tokens).sum(dim=1, keepdim=True)  # (B, 1, dim)
         query, key, value = self.query(mean), self.key(tokens), self.value(tokens)
-        return self.cross_attention(query, key, value, need_weights=weights)
+        attended, looks = self.cross_attention(query, key, value, need_weights=weights)
+        return attended.squeeze(1), looks.squeeze(1) if weights else None
 
     def forward(self, x: Tensor) -> Tensor:
         """y (B, dim).
@@ -122,9 +136,17 @@ class SemanticEncoder(nn.Module):
         Raises:
             UserError: the volume has another number of slices.
         """
-        y = self.norm(self._attend(x, weights=False)[0].squeeze(1))
-        return (y - self.centre) / self.spread if self.calibrated else y
+        slices, kept = self._slices(x)
+        read = self._read(slices)
+        if self.reference is None:
+            return self.norm(self._attend(self._tokens(read, kept))[0])
+        # The reference's own slices are all empty now: one of them speaks for all. Small differences need float32.
+        empty = self._read(torch.zeros_like(slices[:1, :1])).expand_as(read)
+        with torch.autocast(x.device.type, enabled=False):
+            own, common = (self._attend(self._tokens(part.float(), kept))[0] for part in (read, empty))
+            return self.norm(own - common)
 
     def attention(self, x: Tensor) -> Tensor:
         """How much the query looks at each slice, mean over heads: (B, slices), rows sum to 1."""
-        return self._attend(x, weights=True)[1].squeeze(1)
+        slices, kept = self._slices(x)
+        return self._attend(self._tokens(self._read(slices), kept), weights=True)[1]

@@ -17,7 +17,7 @@ from ldae.denoiser import Denoiser
 from ldae.diffusion.process import add_noise
 from ldae.errors import UserError
 from ldae.evaluation.image_metrics import brain_mask, ssim
-from ldae.evaluation.semantics import z0_errors
+from ldae.evaluation.semantics import other_subjects, z0_errors
 from ldae.losses.denoising import gap_filling_loss
 from ldae.noise import normal, timesteps
 from ldae.runs import estimator_node
@@ -26,7 +26,7 @@ from ldae.training.ema import Ema
 from ldae.training.stage import Batch, Monitor, Stage, Updater, adam, memory_format
 from ldae.training.validation import mean_over_scans, spread
 
-CALIBRATION_SCANS = 128
+REFERENCE_SCANS = 512
 
 
 class Conditioner(nn.Module):
@@ -109,15 +109,11 @@ class ReprStage(Stage):
         for module in (self.autoencoder, self.unet):
             module.to(accelerator.device, memory_format=self.memory_format)
         encoder, estimator = self.modules["encoder"], self.modules["estimator"]
-        if encoder.calibrated:
-            self._calibrate(encoder.to(accelerator.device))
+        if encoder.reference is not None:
+            encoder.set_reference(self._mean_volume())
         encoder.checkpointing = estimator.checkpointing = trainer.checkpointing
         conditioner = Conditioner(encoder, estimator).to(memory_format=self.memory_format)
-        groups = [
-            {"params": list(encoder.parameters()), "lr": optim.encoder_lr or optim.lr},
-            {"params": list(estimator.parameters())},
-        ]
-        self.optimizers = {"conditioner": adam(groups, optim.lr, optim)}
+        self.optimizers = {"conditioner": adam(conditioner.parameters(), optim.lr, optim)}
         self.conditioner, optimizer = accelerator.prepare(
             torch.compile(conditioner) if trainer.compile else conditioner, self.optimizers["conditioner"]
         )
@@ -126,12 +122,11 @@ class ReprStage(Stage):
         self.denoiser = Denoiser(self.unet, estimator, self.schedule, self.parameterisation)
         conditioner.train()
 
-    def _calibrate(self, encoder: nn.Module) -> None:
-        """Constants of y from untrained weights and the first training scans; a resumed run loads its own over them."""
-        rows = self.train_rows[:CALIBRATION_SCANS]
+    def _mean_volume(self) -> Tensor:
+        """The mean of the first training scans, (1, 1, X, Y, Z)."""
+        rows = self.train_rows[:REFERENCE_SCANS]
         chunks = [rows[start : start + 8] for start in range(0, len(rows), 8)]
-        encoder.eval()
-        encoder.calibrate(self.cohort.volumes.batch(chunk).to(self.accelerator.device) for chunk in chunks)
+        return sum(self.cohort.volumes.batch(chunk).sum(0, keepdim=True) for chunk in chunks) / len(rows)
 
     def fetch(self, indices: np.ndarray) -> Batch:
         """Volumes of training scans."""
@@ -183,7 +178,8 @@ class ReprStage(Stage):
         if len(rows) < 2:
             return {}
         found: dict[int, dict[str, float]] = {}
-        others = self._others(rows)
+        partner = other_subjects(self.cohort.table["subject"].to_numpy()[rows])
+        others = dict(zip(rows.tolist(), rows if partner is None else rows[partner], strict=True))
         for row in spread(rows, self.accelerator):
             both = np.array([row, others[int(row)]])
             with self.accelerator.autocast():
@@ -197,15 +193,6 @@ class ReprStage(Stage):
                 "ssim": float(ssim(decoded, target)), "ssim_mask": float(ssim(decoded, target, mask=mask)), **errors
             }  # fmt: skip
         return mean_over_scans(found, self.accelerator)
-
-    def _others(self, rows: np.ndarray) -> dict[int, int]:
-        """For each row the next row of another subject."""
-        subjects = self.cohort.table["subject"].to_numpy()
-        pairs = {}
-        for place, row in enumerate(rows):
-            candidates = [other for other in np.roll(rows, -place - 1) if subjects[other] != subjects[row]]
-            pairs[int(row)] = int(candidates[0] if candidates else row)
-        return pairs
 
     def preview(self) -> dict[str, Tensor]:
         """Scans, and what y alone says of them."""
