@@ -26,9 +26,9 @@ from torch import nn
 
 from ldae.allowed import ALLOWED, check_targets
 from ldae.errors import UserError
-from ldae.files import read_json, replacing, write_json
+from ldae.files import file_sha256, read_json, replacing, write_json
 from ldae.models.state import load_strictly, read_tensors
-from ldae.runs import Workspace, estimator_node, file_sha256
+from ldae.runs import Workspace, estimator_node
 
 FORMAT = 1
 DESCRIPTION, PROBES = "bundle.json", "probes.json"

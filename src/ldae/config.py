@@ -157,9 +157,33 @@ class Config:
     evaluation: dict[str, Any] = field(default_factory=dict)
 
 
+@dataclass
+class PreprocessSteps:
+    """What is done to a raw scan; None switches a step off. See ldae.preprocessing.pipeline."""
+
+    bias: Any = None
+    brain: Any = None
+    registration: Any = None
+    template: Any = MISSING
+    intensity: Any = None
+    limits: Any = MISSING
+    regions: Any = None
+    columns: Any = MISSING
+    spacing: float | None = 1.5
+    interpolator: str = "bSpline"
+
+
+@dataclass
+class PreprocessConfig:
+    """`ldae preprocess`."""
+
+    preprocess: PreprocessSteps = field(default_factory=PreprocessSteps)
+
+
 def register() -> None:
-    """Make the schema known to Hydra under the name that `conf/base.yaml` starts from."""
+    """Make the schemas known to Hydra under the names that `conf/base.yaml` and `conf/preprocess.yaml` start from."""
     ConfigStore.instance().store(name="schema", node=Config)
+    ConfigStore.instance().store(name="preprocess_schema", node=PreprocessConfig)
 
 
 def conf_dir() -> Path:
