@@ -214,7 +214,7 @@ def _writable(out: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in _DISK:
             raise UserError(
-                f"cannot write to {out} ({error.strerror}): what is done stays; make room, then run the same command again"
+                f"cannot write to {out} ({error.strerror}): what is done stays; make room and run again"
             ) from error
         raise
 

@@ -5,7 +5,7 @@ bias field -> brain mask -> registration -> resampling -> intensity
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -44,12 +44,12 @@ class Pipeline:
     spacing: voxel size of the result in mm, None for that of the template or of the scan; interpolator: ANTs' name.
     """
 
-    bias: N4 | None = N4()
-    brain: BrainExtraction | None = DeepBet()
-    registration: Registration | None = Registration()
-    template: Template = Icbm152()
+    bias: N4 | None = field(default_factory=N4)
+    brain: BrainExtraction | None = field(default_factory=DeepBet)
+    registration: Registration | None = field(default_factory=Registration)
+    template: Template = field(default_factory=Icbm152)
     intensity: WhiteMatter | Tissues | None = None
-    limits: Limits = Limits()
+    limits: Limits = field(default_factory=Limits)
     spacing: float | None = 1.5
     interpolator: str = "bSpline"
 
@@ -57,9 +57,7 @@ class Pipeline:
         if self.spacing is not None and not 0.3 <= self.spacing <= 20:
             raise UserError(f"spacing={self.spacing}: a voxel size between 0.3 and 20 mm is needed")
         if self.brain is None and self.registration is not None and isinstance(self.template, Icbm152):
-            raise UserError(
-                "registration to ICBM 152 needs brains without skull: choose brain extraction, or none of both"
-            )
+            raise UserError("registration to ICBM 152 needs brains: choose a brain extraction, or none of both")
         if self.brain is None and self.intensity is not None:
             raise UserError("intensity by tissue needs a brain mask: choose brain extraction, or intensity=none")
 
@@ -70,7 +68,7 @@ class Pipeline:
 
     def parameters(self) -> dict[str, Any]:
         """Every choice by step, as JSON values."""
-        return {name: _plain(getattr(self, name)) for name in self.__dataclass_fields__}
+        return {one.name: _plain(getattr(self, one.name)) for one in fields(self)}
 
     def key(self) -> str:
         """A hash of every parameter, and of nothing else."""

@@ -1,4 +1,4 @@
-"""qc.html: a row a scan, worst first, with its mosaic, its measures, and what was noted; one file that needs no other."""
+"""qc.html: a row a scan, worst first, with mosaic, measures and notes; one file that needs no other."""
 
 import base64
 import html
@@ -27,7 +27,7 @@ def write_quality(out: Path, entries: list[tuple[Scan, Record]]) -> Path:
     scores = badness([record for _, record in entries])
     order = np.argsort(-scores, kind="stable")
     heads = "".join(f"<th>{heading}</th>" for heading, _, _ in MEASURES.values())
-    rows = [_row(out, *entries[index], scores[index]) for index in order]
+    rows = "\n".join(_row(out, *entries[index], scores[index]) for index in order)
     aside = sum(record["status"] != "done" for _, record in entries)
     text = (
         f'<!doctype html>\n<html><head><meta charset="utf-8"><title>Quality of {len(entries)} scans</title>'
@@ -35,9 +35,7 @@ def write_quality(out: Path, entries: list[tuple[Scan, Record]]) -> Path:
         '<p>Worst first. Contours: <span class="brain">brain mask</span>, '
         '<span class="template">brain of the template</span>. Deviation: of the worst measure from the cohort\'s '
         "median, in robust standard deviations.</p>\n"
-        f"<table><tr><th>scan</th><th>deviation</th>{heads}<th></th></tr>\n"
-        + "\n".join(rows)
-        + "\n</table></body></html>\n"
+        f"<table><tr><th>scan</th><th>deviation</th>{heads}<th></th></tr>\n{rows}\n</table></body></html>\n"
     )
     write_text(out / "qc.html", text)
     return out / "qc.html"
