@@ -93,7 +93,7 @@ class Job:
 
     def _make(self, scan: Scan, labels: Path | None, names: Names, key: str) -> Record:
         start, processor = time.monotonic(), time.process_time()
-        with tempfile.TemporaryDirectory(prefix=".tmp-", dir=self.out) as folder:
+        with tempfile.TemporaryDirectory(prefix="ldae-") as folder:
             try:
                 if scan.problem:
                     raise BadScan(scan.problem)

@@ -72,7 +72,9 @@ class Registration:
         try:
             found = ants.registration(
                 template.to_ants(), brain.to_ants(), self.transform, outprefix=f"{folder}/", random_seed=self.seed,
-                aff_shrink_factors=self.shrink, aff_smoothing_sigmas=self.smoothing, aff_iterations=self.iterations,
+                # A list instead of a tuple is not understood.
+                aff_shrink_factors=tuple(self.shrink), aff_smoothing_sigmas=tuple(self.smoothing),
+                aff_iterations=tuple(self.iterations),
             )  # fmt: skip
         except (RuntimeError, ValueError) as error:
             raise BadScan(f"it could not be registered ({str(error).strip().splitlines()[-1][:200]})") from error
