@@ -75,12 +75,14 @@ class Loss:
 
 @dataclass
 class Split:
-    """Shares of subjects, and the seed of the draw."""
+    """Shares of subjects, and the seed of the draw; with `fold`, test is that one of `folds` instead of a share."""
 
     train: float = 0.85
     val: float = 0.05
     test: float = 0.10
     seed: int = 0
+    fold: int | None = None
+    folds: int = 5
 
 
 @dataclass

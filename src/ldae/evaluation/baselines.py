@@ -1,9 +1,9 @@
 """The features of each predictor: our embedding, and what it has to beat under the same protocol.
 
 `mean` no features (always the mean, always the majority); `age_sex` age and sex; `pca` the autoencoder's latents, and
-`images` the scans at about 4 mm, both reduced by PCA inside the pipeline; `untrained` the same semantic encoder with its
-initial random weights; `volumes` the region volumes that the table has (columns *_mm3), as shares of the head's where it
-has that too (`head_mm3`, which stays a feature).
+`images` the scans at about 4 mm, both reduced by PCA inside the pipeline; `untrained` the same semantic encoder with
+its initial random weights; `volumes` the region volumes that the table has (columns *_mm3), as shares of the head's
+where it has that too (`head_mm3`, which stays a feature).
 """
 
 import logging
@@ -16,7 +16,8 @@ from ldae.evaluation.context import Context, batches
 
 log = logging.getLogger(__name__)
 
-BASELINES = ("mean", "age_sex", "pca", "images", "untrained", "volumes")
+BASELINES = ("mean", "age_sex", "pca", "untrained", "volumes")
+CHOICES = (*BASELINES, "images")
 REDUCED = ("pca", "images")  # by PCA
 VOLUME, HEAD = "_mm3", "head_mm3"
 IMAGES_MM = 4.0

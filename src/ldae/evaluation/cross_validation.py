@@ -18,11 +18,11 @@ import pandas as pd
 
 from ldae.errors import UserError
 from ldae.evaluation import figures
-from ldae.evaluation.baselines import BASELINES, Features, numbers
+from ldae.evaluation.baselines import CHOICES, Features, numbers
 from ldae.evaluation.bootstrap import subject_weights
 from ldae.evaluation.context import Context
 from ldae.evaluation.frozen import OURS
-from ldae.evaluation.probing import Probe, check_baselines, fit_all, named, scored
+from ldae.evaluation.probing import UNBIASED, Probe, check_baselines, fit_all, named, scored
 from ldae.files import replacing
 
 log = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ class CrossValidation:
         self,
         probes: Mapping[str, Probe],
         regime: str = "transductive",
-        baselines: Sequence[str] = BASELINES,
+        baselines: Sequence[str] = CHOICES,
         repeats: int = 5,
         resamples: int = 1000,
         pca_widths: Sequence[int] = (8, 16, 32, 64, 128),
@@ -72,7 +72,7 @@ class CrossValidation:
     def _repeat(
         self, context: Context, probe: Probe, features: Features, truth: np.ndarray, rows: np.ndarray, repeat: int
     ) -> pd.DataFrame:
-        """One row a held-out scan: who, truth, repeat, and the prediction (and `<name>:unbiased`) of every predictor."""
+        """One row a held-out scan: who, truth, repeat, and the prediction of every predictor, `<name>:unbiased` too."""
         table, parts = context.table, []
         seed = context.seed + repeat
         for inner, held in probe.folds(truth[rows], table["subject"].to_numpy(str)[rows], seed):
@@ -87,9 +87,6 @@ class CrossValidation:
                     part[f"{key}{UNBIASED}"] = entry.model.unbiased(prediction)
             parts.append(part)
         return pd.concat(parts)
-
-
-UNBIASED = ":unbiased"
 
 
 class Folds:
@@ -144,12 +141,9 @@ def judge_folds(
     stem = f"cv_{regime}_{name}"
     with replacing(context.out / f"{stem}_predictions.csv") as temporary:
         predictions.to_csv(temporary, index=False)
-    first = repeats[0]
+    truth = repeats[0]["truth"].to_numpy()
+    first = {key: repeats[0][key].to_numpy() for key in keys}
     if probe.classes is None:
-        figures.scatter(
-            context.out / f"{stem}_scatter.png", probe.column, first["truth"].to_numpy(), first[OURS].to_numpy()
-        )
+        figures.scatter(context.out / f"{stem}_scatter.png", probe.column, truth, first[OURS])
     else:
-        figures.roc(
-            context.out / f"{stem}_roc.png", first["truth"].to_numpy(), {key: first[key].to_numpy() for key in keys}
-        )
+        figures.roc(context.out / f"{stem}_roc.png", truth, first)

@@ -4,9 +4,9 @@
 
 with a missing feature set to its mean. A class probability is the logistic function of the decision.
 
-A regression shrinks towards the mean: the young are predicted too old, the old too young. `bias` is the line (intercept,
-slope) of out-of-fold predictions over truth in the training rows, and `unbiased` divides it out (Cole et al. 2018,
-doi 10.1038/mp.2017.62); it needs no truth of the scan that is judged.
+A regression shrinks towards the mean: the young are predicted too old, the old too young. `bias` is the line
+(intercept, slope) of out-of-fold predictions over truth in the training rows, and `unbiased` divides it out (Cole et
+al. 2018, doi 10.1038/mp.2017.62); it needs no truth of the scan that is judged.
 """
 
 from dataclasses import dataclass

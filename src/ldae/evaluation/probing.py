@@ -18,7 +18,7 @@ import pandas as pd
 
 from ldae.errors import UserError
 from ldae.evaluation import figures
-from ldae.evaluation.baselines import BASELINES, REDUCED, Features, numbers
+from ldae.evaluation.baselines import BASELINES, CHOICES, REDUCED, Features, numbers
 from ldae.evaluation.bootstrap import subject_weights, summarise
 from ldae.evaluation.context import Context
 from ldae.evaluation.fitting import fit
@@ -30,6 +30,7 @@ from ldae.files import replacing
 log = logging.getLogger(__name__)
 
 Probe = Classification | Regression
+UNBIASED = ":unbiased"  # behind a predictor's name
 
 
 class Probes:
@@ -84,9 +85,9 @@ class Probes:
 
 def check_baselines(names: Sequence[str], key: str) -> None:
     """Refuse a baseline that there is not, naming the config's `key`."""
-    unknown = sorted(set(names) - set(BASELINES))
+    unknown = sorted(set(names) - set(CHOICES))
     if unknown:
-        raise UserError(f"{key}: unknown {unknown[0]!r}, choose from {', '.join(BASELINES)}")
+        raise UserError(f"{key}: unknown {unknown[0]!r}, choose from {', '.join(CHOICES)}")
 
 
 def fit_all(
@@ -167,12 +168,11 @@ def judge(
             log.warning("baseline %s is left out for %s: the table lacks one of %s", key, name, ", ".join(columns))
             continue
         predictions[key] = entry.model.predict(values[rows])
-    found = {
-        key: scored(probe, truth[rows], value, entries[key].model.unbiased(value), age, weights)
-        for key, value in predictions.items()
-    }
+    unbiased = {key: entries[key].model.unbiased(value) for key, value in predictions.items()}
+    found = {key: scored(probe, truth[rows], value, unbiased[key], age, weights) for key, value in predictions.items()}
     yield from named(found, name, probe, table, prefix)
-    _record(context, f"{prefix.replace('/', '_')}{name}", probe, table, truth[rows], predictions)
+    shown = unbiased if probe.bias_correction else {}
+    _record(context, f"{prefix.replace('/', '_')}{name}", probe, table, truth[rows], predictions, shown)
 
 
 def scored(
@@ -212,11 +212,15 @@ def _record(
     table: pd.DataFrame,
     truth: np.ndarray,
     predictions: dict[str, np.ndarray],
+    unbiased: dict[str, np.ndarray],
 ) -> None:
     """Predictions as a CSV, and the figures of a classifier or of a regression."""
-    rows: dict[str, Any] = {"subject": table["subject"], "session": table["session"], "truth": truth}
+    who = {"subject": table["subject"], "session": table["session"], "age": numbers(table, "age")}
+    rows: dict[str, Any] = who | {"truth": truth}
     with replacing(context.out / f"{stem}_predictions.csv") as temporary:
-        pd.DataFrame(rows | predictions).to_csv(temporary, index=False)
+        pd.DataFrame(rows | predictions | {f"{key}{UNBIASED}": value for key, value in unbiased.items()}).to_csv(
+            temporary, index=False
+        )
     if probe.classes is None:
         figures.scatter(context.out / f"{stem}_scatter.png", probe.column, truth, predictions[OURS])
         return
