@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from ldae.preprocessing.volume import Volume
 
 log = logging.getLogger(__name__)
 
+MODULES = {"antspyx": "ants"}  # packages whose module has another name
 PACKAGES = ("ldae", "antspyx", "deepbet", "nilearn", "nibabel", "numpy", "scipy")
 # The disk is at fault, not the scan.
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EACCES, errno.EIO}
@@ -188,7 +190,7 @@ class Job:
             "SkullStripped": prepared.mask is not None,
             "SpatialReference": self.pipeline.space or NATIVE,
             "Resolution": " x ".join(f"{size:.4g}" for size in prepared.scan.spacing) + " mm",
-            "Software": {name: version(name) for name in PACKAGES},
+            "Software": {name: version(name) for name in PACKAGES if find_spec(MODULES.get(name, name))},
             "Parameters": self.pipeline.parameters(),
             "Measures": prepared.measures,
             "Notes": record["notes"],
