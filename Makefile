@@ -15,7 +15,7 @@ setup: $(STAMP) ## make .venv and install the project into it
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/pip install -q --disable-pip-version-check -e '.[dev]' -c constraints.txt
+	$(BIN)/pip install -q --disable-pip-version-check -e '.[dev,preprocess]' -c constraints.txt
 	touch $@
 
 demo: $(STAMP) ## the whole method on a phantom cohort, on a CPU: data, three stages, probes, report

@@ -29,9 +29,9 @@ from ldae.allowed import ALLOWED, check_targets
 from ldae.card import CARD, model_card, provenance
 from ldae.data.latents import ABOUT
 from ldae.errors import UserError
-from ldae.files import read_json, replacing, write_json, write_text
+from ldae.files import file_sha256, read_json, replacing, write_json, write_text
 from ldae.models.state import load_strictly, read_tensors
-from ldae.runs import Run, Workspace, estimator_node, file_sha256, plain
+from ldae.runs import Run, Workspace, estimator_node, plain
 
 FORMAT = 1
 DESCRIPTION, PROBES, DIRECTIONS = "bundle.json", "probes.json", "directions.json"

@@ -11,13 +11,16 @@ from ldae.commands.import_official import import_official
 from ldae.commands.interpolate import interpolate
 from ldae.commands.manipulate import manipulate
 from ldae.commands.phantom import phantom
+from ldae.commands.preprocess import preprocess
 from ldae.commands.reconstruct import reconstruct
 from ldae.commands.sample import sample
 from ldae.commands.vary import vary
 from ldae.errors import UserError
 
 SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
-COMMANDS = (embed, reconstruct, vary, interpolate, manipulate, sample, export, phantom, import_official)
+COMMANDS = (
+    preprocess, embed, reconstruct, vary, interpolate, manipulate, sample, export, phantom, import_official,
+)  # fmt: skip
 
 
 class _Group(click.Group):

@@ -1,5 +1,6 @@
 """Atomic writes: a reader sees the old file or the new one, never a half-written one."""
 
+import hashlib
 import json
 import os
 import secrets
@@ -42,3 +43,9 @@ def write_json(path: Path | str, value: Any) -> None:
 def read_json(path: Path | str) -> Any:
     """The content of a JSON file."""
     return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def file_sha256(path: Path | str) -> str:
+    """SHA-256 of a file's bytes, hex."""
+    with open(path, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()

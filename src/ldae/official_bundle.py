@@ -22,9 +22,10 @@ from ldae.config import conf_dir
 from ldae.errors import UserError
 from ldae.evaluation.frozen import OURS, Frozen, write_frozen
 from ldae.evaluation.linear import LinearModel
+from ldae.files import file_sha256
 from ldae.models import official
 from ldae.models.state import read_tensors
-from ldae.runs import estimator_node, file_sha256, plain, save_tensors
+from ldae.runs import estimator_node, plain, save_tensors
 
 log = logging.getLogger(__name__)
 

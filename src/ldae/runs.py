@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ldae.errors import UserError
-from ldae.files import read_json, replacing, write_json, write_text
+from ldae.files import file_sha256, read_json, replacing, write_json, write_text
 from ldae.models.state import load_strictly, read_tensors
 
 MAX_NAME = 200  # file names end at 255 bytes
@@ -69,12 +69,6 @@ def workspace(config: DictConfig) -> Workspace:
     if len(name) > MAX_NAME:
         name = hashlib.sha256(name.encode()).hexdigest()[:16]
     return Workspace(root, f"@{name}" if name else "")
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes, hex."""
-    with open(path, "rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:

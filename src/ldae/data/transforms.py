@@ -173,8 +173,8 @@ class Transform:
             if np.prod(np.maximum(volume.shape[1:] / factor, 1)) > MAX_VOXELS:
                 raise BadScan(f"voxels of {size.round(3).tolist()} mm in a {list(data.shape)} grid cannot be right")
             if mode != "nearest":
-                smooth = torch.from_numpy(_smooth(volume.numpy(), factor))
-                volume = MetaTensor(smooth, meta=volume.meta, applied_operations=volume.applied_operations)
+                blurred = torch.from_numpy(smooth(volume.numpy(), factor))
+                volume = MetaTensor(blurred, meta=volume.meta, applied_operations=volume.applied_operations)
             spacing = Spacing(self.spacing, mode=mode, padding_mode="border", dtype=np.float32)
             volume = spacing(volume)
             steps.append(spacing)
@@ -225,7 +225,7 @@ def _triple(spacing: float | Sequence[float]) -> tuple[float, float, float]:
     return values[0], values[1], values[2]
 
 
-def _smooth(volume: np.ndarray, factor: np.ndarray) -> np.ndarray:
+def smooth(volume: np.ndarray, factor: np.ndarray) -> np.ndarray:
     """Blur the axes that lose voxels, (1, X, Y, Z).
 
     MONAI's Spacing interpolates between neighbours only: at 1 mm to 4.5 mm it would skip most voxels and alias. The

@@ -9,6 +9,10 @@ from pathlib import Path
 
 from ldae.files import read_json, write_json, write_text
 
+NOTES = {
+    "cv/transductive/": "cv/transductive: folds of scans that the encoder saw, without labels.",
+    "cv/inductive/": "cv/inductive: folds of scans that the encoder never saw.",
+}
 _SUFFIX = re.compile(r"_(low|high)$")
 
 
@@ -56,6 +60,7 @@ def write_report(folder: Path, title: str, metrics: Mapping[str, float]) -> Path
     for name, value in with_intervals(metrics):
         groups.setdefault(name.split("/")[0], []).append((name, value))
     parts = [f"<h1>{html.escape(title)}</h1>", "<p>In brackets: 95 % intervals of a bootstrap over subjects.</p>"]
+    parts += [f"<p>{NOTES[stem]}</p>" for stem in NOTES if any(name.startswith(stem) for name in metrics)]
     for group, rows in groups.items():
         cells = "".join(f"<tr><td>{html.escape(n)}</td><td>{html.escape(v)}</td></tr>" for n, v in rows)
         parts.append(f"<h2>{html.escape(group)}</h2><table>{cells}</table>")

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from ldae.errors import UserError
-from ldae.files import read_json, write_json
+from ldae.files import file_sha256, read_json, write_json
 from ldae.models.state import read_tensors
-from ldae.runs import file_sha256, save_tensors
+from ldae.runs import save_tensors
 from ldae.training.stage import Stage
 
 log = logging.getLogger(__name__)
