@@ -12,11 +12,12 @@ from torch import nn
 
 from ldae.config import Optim
 from ldae.config import Trainer as Settings
+from ldae.errors import EXIT_REQUEUE
 from ldae.noise import normal
 from ldae.runs import Run
 from ldae.training.ema import Ema
 from ldae.training.stage import Monitor, Stage, Updater, adam
-from ldae.training.trainer import EXIT_PREEMPTED, Trainer, learning_rate_factor
+from ldae.training.trainer import Trainer, learning_rate_factor
 
 DATA = torch.randn(11, 5, generator=torch.Generator().manual_seed(3))
 
@@ -150,7 +151,7 @@ def test_a_signal_ends_the_step_saves_and_asks_for_requeue(tmp_path):
 
     with pytest.raises(SystemExit) as stopped:
         fit(tmp_path, 9, Toy(on_step=on_step))
-    assert stopped.value.code == EXIT_PREEMPTED
+    assert stopped.value.code == EXIT_REQUEUE
     resumed, _ = fit(tmp_path, 9)
     whole, _ = fit(tmp_path / "whole", 9)
     weights = whole.modules["net"].state_dict()

@@ -4,12 +4,14 @@ import logging
 from pathlib import Path
 
 from accelerate import Accelerator
+from accelerate.utils import set_seed
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from ldae.config import check_targets
 from ldae.data.cohort import Cohort, load_cohort
 from ldae.errors import UserError
+from ldae.noise import derive
 from ldae.runs import Workspace, workspace
 
 log = logging.getLogger(__name__)
@@ -77,6 +79,8 @@ def train(config: DictConfig) -> None:
     run = space.stage(name)
     _check_predecessors(config, space)
     cohort = open_cohort(config, accelerator, space)
+    # A run that is killed before its first checkpoint starts again from the same weights.
+    set_seed(derive(config.seed, "weights", name) % 2**32)
     # Partial: Hydra would turn the cohort, a dataclass, into a config.
     stage = instantiate(config.stage, _partial_=True)(cohort=cohort, workspace=space)
     if accelerator.is_main_process:

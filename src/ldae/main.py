@@ -8,10 +8,9 @@ from contextlib import contextmanager
 from hydra.errors import InstantiationException
 from omegaconf.errors import MissingMandatoryValue
 
-from ldae.errors import UserError
+from ldae.errors import EXIT_USER_ERROR, UserError
 
 log = logging.getLogger("ldae")
-EXIT_USER_ERROR = 2
 
 
 def _user_error(error: BaseException | None) -> UserError | None:

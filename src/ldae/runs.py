@@ -3,13 +3,16 @@
 config.yaml  metrics.jsonl  tensorboard/  state/ (resume)  weights/*.safetensors + metadata.json (publish)
 """
 
+import errno
 import hashlib
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -77,10 +80,18 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
-def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write tensors atomically as safetensors, on the CPU and contiguous."""
+def save_tensors(path: Path, tensors: dict[str, Tensor], header: dict[str, str] | None = None) -> None:
+    """Write tensors atomically as safetensors, on the CPU and contiguous, with text for the file's header.
+
+    Raises:
+        OSError: they cannot be written.
+    """
     with replacing(path) as temporary:
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary)
+        try:
+            save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary, header)
+        except SafetensorError as error:  # it holds the reason as text alone
+            number = re.search(r"os error (\d+)", str(error))
+            raise OSError(int(number[1]) if number else errno.EIO, str(error), str(path)) from error
 
 
 @dataclass(frozen=True)

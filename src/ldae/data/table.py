@@ -7,7 +7,7 @@ import csv
 import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -87,6 +87,11 @@ def read_table(path: Path | str, require_files: bool = True) -> pd.DataFrame:
     if "split" in table and (table["split"] == "").all():
         return table.drop(columns="split")
     return table
+
+
+def scan_names(table: pd.DataFrame, rows: Sequence[int]) -> list[str]:
+    """What rows of a table are called before people: subject and session."""
+    return [f"{table['subject'].iloc[row]} {table['session'].iloc[row]}" for row in rows]
 
 
 def write_table(table: pd.DataFrame, path: Path | str) -> None:
