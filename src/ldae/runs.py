@@ -12,9 +12,11 @@ from typing import Any
 
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from yaml import YAMLError
 
 from ldae.errors import UserError
 from ldae.files import read_json, replacing, write_json, write_text
@@ -112,13 +114,35 @@ class Run:
 
     @property
     def config(self) -> DictConfig:
-        """The config the run was made with."""
-        return OmegaConf.create(OmegaConf.load(self.path / "config.yaml"))
+        """The config the run was made with.
+
+        Raises:
+            UserError: it is missing or damaged.
+        """
+        path = self.path / "config.yaml"
+        try:
+            loaded = OmegaConf.load(path)
+        except (OSError, YAMLError, UnicodeError, OmegaConfBaseException, ValueError, RecursionError) as error:
+            raise UserError(f"cannot read {path} ({str(error).splitlines()[0]}): restore it") from error
+        if not isinstance(loaded, DictConfig):
+            raise UserError(f"{path} holds no config: restore it")
+        return loaded
 
     @property
     def metadata(self) -> dict[str, Any]:
-        """What `publish` wrote: step, metrics, split hash, and the files' hashes."""
-        return read_json(self.weights / "metadata.json")
+        """What `publish` wrote: step, metrics, split hash, and the files' hashes.
+
+        Raises:
+            UserError: it is damaged.
+        """
+        path = self.weights / "metadata.json"
+        try:
+            found = read_json(path)
+            if not all(isinstance(entry["sha256"], str) for entry in found["weights"].values()):
+                raise ValueError("no hashes")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise UserError(f"{path} is damaged ({error}): run the stage's training command again") from error
+        return found
 
     def write_config(self, config: DictConfig) -> None:
         """Store the resolved config."""
@@ -137,11 +161,22 @@ class Run:
         """Hash of a published module's file."""
         return self.metadata["weights"][name]["sha256"]
 
-    def module(self, name: str, node: Any) -> nn.Module:
-        """Build a module from its config node and load its published weights, strictly; eval mode, frozen."""
+    def weights_file(self, name: str) -> Path:
+        """The published file of a module, unaltered.
+
+        Raises:
+            UserError: there is none, or it is not the one that was published.
+        """
         path = self.weights / f"{name}.safetensors"
         if name not in self.metadata["weights"]:
             raise UserError(f"{self.path} holds no weights of '{name}'")
+        if not path.is_file() or file_sha256(path) != self.sha256(name):
+            raise UserError(f"{path} is not the file that was published: run the stage's training command again")
+        return path
+
+    def module(self, name: str, node: Any) -> nn.Module:
+        """Build a module from its config node and load its published weights, strictly; eval mode, frozen."""
+        path = self.weights_file(name)
         module = node if isinstance(node, nn.Module) else instantiate(node)
         load_strictly(module, read_tensors(path), path)
         return module.eval().requires_grad_(False)

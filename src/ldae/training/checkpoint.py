@@ -17,7 +17,7 @@ from ldae.errors import UserError
 from ldae.files import read_json, write_json
 from ldae.models.state import read_tensors
 from ldae.runs import file_sha256, save_tensors
-from ldae.training.health import check_finite
+from ldae.training.health import refuse_non_finite
 from ldae.training.stage import Stage
 
 log = logging.getLogger(__name__)
@@ -84,11 +84,7 @@ class Checkpoints:
         for name, optimizer in stage.optimizers.items():
             flat, rest[name] = _flatten(optimizer)
             tensors |= {f"optimizers/{name}/{key}": value for key, value in flat.items()}
-        if (name := check_finite(tensors)) is not None:
-            raise UserError(
-                f"at step {progress.step} '{name}' holds NaN or infinity and is not saved; "
-                f"{self.last()}: lower optim.lr, or check the data, and run again"
-            )
+        refuse_non_finite(tensors, "state", progress.step, self.last())
         state = {
             "progress": asdict(progress),
             "optimizers": rest,

@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ldae.errors import UserError
+
 Batch = dict[str, Any]
 
 
@@ -36,12 +38,18 @@ def suspects(micro_batches: Sequence[Batch]) -> list[int]:
     return sorted(set(found))
 
 
-def check_finite(tensors: dict[str, Tensor]) -> str | None:
-    """Name of the first tensor that holds NaN or infinity."""
+def refuse_non_finite(tensors: dict[str, Tensor], where: str, step: int, kept: str) -> None:
+    """The last net: what would be written holds no NaN and no infinity.
+
+    Raises:
+        UserError: it does.
+    """
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            return name
-    return None
+            raise UserError(
+                f"at step {step} '{name}' of the {where} holds NaN or infinity, and is not written; {kept}: "
+                "lower optim.lr, or look at the data, and run again"
+            )
 
 
 def kept_buffers(modules: dict[str, nn.Module]) -> list[tuple[Tensor, Tensor]]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
 from ldae.config import Optim
@@ -22,7 +22,8 @@ from ldae.files import remove_temporaries
 from ldae.noise import derive
 from ldae.runs import Run
 from ldae.training.checkpoint import Checkpoints, Progress
-from ldae.training.health import Batch, LossWatch, NonFiniteStep, check_finite, kept_buffers, suspects
+from ldae.training.guard import StepGuard
+from ldae.training.health import refuse_non_finite
 from ldae.training.signals import StopSignals
 from ldae.training.stage import Stage
 from ldae.training.tracking import Tracker
@@ -48,8 +49,6 @@ class Trainer:
         self.seed = seed
         self.checkpoints = Checkpoints(run.path / "state", settings.keep_states)
         self.signals = StopSignals()
-        self.watch = LossWatch()
-        self._suspects: set[str] = set()
 
     def total_steps(self, length: int) -> int:
         """Optimiser steps of the whole run; epochs are converted with the global batch size."""
@@ -57,8 +56,11 @@ class Trainer:
             return self.settings.max_steps
         if self.settings.max_epochs is None:
             raise UserError("trainer.max_steps or trainer.max_epochs must be given")
-        batch = self.settings.batch_size * self.settings.accumulate * self.accelerator.num_processes
-        return math.ceil(self.settings.max_epochs * length / batch)
+        return math.ceil(self.settings.max_epochs * length / self._samples_a_step)
+
+    @property
+    def _samples_a_step(self) -> int:
+        return self.settings.batch_size * self.settings.accumulate * self.accelerator.num_processes
 
     def fit(self, stage: Stage, metadata: dict[str, Any]) -> Progress:
         """Train `stage`, publish its weights with `metadata`, and return where it ended.
@@ -78,12 +80,13 @@ class Trainer:
         batches = Batches(stage.fetch, stream, self.settings.batch_size, self.settings.accumulate, rank, world)
         if progress.step:
             log.info("resuming %s at step %d of %d", stage.name, progress.step, total)
+        guard = StepGuard(stage, progress, self.settings.max_skipped, self.checkpoints.last)
         with self.signals:
             try:
                 while self._housekeeping(stage, progress, total, metadata, tracker):
                     self._set_learning_rates(stage, base_lrs, progress.step, total)
                     torch.manual_seed(derive(self.seed, "dropout", progress.step, rank))
-                    scalars = self._step(stage, progress, batches.at(progress.step))
+                    scalars = guard(batches.at(progress.step))
                     progress.step += 1
                     if progress.step % self.settings.log_every == 0 or progress.step == total:
                         self._log(progress, scalars, tracker)
@@ -97,7 +100,12 @@ class Trainer:
     def _resume(self, stage: Stage, metadata: dict[str, Any]) -> Progress:
         """Where the newest whole state stands: the same one on all processes."""
         names = hashlib.sha256("\n".join(stage.names).encode()).hexdigest()
-        self.identity = {**metadata, **stage.metadata(), "training scans": [stage.length, names]}
+        self.identity = {
+            **metadata,
+            **stage.metadata(),
+            "training scans": [stage.length, names],
+            "samples a step (batch_size * accumulate * processes)": self._samples_a_step,
+        }
         if self.accelerator.is_main_process:
             for folder in (self.checkpoints.folder, self.run.weights):
                 remove_temporaries(folder)
@@ -113,38 +121,6 @@ class Trainer:
                 "what was changed, use another name=..., or go on with trainer.accept_changes=true"
             )
         return progress
-
-    def _step(self, stage: Stage, progress: Progress, micro_batches: list[Batch]) -> dict[str, Tensor | float]:
-        """The stage's step, or none where it would have moved weights by NaN."""
-        buffers = kept_buffers(stage.modules)
-        try:
-            scalars = stage.run_step(micro_batches, progress.step)
-        except NonFiniteStep as error:
-            for buffer, before in buffers:
-                buffer.copy_(before)
-            self._skip(stage, progress, error)
-            return {}
-        progress.skipped_in_a_row = 0
-        self._suspects.clear()
-        loss = float(scalars.get("loss", 0.0))
-        usual = self.watch.usual()
-        if self.watch.spike(loss):
-            scans = ", ".join(stage.name_of(int(i)) for batch in micro_batches for i in batch["index"])
-            log.warning("step %d: loss %.4g where %.4g is usual; its scans: %s", progress.step, loss, usual, scans)
-        return scalars
-
-    def _skip(self, stage: Stage, progress: Progress, error: NonFiniteStep) -> None:
-        progress.skipped += 1
-        progress.skipped_in_a_row += 1
-        scans = sorted(set(gather_object([stage.name_of(i) for i in suspects(error.micro_batches)])))
-        self._suspects |= set(scans)
-        log.warning("step %d skipped: loss or gradient not finite; its scans: %s", progress.step, ", ".join(scans))
-        if progress.skipped_in_a_row >= self.settings.max_skipped:
-            raise UserError(
-                f"{progress.skipped_in_a_row} steps in a row, up to step {progress.step}, had no finite loss or "
-                f"gradient; {self.checkpoints.last()}. Look at these scans, lower optim.lr, or give accelerator=bf16: "
-                f"{', '.join(sorted(self._suspects))}"
-            )
 
     def _log(self, progress: Progress, scalars: dict[str, Tensor | float], tracker: Tracker | None) -> None:
         """Means over processes to the tracker; how many steps were skipped, where any was."""
@@ -232,10 +208,6 @@ class Trainer:
     def _publish(self, stage: Stage, progress: Progress, metadata: dict[str, Any], metrics: dict[str, float]) -> None:
         weights = stage.weights()
         for name, tensors in weights.items():
-            if (bad := check_finite(tensors)) is not None:
-                raise UserError(
-                    f"at step {progress.step} '{name}.{bad}' holds NaN or infinity and is not published; "
-                    f"{self.checkpoints.last()}: lower optim.lr, or check the data, and run again"
-                )
+            refuse_non_finite(tensors, name, progress.step, self.checkpoints.last())
         about = {"stage": stage.name, "step": progress.step, "metrics": metrics, **metadata, **stage.metadata()}
         self.run.publish(weights, about)
