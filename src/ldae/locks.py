@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 from ldae.errors import UserError
 
@@ -49,30 +50,25 @@ def only_writer(folder: Path, active: bool = True) -> Iterator[None]:
             handle.truncate(0)
 
 
-def _acquire(handle, folder: Path) -> None:
+def _acquire(handle: TextIO, folder: Path) -> None:
     handle.seek(0)
     host, _, process = handle.read(200).partition(" ")
     refusal = f"another process writes to {folder} (process {process or '?'} on {host or '?'}): wait for it, or stop it"
+    here = host in ("", socket.gethostname())
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         raise UserError(refusal) from error
-    except OSError as error:  # a disk without locks
-        log.warning("%s cannot be locked (%s)", folder, error)
-    if not host or (host == socket.gethostname() and not _runs(process)):
-        return
-    if host != socket.gethostname():
+    except OSError as error:
+        log.warning("%s is on a disk without locks (%s)", folder, error)
+        if here and process != str(os.getpid()) and _runs(process):
+            raise UserError(refusal) from error
+    if not here:
         _wait_for_death(handle.fileno(), refusal)
 
 
 def _runs(process: str) -> bool:
-    try:
-        os.kill(int(process), 0)
-    except (ValueError, ProcessLookupError):
-        return False
-    except PermissionError:
-        return True
-    return True
+    return process.isdigit() and Path(f"/proc/{process}").exists()
 
 
 def _wait_for_death(handle: int, refusal: str) -> None:

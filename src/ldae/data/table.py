@@ -23,6 +23,8 @@ MAX_AGE = 130.0  # years; beyond it the column holds something else
 
 _SESSION = re.compile(r"(?:ses-)?M(\d{1,4})|(\d{1,4})(?:\.0+)?", re.IGNORECASE)
 _EMPTY = {"", "na", "n/a", "nan"}
+# Cells ride along into tables that people open with spreadsheets. A sign before a number or a word does no harm there.
+_FORMULA = re.compile(r"=|@|[+-].*[(|!=]", re.DOTALL)
 # A number that prints the same way again: "007" and "1_000" stay text.
 _NUMBER = re.compile(r"[-+]?(?:0|[1-9]\d*)(?:\.\d*)?(?:[eE][-+]?\d+)?")
 
@@ -135,13 +137,19 @@ def _rows(path: Path) -> Iterator[_Row]:
     for name in header:
         if header.count(name) > 1:
             raise UserError(f"{path}, line {line}, column '{name}': it appears twice in the header")
+        if _FORMULA.match(name):
+            raise UserError(f"{path}, line {line}, column {name[:40]!r}: a spreadsheet would run it: rename it")
     for name in REQUIRED:
         if name not in header:
             raise UserError(f"{path}, line {line}, column '{name}': it is missing; the header has {', '.join(header)}")
     for number, cells in records:
         if len(cells) != len(header):
             raise UserError(f"{path}, line {number}: {len(cells)} cells, but the header has {len(header)} columns")
-        yield _Row(path, number, dict(zip(header, cells, strict=True)))
+        row = _Row(path, number, dict(zip(header, cells, strict=True)))
+        for name, cell in row.cells.items():
+            if _FORMULA.match(cell):
+                raise row.error(name, f"{cell[:40]!r} would be run by a spreadsheet that opens our tables: remove it")
+        yield row
 
 
 def _record(row: _Row, require_files: bool) -> dict[str, str | int | float]:
