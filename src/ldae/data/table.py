@@ -97,13 +97,18 @@ def scan_names(table: pd.DataFrame, rows: Sequence[int]) -> list[str]:
 
 
 def write_table(table: pd.DataFrame, path: Path | str) -> None:
-    """Write a table atomically; files below its folder are named relative to it, so that the folder can move."""
+    """Write a table atomically; files below its folder are named relative to it, so that the folder can move.
+
+    Text that a spreadsheet would run as a formula gets an apostrophe in front.
+    """
     path = Path(path)
     folder = os.path.abspath(path.parent)
     table = table.copy()
     for name in PATHS:
         if name in table:
             table[name] = [_relative(value, folder) for value in table[name]]
+    for name in table.select_dtypes(object):
+        table[name] = [f"'{v}" if isinstance(v, str) and _FORMULA.match(v) else v for v in table[name]]
     with replacing(path) as temporary:
         table.to_csv(temporary, index=False, lineterminator="\n")
 
@@ -145,17 +150,16 @@ def _rows(path: Path) -> Iterator[_Row]:
     for number, cells in records:
         if len(cells) != len(header):
             raise UserError(f"{path}, line {number}: {len(cells)} cells, but the header has {len(header)} columns")
-        row = _Row(path, number, dict(zip(header, cells, strict=True)))
-        for name, cell in row.cells.items():
-            if _FORMULA.match(cell):
-                raise row.error(name, f"{cell[:40]!r} would be run by a spreadsheet that opens our tables: remove it")
-        yield row
+        yield _Row(path, number, dict(zip(header, cells, strict=True)))
 
 
 def _record(row: _Row, require_files: bool) -> dict[str, str | int | float]:
     """One checked row, its values typed."""
     cells = row.cells
     record: dict[str, str | int | float] = dict(cells)
+    for name in REQUIRED:
+        if _FORMULA.match(cells[name]):
+            raise row.error(name, f"{cells[name][:40]!r} is a formula to a spreadsheet that opens our tables")
     record["subject"] = _subject(row)
     try:
         months = parse_session(cells["session"])
