@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from torch import nn
 
@@ -28,7 +27,7 @@ from ldae.allowed import ALLOWED, check_targets
 from ldae.errors import UserError
 from ldae.files import read_json, replacing, write_json
 from ldae.models.state import check_tensors, load_strictly, read_tensors
-from ldae.runs import Workspace, estimator_node, file_sha256
+from ldae.runs import Workspace, built, estimator_node, file_sha256
 
 FORMAT = 1
 MAX_DESCRIPTION = 2**20  # bytes
@@ -183,18 +182,6 @@ def plain(node: Any) -> dict[str, Any]:
         return [cleaned(item) for item in value] if isinstance(value, list) else value
 
     return cleaned(node if isinstance(node, dict) else OmegaConf.to_container(node, resolve=True))
-
-
-def built(config: dict[str, Any], where: str) -> Any:
-    """What `config` describes.
-
-    Raises:
-        UserError: its class does not take these arguments.
-    """
-    try:
-        return instantiate(config)
-    except Exception as error:
-        raise UserError(f"{where}: cannot be built ({str(error).splitlines()[0]}); get the bundle again") from error
 
 
 def _read(folder: Path) -> dict[str, Any]:

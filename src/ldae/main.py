@@ -8,8 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from hydra.errors import InstantiationException
-from omegaconf.errors import MissingMandatoryValue
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from ldae.errors import EXIT_REQUEUE, EXIT_USER_ERROR, UserError
 
@@ -26,11 +25,15 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
-def _explain(error: BaseException) -> str | None:
+def explain(error: BaseException) -> str | None:
     """One line for what a user can mend; None for our own faults."""
+    if isinstance(error, MissingMandatoryValue):
+        return f"{error.full_key} must be given, e.g. {error.full_key}=VALUE"
     for cause in _chain(error):
         if isinstance(cause, UserError):
             return str(cause)
+        if isinstance(cause, OmegaConfBaseException):
+            return f"config: {str(cause).splitlines()[0]} ({cause.full_key})"
         if isinstance(cause, OSError) and cause.errno in STORAGE:
             return f"{cause.strerror}: {cause.filename or 'cannot write'}; what was saved before is whole"
         if _out_of_memory(cause):
@@ -62,11 +65,8 @@ def one_line_errors() -> Iterator[None]:
     previous = {number: signal.signal(number, _leave) for number in SIGNALS}
     try:
         yield
-    except MissingMandatoryValue as error:
-        log.error("%s must be given, e.g. %s=VALUE", error.full_key, error.full_key)
-        sys.exit(EXIT_USER_ERROR)
-    except (UserError, InstantiationException, OSError, RuntimeError, MemoryError) as error:
-        line = _explain(error)
+    except Exception as error:
+        line = explain(error)
         if line is None:
             raise
         log.error("%s", line)

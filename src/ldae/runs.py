@@ -22,6 +22,7 @@ from ldae.errors import UserError
 from ldae.files import read_json, replacing, write_json, write_text
 from ldae.models.state import load_strictly, read_tensors
 
+MAX_BRACKETS = 500  # in a stored config
 MAX_NAME = 200  # file names end at 255 bytes
 
 
@@ -121,10 +122,13 @@ class Run:
         """
         path = self.path / "config.yaml"
         try:
-            loaded = OmegaConf.load(path)
+            text = path.read_text(encoding="utf-8")
+            if max(map(text.count, "[{")) > MAX_BRACKETS:  # the parser's time grows with their square
+                raise ValueError("too many brackets")
+            loaded = OmegaConf.create(text)
         except (OSError, YAMLError, UnicodeError, OmegaConfBaseException, ValueError, RecursionError) as error:
             raise UserError(f"cannot read {path} ({str(error).splitlines()[0]}): restore it") from error
-        if not isinstance(loaded, DictConfig):
+        if not isinstance(loaded, DictConfig) or not isinstance(loaded.get("model"), DictConfig):
             raise UserError(f"{path} holds no config: restore it")
         return loaded
 
@@ -177,9 +181,22 @@ class Run:
     def module(self, name: str, node: Any) -> nn.Module:
         """Build a module from its config node and load its published weights, strictly; eval mode, frozen."""
         path = self.weights_file(name)
-        module = node if isinstance(node, nn.Module) else instantiate(node)
+        module = node if isinstance(node, nn.Module) else built(node, str(self.path / "config.yaml"))
         load_strictly(module, read_tensors(path), path)
         return module.eval().requires_grad_(False)
+
+
+def built(node: Any, where: str) -> Any:
+    """What a stored config describes.
+
+    Raises:
+        UserError: its class does not take these arguments.
+    """
+    try:
+        return instantiate(node)
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{where} describes what cannot be built ({reason}): restore it") from error
 
 
 def estimator_node(unet: DictConfig, semantic_dim: int, options: DictConfig | None = None) -> dict[str, Any]:
