@@ -4,6 +4,7 @@ import logging
 import multiprocessing
 import os
 import signal
+import socket
 import sys
 import time
 from multiprocessing.process import BaseProcess
@@ -42,8 +43,9 @@ def overrides(stage: str, *more: str) -> list[str]:
     return [*own, f"stage={stage}", *more]
 
 
-def run(script: str, arguments: list[str], folder: Path) -> None:
+def run(script: str, arguments: list[str], folder: Path, environment: dict[str, str]) -> None:
     """The body of a process: train.py or encode_latents.py in `folder`, its output in `folder`/log."""
+    os.environ |= environment
     os.chdir(folder)
     log = os.open("log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
@@ -54,11 +56,11 @@ def run(script: str, arguments: list[str], folder: Path) -> None:
         {"train": train, "encode_latents": encode}[script](composed(script, arguments))
 
 
-def start(script: str, arguments: list[str], folder: Path) -> BaseProcess:
-    """A process that runs a script."""
+def start(script: str, arguments: list[str], folder: Path, environment: dict[str, str] | None = None) -> BaseProcess:
+    """A process that runs a script, with more variables in its environment."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
-    process = context.Process(target=run, args=(script, arguments, folder))
+    process = context.Process(target=run, args=(script, arguments, folder, environment or {}))
     process.start()
     return process
 
@@ -72,6 +74,25 @@ def finish(script: str, arguments: list[str], folder: Path, limit: float = 600.0
         process.kill()
         raise AssertionError(f"{script} {arguments}: exit {process.exitcode}\n{log(folder)[-3000:]}")
     return time.monotonic() - begin
+
+
+def together(script: str, arguments: list[str], folder: Path, count: int, limit: float = 900.0) -> None:
+    """Run a script to its end in `count` processes, as `accelerate launch` or srun would start them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(count), "ACCELERATE_USE_CPU": "true"}
+    processes = [
+        start(script, arguments, folder, shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if count > 1 else None)
+        for rank in range(count)
+    ]
+    for process in processes:
+        process.join(limit)
+    codes = [process.exitcode for process in processes]
+    if codes != [0] * count:
+        for process in processes:
+            process.kill()
+        raise AssertionError(f"{script} {arguments}: exits {codes}\n{log(folder)[-3000:]}")
 
 
 def log(folder: Path) -> str:
