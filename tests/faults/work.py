@@ -10,17 +10,19 @@ import time
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-import matplotlib.pyplot  # noqa: F401  the fork server imports once what each process needs
-import monai.networks.nets  # noqa: F401
-import torch.utils.tensorboard
+import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
 from ldae.config import conf_dir, register
 from ldae.experiment import encode, train
 from ldae.main import one_line_errors
-from ldae.training import trainer  # noqa: F401
 
+# What each process needs, imported once.
+PRELOAD = [
+    "hydra", "monai.networks.nets", "torch.utils.tensorboard", "matplotlib.pyplot", "tqdm", "sklearn", "joblib",
+    "ldae.experiment", "ldae.training.trainer", "ldae.stages.aekl", "ldae.stages.repr", "ldae.data.phantom",
+]  # fmt: skip
 STAGES = ("aekl", "pretrain", "repr")
 # Saves, validations, previews and logs at different steps; dropout, accumulation and the discriminator at work.
 SETTINGS = (
@@ -59,7 +61,7 @@ def run(script: str, arguments: list[str], folder: Path, environment: dict[str, 
 def start(script: str, arguments: list[str], folder: Path, environment: dict[str, str] | None = None) -> BaseProcess:
     """A process that runs a script, with more variables in its environment."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
+    context.set_forkserver_preload(PRELOAD)
     process = context.Process(target=run, args=(script, arguments, folder, environment or {}))
     process.start()
     return process
