@@ -161,6 +161,8 @@ class Trainer:
         if due(settings.checkpoint_every) or stopping or last:
             self._save(stage, progress, metadata, tracker)
         if stopping:
+            # A launcher that sees one process leave stops the others: not before the state is written.
+            self.accelerator.wait_for_everyone()
             log.warning("stopped by signal at step %d; the same command resumes", step)
             self.signals.leave()
         return not last
