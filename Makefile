@@ -6,7 +6,7 @@ STAMP := .venv/.installed
 DEMO := experiment=demo name=demo
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint train-aekl train-pretrain train-repr encode evaluate
+.PHONY: help setup demo test test-faults lint train-aekl train-pretrain train-repr encode evaluate
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -42,6 +42,9 @@ evaluate: $(STAMP) ## embeddings, probes, and the chosen evaluations
 
 test: $(STAMP) ## the test suite
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile $(ARGS)
+
+test-faults: $(STAMP) ## kill, corrupt and mutate at length: 50 kills, 20 checkpoints, 25 inputs of each kind, 2 processes against 1
+	$(BIN)/python -m tests.faults $(ARGS)
 
 lint: $(STAMP) ## ruff
 	$(BIN)/ruff check .

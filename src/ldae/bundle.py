@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra.utils import instantiate
 from torch import nn
 
 from ldae.allowed import ALLOWED, check_targets
@@ -30,11 +29,13 @@ from ldae.card import CARD, model_card, provenance
 from ldae.data.latents import ABOUT
 from ldae.errors import UserError
 from ldae.files import file_sha256, read_json, replacing, write_json, write_text
-from ldae.models.state import load_strictly, read_tensors
-from ldae.runs import Run, Workspace, estimator_node, plain
+from ldae.models.state import check_tensors, load_strictly, read_tensors
+from ldae.runs import Run, Workspace, built, estimator_node, plain
 
 FORMAT = 1
+MAX_DESCRIPTION = 2**20  # bytes
 DESCRIPTION, PROBES, DIRECTIONS = "bundle.json", "probes.json", "directions.json"
+DESCRIBED = ("transform", "schedule", "parameterisation", "sampler")
 NETWORKS = ("autoencoder", "encoder", "unet", "estimator")
 
 
@@ -48,12 +49,15 @@ class Part:
 
     def build(self) -> nn.Module:
         """The network with its weights, on the CPU, frozen, in eval mode; its random start is never computed."""
+        tensors = read_tensors(self.file)
         with torch.device("meta"):
-            module = instantiate(self.config)
+            module = built(self.config, str(self.file))
+        # Before anything of that size is made for real.
+        check_tensors({name: tensor.shape for name, tensor in module.state_dict().items()}, tensors, self.file)
         constants = [buffer for name, buffer in module.named_buffers() if name not in module.state_dict()]
         if any(buffer.is_meta for buffer in constants):  # somebody's own network: no file holds these
-            module = instantiate(self.config)
-        load_strictly(module, read_tensors(self.file), self.file, assign=True)
+            module = built(self.config, str(self.file))
+        load_strictly(module, tensors, self.file, assign=True)
         return module.eval().requires_grad_(False)
 
 
@@ -127,8 +131,7 @@ class Bundle:
             "estimator": (third, estimator_node(second.config.model.unet, encoder.dim, third.config.model.estimator)),
         }
         parts = {
-            name: Part(plain(node), run.weights / f"{name}.safetensors", run.sha256(name))
-            for name, (run, node) in configs.items()
+            name: Part(plain(node), run.weights_file(name), run.sha256(name)) for name, (run, node) in configs.items()
         }
         probes, directions = space.evaluation / PROBES, space.evaluation / DIRECTIONS
         return cls(
@@ -156,15 +159,17 @@ class Bundle:
         """
         folder = Path(folder)
         about = _read(folder)
-        for key in ("modules", "transform", "schedule", "parameterisation", "sampler"):
+        for key in ("modules", *DESCRIBED):
             check_targets(about[key], f"{folder / DESCRIPTION}: {key}", (*ALLOWED, *trust))
+        for key in DESCRIBED:
+            built(about[key], f"{folder / DESCRIPTION}: {key}")
         parts = {
             name: Part(about["modules"][name]["config"], _file(folder, about["modules"][name]), entry["sha256"])
             for name, entry in about["modules"].items()
         }
         files = {name: _file(folder, about[name]) for name in ("probes", "directions") if about.get(name)}
-        kept = ("transform", "schedule", "parameterisation", "sampler", "sources", "scale")
-        return cls(parts=parts, likeness=about.get("likeness"), **files, **{key: about[key] for key in kept})
+        kept = {key: about[key] for key in (*DESCRIBED, "sources", "scale")}
+        return cls(parts=parts, likeness=about.get("likeness"), **files, **kept)
 
     def save(self, folder: Path | str) -> Path:
         """Write the bundle; files that lie there already, as described, stay. Returns the folder."""
@@ -206,24 +211,43 @@ def _read(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{folder} is no bundle: it has no {DESCRIPTION}")
     try:
+        if path.stat().st_size > MAX_DESCRIPTION:
+            raise ValueError(f"{path.stat().st_size} bytes")
         about = read_json(path)
         version = about["format"]
-    except (ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({error}); export or import the bundle again") from error
     if version != FORMAT:
         raise UserError(f"{path}: format {version}, this version of ldae reads {FORMAT}; export the bundle again")
-    missing = {"modules", "scale", "transform", "schedule", "parameterisation", "sampler", "probes", "sources"} - set(
-        about
-    )
-    missing |= set(NETWORKS) ^ set(about.get("modules", ()))
+    _check_kinds(about, path)
+    return about
+
+
+def _check_kinds(about: dict[str, Any], path: Path) -> None:
+    """Everything is there, and of the kind that it should be."""
+    missing = {"modules", "scale", "probes", "sources", *DESCRIBED} - set(about)
+    modules = about.get("modules")
+    missing |= set(NETWORKS) ^ set(modules if isinstance(modules, dict) else ())
     if missing:
         raise UserError(f"{path}: '{sorted(missing)[0]}' is missing or unknown; export or import the bundle again")
-    return about
+    entries = [*modules.values(), *(about[name] for name in ("probes", "directions") if about.get(name))]
+    numbers = about["scale"] if isinstance(about["scale"], list) else [None]
+    good = (
+        all(isinstance(about[key], dict) and "_target_" in about[key] for key in DESCRIBED)
+        and all(isinstance(entry, dict) for entry in entries)
+        and all(isinstance(entry.get(key), str) for entry in entries for key in ("file", "sha256"))
+        and all(isinstance(entry.get("config"), dict) and "_target_" in entry["config"] for entry in modules.values())
+        and all(isinstance(number, int | float) and 0 < number < float("inf") for number in numbers)
+    )
+    if not good:
+        raise UserError(f"{path} is damaged: a value is of the wrong kind; export or import the bundle again")
 
 
 def _file(folder: Path, entry: dict[str, str]) -> Path:
     """A described file of the folder itself, unaltered."""
-    path = folder / Path(entry["file"]).name
+    path = folder / entry["file"]
+    if entry["file"] != path.name or path.resolve().parent != folder.resolve():
+        raise UserError(f"bundle {folder}: '{entry['file']}' lies elsewhere: a bundle holds its own files")
     if not path.is_file():
         raise UserError(f"bundle {folder}: '{path.name}' is missing")
     if file_sha256(path) != entry["sha256"]:

@@ -48,6 +48,8 @@ class Trainer:
     checkpointing: bool = False
     compile: bool = False
     workers: int | None = None
+    max_skipped: int = 10  # steps in a row without a finite loss and gradient
+    accept_changes: bool = False  # resume although the data, the predecessors or the config are others
 
 
 @dataclass

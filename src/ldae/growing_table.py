@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import IO, Self
 
 from ldae.errors import UserError
-from ldae.files import write_text
-from ldae.runs import file_sha256
+from ldae.files import file_sha256, write_text
 
 KEYS = ["path", "key"]
 

@@ -23,6 +23,11 @@ _UNREADABLE = (
     TypeError,
     KeyError,
     IndexError,
+    AttributeError,
+    NotImplementedError,
+    RuntimeError,
+    MemoryError,
+    SyntaxError,
     struct.error,
     zlib.error,
     nib.filebasedimages.ImageFileError,
@@ -49,6 +54,8 @@ def load_scan(
     path = source if isinstance(source, str | Path) else None
     try:
         image = source if path is None else nib.load(path)
+        if not isinstance(image, nib.spatialimages.SpatialImage):
+            raise BadScan(f"not a volume but {type(image).__name__}")
         shape = _check_header(image)
         # Large scaled integers overflow float32: found below as infinity.
         with np.errstate(over="ignore", invalid="ignore"):

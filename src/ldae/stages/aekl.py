@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ldae.config import Optim, Trainer
+from ldae.data.table import scan_names
 from ldae.evaluation.image_metrics import brain_mask, ssim
 from ldae.losses import autoencoder as losses
 from ldae.models.state import load_strictly, read_tensors
@@ -58,6 +59,7 @@ class AutoencoderStage(Stage):
         self.cohort = cohort
         self.train_rows = cohort.rows("train")
         self.length = len(self.train_rows)
+        self.names = scan_names(cohort.table, self.train_rows)
         self.averages = {}
 
     def prepare(self, accelerator: Accelerator, trainer: Trainer, optim: Optim, seed: int) -> None:
@@ -108,7 +110,7 @@ class AutoencoderStage(Stage):
             terms = {"l1": losses.reconstruction_l1(reconstruction, x), "kl": losses.kl_divergence(mean, std)}
             total = terms["l1"] + self.kl_weight * terms["kl"]
             if self.perceptual is not None:
-                drawn = generator(self.seed, "perceptual", int(batch["position"][0]))
+                drawn = generator(self.seed, "perceptual", int(batch["number"]))
                 terms["perceptual"] = self.perceptual(reconstruction.float(), x, drawn)
                 total = total + self.perceptual_weight * terms["perceptual"]
             if adversarial:
@@ -121,8 +123,10 @@ class AutoencoderStage(Stage):
 
         # Frozen, the discriminator passes the gradient on and keeps none of it for its own update.
         discriminator.requires_grad_(False)
-        scalars = self.update_generator(micro_batches, generator_loss)
-        discriminator.requires_grad_(True)
+        try:
+            scalars = self.update_generator(micro_batches, generator_loss)
+        finally:
+            discriminator.requires_grad_(True)
         if adversarial:
             found = self.update_discriminator(pairs, self._discriminator_loss)
             scalars |= {"discriminator": found["discriminator"]}

@@ -1,0 +1,92 @@
+"""Faults, in short, on real processes: kill -9, signals, a second process, damaged checkpoints, hostile inputs.
+
+`make test-faults` does the same at length.
+"""
+
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from faults import work
+from faults.corruption import corrupted
+from faults.kills import differences, kills
+from faults.mutate import mutated
+from ldae.errors import EXIT_REQUEUE, EXIT_USER_ERROR, UserError
+from ldae.locks import only_writer
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a stage 1 that was never disturbed, `whole`, and one that was killed on the way."""
+    folder = tmp_path_factory.mktemp("faults")
+    assert kills(folder, 2, ("aekl",))["kills"] == 2
+    return folder
+
+
+def wait_for(folder: Path, text: str, limit: float = 120.0) -> None:
+    end = time.monotonic() + limit
+    while text not in work.log(folder):
+        assert time.monotonic() < end, work.log(folder)[-2000:]
+        time.sleep(0.02)
+
+
+def test_a_signal_saves_a_second_process_is_refused_and_the_end_is_the_same(killed: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(killed / "whole", tmp_path / "stopped")
+    shutil.rmtree(folder / "runs/smoke/aekl")
+    (folder / "log").unlink()
+    process = work.start("train", work.overrides("aekl"), folder)
+    wait_for(folder, "aekl 1/8")
+    work.kill(process, signal.SIGSTOP)
+    second = work.start("train", work.overrides("aekl"), folder)
+    second.join(120)
+    assert second.exitcode == EXIT_USER_ERROR
+    assert "another process writes to" in work.log(folder)
+    work.kill(process, signal.SIGTERM)
+    work.kill(process, signal.SIGCONT)
+    process.join(120)
+    assert process.exitcode == EXIT_REQUEUE, work.log(folder)[-2000:]
+    work.finish("train", work.overrides("aekl"), folder)
+    assert "Traceback" not in work.log(folder)
+    assert not differences(folder / "runs/smoke/aekl", killed / "whole/runs/smoke/aekl")
+
+
+def test_changed_settings_are_named_and_harmless_ones_pass(killed: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(killed / "whole", tmp_path / "changed")
+    process = work.start("train", work.overrides("aekl", "optim.lr=0.01", "trainer.log_every=3"), folder)
+    process.join(120)
+    assert process.exitcode == EXIT_USER_ERROR
+    assert "optim.lr: 0.0001 -> 0.01" in work.log(folder).splitlines()[-1]
+    assert "trainer.log_every" not in work.log(folder).splitlines()[-1]
+
+
+def test_damaged_checkpoints_are_never_loaded(killed: Path, tmp_path: Path) -> None:
+    assert corrupted(killed / "whole/runs/smoke/aekl", tmp_path, 20)["loaded"] == 0
+
+
+def test_hostile_inputs_are_refused_in_one_line(killed: Path, tmp_path: Path) -> None:
+    outcomes = mutated(tmp_path / "inputs", killed / "whole/runs/smoke/aekl", 10)
+    assert outcomes["bundle"] == outcomes["npz"] == {"refused": 10}
+
+
+def test_a_folder_has_one_writer(tmp_path: Path) -> None:
+    with only_writer(tmp_path), pytest.raises(UserError, match="another process writes to"), only_writer(tmp_path):
+        pass
+    (tmp_path / ".lock").write_text("")
+    with only_writer(tmp_path):
+        assert (tmp_path / ".lock").read_text()
+
+
+def test_a_dead_holder_on_another_host_is_waited_for_and_a_living_one_refused(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("ldae.locks.DEAD", 0.2)
+    (tmp_path / ".lock").write_text("elsewhere 17")
+    with only_writer(tmp_path):
+        pass
+    monkeypatch.setattr("ldae.locks.DEAD", 60.0)
+    monkeypatch.setattr("ldae.locks.BEAT", 0.05)
+    (tmp_path / ".lock").write_text("elsewhere 17")
+    monkeypatch.setattr("time.sleep", lambda _: (tmp_path / ".lock").touch())
+    with pytest.raises(UserError, match="process 17 on elsewhere"), only_writer(tmp_path):
+        pass
