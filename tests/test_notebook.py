@@ -19,14 +19,9 @@ def test_the_tutorial_runs_from_top_to_bottom(smoke):
     """Its code cells, in order, in one fresh interpreter, as a kernel would run them."""
     code = "\n\n".join("".join(cell["source"]) for cell in cells("code"))
     environment = os.environ | {"LDAE_RUN": "smoke", "MPLBACKEND": "Agg", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-c", code]
     result = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=smoke,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
+        command, cwd=smoke, env=environment, capture_output=True, text=True, timeout=600, check=False
     )
     assert result.returncode == 0, result.stderr[-4000:]
     for said in ("probes ['age', 'diagnosis']", "z (1, 8, 6, 6, 6) y (1, 768)", "as it is ['AD"):
