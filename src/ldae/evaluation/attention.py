@@ -86,6 +86,6 @@ def _show_mean(
     axes.imshow(plane, cmap="gray", origin="lower", extent=extent, interpolation="nearest")
     tint = np.zeros((len(looks), 1, 4))
     tint[..., 0] = 1
-    tint[:, 0, 3] = 0.6 * looks / looks.max()
+    tint[:, 0, 3] = 0.6 * np.clip(looks * len(looks) - 1, 0, 1)  # full red at twice an equal share
     axes.imshow(tint, origin="lower", extent=extent, aspect="equal", interpolation="nearest")
-    axes.set(xlabel=AXES[other], ylabel=AXES[axis], title="mean scan; red: looked at most")
+    axes.set(xlabel=AXES[other], ylabel=AXES[axis], title="mean scan; red: more than its share")
