@@ -18,7 +18,7 @@ from ldae.evaluation.linear import LinearModel
 from ldae.runs import Workspace, estimator_node
 
 SMALL = [
-    "experiment=smoke", "stage=repr", "data.shape=[8,8,8]", "model.autoencoder.channels=[8,8]",
+    "experiment=smoke", "stage=repr", "model/encoder=small", "data.shape=[8,8,8]", "model.autoencoder.channels=[8,8]",
     "model.autoencoder.latent_channels=3", "model.estimator.modes=1",
     "model.autoencoder.groups=4", "model.unet.base=8", "model.unet.groups=4", "model.encoder.dim=16",
     "model.encoder.backbone.widths=[8,16]", "model.encoder.backbone.depths=[1,1]", "sampler.steps=4",

@@ -9,6 +9,7 @@ from ldae.errors import UserError
 from ldae.losses import autoencoder as losses
 from ldae.losses.denoising import denoising_loss, gap_filling_loss
 from ldae.losses.perceptual import MedicalNetDistance, SliceLpips, SqueezeLpips, plane_slices
+from ldae.losses.structural import _gaussian_mean, ssim_map, structural_dissimilarity
 from ldae.noise import generator, normal
 
 
@@ -132,3 +133,29 @@ def test_medicalnet_loads_its_file_strictly_and_measures(tmp_path):
     torch.save({"state_dict": tensors}, tmp_path / "cut.pth")
     with pytest.raises(UserError, match=r"layer2\.0\.conv1\.weight"):
         MedicalNetDistance(str(tmp_path / "cut.pth"))
+
+
+def test_structural_dissimilarity_is_one_minus_ssim_and_leads_to_its_optimum():
+    """0 for equal volumes, and descending it makes a blurred volume like the sharp one again."""
+    x = torch.rand(1, 1, 12, 12, 12, generator=torch.Generator().manual_seed(0))
+    assert float(structural_dissimilarity(x, x)) == pytest.approx(0, abs=1e-6)
+    blurred = torch.nn.functional.avg_pool3d(x, 3, 1, 1).requires_grad_(True)
+    start = structural_dissimilarity(blurred, x)
+    assert float(start) == pytest.approx(1 - float(ssim_map(blurred.detach(), x).mean()), abs=1e-6)
+    optimizer = torch.optim.Adam([blurred], lr=0.02)
+    for _ in range(60):
+        optimizer.zero_grad()
+        structural_dissimilarity(blurred, x).backward()
+        optimizer.step()
+    assert float(structural_dissimilarity(blurred, x).detach()) < 0.1 * float(start.detach())
+
+
+def test_the_gaussian_mean_replicates_borders():
+    """By hand: a constant stays; an impulse at the corner keeps the weights that fall beyond the border."""
+    flat = torch.full((1, 1, 5, 5, 5), 0.3)
+    torch.testing.assert_close(_gaussian_mean(flat, 3), flat)
+    impulse = torch.zeros(1, 1, 5, 5, 5)
+    impulse[0, 0, 0, 0, 0] = 1.0
+    side = torch.exp(torch.tensor(-1 / 4.5))
+    weight = (1 + side) / (1 + 2 * side)
+    torch.testing.assert_close(_gaussian_mean(impulse, 3)[0, 0, 0, 0, 0], weight**3)

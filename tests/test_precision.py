@@ -13,4 +13,5 @@ from ldae.training import precision
 def test_bfloat16_only_where_the_cpu_has_it(monkeypatch, capabilities, expected):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
-    assert precision.fastest_accelerator(cpu=True).mixed_precision == expected
+    monkeypatch.setattr(precision, "Accelerator", lambda **options: options)  # a real one keeps its first precision
+    assert precision.fastest_accelerator(cpu=True) == {"mixed_precision": expected, "cpu": True}

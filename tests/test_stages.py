@@ -72,7 +72,7 @@ def aekl():
     torch.manual_seed(0)
     autoencoder = AutoencoderKL(channels=(8, 8), residual_blocks=1, groups=4)
     discriminator = PatchDiscriminator(spatial_dims=3, in_channels=1, channels=4, num_layers_d=1)
-    return prepared(AutoencoderStage(autoencoder, discriminator, None, 1e-7, 1e-3, 0.025, 1, None, Cohort(), None))
+    return prepared(AutoencoderStage(autoencoder, discriminator, None, 1e-7, 0.1, 1e-3, 0.025, 1, None, Cohort(), None))
 
 
 def test_the_generators_backward_leaves_no_gradient_in_the_discriminator(aekl, monkeypatch):

@@ -101,8 +101,10 @@ class Bundle:
         for place in (Path(path), Path(runs) / path):
             if (place / DESCRIPTION).is_file():
                 return cls.open(place, trust)
-            if place.is_dir():
+            if (place / "aekl").is_dir():
                 return cls.of_run(place)
+        if Path(path).is_dir():
+            return cls.of_run(path)  # which says what is missing
         known = ", ".join(sorted(found.parent.name for found in Path(runs).glob("*/repr"))) or "none"
         raise UserError(f"no run or bundle '{path}'; the runs in {runs} are: {known}")
 

@@ -69,6 +69,7 @@ class Loss:
     """Weights of stage 1's loss beside L1, and the step from which the discriminator plays along."""
 
     kl_weight: float = 1e-7
+    ssim_weight: float = 0.0  # of 1 - SSIM; published: none
     perceptual_weight: float = 1e-3
     adversarial_weight: float = 0.025
     adversarial_start: int = 0

@@ -17,7 +17,7 @@ from ldae.evaluation.frozen import OURS, read_frozen
 from ldae.evaluation.linear import LinearModel
 from ldae.files import read_json
 
-UNEDITED = Editor(depth=1.0)  # the whole inversion, where nobody chose better
+WHOLE = Editor(depth=1.0)  # inversion, where nobody chose better
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Knowledge:
 
     probes: Mapping[str, LinearModel] = field(default_factory=dict)
     directions: Mapping[str, Direction] = field(default_factory=dict)
-    editor: Editor = UNEDITED
+    editor: Editor = WHOLE
 
     @classmethod
     def read(cls, probes: Path | None, directions: Path | None, weights: str) -> "Knowledge":
@@ -42,7 +42,7 @@ class Knowledge:
         try:
             stored = read_json(directions)
             found = {name: Direction.from_dict(value) for name, value in stored["directions"].items()}
-            editor, made_for = Editor(**stored.get("editor", vars(UNEDITED))), stored["weights"]
+            editor, made_for = Editor(**stored.get("editor", vars(WHOLE))), stored["weights"]
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{directions} is damaged ({error}): run evaluation=[manipulation] again") from error
         if made_for != weights:

@@ -10,7 +10,7 @@ import numpy as np
 
 from ldae.files import write_text
 
-MOST_BYTES = 8_000_000  # of all frames; larger volumes lose every other voxel
+MOST_BYTES = 3_000_000  # of all frames; larger volumes lose every other voxel
 
 
 def write_viewer(

@@ -210,9 +210,9 @@ def _back(padded: Any, steps: Sequence[Any], volume: np.ndarray) -> np.ndarray:
 
     if volume.shape != tuple(padded.shape):
         raise ValueError(f"volume {volume.shape[1:]} is not in model space {tuple(padded.shape[1:])}")
-    # The inverses consume the record of what was applied.
-    applied = copy.deepcopy(padded.applied_operations)
-    result = MetaTensor(torch.from_numpy(volume), meta=padded.meta, applied_operations=applied)
+    # The inverses consume the record of what was applied, and move the affine.
+    record = {"meta": padded.meta, "applied_operations": padded.applied_operations}
+    result = MetaTensor(torch.from_numpy(volume), **copy.deepcopy(record))
     for step in reversed(steps):
         result = step.inverse(result)
     return result[0].numpy()

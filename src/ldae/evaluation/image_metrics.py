@@ -13,46 +13,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-WIDTH, PUBLISHED_WIDTH, SIGMA = 11, 3, 1.5
-C1, C2 = 0.01**2, 0.03**2
+from ldae.losses.structural import WIDTH, fitting_width, ssim_map, ssim_maps
+
+PUBLISHED_WIDTH = 3
 # MS-SSIM: weights of the five scales (Wang et al. 2003, doi 10.1109/ACSSC.2003.1292216), and a window that fits small
 # volumes: MONAI's default needs over 160 voxels an axis.
 SCALES, MS_WIDTH = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333), 5
 MASK_THRESHOLD = 0.05
-
-
-def _window(width: int, sigma: float, like: Tensor) -> Tensor:
-    offset = torch.arange(width, dtype=like.dtype, device=like.device) - (width - 1) / 2
-    weights = torch.exp(-(offset**2) / (2 * sigma**2))
-    return weights / weights.sum()
-
-
-def _blur(x: Tensor, window: Tensor) -> Tensor:
-    """Separable Gaussian mean of (B, C, X, Y, Z), same size, borders replicated."""
-    half = len(window) // 2
-    channels = x.shape[1]
-    x = functional.pad(x, (half,) * 6, mode="replicate")
-    for axis in range(3):
-        shape = [channels, 1, 1, 1, 1]
-        shape[2 + axis] = len(window)
-        kernel = window.view([1, 1, *(len(window) if a == axis else 1 for a in range(3))]).expand(shape)
-        x = functional.conv3d(x, kernel, groups=channels)
-    return x
-
-
-def fitting_width(shape: tuple[int, ...], width: int) -> int:
-    """`width`, or the largest odd number of voxels that fits the smallest axis."""
-    smallest = min(shape)
-    return min(width, smallest - 1 + smallest % 2)
-
-
-def _maps(x: Tensor, y: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """Maps (B, 1, X, Y, Z) of SSIM and of its contrast-structure factor."""
-    window = _window(width, SIGMA, x)
-    mx, my, xx, yy, xy = _blur(torch.cat([x, y, x * x, y * y, x * y], 1), window).split(1, 1)
-    covariance, spread = xy - mx * my, (xx - mx * mx) + (yy - my * my)
-    structure = (2 * covariance + C2) / (spread + C2)
-    return structure * (2 * mx * my + C1) / (mx * mx + my * my + C1), structure
 
 
 def _inside(x: Tensor, width: int) -> Tensor:
@@ -67,11 +34,6 @@ def _mean(values: Tensor, mask: Tensor | None) -> Tensor:
         return values.flatten(1).mean(1)
     weight = mask.to(values.dtype)
     return (values * weight).flatten(1).sum(1) / weight.flatten(1).sum(1)
-
-
-def ssim_map(x: Tensor, y: Tensor, width: int = WIDTH) -> Tensor:
-    """SSIM at every voxel of (B, 1, X, Y, Z) volumes in [0, 1], same shape."""
-    return _maps(x.float(), y.float(), fitting_width(tuple(x.shape[2:]), width))[0]
 
 
 def ssim(x: Tensor, y: Tensor, mask: Tensor | None = None, width: int = WIDTH) -> Tensor:
@@ -97,7 +59,7 @@ def ms_ssim(x: Tensor, y: Tensor) -> Tensor:
     x, y, value = x.float(), y.float(), torch.ones(len(x), device=x.device)
     for scale, weight in enumerate(weights.tolist()):
         width = fitting_width(tuple(x.shape[2:]), MS_WIDTH)
-        whole, structure = _maps(x, y, width)
+        whole, structure = ssim_maps(x, y, width)
         last = scale == count - 1
         value = value * _mean(_inside(whole if last else structure, width), None).clamp(min=0) ** weight
         x, y = functional.avg_pool3d(x, 2), functional.avg_pool3d(y, 2)

@@ -1,7 +1,7 @@
 """Stage 1: a scan is compressed by an AutoencoderKL, trained against a patch discriminator.
 
-L1 + kl_weight * KL + perceptual_weight * perceptual + adversarial_weight * LSGAN (SPEC: arXiv 2504.08635, section on
-compression; arXiv 2112.10752, equation 25).
+L1 + kl_weight * KL + perceptual_weight * perceptual + adversarial_weight * LSGAN (arXiv 2504.08635, section on
+compression; arXiv 2112.10752, equation 25), and where it is asked for + ssim_weight * (1 - SSIM).
 """
 
 from collections.abc import Callable, Sequence
@@ -16,6 +16,7 @@ from ldae.config import Optim, Trainer
 from ldae.data.table import scan_names
 from ldae.evaluation.image_metrics import brain_mask, ssim
 from ldae.losses import autoencoder as losses
+from ldae.losses.structural import structural_dissimilarity
 from ldae.models.state import load_strictly, read_tensors
 from ldae.noise import generator, normal
 from ldae.training.stage import Batch, Monitor, Stage, Updater, adam, memory_format
@@ -41,6 +42,7 @@ class AutoencoderStage(Stage):
         discriminator: nn.Module,
         perceptual: Callable[..., Tensor] | None,
         kl_weight: float,
+        ssim_weight: float,
         perceptual_weight: float,
         adversarial_weight: float,
         adversarial_start: int,
@@ -53,6 +55,7 @@ class AutoencoderStage(Stage):
         self.modules = {"autoencoder": autoencoder, "discriminator": discriminator}
         self.perceptual = perceptual or None
         self.kl_weight = kl_weight
+        self.ssim_weight = ssim_weight
         self.perceptual_weight = perceptual_weight
         self.adversarial_weight = adversarial_weight
         self.adversarial_start = adversarial_start
@@ -109,6 +112,9 @@ class AutoencoderStage(Stage):
             reconstruction, mean, std = self.autoencode(x, self._noise(batch))
             terms = {"l1": losses.reconstruction_l1(reconstruction, x), "kl": losses.kl_divergence(mean, std)}
             total = terms["l1"] + self.kl_weight * terms["kl"]
+            if self.ssim_weight:
+                terms["dissimilarity"] = structural_dissimilarity(reconstruction, x)
+                total = total + self.ssim_weight * terms["dissimilarity"]
             if self.perceptual is not None:
                 drawn = generator(self.seed, "perceptual", int(batch["number"]))
                 terms["perceptual"] = self.perceptual(reconstruction.float(), x, drawn)
