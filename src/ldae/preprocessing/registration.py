@@ -56,9 +56,9 @@ class Registration:
 
     transform: str = "Affine"
     spacing: float = 2.0
-    shrink: tuple[int, ...] = (4, 2, 1)
-    smoothing: tuple[int, ...] = (2, 1, 0)
-    iterations: tuple[int, ...] = (1000, 500, 100)
+    shrink: tuple[int, ...] = (4, 2)
+    smoothing: tuple[int, ...] = (2, 1)
+    iterations: tuple[int, ...] = (1000, 500)
     seed: int = 1
 
     def __call__(self, brain: Volume, template: Volume, folder: Path) -> Transforms:
