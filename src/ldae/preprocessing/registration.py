@@ -88,9 +88,9 @@ def matrix(path: Path) -> np.ndarray:
     import ants
 
     transform = ants.read_transform(str(path))
-    linear = np.asarray(transform.parameters[:9]).reshape(3, 3)
-    centre = np.asarray(transform.fixed_parameters[:3])
+    origin, *axes = (
+        np.array(transform.apply_to_point(point)) for point in np.concatenate([np.zeros((1, 3)), np.eye(3)])
+    )
     pull = np.eye(4)
-    pull[:3, :3] = linear
-    pull[:3, 3] = np.asarray(transform.parameters[9:12]) + centre - linear @ centre
+    pull[:3, :3], pull[:3, 3] = np.stack([axis - origin for axis in axes], 1), origin
     return TO_LPS @ pull @ TO_LPS
