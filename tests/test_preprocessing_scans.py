@@ -163,9 +163,7 @@ def test_a_real_scan_goes_through_every_step(whole):
 
 def test_masks_go_to_the_template_and_back(whole):
     folder, files = whole, read_json(whole / "records" / "sub-IXI012.json")["files"]
-    forward = tuple(folder / files[name] for name in sorted(files) if name.startswith("forward"))
-    inverse = tuple(folder / files[name] for name in sorted(files) if name.startswith("inverse"))
-    transforms = Transforms(forward, inverse, tuple(path.suffix == ".mat" for path in inverse))
+    transforms = Transforms.of(folder, files)
     native, moved = (Volume.read(folder / files[name], constant=True) for name in ("native_mask", "mask"))
     back = transforms.to_native(moved, native, "linear")
     assert dice(back.data > 0.5, native.data > 0) > 0.96

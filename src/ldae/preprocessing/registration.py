@@ -4,6 +4,7 @@ Affine is the default: a deformable registration removes the atrophy that is to 
 of the head in.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,14 @@ class Transforms:
     forward: tuple[Path, ...]
     inverse: tuple[Path, ...]
     inverted: tuple[bool, ...]  # of `inverse`
+
+    @classmethod
+    def of(cls, out: Path, files: Mapping[str, str]) -> "Transforms":
+        """Those of a finished scan: `files` is what its record (OUT/records/*.json) lists, relative to `out`."""
+        forward, inverse = (
+            tuple(out / files[name] for name in sorted(files) if name.startswith(way)) for way in ("forward", "inverse")
+        )
+        return cls(forward, inverse, tuple(path.suffix == ".mat" for path in inverse))
 
     def to_template(self, scan: Volume, grid: Volume, interpolator: str) -> Volume:
         """`scan` on the template's `grid`; it is blurred before, unless its values are labels."""
