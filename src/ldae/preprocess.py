@@ -1,6 +1,8 @@
 """What `ldae preprocess` does: compose conf/preprocess.yaml, build the steps, and send every scan through them."""
 
 import logging
+import signal
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -57,4 +59,6 @@ def preprocess(
     if job.pipeline.registration and any(entity(scan.path.name, "space") for scan in scans):
         log.warning("names that tell a space may be registered already: --registration none keeps them as they are")
     people = People(source if source.is_dir() else None, columns, participants)
+    # A scheduler's way to interrupt: tables of what is done are written then, too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     run(scans, people, job, labels, workers, threads)

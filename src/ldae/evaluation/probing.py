@@ -128,7 +128,7 @@ class External:
         usable = first_visits(table) if self.baseline_visits_only else np.ones(len(table), bool)
         for name, entries in read_frozen(self.frozen, context.weights).items():
             model = entries[OURS].model
-            probe = Regression(model.column)
+            probe = Regression(model.column, bias_correction=model.bias is not None)
             if model.classes is not None:
                 probe = Classification(model.column, positive=model.classes[1], negative=model.classes[0])
             truth = probe.target(table)

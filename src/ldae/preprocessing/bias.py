@@ -15,7 +15,7 @@ class N4:
 
     shrink: int = 4
     iterations: tuple[int, ...] = (50, 50, 30, 20)
-    tolerance: float = 1e-6
+    tolerance: float = 1e-3
 
     def __call__(self, scan: Volume) -> Volume:
         """`scan` with its field divided out."""

@@ -26,6 +26,7 @@ from ldae.preprocessing.pipeline import Pipeline, Prepared
 from ldae.preprocessing.regions import Regions
 from ldae.preprocessing.registration import LABELS, matrix
 from ldae.preprocessing.sources import Scan
+from ldae.preprocessing.template import inside
 from ldae.preprocessing.volume import Volume
 
 log = logging.getLogger(__name__)
@@ -146,7 +147,7 @@ class Job:
                 files["labels"] = names.labels
             except BadScan as error:
                 notes.append(f"label map left out: {error}")
-        template = self.pipeline.grid(prepared.native).data > 0 if self.pipeline.registration else None
+        template = inside(self.pipeline.grid(prepared.native)) if self.pipeline.registration else None
         write_mosaic(self.out / names.figure, prepared.head.data, prepared.head.affine, prepared.mask, template)
         record = {
             "status": "done",
@@ -196,9 +197,8 @@ class Job:
             "Notes": record["notes"],
             "Transforms": {name: path for name, path in files.items() if name.startswith(("forward", "inverse"))},
         }
-        affines = [
-            path for path in (prepared.transforms.forward if prepared.transforms else ()) if path.suffix == ".mat"
-        ]
+        forward = prepared.transforms.forward if prepared.transforms else ()
+        affines = [path for path in forward if path.suffix == ".mat"]
         if affines:
             about["TemplateToNative"] = matrix(affines[0]).tolist()  # mm to mm, RAS; a warp comes on top of it
         write_json(self.out / str(names.scan).replace(".nii.gz", ".json"), about)

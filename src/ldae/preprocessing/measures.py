@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ldae.data.scans import BadScan
-from ldae.preprocessing.template import blurred
+from ldae.preprocessing.template import blurred, inside
 from ldae.preprocessing.volume import Volume
 
 CORRELATION_MM = 4.0  # folds differ from person to person: brains are compared below this resolution
@@ -24,7 +24,7 @@ def template_correlation(brain: Volume, template: Volume) -> float:
     """
     from scipy.ndimage import distance_transform_edt
 
-    near = distance_transform_edt(template.data <= 0, sampling=template.spacing) <= MARGIN_MM
+    near = distance_transform_edt(~inside(template), sampling=template.spacing) <= MARGIN_MM
     first, second = (blurred(volume, CORRELATION_MM).data[near] for volume in (brain, template))
     if first.std() == 0:
         return 0.0

@@ -26,37 +26,43 @@ def run(
     """
     left = dict(enumerate(calls))
     while left:
-        yield from _pooled(work, left, workers, threads)
-        # What is left was in a pool that broke. Calls start in order, a pool holds a few more than it works on.
-        for index in sorted(left)[: 2 * workers + 2]:
+        under_way: set[int] = set()
+        yield from _pooled(work, left, under_way, workers, threads)
+        for index in sorted(under_way):  # in a pool that broke
             alone = {index: left[index]}
-            yield from _pooled(work, alone, 1, threads)
+            yield from _pooled(work, alone, set(), 1, threads)
             if alone:
                 yield index, DIED
             del left[index]
 
 
 def _pooled(
-    work: Callable[..., Any], left: dict[int, tuple[Any, ...]], workers: int, threads: int
+    work: Callable[..., Any], left: dict[int, tuple[Any, ...]], under_way: set[int], workers: int, threads: int
 ) -> Iterator[tuple[int, Any]]:
-    """Results as they come, taken out of `left`; ends early when the pool breaks."""
-    from concurrent.futures import as_completed
+    """Results as they come, taken out of `left`; ends early when the pool breaks, with `under_way` not empty."""
+    from concurrent.futures import FIRST_COMPLETED, Future, wait
     from concurrent.futures.process import BrokenProcessPool
 
     from joblib.externals.loky import ProcessPoolExecutor
 
     limits = dict.fromkeys(THREADS, str(threads))
     pool = ProcessPoolExecutor(min(workers, len(left)), env=limits, initializer=_limit, initargs=(threads,))
+    waiting, futures = sorted(left, reverse=True), dict[Future, int]()
     try:
-        futures = {pool.submit(work, *call): index for index, call in left.items()}
-        for future in as_completed(futures):
-            try:
+        while waiting or futures:
+            # Few at a time: so it is known whom a crash may have hit, and an interrupt has little to call back.
+            while waiting and len(futures) < workers + 1:
+                index = waiting.pop()
+                under_way.add(index)
+                futures[pool.submit(work, *left[index])] = index
+            for future in wait(futures, return_when=FIRST_COMPLETED).done:
+                index = futures.pop(future)
                 result = future.result()
-            except BrokenProcessPool:
-                log.warning("a worker process died; the scans under way are tried again one by one")
-                return
-            del left[futures[future]]
-            yield futures[future], result
+                under_way.remove(index)
+                del left[index]
+                yield index, result
+    except BrokenProcessPool:
+        log.warning("a worker process died; the scans under way are tried again one by one")
     finally:
         pool.shutdown(wait=True, kill_workers=True)
 

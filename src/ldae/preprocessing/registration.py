@@ -4,6 +4,7 @@ Affine is the default: a deformable registration removes the atrophy that is to 
 of the head in.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,14 @@ class Transforms:
     forward: tuple[Path, ...]
     inverse: tuple[Path, ...]
     inverted: tuple[bool, ...]  # of `inverse`
+
+    @classmethod
+    def of(cls, out: Path, files: Mapping[str, str]) -> "Transforms":
+        """Those of a finished scan: `files` is what its record (OUT/records/*.json) lists, relative to `out`."""
+        forward, inverse = (
+            tuple(out / files[name] for name in sorted(files) if name.startswith(way)) for way in ("forward", "inverse")
+        )
+        return cls(forward, inverse, tuple(path.suffix == ".mat" for path in inverse))
 
     def to_template(self, scan: Volume, grid: Volume, interpolator: str) -> Volume:
         """`scan` on the template's `grid`; it is blurred before, unless its values are labels."""
@@ -56,9 +65,9 @@ class Registration:
 
     transform: str = "Affine"
     spacing: float = 2.0
-    shrink: tuple[int, ...] = (4, 2, 1)
-    smoothing: tuple[int, ...] = (2, 1, 0)
-    iterations: tuple[int, ...] = (1000, 500, 100)
+    shrink: tuple[int, ...] = (4, 2)
+    smoothing: tuple[int, ...] = (2, 1)
+    iterations: tuple[int, ...] = (1000, 500)
     seed: int = 1
 
     def __call__(self, brain: Volume, template: Volume, folder: Path) -> Transforms:
@@ -88,9 +97,9 @@ def matrix(path: Path) -> np.ndarray:
     import ants
 
     transform = ants.read_transform(str(path))
-    linear = np.asarray(transform.parameters[:9]).reshape(3, 3)
-    centre = np.asarray(transform.fixed_parameters[:3])
+    origin, *axes = (
+        np.array(transform.apply_to_point(point)) for point in np.concatenate([np.zeros((1, 3)), np.eye(3)])
+    )
     pull = np.eye(4)
-    pull[:3, :3] = linear
-    pull[:3, 3] = np.asarray(transform.parameters[9:12]) + centre - linear @ centre
+    pull[:3, :3], pull[:3, 3] = np.stack([axis - origin for axis in axes], 1), origin
     return TO_LPS @ pull @ TO_LPS

@@ -10,6 +10,8 @@ from ldae.data.transforms import smooth
 from ldae.errors import UserError
 from ldae.preprocessing.volume import Volume
 
+EDGE = 0.15  # of the brightest voxel; CSF is above it
+
 
 @dataclass(frozen=True)
 class Icbm152:
@@ -46,6 +48,11 @@ Template = Icbm152 | TemplateFile
 def at_spacing(template: Template, spacing: float) -> Volume:
     """The template on voxels of `spacing` mm, its box kept and centred."""
     return resampled(template.volume(), spacing)
+
+
+def inside(template: Volume) -> np.ndarray:
+    """The brain of a template that is 0 outside it, (X, Y, Z) bool; resampling has blurred its edge."""
+    return template.data > EDGE * template.data.max()
 
 
 def resampled(volume: Volume, spacing: float | None) -> Volume:
