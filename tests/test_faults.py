@@ -3,19 +3,29 @@
 `make test-faults` does the same at length.
 """
 
+import errno
+import multiprocessing
+import os
 import shutil
 import signal
 import time
 from pathlib import Path
 
+import nibabel as nib
+import numpy as np
 import pytest
+import torch
 
 from faults import work
 from faults.corruption import corrupted
 from faults.kills import differences, kills
 from faults.mutate import mutated
+from ldae.data.transforms import Transform
+from ldae.data.volumes import VolumeCache
 from ldae.errors import EXIT_REQUEUE, EXIT_USER_ERROR, UserError
 from ldae.locks import only_writer
+from ldae.main import explain
+from ldae.training.signals import StopSignals
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +79,59 @@ def test_damaged_checkpoints_are_never_loaded(killed: Path, tmp_path: Path) -> N
 def test_hostile_inputs_are_refused_in_one_line(killed: Path, tmp_path: Path) -> None:
     outcomes = mutated(tmp_path / "inputs", killed / "whole/runs/smoke/aekl", 10)
     assert outcomes["bundle"] == outcomes["npz"] == {"refused": 10}
+
+
+def _signalled_twice() -> None:
+    with StopSignals() as signals:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert signals.received == signal.SIGUSR1
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+
+
+def test_a_second_signal_ends_a_process_at_once() -> None:
+    process = multiprocessing.get_context("forkserver").Process(target=_signalled_twice)
+    process.start()
+    process.join(60)
+    assert process.exitcode == 128 + signal.SIGTERM
+
+
+class Deadly(Transform):
+    """Takes its process down with one scan."""
+
+    def __call__(self, source, *arguments, **options):
+        if "deadly" in str(source):
+            os._exit(9)
+        return super().__call__(source, *arguments, **options)
+
+
+def test_a_scan_that_takes_its_process_down_is_named(tmp_path: Path) -> None:
+    for name in ("first", "deadly", "last"):
+        image = nib.Nifti1Image(np.random.default_rng(0).random((9, 9, 9), np.float32), np.diag([2.0, 2, 2, 1]))
+        nib.save(image, tmp_path / f"{name}.nii")
+    cache = VolumeCache(tmp_path / "cache", Deadly((8, 8, 8), 2.0))
+    scans = [str(tmp_path / f"{name}.nii") for name in ("first", "deadly", "last")]
+    found = dict(cache._one_by_one(scans))
+    assert found == {scans[0]: None, scans[1]: "the process that transformed it died", scans[2]: None}
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore"), "lower trainer.batch_size"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "lower trainer.batch_size"),
+        (OSError(errno.ENOSPC, "No space left on device", "x.npz"), "No space left on device: x.npz"),
+        (PermissionError(errno.EACCES, "Permission denied", "runs"), "Permission denied: runs"),
+    ],
+)
+def test_faults_of_the_machine_are_one_line(error: Exception, line: str) -> None:
+    assert line in explain(error)
+    assert "\n" not in explain(error)
+
+
+def test_our_own_faults_keep_their_traceback() -> None:
+    assert explain(RuntimeError("shapes do not match")) is None
+    assert explain(FileNotFoundError(errno.ENOENT, "No such file", "x")) is None
 
 
 def test_a_folder_has_one_writer(tmp_path: Path) -> None:
