@@ -1,6 +1,5 @@
 """Several processes do what one does: 2 with batch b train as 1 with batch 2 b, and 1, 2 and 3 encode the same."""
 
-import shutil
 from pathlib import Path
 
 from safetensors.torch import load_file
@@ -29,9 +28,8 @@ def as_one(folder: Path, steps: int, stages: tuple[str, ...] = work.STAGES) -> d
         runs = []
         for count in (1, 2):
             place = folder / f"{stage}-{count}"
-            shutil.copytree(folder / "whole", place)
-            shutil.rmtree(place / "runs/smoke" / stage)
-            more = (*EQUAL, f"trainer.max_steps={steps}", f"trainer.batch_size={2 // count}")
+            data = work.copied(folder / "whole", place, stage)
+            more = (*EQUAL, data, f"trainer.max_steps={steps}", f"trainer.batch_size={2 // count}")
             work.together("train", work.overrides(stage, *more), place, count)
             runs.append(place / "runs/smoke" / stage)
         found[f"{stage}: 2 processes against 1"] = distance(runs[1], runs[0])
@@ -44,11 +42,10 @@ def same_latents(folder: Path) -> dict[str, int]:
     contents = []
     for count in (1, 2, 3):
         place = folder / f"encode-{count}"
-        shutil.copytree(folder / "whole", place)
+        data = work.copied(folder / "whole", place, "latents")
         latents = place / "runs/smoke/latents"
-        shutil.rmtree(latents, ignore_errors=True)
         arguments = [text for text in work.SETTINGS if not text.startswith("stage.")]
-        work.together("encode_latents", [*arguments, "trainer.batch_size=3"], place, count)
+        work.together("encode_latents", [*arguments, data, "trainer.batch_size=3"], place, count)
         files = sorted([*latents.glob("*.npz"), *latents.glob("*.csv"), *latents.glob("*.json")])
         contents.append({path.name: path.read_bytes() for path in files})
     assert contents[0] == contents[1] == contents[2], "1, 2 and 3 processes encode differently"
