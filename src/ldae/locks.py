@@ -11,7 +11,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
@@ -87,4 +87,5 @@ def _wait_for_death(handle: int, refusal: str) -> None:
 
 def _beat(handle: int, done: threading.Event) -> None:
     while not done.wait(BEAT):
-        os.utime(handle)
+        with suppress(OSError):  # a network disk that is away for a moment
+            os.utime(handle)

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from yaml import YAMLError
 
 from ldae.errors import UserError
 from ldae.files import file_sha256, read_json, replacing, write_json, write_text
@@ -119,8 +119,10 @@ class Run:
             text = path.read_text(encoding="utf-8")
             if max(map(text.count, "[{")) > MAX_BRACKETS:  # the parser's time grows with their square
                 raise ValueError("too many brackets")
+            if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
+                raise ValueError("an alias, which may hold itself")
             loaded = OmegaConf.create(text)
-        except (OSError, YAMLError, UnicodeError, OmegaConfBaseException, ValueError, RecursionError) as error:
+        except (OSError, yaml.YAMLError, UnicodeError, OmegaConfBaseException, ValueError, RecursionError) as error:
             raise UserError(f"cannot read {path} ({str(error).splitlines()[0]}): restore it") from error
         if not isinstance(loaded, DictConfig) or not isinstance(loaded.get("model"), DictConfig):
             raise UserError(f"{path} holds no config: restore it")
@@ -176,6 +178,8 @@ class Run:
         """Build a module from its config node and load its published weights, strictly; eval mode, frozen."""
         path = self.weights_file(name)
         module = node if isinstance(node, nn.Module) else built(node, str(self.path / "config.yaml"))
+        if not isinstance(module, nn.Module):
+            raise UserError(f"{self.path / 'config.yaml'} describes no network '{name}': restore it")
         load_strictly(module, read_tensors(path), path)
         return module.eval().requires_grad_(False)
 

@@ -49,11 +49,11 @@ def kills(folder: Path, count: int, stages: tuple[str, ...] = work.STAGES, seed:
     for place, stage in enumerate(stages):
         share = count * (place + 1) // len(stages) - count * place // len(stages)
         spoilt = folder / stage
-        shutil.copytree(whole, spoilt, symlinks=True)
+        arguments = work.overrides(stage, work.copied(whole, spoilt))
         run = spoilt / "runs/smoke" / stage
         while share > 0:
             shutil.rmtree(run, ignore_errors=True)
-            share -= _until_finished(spoilt, stage, share, seconds[stage], draw, total)
+            share -= _until_finished(spoilt, arguments, share, seconds[stage], draw, total)
             total["finished runs"] += 1
             different = differences(run, whole / "runs/smoke" / stage)
             total["runs that differ"] += bool(different)
@@ -62,11 +62,13 @@ def kills(folder: Path, count: int, stages: tuple[str, ...] = work.STAGES, seed:
     return total
 
 
-def _until_finished(folder: Path, stage: str, limit: int, seconds: float, draw: random.Random, total: dict) -> int:
-    """Start `stage` until it ends, killing it up to `limit` times; how often that was."""
+def _until_finished(
+    folder: Path, arguments: list[str], limit: int, seconds: float, draw: random.Random, total: dict
+) -> int:
+    """Start train.py until it ends, killing it up to `limit` times; how often that was."""
     done = 0
     while True:
-        process = work.start("train", work.overrides(stage), folder)
+        process = work.start("train", arguments, folder)
         if done < limit:
             process.join(draw.uniform(0, seconds))
         else:
@@ -79,4 +81,4 @@ def _until_finished(folder: Path, stage: str, limit: int, seconds: float, draw: 
         elif process.exitcode == 0:
             return done
         else:
-            raise AssertionError(f"{stage}: exit {process.exitcode}\n{work.log(folder)[-5000:]}")
+            raise AssertionError(f"{arguments}: exit {process.exitcode}\n{work.log(folder)[-5000:]}")

@@ -16,6 +16,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import torch
+from omegaconf import DictConfig, OmegaConf
 
 from ldae.allowed import check_targets
 from ldae.bundle import Bundle
@@ -198,7 +199,8 @@ def _read_run(path: Path) -> None:
     run = Run(path)
     # A run's own config may name any class; one from a stranger comes as a bundle.
     node = run.config.model.autoencoder
-    check_targets(dict(node), str(path))
+    if isinstance(node, DictConfig):
+        check_targets(OmegaConf.to_container(node), str(path))
     run.module("autoencoder", node)
 
 

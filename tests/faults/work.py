@@ -3,6 +3,7 @@
 import logging
 import multiprocessing
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -112,6 +113,14 @@ def chain(folder: Path, stages: tuple[str, ...] = STAGES, *more: str) -> dict[st
         if stage == "aekl" and stages[-1] != "aekl":
             finish("encode_latents", [text for text in SETTINGS if not text.startswith("stage.")], folder)
     return seconds
+
+
+def copied(whole: Path, place: Path, *removed: str) -> str:
+    """Copy what `whole` has trained to `place`, without some of it; the override by which it reads the same scans."""
+    shutil.copytree(whole / "runs", place / "runs")
+    for name in removed:
+        shutil.rmtree(place / "runs/smoke" / name, ignore_errors=True)
+    return f"paths.data={whole / 'data'}"
 
 
 def kill(process: BaseProcess, number: int = signal.SIGKILL) -> None:

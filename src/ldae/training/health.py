@@ -17,7 +17,7 @@ class NonFiniteStep(Exception):
     """The loss or the gradient of a step is NaN or infinite, in any process; no weight has moved.
 
     Attributes:
-        micro_batches: those of this process that had such a loss; all of them where only the gradient had.
+        micro_batches: those of this process that had such a loss; all of them where no loss but the gradient is bad.
     """
 
     def __init__(self, micro_batches: Sequence[Batch]) -> None:

@@ -136,7 +136,8 @@ class Updater:
         if not good:
             self.skipped += 1
             bad = [batch for batch, fine in zip(micro_batches, finite.tolist(), strict=True) if not fine]
-            raise NonFiniteStep(bad or micro_batches)
+            gradient_alone = self._agree(bool(finite.all()))
+            raise NonFiniteStep(micro_batches if gradient_alone else bad)
         return {**totals, "gradient_norm": norm.detach()}
 
     def _usable(self, norm: Tensor) -> bool:
