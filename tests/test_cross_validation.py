@@ -16,9 +16,9 @@ from ldae.evaluation.context import Context
 from ldae.evaluation.cross_validation import CrossValidation, Folds
 from ldae.evaluation.fitting import fit
 from ldae.evaluation.linear import LinearModel
+from ldae.evaluation.page import write_report
 from ldae.evaluation.probes import Classification, Regression
 from ldae.evaluation.probing import Probes
-from ldae.evaluation.report import write_report
 
 SEX = Classification("sex", positive="F", negative="M")
 

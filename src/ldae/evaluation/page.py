@@ -48,8 +48,8 @@ SECTIONS = (
     ),
     Section(
         "Cross-validation",
-        "cv/inductive: folds of scans that the encoder never saw. cv/transductive: folds of scans that the encoder saw, "
-        "without labels.",
+        "cv/inductive: folds of scans that the encoder never saw. cv/transductive: folds of scans that the encoder "
+        "saw, without labels.",
         ("cv",),
         ("cv",),
     ),
