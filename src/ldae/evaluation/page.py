@@ -18,13 +18,17 @@ IMAGES = {".png": "image/png", ".gif": "image/gif"}
 
 @dataclass(frozen=True)
 class Section:
-    """groups: first parts of the metrics' names; files: ends or beginnings of the figures' names."""
+    """groups: first parts of the metrics' names; begins, ends: of the figures' names."""
 
     title: str
     text: str
     groups: Sequence[str]
     begins: Sequence[str] = ()
     ends: Sequence[str] = ()
+
+    def counts(self, metric: str) -> bool:
+        """Whether a number belongs here."""
+        return any(metric.startswith(f"{group}/") for group in self.groups)
 
     def holds(self, path: Path) -> bool:
         """Whether a figure belongs here."""
@@ -47,11 +51,16 @@ SECTIONS = (
         ("_roc", "_confusion", "_scatter"),
     ),
     Section(
-        "Cross-validation",
-        "cv/inductive: folds of scans that the encoder never saw. cv/transductive: folds of scans that the encoder "
-        "saw, without labels.",
-        ("cv",),
-        ("cv",),
+        "Cross-validation, inductive",
+        "Folds of scans that the encoder never saw.",
+        ("cv/inductive",),
+        ("cv_inductive",),
+    ),
+    Section(
+        "Cross-validation, transductive",
+        "Folds of scans that the encoder saw, without labels.",
+        ("cv/transductive",),
+        ("cv_transductive",),
     ),
     Section(
         "Is y used",
@@ -138,8 +147,7 @@ def _by_section(
     rows: dict[str, list[tuple[str, str]]] = {title: [] for title in titles}
     files: dict[str, list[Path]] = {title: [] for title in titles}
     for name, value in with_intervals(metrics):
-        group = name.split("/")[0]
-        section = next((section for section in SECTIONS if group in section.groups), OTHER)
+        section = next((section for section in SECTIONS if section.counts(name)), OTHER)
         rows[section.title].append((name, value))
     for path in sorted(folder.iterdir()):
         if path.suffix in IMAGES or (path.suffix == ".html" and path.name != REPORT):
