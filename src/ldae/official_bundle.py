@@ -17,7 +17,8 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.utils import instantiate
 from torch import Tensor, nn
 
-from ldae.bundle import PROBES, Bundle, Part
+from ldae.bundle import Bundle, Part
+from ldae.bundle_file import PROBES
 from ldae.config import conf_dir
 from ldae.errors import UserError
 from ldae.evaluation.frozen import OURS, Frozen, write_frozen

@@ -73,7 +73,7 @@ def load_model(run: str | None, runs: Path, bundle: Path | None, device: str | N
     """
     if (run is None) == (bundle is None):
         raise UserError("name one model: --run NAME or --bundle DIR")
-    from ldae.bundle import DESCRIPTION
+    from ldae.bundle_file import DESCRIPTION
     from ldae.pipeline import LDAE
 
     if bundle is not None and not (bundle / DESCRIPTION).is_file():
