@@ -6,7 +6,7 @@ STAMP := .venv/.installed
 DEMO := experiment=demo name=demo
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint train-aekl train-pretrain train-repr encode evaluate
+.PHONY: help setup demo test test-faults lint train-aekl train-pretrain train-repr encode evaluate pictures
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -15,7 +15,7 @@ setup: $(STAMP) ## make .venv and install the project into it
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/pip install -q --disable-pip-version-check -e '.[dev]' -c constraints.txt
+	$(BIN)/pip install -q --disable-pip-version-check -e '.[dev,preprocess]' -c constraints.txt
 	touch $@
 
 demo: $(STAMP) ## the whole method on a phantom cohort, on a CPU: data, three stages, probes, report
@@ -40,8 +40,18 @@ train-repr: $(STAMP) ## stage 3: semantic encoder and gradient estimator
 evaluate: $(STAMP) ## embeddings, probes, and the chosen evaluations
 	$(BIN)/python evaluate.py $(ARGS)
 
+PICTURES := diagnosis_roc age_scatter reconstruction_scan attention manipulation_diagnosis_1 manipulation_diagnosis_dose \
+	interpolation_1
+
+pictures: ## the README's pictures, out of the demo's evaluation
+	mkdir -p docs/pictures
+	cp $(PICTURES:%=runs/demo/evaluation/%.png) docs/pictures
+
 test: $(STAMP) ## the test suite
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile $(ARGS)
+
+test-faults: $(STAMP) ## kill, corrupt and mutate at length: 50 kills, 20 checkpoints, 25 inputs of each kind, 2 processes against 1
+	$(BIN)/python -m tests.faults $(ARGS)
 
 lint: $(STAMP) ## ruff
 	$(BIN)/ruff check .

@@ -7,6 +7,7 @@ y that it is given; without y it expects the cohort's mean.
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -15,7 +16,8 @@ import torch
 
 from ldae.diffusion.samplers import DDIM, Exact, Multistep
 from ldae.diffusion.schedule import linear
-from ldae.evaluation import figures, generation, report
+from ldae.evaluation import figures, generation, page, report
+from ldae.evaluation.attention import Attention
 from ldae.evaluation.context import Context
 from ldae.evaluation.gap import Gap
 from ldae.evaluation.reconstruction import Reconstruction
@@ -107,6 +109,23 @@ def test_the_gap_is_filled_by_y_alone(tmp_path):
     assert (tmp_path / "gap.png").exists()
     ignored = dict(Gap(scans=8, points=5)(context(tmp_path, uses_y=False)))
     assert ignored["gap/filled_share"] == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_attention_is_reported_where_it_lies(tmp_path, axis):
+    """Every scan's on slice 12 of 16, of 2 mm; then on all slices alike."""
+    looks = torch.full((SIZE,), 0.01)
+    looks[12] = 1 - 0.15
+    given = context(tmp_path, subjects=8)
+    given.model = SimpleNamespace(encoder=SimpleNamespace(axis=axis), attention=lambda x: looks.expand(len(x), -1))
+    found = dict(Attention(resamples=20)(given))
+    assert found["attention/peak_mm"] == found["attention/peak_mm_low"] == (12 - 7.5) * 2
+    assert found["attention/own_share"] == pytest.approx(0, abs=1e-9)
+    assert found["attention/entropy_share"] < 0.4
+    assert pd.read_csv(tmp_path / "attention.csv").iloc[0, 2:].astype(float).idxmax() == "slice012"
+    assert (tmp_path / "attention.png").exists()
+    looks = torch.full((SIZE,), 1 / SIZE)
+    assert dict(Attention(resamples=20)(given))["attention/entropy_share"] == pytest.approx(1)
 
 
 def test_z0_errors_by_hand():
@@ -220,12 +239,19 @@ def test_metrics_are_merged_and_only_numbers_are_kept(tmp_path):
 
 
 def test_the_report_is_one_escaped_file(tmp_path):
-    figures.scatter(tmp_path / "age.png", "age", np.arange(5.0), np.arange(5.0) + 1)
+    figures.scatter(tmp_path / "age_scatter.png", "age", np.arange(5.0), np.arange(5.0) + 1)
+    (tmp_path / "manipulation_age_1.html").write_text("<p>viewer</p><script>draw()</script>")
     metrics = {"probe/age/mae": 1.5, "probe/age/mae_low": 1.0, "probe/age/mae_high": 2.0, "x/<b>": 1.0}
-    text = report.write_report(tmp_path, "a <script>", metrics).read_text()
+    text = page.write_report(tmp_path, "a <script>", metrics).read_text()
     assert "<script>" not in text
     assert "&lt;b&gt;" in text
     assert "1.5 [1, 2]" in text
-    assert "data:image/png;base64," in text
+    sections = dict(part.split("</h2>", 1) for part in text.split("<h2 ")[1:])
+    assert [name.split(">")[1] for name in sections] == ["What y tells", "Manipulation", "Further numbers"]
+    told, manipulation, further = sections.values()
+    assert "data:image/png;base64," in told
+    assert "1.5 [1, 2]" in told
+    assert "&lt;script&gt;draw()" in manipulation
+    assert "&lt;b&gt;" in further
     assert "http" not in text
     assert "probe/age/mae  1.5 [1, 2]" in report.console_table(metrics)

@@ -13,12 +13,16 @@ FORBIDDEN = {
     "diffusion": {"models", "data", "losses", "training", "evaluation", "stages", "pipeline", "experiment", "cli"},
     "models": {"diffusion", "data", "losses", "training", "evaluation", "stages", "pipeline", "experiment", "cli"},
     "data": {"diffusion", "models", "losses", "training", "evaluation", "stages", "pipeline", "experiment", "cli"},
+    "preprocessing": {
+        "diffusion", "models", "losses", "training", "evaluation", "stages", "pipeline", "experiment", "cli", "config",
+        "preprocess",
+    },
     "losses": {"data", "training", "evaluation", "stages", "pipeline", "experiment", "cli"},
     "training": {"evaluation", "stages", "pipeline", "experiment", "cli", "models.unet"},
     "evaluation": {"training", "stages", "pipeline", "experiment", "cli"},
     "stages": {"pipeline", "experiment", "cli"},
     "pipeline": {"stages", "training", "experiment", "cli"},
-}
+}  # fmt: skip
 
 
 def imported(path):

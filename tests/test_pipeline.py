@@ -6,65 +6,17 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
-from hydra.utils import instantiate
-from omegaconf import OmegaConf, open_dict
-from torch import nn
+from omegaconf import OmegaConf
 
 from ldae import LDAE
 from ldae.allowed import check_targets
-from ldae.bundle import Bundle
-from ldae.config import conf_dir, register
 from ldae.errors import UserError
-from ldae.evaluation.frozen import OURS, Frozen, write_frozen
-from ldae.evaluation.linear import LinearModel
-from ldae.runs import Workspace, estimator_node
-
-SMALL = [
-    "experiment=smoke", "stage=repr", "data.shape=[8,8,8]", "model.autoencoder.channels=[8,8]",
-    "model.autoencoder.latent_channels=3", "model.estimator.modes=1",
-    "model.autoencoder.groups=4", "model.unet.base=8", "model.unet.groups=4", "model.encoder.dim=16",
-    "model.encoder.backbone.widths=[8,16]", "model.encoder.backbone.depths=[1,1]", "sampler.steps=4",
-]  # fmt: skip
-
-
-def random_weights(module: nn.Module) -> nn.Module:
-    """Away from the zeros that untrained networks end in."""
-    for parameter in module.parameters():
-        nn.init.normal_(parameter, std=0.3)
-    return module.eval()
+from small_run import small_run
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """`runs/small`, as three stages leave it, with random weights and a probe."""
-    register()
-    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        config = compose("train", SMALL)
-    with open_dict(config):
-        config.hydra = None
-    space = Workspace(tmp_path_factory.mktemp("runs") / "small")
-    torch.manual_seed(0)
-    nodes = {**config.model, "estimator": estimator_node(config.model.unet, 16, config.model.estimator)}
-    networks = {
-        name: random_weights(instantiate(nodes[name])) for name in ("autoencoder", "unet", "encoder", "estimator")
-    }
-    about = {"split_hash": "0", "scale": [1.5, 2.0, 0.5], "step": 1}
-    published = {"aekl": ["autoencoder"], "pretrain": ["unet"], "repr": ["encoder", "estimator"]}
-    for stage, names in published.items():
-        at = space.stage(stage)
-        if stage == "pretrain":
-            about["autoencoder_sha256"] = space.stage("aekl").sha256("autoencoder")
-        about["stands_on"] = (
-            {s: space.stage(s).metadata["weights"] for s in ("aekl", "pretrain")} if stage == "repr" else {}
-        )
-        at.publish({name: networks[name].state_dict() for name in names}, about)
-        at.write_config(config)
-    rng = np.random.default_rng(0)
-    probe = LinearModel("diagnosis", *rng.uniform(0.5, 1, (3, 16)), intercept=0.1, classes=("CN", "AD"))
-    weights = Bundle.of_run(space.root).weights
-    write_frozen(space.evaluation / "probes.json", {"diagnosis": {OURS: Frozen([], probe)}}, weights)
-    return space.root
+    return small_run(tmp_path_factory.mktemp("runs") / "small")
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +64,7 @@ def test_a_probes_direction_raises_its_decision_as_the_method_says(model):
     probe = model.probes["diagnosis"]
     before, after = (probe.decision(v.numpy()) for v in (y, model.direction("diagnosis").edit(y, 0.5)))
     np.testing.assert_allclose(after - before, 0.5 * 16**0.5 * np.linalg.norm(probe.coef), rtol=1e-4)
-    with pytest.raises(UserError, match="no probe 'sex'; it has diagnosis"):
+    with pytest.raises(UserError, match="no probe or direction 'sex'; it has diagnosis"):
         model.manipulate(X, "sex", 1.0)
 
 
@@ -205,6 +157,8 @@ def test_stages_that_do_not_belong_together_are_refused(run, tmp_path):
         LDAE.load(root)
     with pytest.raises(UserError, match="no trained 'aekl'"):
         LDAE.load(tmp_path)
+    with pytest.raises(UserError, match=r"no run or bundle 'gone'; the runs in .* are: spoilt"):
+        LDAE.load("gone", runs=tmp_path)
 
 
 def test_weights_that_training_started_from_are_not_looked_for(run, tmp_path):

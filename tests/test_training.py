@@ -8,15 +8,19 @@ import signal
 import pytest
 import torch
 from accelerate import Accelerator
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import nn
 
 from ldae.config import Optim
 from ldae.config import Trainer as Settings
+from ldae.errors import EXIT_REQUEUE, UserError
 from ldae.noise import normal
 from ldae.runs import Run
 from ldae.training.ema import Ema
+from ldae.training.health import LossWatch
 from ldae.training.stage import Monitor, Stage, Updater, adam
-from ldae.training.trainer import EXIT_PREEMPTED, Trainer, learning_rate_factor
+from ldae.training.trainer import Trainer, learning_rate_factor
 
 DATA = torch.randn(11, 5, generator=torch.Generator().manual_seed(3))
 
@@ -138,9 +142,96 @@ def test_a_non_finite_gradient_never_reaches_the_weights(tmp_path):
             scalars = super().loss(batch)
             return {"loss": scalars["loss"] * float("nan")}
 
-    stage, _ = fit(tmp_path, 2, Poisoned())
+    stage, progress = fit(tmp_path, 2, Poisoned())
     assert all(torch.isfinite(p).all() for p in stage.modules["net"].parameters())
-    assert stage.update.skipped == 2
+    assert stage.update.skipped == progress.skipped == 2
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert {"step": 2, "train/skipped": 2} in records
+
+
+class Spoilt(Toy):
+    """One scan is NaN; a batch norm sees it before the loss does."""
+
+    names = tuple(f"subject{index} ses-M000" for index in range(len(DATA)))
+
+    def __init__(self):
+        super().__init__()
+        self.modules["net"].insert(0, nn.BatchNorm1d(5))
+
+    def fetch(self, indices):
+        x = DATA[torch.as_tensor(indices)].clone()
+        x[torch.as_tensor(indices) == 4] = float("nan")
+        return {"x": x}
+
+    def loss(self, batch):
+        return {"loss": (self.net(batch["x"]) - 1).square().mean()}
+
+
+def test_a_scan_that_is_nan_is_named_and_leaves_no_trace(tmp_path, caplog):
+    stage, progress = fit(tmp_path, 8, Spoilt())
+    assert 0 < progress.skipped < 8
+    assert progress.skipped_in_a_row <= progress.skipped
+    assert "its scans: subject4 ses-M000" in caplog.text
+    for tensors in (stage.modules["net"].state_dict(), stage.averages["net"].shadow):
+        assert all(torch.isfinite(tensor).all() for tensor in tensors.values())
+
+
+def test_too_many_bad_steps_end_the_run_with_the_last_good_state(tmp_path):
+    def poison(step):
+        if step >= 3:
+            DATA[:] = float("nan")
+
+    kept = DATA.clone()
+    try:
+        with pytest.raises(UserError, match=r"3 steps in a row, up to step 5.*the state of step 4 is kept.*sample 0"):
+            fit(tmp_path, 20, Toy(on_step=poison), max_skipped=3, validate_every=None)
+    finally:
+        DATA[:] = kept
+    _, progress = fit(tmp_path, 8, max_skipped=3)
+    assert progress.step == 8
+
+
+def test_a_full_disk_keeps_the_state_before_and_says_so(tmp_path, monkeypatch):
+    def full(tensors, path, header=None):
+        if "step_00000004" in str(path):
+            raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+        save_file(tensors, path, header)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("ldae.runs.save_file", full)
+        with pytest.raises(UserError, match=r"cannot save step 4.*28|No space.*the state of step 2 is kept"):
+            fit(tmp_path, 6)
+    assert not list((tmp_path / "state").glob(".tmp-*"))
+    steps = []
+    fit(tmp_path, 6, Toy(on_step=steps.append))
+    assert steps[0] == 2
+
+
+def test_other_data_than_the_run_was_made_with_is_refused(tmp_path):
+    fit(tmp_path, 2)
+    other = Toy()
+    other.names = ("somebody ses-M000",) * len(DATA)
+    with pytest.raises(UserError, match="another training scans"):
+        fit(tmp_path, 4, other)
+    with pytest.raises(UserError, match="samples a step"):
+        fit(tmp_path, 4, batch_size=1)
+    fit(tmp_path, 4, batch_size=2, accumulate=3)
+    fit(tmp_path, 6, other, accept_changes=True)
+
+
+def test_a_run_without_a_whole_state_is_not_started_over(tmp_path):
+    fit(tmp_path, 4)
+    for path in (tmp_path / "state").glob("*.safetensors"):
+        path.write_bytes(b"torn")
+    with pytest.raises(UserError, match=r"no checkpoint .* is whole"):
+        fit(tmp_path, 6)
+
+
+def test_a_loss_far_above_the_others_is_a_spike_and_noise_is_none():
+    noise = torch.rand(400, generator=torch.Generator().manual_seed(0))
+    watch = LossWatch()
+    assert not any(watch.spike(0.1 * (0.5 + float(value))) for value in noise)
+    assert watch.spike(2.0)
 
 
 def test_a_signal_ends_the_step_saves_and_asks_for_requeue(tmp_path):
@@ -150,7 +241,7 @@ def test_a_signal_ends_the_step_saves_and_asks_for_requeue(tmp_path):
 
     with pytest.raises(SystemExit) as stopped:
         fit(tmp_path, 9, Toy(on_step=on_step))
-    assert stopped.value.code == EXIT_PREEMPTED
+    assert stopped.value.code == EXIT_REQUEUE
     resumed, _ = fit(tmp_path, 9)
     whole, _ = fit(tmp_path / "whole", 9)
     weights = whole.modules["net"].state_dict()

@@ -6,6 +6,8 @@ It is read from a run, `runs/<name>`, or from a bundle, a folder that can be mov
                                 sampler, where it came from; written last, so that a torn folder is none
     <network>.safetensors       autoencoder, encoder, unet, estimator
     probes.json                 optional: frozen probes of y (ldae/evaluation/frozen.py)
+    directions.json             optional: directions of edits and their settings (ldae/knowledge.py)
+    README.md                   the model card (ldae/card.py)
 
 A bundle may come from strangers: nothing in it is unpickled, its configs may name only classes of this package that
 build networks, transforms and diffusion, its files must be those that were described, its tensors exactly those that
@@ -20,19 +22,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra.utils import instantiate
-from omegaconf import OmegaConf
 from torch import nn
 
 from ldae.allowed import ALLOWED, check_targets
+from ldae.bundle_file import DESCRIBED, DESCRIPTION, DIRECTIONS, FORMAT, PROBES, described_file, read_description
+from ldae.card import CARD, model_card, provenance
+from ldae.data.latents import ABOUT
 from ldae.errors import UserError
-from ldae.files import read_json, replacing, write_json
-from ldae.models.state import load_strictly, read_tensors
-from ldae.runs import Workspace, estimator_node, file_sha256
-
-FORMAT = 1
-DESCRIPTION, PROBES = "bundle.json", "probes.json"
-NETWORKS = ("autoencoder", "encoder", "unet", "estimator")
+from ldae.files import file_sha256, read_json, replacing, write_json, write_text
+from ldae.models.state import check_tensors, load_strictly, read_tensors
+from ldae.runs import Run, Workspace, built, estimator_node, plain
 
 
 @dataclass(frozen=True)
@@ -45,12 +44,15 @@ class Part:
 
     def build(self) -> nn.Module:
         """The network with its weights, on the CPU, frozen, in eval mode; its random start is never computed."""
+        tensors = read_tensors(self.file)
         with torch.device("meta"):
-            module = instantiate(self.config)
+            module = built(self.config, str(self.file))
+        # Before anything of that size is made for real.
+        check_tensors({name: tensor.shape for name, tensor in module.state_dict().items()}, tensors, self.file)
         constants = [buffer for name, buffer in module.named_buffers() if name not in module.state_dict()]
         if any(buffer.is_meta for buffer in constants):  # somebody's own network: no file holds these
-            module = instantiate(self.config)
-        load_strictly(module, read_tensors(self.file), self.file, assign=True)
+            module = built(self.config, str(self.file))
+        load_strictly(module, tensors, self.file, assign=True)
         return module.eval().requires_grad_(False)
 
 
@@ -63,6 +65,8 @@ class Bundle:
         scale: 1 / standard deviation of each latent channel.
         transform, schedule, parameterisation, sampler: configs with `_target_`; the sampler holds the guidance.
         probes: file of frozen probes, or None.
+        directions: file of directions found by evaluation=manipulation, or None.
+        likeness: what the training scans look like (data/likeness.py), or None where nobody measured it.
         sources: where it came from, for people.
     """
 
@@ -73,12 +77,31 @@ class Bundle:
     parameterisation: dict[str, Any]
     sampler: dict[str, Any]
     probes: Path | None = None
+    directions: Path | None = None
+    likeness: dict[str, Any] | None = None
     sources: dict[str, Any] = field(default_factory=dict)
 
     @property
     def weights(self) -> str:
         """The hash that frozen probes are tied to: of encoder and autoencoder, as evaluate.py writes it."""
         return hashlib.sha256(f"{self.parts['encoder'].sha256}{self.parts['autoencoder'].sha256}".encode()).hexdigest()
+
+    @classmethod
+    def find(cls, path: Path | str, runs: Path | str = "runs", trust: Sequence[str] = ()) -> "Bundle":
+        """The model at `path`: a bundle, a run's folder, or the name of a run below `runs`.
+
+        Raises:
+            UserError: there is none, or see `of_run` and `open`.
+        """
+        for place in (Path(path), Path(runs) / path):
+            if (place / DESCRIPTION).is_file():
+                return cls.open(place, trust)
+            if (place / "aekl").is_dir():
+                return cls.of_run(place)
+        if Path(path).is_dir():
+            return cls.of_run(path)  # which says what is missing
+        known = ", ".join(sorted(found.parent.name for found in Path(runs).glob("*/repr"))) or "none"
+        raise UserError(f"no run or bundle '{path}'; the runs in {runs} are: {known}")
 
     @classmethod
     def of_run(cls, root: Path | str) -> "Bundle":
@@ -105,10 +128,9 @@ class Bundle:
             "estimator": (third, estimator_node(second.config.model.unet, encoder.dim, third.config.model.estimator)),
         }
         parts = {
-            name: Part(plain(node), run.weights / f"{name}.safetensors", run.sha256(name))
-            for name, (run, node) in configs.items()
+            name: Part(plain(node), run.weights_file(name), run.sha256(name)) for name, (run, node) in configs.items()
         }
-        probes = space.evaluation / PROBES
+        probes, directions = space.evaluation / PROBES, space.evaluation / DIRECTIONS
         return cls(
             parts=parts,
             scale=[float(value) for value in second.metadata["scale"]],
@@ -117,7 +139,9 @@ class Bundle:
             parameterisation=plain(second.config.diffusion.parameterisation),
             sampler=plain(third.config.sampler),
             probes=probes if probes.is_file() else None,
-            sources={"run": space.root.name, "split_hash": third.metadata["split_hash"]},
+            directions=directions if directions.is_file() else None,
+            likeness=_likeness(space, first),
+            sources=provenance(space, runs),
         )
 
     @classmethod
@@ -131,16 +155,20 @@ class Bundle:
             UserError: it is no bundle, of another format, altered, or names what it may not.
         """
         folder = Path(folder)
-        about = _read(folder)
-        for key in ("modules", "transform", "schedule", "parameterisation", "sampler"):
+        about = read_description(folder)
+        for key in ("modules", *DESCRIBED):
             check_targets(about[key], f"{folder / DESCRIPTION}: {key}", (*ALLOWED, *trust))
+        for key in DESCRIBED:
+            built(about[key], f"{folder / DESCRIPTION}: {key}")
         parts = {
-            name: Part(about["modules"][name]["config"], _file(folder, about["modules"][name]), entry["sha256"])
+            name: Part(
+                about["modules"][name]["config"], described_file(folder, about["modules"][name]), entry["sha256"]
+            )
             for name, entry in about["modules"].items()
         }
-        probes = about["probes"]
-        kept = ("transform", "schedule", "parameterisation", "sampler", "sources", "scale")
-        return cls(parts=parts, probes=_file(folder, probes) if probes else None, **{key: about[key] for key in kept})
+        files = {name: described_file(folder, about[name]) for name in ("probes", "directions") if about.get(name)}
+        kept = {key: about[key] for key in (*DESCRIBED, "sources", "scale")}
+        return cls(parts=parts, likeness=about.get("likeness"), **files, **kept)
 
     def save(self, folder: Path | str) -> Path:
         """Write the bundle; files that lie there already, as described, stay. Returns the folder."""
@@ -161,52 +189,20 @@ class Bundle:
             "parameterisation": self.parameterisation,
             "sampler": self.sampler,
             "probes": _copy(self.probes, folder / PROBES) if self.probes else None,
+            "directions": _copy(self.directions, folder / DIRECTIONS) if self.directions else None,
+            "likeness": self.likeness,
             "sources": self.sources,
         }
+        write_text(folder / CARD, model_card(about))
         write_json(folder / DESCRIPTION, about)
         return folder
 
 
-def plain(node: Any) -> dict[str, Any]:
-    """A config node as plain values, without the files that training started from: the weights are in the bundle."""
-
-    def cleaned(value: Any) -> Any:
-        if isinstance(value, dict):
-            kept = {key: cleaned(item) for key, item in value.items()}
-            return {**kept, "weights": None} if kept.get("weights") else kept
-        return [cleaned(item) for item in value] if isinstance(value, list) else value
-
-    return cleaned(node if isinstance(node, dict) else OmegaConf.to_container(node, resolve=True))
-
-
-def _read(folder: Path) -> dict[str, Any]:
-    path = folder / DESCRIPTION
-    if not path.is_file():
-        raise UserError(f"{folder} is no bundle: it has no {DESCRIPTION}")
-    try:
-        about = read_json(path)
-        version = about["format"]
-    except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{path} is damaged ({error}); export or import the bundle again") from error
-    if version != FORMAT:
-        raise UserError(f"{path}: format {version}, this version of ldae reads {FORMAT}; export the bundle again")
-    missing = {"modules", "scale", "transform", "schedule", "parameterisation", "sampler", "probes", "sources"} - set(
-        about
-    )
-    missing |= set(NETWORKS) ^ set(about.get("modules", ()))
-    if missing:
-        raise UserError(f"{path}: '{sorted(missing)[0]}' is missing or unknown; export or import the bundle again")
-    return about
-
-
-def _file(folder: Path, entry: dict[str, str]) -> Path:
-    """A described file of the folder itself, unaltered."""
-    path = folder / Path(entry["file"]).name
-    if not path.is_file():
-        raise UserError(f"bundle {folder}: '{path.name}' is missing")
-    if file_sha256(path) != entry["sha256"]:
-        raise UserError(f"bundle {folder}: '{path.name}' is not the file that was described; get it again")
-    return path
+def _likeness(space: Workspace, autoencoder: Run) -> dict[str, Any] | None:
+    """What encode_latents.py measured on the training scans, if it was with this autoencoder."""
+    path = space.latents / ABOUT
+    about = read_json(path) if path.is_file() else {}
+    return about.get("likeness") if about.get("autoencoder_sha256") == autoencoder.sha256("autoencoder") else None
 
 
 def _copy(source: Path, target: Path) -> dict[str, str]:

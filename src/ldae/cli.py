@@ -1,21 +1,30 @@
-"""The console script `ldae`, for people with scans rather than experiments.
-
-Imports stay inside the commands, so that --help is quick.
-"""
+"""The console script `ldae`, for people with scans rather than experiments: its commands are in ldae/commands/."""
 
 import logging
 import sys
-from pathlib import Path
 
 import click
 
+from ldae.commands.embed import embed
+from ldae.commands.export import export
+from ldae.commands.import_official import import_official
+from ldae.commands.interpolate import interpolate
+from ldae.commands.manipulate import manipulate
+from ldae.commands.phantom import phantom
+from ldae.commands.preprocess import preprocess
+from ldae.commands.reconstruct import reconstruct
+from ldae.commands.sample import sample
+from ldae.commands.vary import vary
 from ldae.errors import UserError
 
 SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
+COMMANDS = (
+    preprocess, embed, reconstruct, vary, interpolate, manipulate, sample, export, phantom, import_official,
+)  # fmt: skip
 
 
 class _Group(click.Group):
-    """A user's mistake ends in one line and exit code 2."""
+    """A user's mistake ends in one line and exit code 2; commands are listed in the order of their use."""
 
     def invoke(self, ctx: click.Context) -> object:
         try:
@@ -24,53 +33,22 @@ class _Group(click.Group):
             click.echo(f"ldae: {error}", err=True)
             sys.exit(2)
 
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
 
 @click.group(cls=_Group, context_settings=SETTINGS)
 @click.version_option(package_name="ldae")
 def main() -> None:
-    """Latent Diffusion Autoencoders for 3D brain MRI."""
+    """Latent Diffusion Autoencoders for 3D brain MRI.
+
+    A scan is a NIfTI; the model is a run (--run NAME) or a bundle (--bundle DIR). `ldae COMMAND -h` says more.
+    """
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
 
 
-@main.command()
-@click.option("-n", "--subjects", default=300, show_default=True, type=click.IntRange(1), help="Number of subjects.")
-@click.option("--seed", default=7, show_default=True, help="The cohort is a function of its seed.")
-@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder for NIfTIs and scans.csv.")
-@click.option("--spacing", default=4.5, show_default=True, type=click.FloatRange(0.5, 20), help="Voxel size in mm.")
-@click.option("--shape", default="40,48,40", show_default=True, help="Voxels along X,Y,Z.")
-@click.option("-j", "--workers", default=None, type=click.IntRange(1), help="Processes; default: one a core.")
-def phantom(subjects: int, seed: int, output: Path, spacing: float, shape: str, workers: int | None) -> None:
-    """Make a cohort of brain phantoms: T1w NIfTIs, label maps and a table with the true volumes."""
-    from ldae.data.phantom import make_cohort
-
-    table = make_cohort(output, subjects, seed, spacing, _triple(shape), workers=workers)
-    click.echo(table)
-
-
-def _triple(text: str) -> tuple[int, int, int]:
-    try:
-        x, y, z = (int(part) for part in text.split(","))
-    except ValueError:
-        raise UserError(f"--shape {text!r}: three whole numbers with commas are needed, as in 40,48,40") from None
-    return x, y, z
-
-
-@main.command("import-official")
-@click.option("--autoencoder", required=True, type=click.Path(path_type=Path), help="autoencoderkl.pth")
-@click.option("--encoder", required=True, type=click.Path(path_type=Path), help="encoder.pth")
-@click.option("--decoder", required=True, type=click.Path(path_type=Path), help="decoder.pth")
-@click.option("--unet", type=click.Path(path_type=Path), help="Training checkpoint with the U-Net under `ema_unet.`.")
-@click.option("--probe", type=click.Path(path_type=Path), help="The linear AD/CN probe.")
-@click.option("--mean", type=click.Path(path_type=Path), help="Mean of y that the probe was fitted with.")
-@click.option("--std", type=click.Path(path_type=Path), help="Standard deviation of y likewise.")
-@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The bundle's folder.")
-def import_official(**paths: Path | None) -> None:
-    """Turn the released LDAE checkpoints into a bundle that LDAE.load opens."""
-    from ldae.official_bundle import import_official as convert
-
-    out = paths.pop("output")
-    convert(**paths, out=out)
-    click.echo(out)
+for command in COMMANDS:
+    main.add_command(command)
 
 
 if __name__ == "__main__":

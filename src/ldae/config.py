@@ -48,6 +48,8 @@ class Trainer:
     checkpointing: bool = False
     compile: bool = False
     workers: int | None = None
+    max_skipped: int = 10  # steps in a row without a finite loss and gradient
+    accept_changes: bool = False  # resume although the data, the predecessors or the config are others
 
 
 @dataclass
@@ -76,12 +78,14 @@ class Loss:
 
 @dataclass
 class Split:
-    """Shares of subjects, and the seed of the draw."""
+    """Shares of subjects, and the seed of the draw; with `fold`, test is that one of `folds` instead of a share."""
 
     train: float = 0.85
     val: float = 0.05
     test: float = 0.10
     seed: int = 0
+    fold: int | None = None
+    folds: int = 5
 
 
 @dataclass
@@ -158,9 +162,33 @@ class Config:
     evaluation: dict[str, Any] = field(default_factory=dict)
 
 
+@dataclass
+class PreprocessSteps:
+    """What is done to a raw scan; None switches a step off. See ldae.preprocessing.pipeline."""
+
+    bias: Any = None
+    brain: Any = None
+    registration: Any = None
+    template: Any = MISSING
+    intensity: Any = None
+    limits: Any = MISSING
+    regions: Any = None
+    columns: Any = MISSING
+    spacing: float | None = 1.5
+    interpolator: str = "bSpline"
+
+
+@dataclass
+class PreprocessConfig:
+    """`ldae preprocess`."""
+
+    preprocess: PreprocessSteps = field(default_factory=PreprocessSteps)
+
+
 def register() -> None:
-    """Make the schema known to Hydra under the name that `conf/base.yaml` starts from."""
+    """Make the schemas known to Hydra under the names that `conf/base.yaml` and `conf/preprocess.yaml` start from."""
     ConfigStore.instance().store(name="schema", node=Config)
+    ConfigStore.instance().store(name="preprocess_schema", node=PreprocessConfig)
 
 
 def conf_dir() -> Path:

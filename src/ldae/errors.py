@@ -1,4 +1,7 @@
-"""The one exception that a user is meant to read."""
+"""The one exception that a user is meant to read, and how a process ends."""
+
+EXIT_USER_ERROR = 2
+EXIT_REQUEUE = 75  # EX_TEMPFAIL: a scheduler may start the same command again
 
 
 class UserError(Exception):

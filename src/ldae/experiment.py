@@ -4,13 +4,16 @@ import logging
 from pathlib import Path
 
 from accelerate import Accelerator
+from accelerate.utils import set_seed
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from ldae.config import check_targets
 from ldae.data.cohort import Cohort, load_cohort
 from ldae.errors import UserError
-from ldae.runs import Workspace, workspace
+from ldae.locks import only_writer
+from ldae.noise import derive
+from ldae.runs import Run, Workspace, workspace
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +58,7 @@ def open_cohort(config: DictConfig, accelerator: Accelerator, space: Workspace, 
             cache_dtype=data.cache_dtype,
             shares={"test": 1.0} if external else {name: data.split[name] for name in ("train", "val", "test")},
             seed=data.split.seed,
+            fold=None if external or data.split.fold is None else (data.split.fold, data.split.folds),
             on_bad_scan=data.on_bad_scan,
             diagnoses=data.diagnoses,
             augmentation=instantiate(data.augmentation),
@@ -67,24 +71,34 @@ def open_cohort(config: DictConfig, accelerator: Accelerator, space: Workspace, 
 
 def train(config: DictConfig) -> None:
     """Train the stage of `config`, or resume it."""
-    from ldae.training.trainer import Trainer
+    from ldae.training.changes import check_changes
 
     _check(config)
     accelerator = instantiate(config.accelerator)
     space = workspace(config)
-    settings, optim = OmegaConf.to_object(config.trainer), OmegaConf.to_object(config.optim)
     name = config.stage._target_.rsplit(".", 2)[-2]
     run = space.stage(name)
     _check_predecessors(config, space)
+    check_changes(run, config)
+    with only_writer(run.path, accelerator.is_main_process):
+        _train(config, accelerator, space, run)
+    accelerator.end_training()
+
+
+def _train(config: DictConfig, accelerator: Accelerator, space: Workspace, run: Run) -> None:
+    from ldae.training.trainer import Trainer
+
     cohort = open_cohort(config, accelerator, space)
+    # A run that is killed before its first checkpoint starts again from the same weights.
+    set_seed(derive(config.seed, "weights", config.stage._target_) % 2**32)
     # Partial: Hydra would turn the cohort, a dataclass, into a config.
     stage = instantiate(config.stage, _partial_=True)(cohort=cohort, workspace=space)
     if accelerator.is_main_process:
         run.write_config(config)
         cohort.write_rejected(run.path / "rejected.csv")
+    settings, optim = OmegaConf.to_object(config.trainer), OmegaConf.to_object(config.optim)
     trainer = Trainer(accelerator, run, settings, optim, config.seed)
     trainer.fit(stage, {"split_hash": cohort.split_hash, "transform": cohort.transform.key(), "seed": config.seed})
-    accelerator.end_training()
 
 
 def _check_predecessors(config: DictConfig, space: Workspace) -> None:
@@ -111,7 +125,8 @@ def encode(config: DictConfig) -> None:
         raise UserError(f"{run.path} was trained on another split of the subjects than {space.split_file} holds now")
     if run.metadata["transform"] != cohort.transform.key():
         raise UserError(f"{run.path} was trained on volumes of another transform: keep the same data.* values")
-    encode_cohort(run, cohort, space.latents, Path(config.data.table), accelerator, config.trainer.batch_size)
+    with only_writer(space.latents, accelerator.is_main_process):
+        encode_cohort(run, cohort, space.latents, Path(config.data.table), accelerator, config.trainer.batch_size)
 
 
 def evaluate(config: DictConfig) -> None:

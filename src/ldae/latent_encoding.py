@@ -1,6 +1,6 @@
 """Compress a cohort with a trained autoencoder: one NPZ a scan, a table, and latents.json.
 
-Processes take every n-th scan; what is done already, by the same autoencoder, is skipped.
+Processes take every n-th batch; what is done already, by the same autoencoder, is skipped.
 """
 
 import logging
@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from ldae.data.cohort import Cohort
 from ldae.data.latents import latent_name, read_latent, write_about, write_latent
+from ldae.data.likeness import ENOUGH, Likeness
 from ldae.data.table import write_table
 from ldae.errors import UserError
 from ldae.runs import Run
@@ -31,17 +32,18 @@ def encode_cohort(
     autoencoder = run.module("autoencoder", run.config.model.autoencoder).to(accelerator.device)
     weights = run.sha256("autoencoder")
     paths = [folder / latent_name(row.subject, row.session) for row in cohort.table.itertuples()]
-    mine = np.arange(len(paths))[accelerator.process_index :: accelerator.num_processes]
-    todo = np.array([row for row in mine if not _done(paths[row], weights)], dtype=int)
+    # Batches are cut from the whole table: in a batch of other company, sums round differently.
+    batches = list(_chunks(np.arange(len(paths)), batch_size))
+    mine = batches[accelerator.process_index :: accelerator.num_processes]
+    todo = [rows for rows in mine if not all(_done(paths[row], weights) for row in rows)]
     if len(todo) < len(mine):
-        log.info("%d of %d scans are encoded already", len(mine) - len(todo), len(mine))
+        log.info("%d of %d batches of scans are encoded already", len(mine) - len(todo), len(mine))
     show = not accelerator.is_main_process
-    with torch.inference_mode(), tqdm(total=len(todo), desc="encoding", unit="scan", disable=show) as bar:
-        for rows in _chunks(todo, batch_size):
+    with torch.inference_mode(), tqdm(todo, desc="encoding", unit="batch", disable=show) as bar:
+        for rows in bar:
             mean, std = _posterior(autoencoder, cohort.volumes.batch(rows), accelerator)
             for row, m, s in zip(rows, mean, std, strict=True):
                 write_latent(paths[row], m, s, weights)
-            bar.update(len(rows))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         _finish(run, cohort, folder, table, paths, weights)
@@ -87,9 +89,18 @@ def _finish(run: Run, cohort: Cohort, folder: Path, table: Path, paths: list[Pat
         "autoencoder_sha256": weights,
         "autoencoder": run.metadata["step"],
         "transform": cohort.transform.key(),
+        "likeness": _likeness(cohort),
     }
     write_about(folder, about)
     log.info("%d latents of shape %s in %s; scale %s", len(paths), shape, folder, [round(s, 4) for s in scale])
+
+
+def _likeness(cohort: Cohort) -> dict[str, Any] | None:
+    """What training scans look like; see ldae/data/likeness.py."""
+    rows = cohort.rows("train")
+    rows = rows[np.linspace(0, len(rows) - 1, min(len(rows), ENOUGH)).astype(int)]
+    found = Likeness.measure(cohort.volumes[row] for row in rows)
+    return None if found is None else found.to_dict()
 
 
 def channel_scale(paths: list[Path]) -> tuple[list[float], list[int]]:

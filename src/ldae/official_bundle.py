@@ -17,14 +17,16 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.utils import instantiate
 from torch import Tensor, nn
 
-from ldae.bundle import PROBES, Bundle, Part, plain
+from ldae.bundle import Bundle, Part
+from ldae.bundle_file import PROBES
 from ldae.config import conf_dir
 from ldae.errors import UserError
 from ldae.evaluation.frozen import OURS, Frozen, write_frozen
 from ldae.evaluation.linear import LinearModel
+from ldae.files import file_sha256
 from ldae.models import official
 from ldae.models.state import read_tensors
-from ldae.runs import estimator_node, file_sha256, save_tensors
+from ldae.runs import estimator_node, plain, save_tensors
 
 log = logging.getLogger(__name__)
 

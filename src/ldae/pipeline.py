@@ -1,34 +1,46 @@
 """class LDAE: the whole trained model behind a few methods (arXiv 2504.08635, section 4 of the method).
 
 Tensors are in model space: volumes (B, 1, X, Y, Z) in [0, 1], latents (B, C, X', Y', Z') of unit variance, y (B, dim).
+Where a method takes volumes it takes scans as well (inputs.py); uses.py has the methods made of those here.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from hydra.utils import instantiate
 from torch import Tensor, nn
 
-from ldae.bundle import DESCRIPTION, Bundle
+from ldae.bundle import Bundle
 from ldae.denoiser import Denoiser
 from ldae.diffusion.code import Code
 from ldae.diffusion.samplers import Sampler
 from ldae.errors import UserError
+from ldae.inputs import Inputs, Scans
+from ldae.knowledge import Knowledge
+from ldae.native import Preprocess
 from ldae.noise import normal
+from ldae.uses import Edit, Uses
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-class Edit(Protocol):
-    """Anything that moves y, as evaluation.directions.Direction does."""
+def _inference(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Without gradients, networks in the model's dtype."""
 
-    def edit(self, y: Tensor, alpha: float) -> Tensor:
-        """y' of y (B, dim)."""
-        ...
+    @functools.wraps(method)
+    def wrapped(self: "LDAE", *args: Any, **options: Any) -> Any:
+        reduced = self.dtype != torch.float32
+        with torch.no_grad(), torch.autocast(self.device.type, self.dtype if reduced else None, enabled=reduced):
+            return method(self, *args, **options)
+
+    return wrapped
 
 
-class LDAE:
+class LDAE(Inputs, Uses):
     """A trained model.
 
     Args:
@@ -38,7 +50,11 @@ class LDAE:
         sampler: the default sampler; its guidance form, strength and stop hold for inversion and decoding alike.
         shape: (X, Y, Z) of a volume.
         transform: from a scan's file to a volume; None where only tensors are used.
-        bundle: what the model was built from; needed for `export` and for probes by name.
+        bundle: what the model was built from; needed for `export`, and for probes and directions by name.
+        dtype: of the networks' arithmetic: float32, or bfloat16 or float16 where the device is good at them. Samplers
+            count in float32 all the same.
+        batch_size: volumes that encoder and autoencoder see at a time, at most.
+        preprocess: what scans go through that are unlike the training scans (see native.open_scan); None refuses them.
     """
 
     def __init__(
@@ -52,7 +68,12 @@ class LDAE:
         transform: Any = None,
         device: str | torch.device | None = None,
         bundle: Bundle | None = None,
+        dtype: torch.dtype = torch.float32,
+        batch_size: int = 8,
+        preprocess: Preprocess | None = None,
     ) -> None:
+        if dtype not in DTYPES:
+            raise UserError(f"dtype={dtype}: one of {', '.join(map(str, DTYPES))} is needed")
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.autoencoder, self.encoder, self.denoiser = autoencoder, encoder, denoiser
         for module in (autoencoder, encoder, denoiser.unet, denoiser.estimator):
@@ -62,6 +83,7 @@ class LDAE:
         self.shape = tuple(shape)
         self.transform = transform
         self.bundle = bundle
+        self.dtype, self.batch_size, self.preprocess = dtype, batch_size, preprocess
 
     @classmethod
     def load(
@@ -70,18 +92,21 @@ class LDAE:
         device: str | torch.device | None = None,
         sampler: Sampler | None = None,
         trust: Sequence[str] = (),
+        runs: str | Path = "runs",
+        **options: Any,
     ) -> "LDAE":
-        """The model of a run, `runs/<name>`, or of an exported bundle.
+        """The model of a run, `runs/<name>` or its name alone, or of an exported bundle.
 
         Args:
             sampler: instead of the one that the run or bundle was made with.
             trust: further modules whose classes a bundle may name (see bundle.py).
+            runs: folder of runs, where `path` is a name.
+            options: dtype, batch_size, preprocess.
 
         Raises:
-            UserError: a stage or file is missing or altered, or weights do not fit.
+            UserError: there is no such model, a stage or file is missing or altered, or weights do not fit.
         """
-        path = Path(path)
-        bundle = Bundle.open(path, trust) if (path / DESCRIPTION).exists() else Bundle.of_run(path)
+        bundle = Bundle.find(path, runs, trust)
         networks = {name: part.build() for name, part in bundle.parts.items()}
         diffusion = [instantiate(node) for node in (bundle.schedule, bundle.parameterisation)]
         transform = instantiate(bundle.transform)
@@ -95,6 +120,7 @@ class LDAE:
             transform=transform,
             device=device,
             bundle=bundle,
+            **options,
         )
 
     def export(self, folder: str | Path) -> Path:
@@ -108,25 +134,22 @@ class LDAE:
         return self.bundle.save(folder)
 
     @cached_property
-    def probes(self) -> dict[str, Any]:
-        """Frozen linear probes of y by name (evaluation.linear.LinearModel), fitted by evaluate.py; {} without any."""
-        from ldae.evaluation.frozen import OURS, read_frozen
+    def knowledge(self) -> Knowledge:
+        """Probes, directions and the settings of an edit, as evaluate.py left them; empty without any."""
+        bundle = self.bundle
+        return Knowledge() if bundle is None else Knowledge.read(bundle.probes, bundle.directions, bundle.weights)
 
-        if self.bundle is None or self.bundle.probes is None:
-            return {}
-        return {name: found[OURS].model for name, found in read_frozen(self.bundle.probes, self.bundle.weights).items()}
+    @property
+    def probes(self) -> Any:
+        """Frozen linear probes of y by name (evaluation.linear.LinearModel)."""
+        return self.knowledge.probes
 
-    def direction(self, probe: str) -> Edit:
-        """The direction of a probe's weights: alpha > 0 moves towards its positive class or larger number."""
-        import numpy as np
+    def direction(self, name: str) -> Edit:
+        """A direction by name: alpha > 0 moves towards the probe's positive class or larger number."""
+        return self.knowledge.direction(name)
 
-        from ldae.evaluation.directions import Direction
-
-        if probe not in self.probes:
-            known = ", ".join(sorted(self.probes)) or "none; run `python evaluate.py evaluation=[probes]`"
-            raise UserError(f"this model has no probe '{probe}'; it has {known}")
-        model = self.probes[probe]
-        return Direction(model.mean, model.std, model.coef / np.linalg.norm(model.coef))
+    def _in_batches(self, work: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        return torch.cat([work(part).float() for part in x.to(self.device).split(self.batch_size)])
 
     def _sampler(self, steps: int | None) -> Sampler:
         return self.sampler if steps is None else self.sampler.with_steps(steps)
@@ -139,32 +162,37 @@ class LDAE:
             denoiser = Denoiser(*parts, form=guidance.form)
         return denoiser.guided(y.to(self.device), guidance.strength, guidance.stop)
 
-    @torch.no_grad()
-    def embed(self, x: Tensor) -> Tensor:
+    @_inference
+    def embed(self, x: Scans) -> Tensor:
         """y = Enc(x), (B, dim)."""
-        return self.encoder(x.to(self.device)).float()
+        return self._in_batches(self.encoder, self.volumes(x))
 
-    @torch.no_grad()
-    def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    @_inference
+    def attention(self, x: Scans) -> Tensor:
+        """How much the encoder looked at each slice, (B, slices), rows sum to 1."""
+        return self._in_batches(self.encoder.attention, self.volumes(x))
+
+    @_inference
+    def posterior(self, x: Scans) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the latent, unscaled, (B, C, X', Y', Z') each."""
-        mean, std = self.autoencoder.encode(x.to(self.device))
-        return mean.float(), std.float()
+        both = self._in_batches(lambda part: torch.stack(self.autoencoder.encode(part), 1), self.volumes(x))
+        return both[:, 0], both[:, 1]
 
-    def compress(self, x: Tensor) -> Tensor:
+    def compress(self, x: Scans) -> Tensor:
         """z, the posterior's mean in units of the latent's standard deviation."""
         return self.posterior(x)[0] * self.scale
 
-    @torch.no_grad()
+    @_inference
     def decompress(self, z: Tensor) -> Tensor:
         """The volume of z, as the autoencoder decodes it: near [0, 1], not clipped to it."""
-        return self.autoencoder.decode(z.to(self.device) / self.scale).float()
+        return self._in_batches(self.autoencoder.decode, z.to(self.device) / self.scale)
 
-    @torch.no_grad()
+    @_inference
     def invert(self, z: Tensor, y: Tensor, steps: int | None = None, **options: Any) -> Code:
         """z_T of z given y; `options` as in Sampler.invert (depth, noise, renoise)."""
         return self._sampler(steps).invert(self._guided(y), z.to(self.device), self.denoiser.schedule, **options)
 
-    @torch.no_grad()
+    @_inference
     def generate(self, code: Code | Tensor, y: Tensor, steps: int | None = None) -> Tensor:
         """z_0 decoded from a code, or from noise, given y."""
         return self._sampler(steps).sample(self._guided(y), code.to(self.device), self.denoiser.schedule)
@@ -179,45 +207,22 @@ class LDAE:
         shape = (self.autoencoder.latent_channels, *sizes)
         return normal(shape, seed, range(count), "sample").to(self.device)
 
-    @torch.no_grad()
-    def sample(self, count: int, seed: int = 0, steps: int | None = None) -> Tensor:
-        """Unconditional volumes, from the U-Net alone, clipped to [0, 1]."""
-        z = self._sampler(steps).sample(self.denoiser.eps, self.noise(count, seed), self.denoiser.schedule)
+    @_inference
+    def sample_from(self, noise: Tensor, steps: int | None = None) -> Tensor:
+        """Unconditional volumes of z_T, from the U-Net alone, clipped to [0, 1]."""
+        z = self._sampler(steps).sample(self.denoiser.eps, noise.to(self.device), self.denoiser.schedule)
         return self.decompress(z).clamp(0, 1)
 
-    @torch.no_grad()
+    def sample(self, count: int, seed: int = 0, steps: int | None = None) -> Tensor:
+        """`count` unconditional volumes; volume i depends on (seed, i) alone."""
+        return self.sample_from(self.noise(count, seed), steps)
+
+    @_inference
     def predict_noise(self, z_t: Tensor, t: Tensor) -> Tensor:
         """Unconditional eps, (B, C, X', Y', Z')."""
         return self.denoiser.eps(z_t.to(self.device), t.to(self.device))
 
-    @torch.no_grad()
+    @_inference
     def estimate_gradient(self, z_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """G(z_t, t, y), (B, C, X', Y', Z')."""
         return self.denoiser.gradient(z_t.to(self.device), t.to(self.device), y.to(self.device))
-
-    def interpolate(self, xa: Tensor, xb: Tensor, t: float | Tensor, steps: int | None = None) -> Tensor:
-        """Between two scans: y on the line, z_T on the arc; t in [0, 1]."""
-        ya, yb = self.embed(xa), self.embed(xb)
-        first = self.invert(self.compress(xa), ya, steps)
-        second = self.invert(self.compress(xb), yb, steps)
-        share = torch.as_tensor(t, dtype=ya.dtype, device=self.device).view(-1, 1)
-        return self.decode(first.slerp(second, t), torch.lerp(ya, yb, share.expand_as(ya)), steps)
-
-    def vary(self, x: Tensor, count: int, seed: int = 0, steps: int | None = None) -> Tensor:
-        """One scan's y with `count` codes ~ N(0, I): (count, 1, X, Y, Z) from x (1, 1, X, Y, Z)."""
-        return self.decode(self.noise(count, seed), self.embed(x).expand(count, -1), steps)
-
-    def manipulate(
-        self, x: Tensor, direction: str | Edit, alpha: float, steps: int | None = None, **options: Any
-    ) -> Tensor:
-        """The scan with y moved along a direction, decoded from its own code.
-
-        Args:
-            direction: the name of a probe, or anything with `edit(y, alpha)`.
-            alpha: 1 is a step as long as a typical standardised y.
-            options: of the inversion (depth, noise, renoise), see Sampler.invert.
-        """
-        chosen = self.direction(direction) if isinstance(direction, str) else direction
-        y = self.embed(x)
-        code = self.invert(self.compress(x), y, steps, **options)
-        return self.decode(code, chosen.edit(y, alpha), steps)

@@ -3,20 +3,26 @@
 config.yaml  metrics.jsonl  tensorboard/  state/ (resume)  weights/*.safetensors + metadata.json (publish)
 """
 
+import errno
 import hashlib
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ldae.errors import UserError
-from ldae.files import read_json, replacing, write_json, write_text
+from ldae.files import file_sha256, read_json, replacing, write_json, write_text
 from ldae.models.state import load_strictly, read_tensors
 
+MAX_BRACKETS = 500  # in a stored config
 MAX_NAME = 200  # file names end at 255 bytes
 
 
@@ -71,16 +77,18 @@ def workspace(config: DictConfig) -> Workspace:
     return Workspace(root, f"@{name}" if name else "")
 
 
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes, hex."""
-    with open(path, "rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
+def save_tensors(path: Path, tensors: dict[str, Tensor], header: dict[str, str] | None = None) -> None:
+    """Write tensors atomically as safetensors, on the CPU and contiguous, with text for the file's header.
 
-
-def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write tensors atomically as safetensors, on the CPU and contiguous."""
+    Raises:
+        OSError: they cannot be written.
+    """
     with replacing(path) as temporary:
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary)
+        try:
+            save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary, header)
+        except SafetensorError as error:  # it holds the reason as text alone
+            number = re.search(r"os error (\d+)", str(error))
+            raise OSError(int(number[1]) if number else errno.EIO, str(error), str(path)) from error
 
 
 @dataclass(frozen=True)
@@ -101,13 +109,40 @@ class Run:
 
     @property
     def config(self) -> DictConfig:
-        """The config the run was made with."""
-        return OmegaConf.create(OmegaConf.load(self.path / "config.yaml"))
+        """The config the run was made with.
+
+        Raises:
+            UserError: it is missing or damaged.
+        """
+        path = self.path / "config.yaml"
+        try:
+            text = path.read_text(encoding="utf-8")
+            if max(map(text.count, "[{")) > MAX_BRACKETS:  # the parser's time grows with their square
+                raise ValueError("too many brackets")
+            if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
+                raise ValueError("an alias, which may hold itself")
+            loaded = OmegaConf.create(text)
+        except (OSError, yaml.YAMLError, UnicodeError, OmegaConfBaseException, ValueError, RecursionError) as error:
+            raise UserError(f"cannot read {path} ({str(error).splitlines()[0]}): restore it") from error
+        if not isinstance(loaded, DictConfig) or not isinstance(loaded.get("model"), DictConfig):
+            raise UserError(f"{path} holds no config: restore it")
+        return loaded
 
     @property
     def metadata(self) -> dict[str, Any]:
-        """What `publish` wrote: step, metrics, split hash, and the files' hashes."""
-        return read_json(self.weights / "metadata.json")
+        """What `publish` wrote: step, metrics, split hash, and the files' hashes.
+
+        Raises:
+            UserError: it is damaged.
+        """
+        path = self.weights / "metadata.json"
+        try:
+            found = read_json(path)
+            if not all(isinstance(entry["sha256"], str) for entry in found["weights"].values()):
+                raise ValueError("no hashes")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise UserError(f"{path} is damaged ({error}): run the stage's training command again") from error
+        return found
 
     def write_config(self, config: DictConfig) -> None:
         """Store the resolved config."""
@@ -126,14 +161,40 @@ class Run:
         """Hash of a published module's file."""
         return self.metadata["weights"][name]["sha256"]
 
-    def module(self, name: str, node: Any) -> nn.Module:
-        """Build a module from its config node and load its published weights, strictly; eval mode, frozen."""
+    def weights_file(self, name: str) -> Path:
+        """The published file of a module, unaltered.
+
+        Raises:
+            UserError: there is none, or it is not the one that was published.
+        """
         path = self.weights / f"{name}.safetensors"
         if name not in self.metadata["weights"]:
             raise UserError(f"{self.path} holds no weights of '{name}'")
-        module = node if isinstance(node, nn.Module) else instantiate(node)
+        if not path.is_file() or file_sha256(path) != self.sha256(name):
+            raise UserError(f"{path} is not the file that was published: run the stage's training command again")
+        return path
+
+    def module(self, name: str, node: Any) -> nn.Module:
+        """Build a module from its config node and load its published weights, strictly; eval mode, frozen."""
+        path = self.weights_file(name)
+        module = node if isinstance(node, nn.Module) else built(node, str(self.path / "config.yaml"))
+        if not isinstance(module, nn.Module):
+            raise UserError(f"{self.path / 'config.yaml'} describes no network '{name}': restore it")
         load_strictly(module, read_tensors(path), path)
         return module.eval().requires_grad_(False)
+
+
+def built(node: Any, where: str) -> Any:
+    """What a stored config describes.
+
+    Raises:
+        UserError: its class does not take these arguments.
+    """
+    try:
+        return instantiate(node)
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{where} describes what cannot be built ({reason}): restore it") from error
 
 
 def estimator_node(unet: DictConfig, semantic_dim: int, options: DictConfig | None = None) -> dict[str, Any]:
@@ -141,3 +202,15 @@ def estimator_node(unet: DictConfig, semantic_dim: int, options: DictConfig | No
     node = {**OmegaConf.to_container(unet, resolve=True), **(options or {})}
     target = "ldae.models.gradient_estimator.GradientEstimator"
     return {**node, "_target_": target, "semantic_dim": semantic_dim}
+
+
+def plain(node: Any) -> dict[str, Any]:
+    """A config node as plain values, without the files that training started from: the weights are in the bundle."""
+
+    def cleaned(value: Any) -> Any:
+        if isinstance(value, dict):
+            kept = {key: cleaned(item) for key, item in value.items()}
+            return {**kept, "weights": None} if kept.get("weights") else kept
+        return [cleaned(item) for item in value] if isinstance(value, list) else value
+
+    return cleaned(node if isinstance(node, dict) else OmegaConf.to_container(node, resolve=True))

@@ -63,6 +63,7 @@ def load_cohort(
     workers: int | None = None,
     cache_dtype: str = "float16",
     progress: bool = True,
+    fold: tuple[int, int] | None = None,
 ) -> Cohort:
     """Read the table, give it its split, transform and cache its scans.
 
@@ -77,6 +78,7 @@ def load_cohort(
         on_bad_scan: "reject" sets bad scans aside, "stop" refuses the table.
         diagnoses: keep scans with these alone; None keeps all.
         workers: processes that transform scans.
+        fold: (which, of how many) is the test split, see `ensure`.
 
     Raises:
         UserError: a fault of the table or the split, no scan left in a split, or a bad scan under "stop".
@@ -84,7 +86,7 @@ def load_cohort(
     if on_bad_scan not in ON_BAD_SCAN:
         raise UserError(f"data.on_bad_scan={on_bad_scan}: one of {', '.join(ON_BAD_SCAN)} is needed")
     store = VolumeCache(cache, transform, cache_dtype)
-    rows = ensure(read_table(table), split_file, shares, seed)
+    rows = ensure(read_table(table), split_file, shares, seed, fold)
     stored = read_split(split_file) if split_file is not None else rows
     if diagnoses is not None:
         rows = _choose(rows, diagnoses, table)

@@ -1,4 +1,4 @@
-"""Reading one scan: its header is judged before its voxels are read, its voxels before they are used."""
+"""Reading one scan: its header is judged before its voxels are read, its voxels before they are used; and its like."""
 
 import struct
 import zlib
@@ -23,6 +23,11 @@ _UNREADABLE = (
     TypeError,
     KeyError,
     IndexError,
+    AttributeError,
+    NotImplementedError,
+    RuntimeError,
+    MemoryError,
+    SyntaxError,
     struct.error,
     zlib.error,
     nib.filebasedimages.ImageFileError,
@@ -49,6 +54,8 @@ def load_scan(
     path = source if isinstance(source, str | Path) else None
     try:
         image = source if path is None else nib.load(path)
+        if not isinstance(image, nib.spatialimages.SpatialImage):
+            raise BadScan(f"not a volume but {type(image).__name__}")
         shape = _check_header(image)
         # Large scaled integers overflow float32: found below as infinity.
         with np.errstate(over="ignore", invalid="ignore"):
@@ -64,6 +71,16 @@ def load_scan(
     if reject_constant and data.min() == data.max():
         raise BadScan("all voxels are zero" if not data.any() else "all voxels are equal", path)
     return data, affine
+
+
+def nifti_like(data: np.ndarray, image: nib.spatialimages.SpatialImage) -> nib.Nifti1Image:
+    """A float32 NIfTI of other voxels with the shape, affine and orientation codes of `image`."""
+    header = image.header if isinstance(image, nib.Nifti1Image) else None
+    result = nib.Nifti1Image(data.astype(np.float32).reshape(image.shape), image.affine, header)
+    result.set_data_dtype(np.float32)
+    result.header.set_slope_inter(1, 0)
+    result.header["cal_min"] = result.header["cal_max"] = 0
+    return result
 
 
 def _check_header(image: nib.spatialimages.SpatialImage) -> tuple[int, int, int]:

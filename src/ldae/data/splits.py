@@ -62,10 +62,30 @@ def assign(
     return result
 
 
-def ensure(table: pd.DataFrame, path: Path | None, shares: Mapping[str, float], seed: int) -> pd.DataFrame:
+def fold_members(table: pd.DataFrame, fold: int, folds: int, seed: int) -> set[str]:
+    """The subjects of fold `fold` of `folds`, stratified by first known diagnosis: every subject is in exactly one.
+
+    Raises:
+        UserError: there is no such fold.
+    """
+    if not 0 <= fold < folds or folds < 2:
+        raise UserError(f"data.split.fold={fold}: with data.split.folds={folds} it is one of 0 to {folds - 1}")
+    strata = _strata(table)
+    order = sorted(strata, key=lambda s: (strata[s], derive(seed, "fold", s), s))
+    return set(order[fold::folds])
+
+
+def ensure(
+    table: pd.DataFrame,
+    path: Path | None,
+    shares: Mapping[str, float],
+    seed: int,
+    fold: tuple[int, int] | None = None,
+) -> pd.DataFrame:
     """`table` with its `split` column, as stored in `path`, or drawn and stored there.
 
-    A split that the table itself names wins over the draw; rows it leaves open are drawn.
+    A split that the table itself names wins over the draw; rows it leaves open are drawn. With `fold`, (which, of how
+    many), test is that fold, and the others are drawn by the shares of train and val.
 
     Raises:
         UserError: the stored split is damaged or contradicts the table's, or a split with a share has no subject.
@@ -79,7 +99,12 @@ def ensure(table: pd.DataFrame, path: Path | None, shares: Mapping[str, float], 
                 f"subject {subject!r} is in '{split}' by the table's split column, but in '{stored[subject]}' "
                 f"by {path}: remove the column, or start under another name"
             )
-    splits = assign(table, shares, seed, {**stored, **own})
+    previous = {**stored, **own}
+    if fold is not None and not previous:
+        previous = dict.fromkeys(fold_members(table, *fold, seed), "test")
+        rest = shares["train"] + shares["val"]
+        shares = {"train": shares["train"] / rest, "val": shares["val"] / rest, "test": 0.0}
+    splits = assign(table, shares, seed, previous)
     table = table.assign(split=pd.Series([splits[s] for s in table["subject"]], index=table.index, dtype=object))
     check_not_empty(table, shares, "the table")
     everyone = {**stored, **splits}

@@ -89,7 +89,10 @@ class Batches:
         return np.arange(step * count, (step + 1) * count).reshape(shape)[:, self.rank]
 
     def at(self, step: int) -> list[Batch]:
-        """The `accumulate` micro-batches of `step`: "index" and "position" (B,) int64, and what `fetch` gives.
+        """The `accumulate` micro-batches of `step`.
+
+        Each holds "index" and "position" (B,) int64, its global "number", the same on all processes, and what `fetch`
+        gives.
 
         Raises:
             Whatever `fetch` raised, with the samples noted.
@@ -116,12 +119,12 @@ class Batches:
 
     def _load(self, step: int) -> list[Batch]:
         batches = []
-        for positions in self.positions(step):
+        for number, positions in enumerate(self.positions(step), step * self.accumulate):
             index = self.stream.at(positions)
             try:
                 fetched = self.fetch(index)
             except Exception as error:
                 error.add_note(f"while fetching samples {index.tolist()} of step {step}")
                 raise
-            batches.append({"index": index, "position": positions, **fetched})
+            batches.append({"index": index, "position": positions, "number": number, **fetched})
         return batches

@@ -7,7 +7,7 @@ import csv
 import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +23,8 @@ MAX_AGE = 130.0  # years; beyond it the column holds something else
 
 _SESSION = re.compile(r"(?:ses-)?M(\d{1,4})|(\d{1,4})(?:\.0+)?", re.IGNORECASE)
 _EMPTY = {"", "na", "n/a", "nan"}
+# Cells ride along into tables that people open with spreadsheets. A sign before a number or a word does no harm there.
+_FORMULA = re.compile(r"=|@|[+-].*[(|!=]", re.DOTALL)
 # A number that prints the same way again: "007" and "1_000" stay text.
 _NUMBER = re.compile(r"[-+]?(?:0|[1-9]\d*)(?:\.\d*)?(?:[eE][-+]?\d+)?")
 
@@ -89,14 +91,24 @@ def read_table(path: Path | str, require_files: bool = True) -> pd.DataFrame:
     return table
 
 
+def scan_names(table: pd.DataFrame, rows: Sequence[int]) -> list[str]:
+    """What rows of a table are called before people: subject and session."""
+    return [f"{table['subject'].iloc[row]} {table['session'].iloc[row]}" for row in rows]
+
+
 def write_table(table: pd.DataFrame, path: Path | str) -> None:
-    """Write a table atomically; files below its folder are named relative to it, so that the folder can move."""
+    """Write a table atomically; files below its folder are named relative to it, so that the folder can move.
+
+    Text that a spreadsheet would run as a formula gets an apostrophe in front.
+    """
     path = Path(path)
     folder = os.path.abspath(path.parent)
     table = table.copy()
     for name in PATHS:
         if name in table:
             table[name] = [_relative(value, folder) for value in table[name]]
+    for name in table.select_dtypes(object):
+        table[name] = [f"'{v}" if isinstance(v, str) and _FORMULA.match(v) else v for v in table[name]]
     with replacing(path) as temporary:
         table.to_csv(temporary, index=False, lineterminator="\n")
 
@@ -130,6 +142,8 @@ def _rows(path: Path) -> Iterator[_Row]:
     for name in header:
         if header.count(name) > 1:
             raise UserError(f"{path}, line {line}, column '{name}': it appears twice in the header")
+        if _FORMULA.match(name):
+            raise UserError(f"{path}, line {line}, column {name[:40]!r}: a spreadsheet would run it: rename it")
     for name in REQUIRED:
         if name not in header:
             raise UserError(f"{path}, line {line}, column '{name}': it is missing; the header has {', '.join(header)}")
@@ -143,6 +157,9 @@ def _record(row: _Row, require_files: bool) -> dict[str, str | int | float]:
     """One checked row, its values typed."""
     cells = row.cells
     record: dict[str, str | int | float] = dict(cells)
+    for name in REQUIRED:
+        if _FORMULA.match(cells[name]):
+            raise row.error(name, f"{cells[name][:40]!r} is a formula to a spreadsheet that opens our tables")
     record["subject"] = _subject(row)
     try:
         months = parse_session(cells["session"])

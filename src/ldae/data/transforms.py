@@ -4,12 +4,13 @@ orientation -> spacing -> crop -> intensity in [0, 1] -> pad. Model space is (1,
 RAS. The way back, `inverse`, is computed from the original image: nothing is stored beside a volume.
 """
 
+import copy
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,7 +18,7 @@ import nibabel as nib
 import numpy as np
 import torch
 
-from ldae.data.scans import BadScan, load_scan
+from ldae.data.scans import BadScan, load_scan, nifti_like
 from ldae.errors import UserError
 
 VERSION = 1  # of the arithmetic: raise it when the same parameters give other voxels, so that caches are made anew
@@ -70,6 +71,7 @@ class Prepared:
     affine: np.ndarray  # voxel to mm, 4x4, of model space
     low: float  # the scan's intensity that became 0
     high: float  # and 1
+    back: Callable[[np.ndarray], np.ndarray]  # (1, X, Y, Z) -> the scan's own grid (I, J, K); linear, 0 where unseen
 
 
 class Transform:
@@ -111,7 +113,17 @@ class Transform:
 
     def prepare(self, source: Source) -> Prepared:
         """The same, with model space's affine and the intensity range."""
-        return self._forward(source)[0]
+        data, affine = load_scan(source)
+        path = source if isinstance(source, str | Path) else None
+        try:
+            volume, steps = self._geometry(data, affine, mode="bilinear")
+        except BadScan as error:
+            raise BadScan(error.reason, path) from None
+        low, high = self.intensity.limits(data, volume.numpy())
+        if not high > low:
+            raise BadScan(f"its intensity range is empty ({low:g} to {high:g})", path)
+        padded = self._pad((volume - low).div_(high - low).clamp_(0, 1), steps)
+        return Prepared(padded.numpy(), padded.affine.numpy(), low, high, partial(_back, padded, steps))
 
     def labels(self, source: Source) -> np.ndarray:
         """A label map brought to model space by nearest neighbour, (X, Y, Z) int32."""
@@ -137,42 +149,16 @@ class Transform:
             volume: (1, X, Y, Z) or (X, Y, Z), in [0, 1].
             original: the scan whose grid and range are wanted.
         """
-        from monai.data import MetaTensor
-
         volume = np.asarray(volume, dtype=np.float32).reshape(1, *np.shape(volume)[-3:])
-        if volume.shape[1:] != self.shape:
-            raise ValueError(f"volume {volume.shape[1:]} is not in model space {self.shape}")
-        prepared, padded, steps = self._forward(original)
+        prepared = self.prepare(original)
         image = nib.load(original) if isinstance(original, str | Path) else original
-        result = MetaTensor(torch.from_numpy(volume), meta=padded.meta, applied_operations=padded.applied_operations)
-        for step in reversed(steps):
-            result = step.inverse(result)
-        data = result[0].numpy() * (prepared.high - prepared.low) + prepared.low
-        header = image.header if isinstance(image, nib.Nifti1Image) else None
-        restored = nib.Nifti1Image(data.astype(np.float32), image.affine, header)
-        restored.set_data_dtype(np.float32)
-        restored.header.set_slope_inter(1, 0)
-        restored.header["cal_min"] = restored.header["cal_max"] = 0
-        return restored
+        return nifti_like(prepared.back(volume) * (prepared.high - prepared.low) + prepared.low, image)
 
     def key(self) -> str:
         """A hash of every parameter: volumes with the same key are comparable voxel by voxel."""
         intensity = {"kind": type(self.intensity).__qualname__, **asdict(self.intensity)}
         about = [VERSION, self.orientation, self.spacing, self.shape, intensity]
         return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
-
-    def _forward(self, source: Source) -> tuple[Prepared, Any, list[Any]]:
-        data, affine = load_scan(source)
-        path = source if isinstance(source, str | Path) else None
-        try:
-            volume, steps = self._geometry(data, affine, mode="bilinear")
-        except BadScan as error:
-            raise BadScan(error.reason, path) from None
-        low, high = self.intensity.limits(data, volume.numpy())
-        if not high > low:
-            raise BadScan(f"its intensity range is empty ({low:g} to {high:g})", path)
-        padded = self._pad((volume - low).div_(high - low).clamp_(0, 1), steps)
-        return Prepared(padded.numpy(), padded.affine.numpy(), low, high), padded, steps
 
     def _geometry(self, data: np.ndarray, affine: np.ndarray, mode: str) -> tuple[Any, list[Any]]:
         """Orientation, spacing and crop: a MetaTensor (1, ...), and the MONAI transforms that were applied."""
@@ -187,8 +173,8 @@ class Transform:
             if np.prod(np.maximum(volume.shape[1:] / factor, 1)) > MAX_VOXELS:
                 raise BadScan(f"voxels of {size.round(3).tolist()} mm in a {list(data.shape)} grid cannot be right")
             if mode != "nearest":
-                smooth = torch.from_numpy(_smooth(volume.numpy(), factor))
-                volume = MetaTensor(smooth, meta=volume.meta, applied_operations=volume.applied_operations)
+                blurred = torch.from_numpy(smooth(volume.numpy(), factor))
+                volume = MetaTensor(blurred, meta=volume.meta, applied_operations=volume.applied_operations)
             spacing = Spacing(self.spacing, mode=mode, padding_mode="border", dtype=np.float32)
             volume = spacing(volume)
             steps.append(spacing)
@@ -218,6 +204,20 @@ class Transform:
         return SpatialPad(self.shape, mode="constant", value=0)
 
 
+def _back(padded: Any, steps: Sequence[Any], volume: np.ndarray) -> np.ndarray:
+    """A model-space volume (1, X, Y, Z) through the inverses of the steps that `padded` went through."""
+    from monai.data import MetaTensor
+
+    if volume.shape != tuple(padded.shape):
+        raise ValueError(f"volume {volume.shape[1:]} is not in model space {tuple(padded.shape[1:])}")
+    # The inverses consume the record of what was applied, and move the affine.
+    record = {"meta": padded.meta, "applied_operations": padded.applied_operations}
+    result = MetaTensor(torch.from_numpy(volume), **copy.deepcopy(record))
+    for step in reversed(steps):
+        result = step.inverse(result)
+    return result[0].numpy()
+
+
 def _triple(spacing: float | Sequence[float]) -> tuple[float, float, float]:
     values = [float(spacing)] * 3 if isinstance(spacing, int | float) else [float(value) for value in spacing]
     if len(values) != 3 or not all(math.isfinite(value) and value > 0 for value in values):
@@ -225,7 +225,7 @@ def _triple(spacing: float | Sequence[float]) -> tuple[float, float, float]:
     return values[0], values[1], values[2]
 
 
-def _smooth(volume: np.ndarray, factor: np.ndarray) -> np.ndarray:
+def smooth(volume: np.ndarray, factor: np.ndarray) -> np.ndarray:
     """Blur the axes that lose voxels, (1, X, Y, Z).
 
     MONAI's Spacing interpolates between neighbours only: at 1 mm to 4.5 mm it would skip most voxels and alias. The

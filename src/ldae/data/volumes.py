@@ -4,7 +4,10 @@ import hashlib
 import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -145,13 +148,28 @@ class VolumeCache:
 
         # Processes of one thread each; only names and reasons travel.
         pool = Parallel(workers, return_as="generator_unordered", inner_max_num_threads=1, backend="loky")
+        done = set()
         try:
-            yield from pool(delayed(_store_by_name)(self, scan) for scan in scans)
-        except TerminatedWorkerError as error:
-            raise UserError(
-                f"a process died while transforming scans into {self.folder}, most likely for lack of memory: "
-                f"set data.workers to less than {workers}"
-            ) from error
+            for scan, reason in pool(delayed(_store_by_name)(self, scan) for scan in scans):
+                done.add(scan)
+                yield scan, reason
+        except TerminatedWorkerError:
+            log.warning("a process died while transforming scans, maybe for lack of memory: one by one from here")
+            yield from self._one_by_one([scan for scan in scans if scan not in done])
+
+    def _one_by_one(self, scans: Sequence[str]) -> Iterator[tuple[str, str | None]]:
+        """Each scan alone in a process: one that takes its process down is bad, and named."""
+        pool: ProcessPoolExecutor | None = None
+        for scan in scans:
+            pool = pool or ProcessPoolExecutor(1, mp_context=get_context("spawn"))
+            try:
+                yield pool.submit(_store_by_name, self, scan).result()
+            except BrokenProcessPool:
+                pool.shutdown()
+                pool = None
+                yield scan, "the process that transformed it died"
+        if pool is not None:
+            pool.shutdown()
 
 
 def _store_by_name(cache: VolumeCache, scan: str) -> tuple[str, str | None]:

@@ -1,8 +1,9 @@
 """The features of each predictor: our embedding, and what it has to beat under the same protocol.
 
-`mean` no features (always the mean, always the majority); `age_sex` age and sex; `pca` the autoencoder's latents,
-reduced by PCA inside the pipeline; `untrained` the same semantic encoder with its initial random weights; `volumes` the
-true region volumes where the table has them.
+`mean` no features (always the mean, always the majority); `age_sex` age and sex; `pca` the autoencoder's latents, and
+`images` the scans at about 4 mm, both reduced by PCA inside the pipeline; `untrained` the same semantic encoder with
+its initial random weights; `volumes` the region volumes that the table has (columns *_mm3), as shares of the head's
+where it has that too (`head_mm3`, which stays a feature).
 """
 
 import logging
@@ -16,7 +17,10 @@ from ldae.evaluation.context import Context, batches
 log = logging.getLogger(__name__)
 
 BASELINES = ("mean", "age_sex", "pca", "untrained", "volumes")
-VOLUMES = ("ventricle_mm3", "hippocampus_mm3", "brain_mm3")
+CHOICES = (*BASELINES, "images")
+REDUCED = ("pca", "images")  # by PCA
+VOLUME, HEAD = "_mm3", "head_mm3"
+IMAGES_MM = 4.0
 
 
 def table_features(table: pd.DataFrame, name: str, columns: list[str] | None = None) -> tuple[list[str], np.ndarray]:
@@ -24,11 +28,21 @@ def table_features(table: pd.DataFrame, name: str, columns: list[str] | None = N
 
     `columns` asks for exactly these (a frozen predictor's); one that the table lacks is NaN. Sex is 1 for M, 0 for F.
     """
-    wanted = columns or (["age", "sex"] if name == "age_sex" else list(VOLUMES))
+    wanted = columns or (["age", "sex"] if name == "age_sex" else volume_columns(table))
     found = {column: numbers(table, column) for column in wanted}
     kept = wanted if columns else [column for column in wanted if np.isfinite(found[column]).any()]
-    values = [found[column] for column in kept]
+    values = [found[column] / found[HEAD] if _by_head(column, kept) else found[column] for column in kept]
     return kept, np.stack(values, 1) if values else np.zeros((len(table), 0))
+
+
+def volume_columns(table: pd.DataFrame) -> list[str]:
+    """The region volumes of a table, and the head's behind them; none where there is no region."""
+    regions = sorted(str(column) for column in table if str(column).endswith(VOLUME) and column != HEAD)
+    return [*regions, HEAD] if regions else []
+
+
+def _by_head(column: str, columns: list[str]) -> bool:
+    return HEAD in columns and column != HEAD and column.endswith(VOLUME)
 
 
 def numbers(table: pd.DataFrame, column: str) -> np.ndarray:
@@ -47,6 +61,16 @@ def latents(context: Context, batch_size: int = 32) -> np.ndarray:
     return np.concatenate(parts).astype(np.float32)
 
 
+def images(context: Context, batch_size: int = 8) -> np.ndarray:
+    """All scans averaged to voxels of about IMAGES_MM, flattened: (N, x y z) float32."""
+    from torch.nn.functional import avg_pool3d
+
+    size = [max(1, round(IMAGES_MM / spacing)) for spacing in context.spacing]
+    rows = range(len(context.table))
+    parts = [avg_pool3d(context.volumes(part).float(), size).flatten(1).numpy() for part in batches(rows, batch_size)]
+    return np.concatenate(parts)
+
+
 class Features:
     """The features of a context by predictor name, each computed at most once."""
 
@@ -56,6 +80,7 @@ class Features:
             "embedding": lambda: context.embeddings,
             "mean": lambda: np.zeros((len(context.table), 0)),
             "pca": lambda: latents(context),
+            "images": lambda: images(context),
             "untrained": lambda: context.untrained(),
         }
         self._made: dict[str, np.ndarray] = {}

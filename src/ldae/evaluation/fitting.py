@@ -6,6 +6,7 @@ so that nothing, scaling and PCA included, ever sees a held-out fold or the test
 
 import logging
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -14,6 +15,8 @@ from ldae.evaluation.linear import LinearModel
 
 log = logging.getLogger(__name__)
 
+LEAST_SLOPE = 0.05  # of predictions over truth: below it, there is nothing to correct
+
 
 class Task(Protocol):
     """What a probe predicts and with which estimator; see probes.py."""
@@ -21,6 +24,7 @@ class Task(Protocol):
     column: str
     classes: tuple[str, str] | None
     strengths: Sequence[float]
+    bias_correction: bool
 
     def estimator(self, strength: float) -> Any: ...
 
@@ -50,7 +54,30 @@ def fit(
     reducer = _reducer(features, width, seed)
     predictor = _predictor(task, strength)
     predictor.fit(reducer.fit_transform(features), truth)
-    return _as_arrays(task, reducer, predictor)
+    fitted = _as_arrays(task, reducer, predictor)
+    if not task.bias_correction:
+        return fitted
+    return replace(fitted, bias=_bias(task, features, truth, subjects, seed, width, strength))
+
+
+def _bias(
+    task: Task,
+    features: np.ndarray,
+    truth: np.ndarray,
+    subjects: np.ndarray,
+    seed: int,
+    width: int | None,
+    strength: float,
+) -> tuple[float, float] | None:
+    """(intercept, slope) of out-of-fold predictions over truth; None where predictions do not follow it."""
+    found = np.full(len(truth), np.nan)
+    for inner, held in task.folds(truth, subjects, seed):
+        usable = _usable_widths([width], len(inner), features.shape[1])[0] if width else None
+        reducer, predictor = _reducer(features[inner], usable, seed), _predictor(task, strength)
+        predictor.fit(reducer.fit_transform(features[inner]), truth[inner])
+        found[held] = predictor.predict(reducer.transform(features[held]))
+    slope, intercept = np.polyfit(truth, found, 1)
+    return (float(intercept), float(slope)) if slope > LEAST_SLOPE else None
 
 
 def choose(

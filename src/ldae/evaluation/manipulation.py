@@ -77,7 +77,8 @@ class Manipulation:
                 continue
             directions[name] = found.to_dict()
             yield from self._one(context, anatomy, name, probe, found, rows)
-        write_json(context.out / "directions.json", {"weights": context.weights, "directions": directions})
+        about = {"weights": context.weights, "editor": vars(self.editor), "directions": directions}
+        write_json(context.out / "directions.json", about)
 
     def _one(
         self, context: Context, anatomy: Anatomy, name: str, probe: Any, direction: Direction, rows: np.ndarray
@@ -89,7 +90,8 @@ class Manipulation:
             self.batch_size, self.shown,
         )  # fmt: skip
         judge = Independent.fit(context, probe, self.direction, self.shown)
-        measured = Measured(context.out / f"manipulation_{name}", self.alphas, self.shown, self.pictures)
+        place = context.out / f"manipulation_{name}"
+        measured = Measured(place, self.alphas, self.shown, self.pictures, context.spacing)
         for part in tqdm(list(batches(rows, self.batch_size)), f"manipulation of {name}"):
             opened = open_scans(context, self.editor, anatomy, part)
             ladder = climb(context, self.editor, anatomy, direction, opened, self.alphas)

@@ -10,6 +10,7 @@ from ldae.evaluation import edit_figures
 from ldae.evaluation.editing import as_arrays
 from ldae.evaluation.ladder import Ladder
 from ldae.files import replacing
+from ldae.viewer import write_viewer
 
 
 @dataclass
@@ -20,6 +21,7 @@ class Measured:
     alphas: list[float]
     shown: float
     pictures: int
+    spacing: tuple[float, float, float] = (1.0, 1.0, 1.0)  # voxel size, mm
     _volumes: list[dict[str, np.ndarray]] = field(default_factory=list)
     _identity: list[np.ndarray] = field(default_factory=list)
     _numbers: list[dict[str, np.ndarray]] = field(default_factory=list)
@@ -85,3 +87,6 @@ class Measured:
         edit_figures.strip(self._path(f"_{self._drawn}.png"), shown, changes, cut, title)
         captions = [f"alpha = {alpha:+.2f}" for alpha in self.alphas]
         edit_figures.animation(self._path(f"_{self._drawn}.gif"), frames, captions, cut)
+        if self._drawn == 1:  # a megabyte each
+            named = dict(zip(captions, frames, strict=True))
+            write_viewer(self._path("_1.html"), title, named, captions[ends[1]], self.spacing)

@@ -20,6 +20,7 @@ class Classification:
 
     better = scores.BINARY
     primary = "auc"
+    bias_correction = False
 
     def __init__(
         self,
@@ -89,9 +90,17 @@ class Regression:
     primary = "mae"
     classes = None
 
-    def __init__(self, column: str, strengths: Sequence[float] = (1.0, 10.0, 100.0, 1e3, 1e4, 1e5)):
-        """`strengths` are values of ridge's alpha, for standardised features."""
-        self.column, self.strengths = column, list(strengths)
+    def __init__(
+        self,
+        column: str,
+        strengths: Sequence[float] = (1.0, 10.0, 100.0, 1e3, 1e4, 1e5),
+        bias_correction: bool = False,
+    ):
+        """`strengths` are values of ridge's alpha, for standardised features.
+
+        `bias_correction` adds metrics of predictions without the regression's pull to the mean, see linear.py.
+        """
+        self.column, self.strengths, self.bias_correction = column, list(strengths), bias_correction
 
     def target(self, table: pd.DataFrame) -> np.ndarray:
         """(N,) float, NaN where missing. All NaN when the table has no such column."""

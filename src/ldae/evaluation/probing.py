@@ -3,7 +3,9 @@
 Names: `probe/<probe>/<metric>`, `baseline/<baseline>/<probe>/<metric>`, each with `_low` and `_high`, the 95 % interval
 of a bootstrap over subjects; `baseline/<baseline>/<probe>/<metric>_difference` (with interval, on the same resamples)
 is signed so that positive = ours better, for errors as for scores; `probe/<probe>/mae_share_to_volumes` is how far ours
-gets from always-the-mean (0) to the true volumes (1). `External` puts `external/` before them.
+gets from always-the-mean (0) to the true volumes (1). With a probe's `bias_correction`, `unbiased_mae` and
+`gap_pearson`, `unbiased_gap_pearson`: the correlation of prediction - truth with truth, before and after it.
+`External` puts `external/` before them.
 """
 
 import logging
@@ -16,17 +18,19 @@ import pandas as pd
 
 from ldae.errors import UserError
 from ldae.evaluation import figures
-from ldae.evaluation.baselines import BASELINES, Features, numbers
+from ldae.evaluation.baselines import BASELINES, CHOICES, REDUCED, Features, numbers
 from ldae.evaluation.bootstrap import subject_weights, summarise
 from ldae.evaluation.context import Context
 from ldae.evaluation.fitting import fit
 from ldae.evaluation.frozen import OURS, Frozen, read_frozen, write_frozen
 from ldae.evaluation.probes import Classification, Regression
+from ldae.evaluation.scores import pearson
 from ldae.files import replacing
 
 log = logging.getLogger(__name__)
 
 Probe = Classification | Regression
+UNBIASED = ":unbiased"  # behind a predictor's name
 
 
 class Probes:
@@ -44,9 +48,7 @@ class Probes:
         baseline_visits_only: bool = False,
         pca_widths: Sequence[int] = (8, 16, 32, 64, 128),
     ):
-        unknown = sorted(set(baselines) - set(BASELINES))
-        if unknown:
-            raise UserError(f"evaluation.probes.baselines: unknown {unknown[0]!r}, choose from {', '.join(BASELINES)}")
+        check_baselines(baselines, "evaluation.probes.baselines")
         self.probes, self.baselines, self.resamples = dict(probes or {}), list(baselines), resamples
         self.fit_splits, self.baseline_visits_only = list(fit_splits), baseline_visits_only
         self.pca_widths = list(pca_widths)
@@ -65,7 +67,9 @@ class Probes:
             if problem:
                 log.warning("probe %s is skipped: %s", name, problem)
                 continue
-            entries = self.fit_all(context, probe, features, truth, rows["fit"])
+            entries = fit_all(
+                context, probe, features, truth, rows["fit"], self.baselines, self.pca_widths, context.seed
+            )
             frozen[name] = entries
             yield from judge(context, name, probe, entries, features, truth, rows["test"], self.resamples)
         write_frozen(context.out / "probes.json", frozen, context.weights)
@@ -78,21 +82,35 @@ class Probes:
                 return f"{' + '.join(self.fit_splits) if part == 'fit' else part} has {why}"
         return None
 
-    def fit_all(
-        self, context: Context, probe: Probe, features: Features, truth: np.ndarray, rows: np.ndarray
-    ) -> dict[str, Frozen]:
-        """Our probe and every baseline that applies, fitted on `rows` and on nothing else."""
-        subjects, fitted = context.table["subject"].to_numpy(str)[rows], {}
-        for name in (OURS, *self.baselines):
-            why = features.skips(name, probe.column)
-            if why:
-                log.info("baseline %s is left out for %s: %s", name, probe.column, why)
-                continue
-            columns, values = features(name)
-            widths = self.pca_widths if name == "pca" else None
-            model = fit(probe, values[rows], truth[rows], subjects, context.seed, widths)
-            fitted[name] = Frozen(columns, model)
-        return fitted
+
+def check_baselines(names: Sequence[str], key: str) -> None:
+    """Refuse a baseline that there is not, naming the config's `key`."""
+    unknown = sorted(set(names) - set(CHOICES))
+    if unknown:
+        raise UserError(f"{key}: unknown {unknown[0]!r}, choose from {', '.join(CHOICES)}")
+
+
+def fit_all(
+    context: Context,
+    probe: Probe,
+    features: Features,
+    truth: np.ndarray,
+    rows: np.ndarray,
+    baselines: Sequence[str],
+    widths: Sequence[int],
+    seed: int,
+) -> dict[str, Frozen]:
+    """Our probe and every baseline that applies, fitted on `rows` and on nothing else."""
+    subjects, fitted = context.table["subject"].to_numpy(str)[rows], {}
+    for name in (OURS, *baselines):
+        why = features.skips(name, probe.column)
+        if why:
+            log.info("baseline %s is left out for %s: %s", name, probe.column, why)
+            continue
+        columns, values = features(name)
+        model = fit(probe, values[rows], truth[rows], subjects, seed, widths if name in REDUCED else None)
+        fitted[name] = Frozen(columns, model)
+    return fitted
 
 
 class External:
@@ -110,7 +128,7 @@ class External:
         usable = first_visits(table) if self.baseline_visits_only else np.ones(len(table), bool)
         for name, entries in read_frozen(self.frozen, context.weights).items():
             model = entries[OURS].model
-            probe = Regression(model.column)
+            probe = Regression(model.column, bias_correction=model.bias is not None)
             if model.classes is not None:
                 probe = Classification(model.column, positive=model.classes[1], negative=model.classes[0])
             truth = probe.target(table)
@@ -150,8 +168,30 @@ def judge(
             log.warning("baseline %s is left out for %s: the table lacks one of %s", key, name, ", ".join(columns))
             continue
         predictions[key] = entry.model.predict(values[rows])
-    found = {key: probe.scores(truth[rows], value, age, weights) for key, value in predictions.items()}
-    yield f"{prefix}probe/{name}/scans", float(len(rows))
+    unbiased = {key: entries[key].model.unbiased(value) for key, value in predictions.items()}
+    found = {key: scored(probe, truth[rows], value, unbiased[key], age, weights) for key, value in predictions.items()}
+    yield from named(found, name, probe, table, prefix)
+    shown = unbiased if probe.bias_correction else {}
+    _record(context, f"{prefix.replace('/', '_')}{name}", probe, table, truth[rows], predictions, shown)
+
+
+def scored(
+    probe: Probe, truth: np.ndarray, prediction: np.ndarray, unbiased: np.ndarray, age: np.ndarray, weights: np.ndarray
+) -> dict[str, np.ndarray]:
+    """Every metric of one predictor, (1 + R,) each; prediction and unbiased: (N,)."""
+    found = probe.scores(truth, prediction, age, weights)
+    if probe.bias_correction:
+        found["unbiased_mae"] = weights @ np.abs(unbiased - truth) / weights.sum(1)
+        found["gap_pearson"] = pearson(prediction - truth, truth, weights)
+        found["unbiased_gap_pearson"] = pearson(unbiased - truth, truth, weights)
+    return found
+
+
+def named(
+    found: Mapping[str, Mapping[str, np.ndarray]], name: str, probe: Probe, table: pd.DataFrame, prefix: str = ""
+) -> Iterator[tuple[str, float]]:
+    """Numbers of all predictors with intervals and paired differences, under the names that the module tells."""
+    yield f"{prefix}probe/{name}/scans", float(len(table))
     yield f"{prefix}probe/{name}/subjects", float(table["subject"].nunique())
     for key, scores in found.items():
         stem = f"{prefix}probe/{name}" if key == OURS else f"{prefix}baseline/{key}/{name}"
@@ -163,7 +203,6 @@ def judge(
     if {"mean", "volumes"} <= found.keys() and "mae" in found[OURS]:
         mean, volumes, ours = (found[key]["mae"] for key in ("mean", "volumes", OURS))
         yield from summarise(f"{prefix}probe/{name}/mae_share_to_volumes", (mean - ours) / (mean - volumes))
-    _record(context, f"{prefix.replace('/', '_')}{name}", probe, table, truth[rows], predictions)
 
 
 def _record(
@@ -173,11 +212,15 @@ def _record(
     table: pd.DataFrame,
     truth: np.ndarray,
     predictions: dict[str, np.ndarray],
+    unbiased: dict[str, np.ndarray],
 ) -> None:
     """Predictions as a CSV, and the figures of a classifier or of a regression."""
-    rows: dict[str, Any] = {"subject": table["subject"], "session": table["session"], "truth": truth}
+    who = {"subject": table["subject"], "session": table["session"], "age": numbers(table, "age")}
+    rows: dict[str, Any] = who | {"truth": truth}
     with replacing(context.out / f"{stem}_predictions.csv") as temporary:
-        pd.DataFrame(rows | predictions).to_csv(temporary, index=False)
+        pd.DataFrame(rows | predictions | {f"{key}{UNBIASED}": value for key, value in unbiased.items()}).to_csv(
+            temporary, index=False
+        )
     if probe.classes is None:
         figures.scatter(context.out / f"{stem}_scatter.png", probe.column, truth, predictions[OURS])
         return

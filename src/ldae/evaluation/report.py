@@ -1,13 +1,11 @@
-"""metrics.json, the table on the console, and report.html, one file that needs nothing else."""
+"""metrics.json and the table on the console; the report is page.py's."""
 
-import base64
-import html
 import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from ldae.files import read_json, write_json, write_text
+from ldae.files import read_json, write_json
 
 _SUFFIX = re.compile(r"_(low|high)$")
 
@@ -48,27 +46,3 @@ def console_table(metrics: Mapping[str, float]) -> str:
     rows = with_intervals(metrics)
     width = max((len(name) for name, _ in rows), default=0)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
-
-
-def write_report(folder: Path, title: str, metrics: Mapping[str, float]) -> Path:
-    """Write `folder`/report.html: the numbers by first part of their name, then every PNG of the folder, embedded."""
-    groups: dict[str, list[tuple[str, str]]] = {}
-    for name, value in with_intervals(metrics):
-        groups.setdefault(name.split("/")[0], []).append((name, value))
-    parts = [f"<h1>{html.escape(title)}</h1>", "<p>In brackets: 95 % intervals of a bootstrap over subjects.</p>"]
-    for group, rows in groups.items():
-        cells = "".join(f"<tr><td>{html.escape(n)}</td><td>{html.escape(v)}</td></tr>" for n, v in rows)
-        parts.append(f"<h2>{html.escape(group)}</h2><table>{cells}</table>")
-    for image in sorted((*folder.glob("*.png"), *folder.glob("*.gif"))):
-        data = base64.b64encode(image.read_bytes()).decode("ascii")
-        name = html.escape(image.stem)
-        source = f"data:image/{image.suffix[1:]};base64,{data}"
-        parts.append(f'<figure><img alt="{name}" src="{source}"><figcaption>{name}</figcaption></figure>')
-    style = (
-        "body{font:14px sans-serif;max-width:70em;margin:2em auto}td{padding:1px 1em 1px 0;font-family:monospace}"
-        "img{max-width:100%}figure{display:inline-block;margin:1em 1em 0 0}"
-    )
-    head = f'<meta charset="utf-8"><title>{html.escape(title)}</title><style>{style}</style>'
-    path = folder / "report.html"
-    write_text(path, f"<!doctype html>\n<html><head>{head}</head><body>\n" + "\n".join(parts) + "\n</body></html>\n")
-    return path

@@ -18,7 +18,8 @@ from ldae.data.latents import ABOUT, LatentSet
 from ldae.errors import UserError
 from ldae.evaluation.context import Context, Evaluator
 from ldae.evaluation.embeddings import cached_embeddings, embed_rows
-from ldae.evaluation.report import console_table, merge_metrics, write_report
+from ldae.evaluation.page import write_report
+from ldae.evaluation.report import console_table, merge_metrics
 from ldae.runs import Run, Workspace
 
 log = logging.getLogger(__name__)

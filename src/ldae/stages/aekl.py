@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ldae.config import Optim, Trainer
+from ldae.data.table import scan_names
 from ldae.evaluation.image_metrics import brain_mask, ssim
 from ldae.losses import autoencoder as losses
 from ldae.losses.structural import structural_dissimilarity
@@ -61,6 +62,7 @@ class AutoencoderStage(Stage):
         self.cohort = cohort
         self.train_rows = cohort.rows("train")
         self.length = len(self.train_rows)
+        self.names = scan_names(cohort.table, self.train_rows)
         self.averages = {}
 
     def prepare(self, accelerator: Accelerator, trainer: Trainer, optim: Optim, seed: int) -> None:
@@ -114,7 +116,7 @@ class AutoencoderStage(Stage):
                 terms["dissimilarity"] = structural_dissimilarity(reconstruction, x)
                 total = total + self.ssim_weight * terms["dissimilarity"]
             if self.perceptual is not None:
-                drawn = generator(self.seed, "perceptual", int(batch["position"][0]))
+                drawn = generator(self.seed, "perceptual", int(batch["number"]))
                 terms["perceptual"] = self.perceptual(reconstruction.float(), x, drawn)
                 total = total + self.perceptual_weight * terms["perceptual"]
             if adversarial:
@@ -127,8 +129,10 @@ class AutoencoderStage(Stage):
 
         # Frozen, the discriminator passes the gradient on and keeps none of it for its own update.
         discriminator.requires_grad_(False)
-        scalars = self.update_generator(micro_batches, generator_loss)
-        discriminator.requires_grad_(True)
+        try:
+            scalars = self.update_generator(micro_batches, generator_loss)
+        finally:
+            discriminator.requires_grad_(True)
         if adversarial:
             found = self.update_discriminator(pairs, self._discriminator_loss)
             scalars |= {"discriminator": found["discriminator"]}

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ldae.config import Optim, Trainer
 from ldae.data.latents import LatentSet
+from ldae.data.table import scan_names
 from ldae.diffusion.process import Parameterisation, add_noise
 from ldae.diffusion.schedule import Schedule
 from ldae.errors import UserError
@@ -56,6 +57,7 @@ class PretrainStage(Stage):
         self.latents = open_latents(latents, cohort, workspace)
         self.train_rows = self.latents.rows("train")
         self.length = len(self.train_rows)
+        self.names = scan_names(self.latents.table, self.train_rows)
 
     def prepare(self, accelerator: Accelerator, trainer: Trainer, optim: Optim, seed: int) -> None:
         """See Stage."""

@@ -13,6 +13,7 @@ from hydra.utils import instantiate
 from torch import Tensor, nn
 
 from ldae.config import Optim, Trainer
+from ldae.data.table import scan_names
 from ldae.denoiser import Denoiser
 from ldae.diffusion.process import add_noise
 from ldae.errors import UserError
@@ -91,6 +92,7 @@ class ReprStage(Stage):
         self.pairs = self._pair_rows()
         self.train_rows = np.flatnonzero((cohort.table["split"] == "train").to_numpy() & (self.pairs >= 0))
         self.length = len(self.train_rows)
+        self.names = scan_names(cohort.table, self.train_rows)
         self.sources = {run.path.name: run.metadata["weights"] for run in (first, second)}
 
     def _pair_rows(self) -> np.ndarray:

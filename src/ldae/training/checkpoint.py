@@ -1,20 +1,23 @@
-"""Training state on disk: one safetensors file a checkpoint, its scalars and hash in a JSON beside it.
+"""Training state on disk: one safetensors file a checkpoint, scalars in its header, its hash in a JSON beside it.
 
-The JSON is written after the tensors, so a state counts only when it is whole; the newest whole one is resumed.
+The JSON is written after the tensors, so that a state counts only when it is whole; the newest whole one is resumed.
 """
 
+import json
 import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from ldae.errors import UserError
-from ldae.files import read_json, write_json
+from ldae.files import file_sha256, read_json, write_json
 from ldae.models.state import read_tensors
-from ldae.runs import file_sha256, save_tensors
+from ldae.runs import save_tensors
+from ldae.training.health import refuse_non_finite
 from ldae.training.stage import Stage
 
 log = logging.getLogger(__name__)
@@ -29,6 +32,9 @@ class Progress:
     best_step: int | None = None
     stale: int = 0  # validations since the best
     validated: int = -1  # the last step that was validated
+    previewed: int = -1
+    skipped: int = 0  # steps without a finite loss and gradient
+    skipped_in_a_row: int = 0
 
 
 def _flatten(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -55,13 +61,21 @@ class Checkpoints:
 
     def __init__(self, folder: Path, keep: int) -> None:
         self.folder = folder
-        self.keep = keep
+        self.keep = max(keep, 1)
 
     def _paths(self) -> list[Path]:
         return sorted(self.folder.glob("step_*.json"))
 
-    def save(self, stage: Stage, progress: Progress, scaler: Any) -> None:
-        """Write the state at `progress.step`, then remove the oldest beyond `keep`."""
+    def save(self, stage: Stage, progress: Progress, scaler: Any, identity: dict[str, Any]) -> None:
+        """Write the state at `progress.step`, then remove the oldest beyond `keep`.
+
+        Args:
+            identity: what the state belongs to (data, weights it stands on), to be compared on resume.
+
+        Raises:
+            UserError: the state holds NaN or infinity.
+            OSError: it cannot be written; the states before it stay.
+        """
         tensors: dict[str, Tensor] = {}
         rest: dict[str, Any] = {}
         for kind, holders in (("modules", stage.modules), ("averages", stage.averages)):
@@ -70,54 +84,79 @@ class Checkpoints:
         for name, optimizer in stage.optimizers.items():
             flat, rest[name] = _flatten(optimizer)
             tensors |= {f"optimizers/{name}/{key}": value for key, value in flat.items()}
+        refuse_non_finite(tensors, "state", progress.step, self.last())
+        state = {
+            "progress": asdict(progress),
+            "optimizers": rest,
+            "scaler": scaler.state_dict() if scaler is not None else None,
+            "identity": identity,
+        }
         path = self.folder / f"step_{progress.step:08d}.safetensors"
-        save_tensors(path, tensors)
-        write_json(
-            path.with_suffix(".json"),
-            {
-                "progress": asdict(progress),
-                "optimizers": rest,
-                "scaler": scaler.state_dict() if scaler is not None else None,
-                "sha256": file_sha256(path),
-            },
-        )
+        save_tensors(path, tensors, {"state": json.dumps(state)})
+        write_json(path.with_suffix(".json"), {"sha256": file_sha256(path)})
         for old in self._paths()[: -self.keep]:
             old.unlink()
             old.with_suffix(".safetensors").unlink(missing_ok=True)
 
-    def restore(self, stage: Stage, scaler: Any) -> Progress:
-        """Load the newest whole state into `stage`; a fresh Progress where there is none."""
+    def last(self) -> str:
+        """Which state is kept, in words."""
+        paths = self._paths()
+        return f"the state of step {int(paths[-1].stem[5:])} is kept" if paths else "no state was saved before"
+
+    def newest(self) -> Path | None:
+        """The newest whole state; None where there never was one.
+
+        Raises:
+            UserError: there are states, but none is whole.
+        """
         for path in reversed(self._paths()):
             weights = path.with_suffix(".safetensors")
             try:
-                record = read_json(path)
-                if file_sha256(weights) != record["sha256"]:
-                    raise UserError(f"{weights} does not have the hash it was written with")
-                tensors = read_tensors(weights)
-            except (UserError, OSError, ValueError, KeyError) as error:
+                if file_sha256(weights) != read_json(path)["sha256"]:
+                    raise ValueError(f"{weights} does not have the hash it was written with")
+            except (OSError, ValueError, KeyError, TypeError) as error:
                 log.warning("skipping a damaged checkpoint: %s", error)
                 continue
-            self._apply(stage, tensors, record, weights)
-            if scaler is not None and record["scaler"] is not None:
-                scaler.load_state_dict(record["scaler"])
-            return Progress(**record["progress"])
-        return Progress()
+            return weights
+        if self._paths():
+            raise UserError(f"no checkpoint in {self.folder} is whole: restore one, or remove the folder to start anew")
+        return None
+
+    def restore(self, path: Path, stage: Stage, scaler: Any, identity: dict[str, Any]) -> tuple[Progress, list[str]]:
+        """Load a state into `stage`.
+
+        Returns:
+            Where it stood, and which parts of its identity are others now.
+
+        Raises:
+            UserError: it is the state of another model.
+        """
+        tensors = read_tensors(path)
+        with safe_open(path, "pt") as file:
+            state = json.loads((file.metadata() or {}).get("state", "{}"))
+        try:
+            self._apply(stage, tensors, state["optimizers"])
+            if scaler is not None and state["scaler"]:
+                scaler.load_state_dict(state["scaler"])
+            progress = Progress(**state["progress"])
+        except (KeyError, RuntimeError, ValueError, TypeError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(
+                f"{path} is the state of another model ({reason}): use another name=..., or remove the run"
+            ) from error
+        now = json.loads(json.dumps(identity))
+        then = state["identity"]
+        return progress, [key for key in sorted(now.keys() | then.keys()) if now.get(key) != then.get(key)]
 
     @staticmethod
-    def _apply(stage: Stage, tensors: dict[str, Tensor], record: dict[str, Any], source: Path) -> None:
+    def _apply(stage: Stage, tensors: dict[str, Tensor], rest: dict[str, Any]) -> None:
         def part(kind: str, name: str) -> dict[str, Tensor]:
             prefix = f"{kind}/{name}/"
             return {key[len(prefix) :]: value for key, value in tensors.items() if key.startswith(prefix)}
 
-        try:
-            for name, module in stage.modules.items():
-                module.load_state_dict(part("modules", name))
-            for name, ema in stage.averages.items():
-                ema.load_state_dict(part("averages", name))
-            for name, optimizer in stage.optimizers.items():
-                _unflatten(optimizer, part("optimizers", name), record["optimizers"][name])
-        except (KeyError, RuntimeError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(
-                f"{source} is the state of another model ({reason}): use another name=..., or remove the run"
-            ) from error
+        for name, module in stage.modules.items():
+            module.load_state_dict(part("modules", name))
+        for name, ema in stage.averages.items():
+            ema.load_state_dict(part("averages", name))
+        for name, optimizer in stage.optimizers.items():
+            _unflatten(optimizer, part("optimizers", name), rest[name])

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from ldae.config import Optim, Trainer
 from ldae.training.ema import Ema
-
-Batch = dict[str, Any]
+from ldae.training.health import Batch, NonFiniteStep
 
 
 @dataclass(frozen=True)
@@ -46,6 +45,7 @@ class Stage(ABC):
     optimizers: dict[str, torch.optim.Optimizer]
     averages: dict[str, Ema]
     length: int  # training samples
+    names: Sequence[str] = ()  # of the training samples, for people
 
     @abstractmethod
     def prepare(self, accelerator: Accelerator, trainer: Trainer, optim: Optim, seed: int) -> None:
@@ -66,6 +66,10 @@ class Stage(ABC):
     def preview(self) -> dict[str, Tensor]:
         """Volumes (N, 1, X, Y, Z) to look at, by title."""
         return {}
+
+    def name_of(self, index: int) -> str:
+        """How to call training sample `index` before people."""
+        return self.names[index] if index < len(self.names) else f"sample {index}"
 
     def metadata(self) -> dict[str, Any]:
         """What later stages must know besides the weights."""
@@ -92,7 +96,7 @@ class Stage(ABC):
 
 
 class Updater:
-    """Backward over micro-batches, clipping and one step of one optimiser."""
+    """Backward over micro-batches, clipping and one step of one optimiser; or none, if the loss or gradient is bad."""
 
     def __init__(
         self, accelerator: Accelerator, module: nn.Module, optimizer: torch.optim.Optimizer, clip: float | None
@@ -105,24 +109,48 @@ class Updater:
         self.skipped = 0
 
     def __call__(self, micro_batches: Sequence[Batch], loss: Callable[[Batch], dict[str, Tensor]]) -> dict[str, Tensor]:
-        """`loss(batch)` returns scalars, of which 'loss' is minimised. Returns their means over the micro-batches."""
+        """`loss(batch)` returns scalars, of which 'loss' is minimised. Returns their means over the micro-batches.
+
+        Raises:
+            NonFiniteStep: on all processes alike; nothing has moved.
+        """
         totals: dict[str, Tensor] = {}
+        losses: list[Tensor] = []
         for index, batch in enumerate(micro_batches):
             last = index == len(micro_batches) - 1
             # Processes exchange gradients once, with the last micro-batch.
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.module):
                 scalars = loss(batch)
                 self.accelerator.backward(scalars["loss"] / len(micro_batches))
+            losses.append(scalars["loss"].detach())
             for name, value in scalars.items():
                 totals[name] = totals.get(name, 0) + value.detach() / len(micro_batches)
         norm = self.accelerator.clip_grad_norm_(self.parameters, self.clip)
-        # With fp16 the scaler skips a non-finite step itself, and must see it to lower its scale.
-        if self.accelerator.scaler is None and not torch.isfinite(norm):
-            self.skipped += 1
-        else:
+        finite = torch.isfinite(torch.stack(losses))
+        good = self._agree(bool(finite.all()) and self._usable(norm))
+        if good:
             self.optimizer.step()
+        elif self.accelerator.scaler is not None:
+            self.accelerator.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
+        if not good:
+            self.skipped += 1
+            bad = [batch for batch, fine in zip(micro_batches, finite.tolist(), strict=True) if not fine]
+            gradient_alone = self._agree(bool(finite.all()))
+            raise NonFiniteStep(micro_batches if gradient_alone else bad)
         return {**totals, "gradient_norm": norm.detach()}
+
+    def _usable(self, norm: Tensor) -> bool:
+        """fp16 overflows by design: its scaler skips such a step itself and lowers the scale, until nothing is left."""
+        scaler = self.accelerator.scaler
+        return bool(torch.isfinite(norm)) or (scaler is not None and scaler.get_scale() >= 1)
+
+    def _agree(self, good: bool) -> bool:
+        """Whether all processes say so."""
+        if self.accelerator.num_processes == 1:
+            return good
+        bad = torch.tensor([float(not good)], device=self.accelerator.device)
+        return self.accelerator.reduce(bad, "sum").item() == 0
 
 
 def memory_format(trainer: Trainer, accelerator: Accelerator) -> torch.memory_format:

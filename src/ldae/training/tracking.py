@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldae.files import write_text
+from ldae.files import sync, write_text
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +45,8 @@ class Tracker:
         self.total = total
         self._jsonl = folder / "metrics.jsonl"
         self._truncate(step)
-        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
+        # Even at step 0: a run that was killed before its first checkpoint left points.
+        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
         self._start = (time.monotonic(), step)
 
     def _truncate(self, step: int) -> None:
@@ -56,8 +57,8 @@ class Tracker:
             try:
                 if json.loads(line)["step"] <= step:
                     kept.append(line)
-            except (json.JSONDecodeError, KeyError):
-                break  # a line cut short by a crash: all behind it is newer
+            except (ValueError, KeyError, TypeError):
+                log.warning("%s: a damaged line is dropped: %.60r", self._jsonl, line)
         write_text(self._jsonl, "".join(f"{line}\n" for line in kept))
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
@@ -79,6 +80,12 @@ class Tracker:
         """Orthogonal slices of each title's volumes to TensorBoard."""
         for title, volumes in pictures.items():
             self._writer.add_image(title, orthogonal_slices(volumes)[None], step)
+
+    def flush(self) -> None:
+        """Have everything on disk: before a checkpoint, which will not log these steps again."""
+        self._writer.flush()
+        if self._jsonl.exists():
+            sync(self._jsonl)
 
     def close(self) -> None:
         """Flush everything."""

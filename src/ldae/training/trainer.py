@@ -4,27 +4,31 @@ Housekeeping comes before a step, so that what is saved is always between two st
 the dropout of a step are functions of (seed, step), so that a resumed run needs no generator's state.
 """
 
+import hashlib
 import logging
 import math
-import signal
-import sys
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from torch import Tensor
 
 from ldae.config import Optim
 from ldae.config import Trainer as Settings
 from ldae.data.stream import Batches, SampleStream
 from ldae.errors import UserError
+from ldae.files import remove_temporaries
 from ldae.noise import derive
 from ldae.runs import Run
 from ldae.training.checkpoint import Checkpoints, Progress
+from ldae.training.guard import StepGuard
+from ldae.training.health import refuse_non_finite
+from ldae.training.signals import StopSignals
 from ldae.training.stage import Stage
 from ldae.training.tracking import Tracker
 
 log = logging.getLogger(__name__)
-EXIT_PREEMPTED = 75  # EX_TEMPFAIL: a scheduler may start the same command again
 
 
 def learning_rate_factor(step: int, total: int, optim: Optim) -> float:
@@ -44,7 +48,7 @@ class Trainer:
         self.optim = optim
         self.seed = seed
         self.checkpoints = Checkpoints(run.path / "state", settings.keep_states)
-        self._signal: int | None = None
+        self.signals = StopSignals()
 
     def total_steps(self, length: int) -> int:
         """Optimiser steps of the whole run; epochs are converted with the global batch size."""
@@ -52,49 +56,83 @@ class Trainer:
             return self.settings.max_steps
         if self.settings.max_epochs is None:
             raise UserError("trainer.max_steps or trainer.max_epochs must be given")
-        batch = self.settings.batch_size * self.settings.accumulate * self.accelerator.num_processes
-        return math.ceil(self.settings.max_epochs * length / batch)
+        return math.ceil(self.settings.max_epochs * length / self._samples_a_step)
+
+    @property
+    def _samples_a_step(self) -> int:
+        return self.settings.batch_size * self.settings.accumulate * self.accelerator.num_processes
 
     def fit(self, stage: Stage, metadata: dict[str, Any]) -> Progress:
-        """Train `stage`, publish its weights with `metadata`, and return where it ended."""
+        """Train `stage`, publish its weights with `metadata`, and return where it ended.
+
+        Raises:
+            UserError: the run was made with other data or predecessors, or it cannot go on.
+            SystemExit: with EXIT_REQUEUE, once a signal was heeded.
+        """
         stage.prepare(self.accelerator, self.settings, self.optim, self.seed)
         base_lrs = {name: [g["lr"] for g in o.param_groups] for name, o in stage.optimizers.items()}
-        progress = self.checkpoints.restore(stage, self.accelerator.scaler)
+        progress = self._resume(stage, metadata)
         total = self.total_steps(stage.length)
-        if progress.step:
-            log.info("resuming %s at step %d of %d", stage.name, progress.step, total)
         main = self.accelerator.is_main_process
         tracker = Tracker(self.run.path, stage.name, progress.step, total) if main else None
         stream = SampleStream(stage.length, self.seed)
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
         batches = Batches(stage.fetch, stream, self.settings.batch_size, self.settings.accumulate, rank, world)
-        previous = {s: signal.signal(s, self._on_signal) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
-        try:
-            while True:
-                patient = self._housekeeping(stage, progress, total, metadata, tracker)
-                if progress.step >= total or not patient:
-                    break
-                self._set_learning_rates(stage, base_lrs, progress.step, total)
-                torch.manual_seed(derive(self.seed, "dropout", progress.step, rank))
-                scalars = stage.run_step(batches.at(progress.step), progress.step)
-                progress.step += 1
-                if tracker and (progress.step % self.settings.log_every == 0 or progress.step == total):
-                    values = {f"train/{name}": float(value) for name, value in scalars.items()}
-                    tracker.scalars(progress.step, values)
-                    tracker.progress(progress.step, {name: float(value) for name, value in scalars.items()})
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
-            batches.close()
-            if tracker:
-                tracker.close()
+        if progress.step:
+            log.info("resuming %s at step %d of %d", stage.name, progress.step, total)
+        guard = StepGuard(stage, progress, self.settings.max_skipped, self.checkpoints.last)
+        with self.signals:
+            try:
+                while self._housekeeping(stage, progress, total, metadata, tracker):
+                    self._set_learning_rates(stage, base_lrs, progress.step, total)
+                    torch.manual_seed(derive(self.seed, "dropout", progress.step, rank))
+                    scalars = guard(batches.at(progress.step))
+                    progress.step += 1
+                    if progress.step % self.settings.log_every == 0 or progress.step == total:
+                        self._log(progress, scalars, tracker)
+            finally:
+                batches.close()
+                if tracker:
+                    tracker.close()
         log.info("%s ends at step %d; weights in %s", stage.name, progress.step, self.run.weights)
         return progress
 
-    def _on_signal(self, number: int, frame: Any) -> None:
-        if self._signal is not None:
-            sys.exit(128 + number)
-        self._signal = number
+    def _resume(self, stage: Stage, metadata: dict[str, Any]) -> Progress:
+        """Where the newest whole state stands: the same one on all processes."""
+        names = hashlib.sha256("\n".join(stage.names).encode()).hexdigest()
+        self.identity = {
+            **metadata,
+            **stage.metadata(),
+            "training scans": [stage.length, names],
+            "samples a step (batch_size * accumulate * processes)": self._samples_a_step,
+        }
+        if self.accelerator.is_main_process:
+            for folder in (self.checkpoints.folder, self.run.weights):
+                remove_temporaries(folder)
+        found = [self.checkpoints.newest() if self.accelerator.is_main_process else None]
+        if self.accelerator.num_processes > 1:
+            broadcast_object_list(found)
+        if found[0] is None:
+            return Progress()
+        progress, others = self.checkpoints.restore(found[0], stage, self.accelerator.scaler, self.identity)
+        if others and not self.settings.accept_changes:
+            raise UserError(
+                f"{self.run.path} was trained up to step {progress.step} with another {' and '.join(others)}: restore "
+                "what was changed, use another name=..., or go on with trainer.accept_changes=true"
+            )
+        return progress
+
+    def _log(self, progress: Progress, scalars: dict[str, Tensor | float], tracker: Tracker | None) -> None:
+        """Means over processes to the tracker; how many steps were skipped, where any was."""
+        values = {name: torch.as_tensor(value, dtype=torch.float32) for name, value in scalars.items()}
+        if values and self.accelerator.num_processes > 1:
+            stacked = torch.stack([value.to(self.accelerator.device) for value in values.values()])
+            values = dict(zip(values, self.accelerator.reduce(stacked, "mean"), strict=True))
+        if tracker:
+            numbers = {name: float(value) for name, value in values.items()}
+            numbers |= {"skipped": progress.skipped} if progress.skipped else {}
+            tracker.scalars(progress.step, {f"train/{name}": value for name, value in numbers.items()})
+            tracker.progress(progress.step, numbers)
 
     def _set_learning_rates(self, stage: Stage, base: dict[str, list[float]], step: int, total: int) -> None:
         factor = learning_rate_factor(step, total, self.optim)
@@ -105,7 +143,7 @@ class Trainer:
     def _housekeeping(
         self, stage: Stage, progress: Progress, total: int, metadata: dict[str, Any], tracker: Tracker | None
     ) -> bool:
-        """Validate, preview and save where due. False when patience is at its end."""
+        """Validate, preview and save where due. False when there is no step to do."""
         step, settings = progress.step, self.settings
         last = step >= total
 
@@ -114,26 +152,42 @@ class Trainer:
 
         if due(settings.validate_every) and progress.validated != step:
             self._validate(stage, progress, metadata, tracker)
-        patient = settings.patience is None or progress.stale <= settings.patience
-        last = last or not patient
-        if tracker and due(settings.preview_every):
+        last = last or (settings.patience is not None and progress.stale > settings.patience)
+        if tracker and due(settings.preview_every) and progress.previewed != step:
             with torch.no_grad(), stage.averaged():
                 tracker.volumes(step, stage.preview())
+            progress.previewed = step
         stopping = self._stop_requested()
-        if (due(settings.checkpoint_every) or stopping or last) and self.accelerator.is_main_process:
+        if due(settings.checkpoint_every) or stopping or last:
+            self._save(stage, progress, metadata, tracker)
+        if stopping:
+            # A launcher that sees one process leave stops the others: not before the state is written.
+            self.accelerator.wait_for_everyone()
+            log.warning("stopped by signal at step %d; the same command resumes", step)
+            self.signals.leave()
+        return not last
+
+    def _save(self, stage: Stage, progress: Progress, metadata: dict[str, Any], tracker: Tracker | None) -> None:
+        if not self.accelerator.is_main_process:
+            return
+        try:
+            if tracker:
+                tracker.flush()
             if stage.monitor is None or progress.best is None:
                 self._publish(stage, progress, metadata, {})
-            self.checkpoints.save(stage, progress, self.accelerator.scaler)
-        if stopping:
-            log.warning("stopped by signal at step %d; the same command resumes", step)
-            sys.exit(EXIT_PREEMPTED)
-        return patient
+            self.checkpoints.save(stage, progress, self.accelerator.scaler, self.identity)
+        except OSError as error:
+            raise UserError(
+                f"cannot save step {progress.step} ({error.strerror or error}: {error.filename or self.run.path}); "
+                f"{self.checkpoints.last()}: make room or writable, and run the same command again"
+            ) from error
 
     def _stop_requested(self) -> bool:
         """Whether any process was told to stop: all must leave at the same step."""
+        told = self.signals.received is not None
         if self.accelerator.num_processes == 1:
-            return self._signal is not None
-        flag = torch.tensor([float(self._signal is not None)], device=self.accelerator.device)
+            return told
+        flag = torch.tensor([float(told)], device=self.accelerator.device)
         return bool(self.accelerator.reduce(flag, "sum").item() > 0)
 
     def _validate(self, stage: Stage, progress: Progress, metadata: dict[str, Any], tracker: Tracker | None) -> None:
@@ -154,5 +208,8 @@ class Trainer:
             progress.stale += 1
 
     def _publish(self, stage: Stage, progress: Progress, metadata: dict[str, Any], metrics: dict[str, float]) -> None:
+        weights = stage.weights()
+        for name, tensors in weights.items():
+            refuse_non_finite(tensors, name, progress.step, self.checkpoints.last())
         about = {"stage": stage.name, "step": progress.step, "metrics": metrics, **metadata, **stage.metadata()}
-        self.run.publish(stage.weights(), about)
+        self.run.publish(weights, about)

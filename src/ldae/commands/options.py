@@ -1,0 +1,134 @@
+"""Options that commands share, and how they become a model and scans."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ldae.errors import UserError
+
+if TYPE_CHECKING:
+    from ldae.pipeline import LDAE
+
+INPUT = "A scan, one 3-D volume: .nii, .nii.gz, .mgz. The same as naming it without -i."
+PATH = click.Path(path_type=Path)
+
+
+def _together(*decorators: Callable) -> Callable:
+    def decorate(command: Callable) -> Callable:
+        for decorator in reversed(decorators):
+            command = decorator(command)
+        return command
+
+    return decorate
+
+
+model_options = _together(
+    click.option("--run", metavar="NAME", help="The model: a run below --runs."),
+    click.option("--runs", type=PATH, default="runs", show_default=True, help="Folder of runs."),
+    click.option("--bundle", type=PATH, metavar="DIR", help="The model: a folder that `ldae export` wrote."),
+    click.option("--device", metavar="NAME", help="cpu, cuda, cuda:1, ...; default: a GPU where there is one."),
+)
+steps_option = click.option(
+    "--steps", type=click.IntRange(1), help="Of inversion and of decoding each; default: the model's."
+)
+force_option = click.option(
+    "--force", is_flag=True, help="Take scans unlike the training scans too. What comes out then means little."
+)
+seed_option = click.option("--seed", type=int, default=0, show_default=True, help="Of the random codes.")
+
+
+def scans_argument(names: str) -> Callable:
+    """Scans as arguments, or each after an -i."""
+    return _together(
+        click.argument("scans", metavar=names, nargs=-1, type=PATH),
+        click.option("-i", "--input", "inputs", multiple=True, type=PATH, metavar="SCAN", help=INPUT),
+    )
+
+
+def output_option(what: str) -> Callable:
+    """Where results go."""
+    return click.option("-o", "--output", required=True, type=PATH, help=what)
+
+
+def given(scans: Sequence[Path], inputs: Sequence[Path], count: int | None = None) -> list[Path]:
+    """The scans that were named, of which `count` are due (None: any number).
+
+    Raises:
+        UserError: there are more or fewer.
+    """
+    found = [*scans, *inputs]
+    due = {None: "at least one scan is", 1: "one scan is", 2: "two scans are"}[count]
+    if not found or (count is not None and len(found) != count):
+        raise UserError(f"{len(found)} scans were given where {due} needed")
+    return found
+
+
+def load_model(run: str | None, runs: Path, bundle: Path | None, device: str | None, **options: Any) -> "LDAE":
+    """The model that --run or --bundle names.
+
+    Raises:
+        UserError: both or neither are given, or see LDAE.load; or there is no such device.
+    """
+    if (run is None) == (bundle is None):
+        raise UserError("name one model: --run NAME or --bundle DIR")
+    from ldae.bundle_file import DESCRIPTION
+    from ldae.pipeline import LDAE
+
+    if bundle is not None and not (bundle / DESCRIPTION).is_file():
+        raise UserError(f"{bundle} is no bundle: it has no {DESCRIPTION}; for a run give --run NAME --runs DIR")
+    _check_device(device)
+    return LDAE.load(bundle if bundle is not None else run, runs=runs, device=device, **options)
+
+
+def _check_device(name: str | None) -> None:
+    if name is None:
+        return
+    import torch
+
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--device {name}: it is not there ({reason}); leave it out to use what is") from error
+
+
+def numbers(text: str, option: str, example: str) -> list[float]:
+    """Numbers with commas between them.
+
+    Raises:
+        UserError: something else.
+    """
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise UserError(f"{option} {text!r}: numbers with commas are needed, as in {example}") from None
+
+
+def image_path(path: Path) -> Path:
+    """`path`, if a NIfTI can be written there.
+
+    Raises:
+        UserError: its name does not end as a NIfTI's.
+    """
+    if not path.name.endswith((".nii", ".nii.gz")):
+        raise UserError(f"-o {path}: a name ending in .nii.gz or .nii is needed")
+    return path
+
+
+def folder_path(path: Path) -> Path:
+    """`path`, if it is or can become a folder.
+
+    Raises:
+        UserError: a file is in the way, or it is meant as one.
+    """
+    if path.is_file() or path.name.endswith((".nii", ".nii.gz")):
+        raise UserError(f"-o {path}: a folder is needed, several images are written")
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def said(value: float) -> str:
+    """A number in a file's name, with its sign: +0.5, -2."""
+    return f"{value:+g}"

@@ -1,0 +1,49 @@
+"""What a model's methods take: volumes in model space, or scans, which become such volumes.
+
+A scan is a NIfTI's path, a nibabel image, an opened `native.Scan`, or a list of these. What comes back is a tensor;
+`Scan.restored` and `Scan.edited` make a NIfTI of it that overlays on the scan.
+"""
+
+from collections.abc import Sequence
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from ldae.data.likeness import Likeness
+from ldae.data.transforms import Source
+from ldae.errors import UserError
+from ldae.native import Scan, open_scan
+
+Scans = Tensor | Scan | Source | Sequence[Scan | Source]
+
+
+class Inputs:
+    """Methods of pipeline.LDAE, which has the transform and the bundle that these use."""
+
+    @cached_property
+    def likeness(self) -> Likeness | None:
+        """What the training scans look like; None where nobody measured it."""
+        stored = None if self.bundle is None else self.bundle.likeness
+        return None if stored is None else Likeness.from_dict(stored)
+
+    def open(self, source: Source, check: bool = True) -> Scan:
+        """A scan in model space, and the way back.
+
+        Args:
+            check: refuse a scan that is unlike the training scans, or preprocess it.
+
+        Raises:
+            BadScan: it cannot be used; the message says why.
+        """
+        if self.transform is None:
+            raise UserError("this model was put together without a transform and takes tensors only")
+        return open_scan(source, self.transform, self.likeness if check else None, self.preprocess)
+
+    def volumes(self, x: Scans) -> Tensor:
+        """(B, 1, X, Y, Z) on the model's device, of a tensor in model space as it is, of scans through `open`."""
+        if isinstance(x, Tensor):
+            return x.to(self.device)
+        if isinstance(x, list | tuple):
+            return torch.cat([self.volumes(item) for item in x])
+        return (x if isinstance(x, Scan) else self.open(x)).volume.to(self.device)

@@ -1,0 +1,77 @@
+"""How good the masks and registrations of a cohort are: `python -m ldae.preprocessing.check DERIVATIVES LABELS`.
+
+Against label maps in native space, whose labels together, closed over the sulci and filled, are what a brain mask with
+its CSF should hold. Writes DERIVATIVES/check.csv, a row a scan, and shows medians.
+"""
+
+import sys
+from pathlib import Path
+
+import click
+import numpy as np
+import pandas as pd
+
+from ldae.errors import UserError
+from ldae.files import read_json, replacing
+from ldae.preprocessing.brain import closed
+from ldae.preprocessing.names import entity
+from ldae.preprocessing.regions import label_maps
+from ldae.preprocessing.volume import Volume
+
+
+def dice(first: np.ndarray, second: np.ndarray) -> float:
+    """2 |A and B| / (|A| + |B|) of two masks; 1 for two empty ones."""
+    total = first.sum() + second.sum()
+    return float(2 * (first & second).sum() / total) if total else 1.0
+
+
+def compare(out: Path, labels: Path | None) -> pd.DataFrame:
+    """A row a finished scan: subject, session, dice (NaN without a label map), and its measures.
+
+    Raises:
+        UserError: no finished scan in `out`, or a label map on another grid than its scan.
+    """
+    maps = label_maps(labels) if labels else {}
+    rows = []
+    for path in sorted((out / "records").glob("*.json")):
+        record = read_json(path)
+        if record["status"] != "done":
+            continue
+        key = entity(path.stem, "sub"), entity(path.stem, "ses")
+        found = np.nan
+        if key in maps and "native_mask" in record["files"]:
+            found = _dice(out / record["files"]["native_mask"], maps[key])
+        rows.append({"subject": f"sub-{key[0]}", "session": key[1], "dice": found, **record["measures"]})
+    if not rows:
+        raise UserError(f"no finished scan in {out}: run `ldae preprocess` first")
+    return pd.DataFrame(rows)
+
+
+def _dice(mask: Path, labels: Path) -> float:
+    ours, theirs = Volume.read(mask, constant=True), Volume.read(labels, constant=True)
+    if ours.data.shape != theirs.data.shape or not np.allclose(ours.affine, theirs.affine, atol=1e-2):
+        raise UserError(f"{labels} is on another grid than the scan of {mask}: give label maps in native space")
+    return dice(ours.data > 0, closed(theirs.data > 0, theirs.spacing))
+
+
+@click.command()
+@click.argument("derivatives", type=click.Path(path_type=Path))
+@click.argument("labels", type=click.Path(path_type=Path), required=False)
+def main(derivatives: Path, labels: Path | None) -> None:
+    """Compare what `ldae preprocess` left in DERIVATIVES with the label maps *_dseg.nii.gz in the folder LABELS."""
+    try:
+        table = compare(derivatives, labels)
+    except UserError as error:
+        click.echo(f"check: {error}", err=True)
+        sys.exit(2)
+    with replacing(derivatives / "check.csv") as temporary:
+        table.to_csv(temporary, index=False)
+    click.echo(f"{len(table)} scans; median (smallest to largest)")
+    for name in table.columns[2:]:
+        values = table[name].dropna()
+        if len(values):
+            click.echo(f"{name:<22} {values.median():.4g} ({values.min():.4g} to {values.max():.4g})")
+
+
+if __name__ == "__main__":
+    main()

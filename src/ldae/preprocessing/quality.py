@@ -1,0 +1,78 @@
+"""qc.html: a row a scan, worst first, with mosaic, measures and notes; one file that needs no other."""
+
+import base64
+import html
+from pathlib import Path
+
+import numpy as np
+
+from ldae.files import write_text
+from ldae.preprocessing.job import Record
+from ldae.preprocessing.sources import Scan
+
+# Measure -> heading, factor, and the sign that makes larger worse; 0: both ends are bad.
+MEASURES = {
+    "template_correlation": ("correlation to template", 1.0, -1),
+    "head_mm3": ("brain with CSF, cm³", 1e-3, 0),
+    "noise": ("noise / brain median", 1.0, 1),
+}
+STYLE = (
+    "body{font:14px sans-serif;margin:1em 2em;background:#111;color:#ddd}td,th{padding:4px 1em;vertical-align:top;"
+    "text-align:left}img{display:block}.bad{color:#f66}.brain{color:#ff4646}.template{color:#46c8ff}"
+)
+
+
+def write_quality(out: Path, entries: list[tuple[Scan, Record]]) -> Path:
+    """Write OUT/qc.html; what was set aside comes first, then by how far the worst measure lies from the others'."""
+    scores = badness([record for _, record in entries])
+    order = np.argsort(-scores, kind="stable")
+    heads = "".join(f"<th>{heading}</th>" for heading, _, _ in MEASURES.values())
+    rows = "\n".join(_row(out, *entries[index], scores[index]) for index in order)
+    aside = sum(record["status"] != "done" for _, record in entries)
+    text = (
+        f'<!doctype html>\n<html><head><meta charset="utf-8"><title>Quality of {len(entries)} scans</title>'
+        f"<style>{STYLE}</style></head><body>\n<h1>{len(entries)} scans, {aside} set aside</h1>\n"
+        '<p>Worst first. Contours: <span class="brain">brain mask</span>, '
+        '<span class="template">brain of the template</span>. Deviation: of the worst measure from the cohort\'s '
+        "median, in robust standard deviations.</p>\n"
+        f"<table><tr><th>scan</th><th>deviation</th>{heads}<th></th></tr>\n{rows}\n</table></body></html>\n"
+    )
+    write_text(out / "qc.html", text)
+    return out / "qc.html"
+
+
+def badness(records: list[Record]) -> np.ndarray:
+    """(N,): the largest deviation of a scan's measures in the bad direction; infinite for what was set aside."""
+    result = np.zeros(len(records))
+    for name, (_, _, sign) in MEASURES.items():
+        values = np.array([record.get("measures", {}).get(name, np.nan) for record in records], dtype=float)
+        known = np.isfinite(values)
+        if known.sum() < 2:
+            continue
+        centred = values - np.median(values[known])
+        spread = 1.4826 * np.median(np.abs(centred[known])) or 1.0
+        worse = np.abs(centred) if sign == 0 else sign * centred
+        result = np.fmax(result, worse / spread)
+    result[[record["status"] != "done" for record in records]] = np.inf
+    return result
+
+
+def _row(out: Path, scan: Scan, record: Record, score: float) -> str:
+    name = html.escape(" ".join(part for part in (scan.subject, scan.session) if part))
+    values = record.get("measures", {})
+    cells = "".join(
+        f"<td>{values[key] * factor:.4g}</td>" if key in values else "<td></td>"
+        for key, (_, factor, _) in MEASURES.items()
+    )
+    if record["status"] != "done":
+        shown = f'<span class="bad">set aside: {html.escape(record["reason"])}</span>'
+        return f"<tr><td>{name}</td><td></td>{cells}<td>{shown}</td></tr>"
+    notes = "".join(f"<p>{html.escape(note)}</p>" for note in record["notes"])
+    return (
+        f"<tr><td>{name}</td><td>{score:.1f}</td>{cells}<td>{_image(out / record['files']['figure'])}{notes}</td></tr>"
+    )
+
+
+def _image(path: Path) -> str:
+    data = base64.b64encode(path.read_bytes()).decode("ascii")
+    return f'<img alt="slices" src="data:image/jpeg;base64,{data}">'

@@ -1,0 +1,44 @@
+"""`python -m tests.faults --kills 50 --checkpoints 20 --inputs 25`: counts as JSON; stops at the first fault."""
+
+import argparse
+import json
+import logging
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from . import work
+from .corruption import corrupted
+from .distributed import as_one, same_latents
+from .kills import kills
+from .mutate import mutated
+
+
+def main() -> None:
+    """Kills over the three stages, then damaged checkpoints, then mutated inputs."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    parser = argparse.ArgumentParser(prog="python -m tests.faults")
+    parser.add_argument("--kills", type=int, default=50, help="kill -9 at random instants, over the three stages")
+    parser.add_argument("--checkpoints", type=int, default=20, help="damaged checkpoints")
+    parser.add_argument("--inputs", type=int, default=25, help="mutated inputs of each kind")
+    parser.add_argument("--steps", type=int, default=20, help="steps in which 2 processes must train as 1; 0: none")
+    parser.add_argument("--stages", nargs="+", default=list(work.STAGES), choices=work.STAGES)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    begin = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="faults-") as name:
+        folder = Path(name)
+        found: dict = kills(folder, options.kills, tuple(options.stages), options.seed)
+        run = folder / "whole/runs/smoke/aekl"
+        found |= corrupted(run, folder, options.checkpoints, options.seed)
+        if options.steps:
+            found |= as_one(folder, options.steps, tuple(options.stages))
+            found |= same_latents(folder)
+        found |= mutated(folder / "inputs", run, options.inputs, options.seed)
+    found["seconds"] = round(time.monotonic() - begin)
+    sys.stdout.write(json.dumps(found, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

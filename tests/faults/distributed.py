@@ -1,0 +1,66 @@
+"""Several processes do what one does: 2 with batch b train as 1 with batch 2 b, and 1, 2 and 3 encode the same."""
+
+import json
+from pathlib import Path
+
+from safetensors.torch import load_file
+
+from . import work
+
+TOLERANCE = 1e-5
+# No dropout, whose masks belong to a process; a discriminator whose norm does not see the batch; no calibration, which
+# divides by the spread of an untrained y; steps so small that rounding is not blown up by a loss that runs away.
+EQUAL = (
+    "model.unet.dropout=0", "model.discriminator.norm=INSTANCE", "model.encoder.calibrated=false", "optim.lr=1e-5",
+    "trainer.accumulate=2", "trainer.ema=0.9",
+)  # fmt: skip
+
+
+def distance(run: Path, other: Path) -> float:
+    """The larger of two relative differences: of all weights and averages together, and of any step's loss.
+
+    Not of single weights: Adam turns the rounding of a gradient that should be 0 into a step of full size.
+    """
+    states = [sorted((path / "state").glob("*.safetensors"))[-1] for path in (run, other)]
+    mine, theirs = (load_file(path) for path in states)
+    names = [name for name in theirs if name.startswith(("modules/", "averages/")) and theirs[name].is_floating_point()]
+    apart = sum(float((mine[name].double() - theirs[name].double()).square().sum()) for name in names)
+    whole = sum(float(theirs[name].double().square().sum()) for name in names)
+    losses = zip(*(_losses(path) for path in (run, other)), strict=True)
+    return max((apart / whole) ** 0.5, *(abs(a - b) / abs(b) for a, b in losses))
+
+
+def _losses(run: Path) -> list[float]:
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [record["train/loss"] for record in records if "train/loss" in record]
+
+
+def as_one(folder: Path, steps: int, stages: tuple[str, ...] = work.STAGES) -> dict[str, float]:
+    """Train each of `stages` for `steps` in 1 and in 2 processes on `folder`/whole; the relative distances."""
+    found = {}
+    for stage in stages:
+        runs = []
+        for count in (1, 2):
+            place = folder / f"{stage}-{count}"
+            data = work.copied(folder / "whole", place, stage)
+            more = (*EQUAL, data, f"trainer.max_steps={steps}", f"trainer.batch_size={2 // count}")
+            work.together("train", work.overrides(stage, *more), place, count)
+            runs.append(place / "runs/smoke" / stage)
+        found[f"{stage}: 2 processes against 1"] = distance(runs[1], runs[0])
+        assert found[f"{stage}: 2 processes against 1"] <= TOLERANCE, found
+    return found
+
+
+def same_latents(folder: Path) -> dict[str, int]:
+    """Encode `folder`/whole in 1, 2 and 3 processes; how many latents were the same to the bit in all."""
+    contents = []
+    for count in (1, 2, 3):
+        place = folder / f"encode-{count}"
+        data = work.copied(folder / "whole", place, "latents")
+        latents = place / "runs/smoke/latents"
+        arguments = [text for text in work.SETTINGS if not text.startswith("stage.")]
+        work.together("encode_latents", [*arguments, data, "trainer.batch_size=3"], place, count)
+        files = sorted([*latents.glob("*.npz"), *latents.glob("*.csv"), *latents.glob("*.json")])
+        contents.append({path.name: path.read_bytes() for path in files})
+    assert contents[0] == contents[1] == contents[2], "1, 2 and 3 processes encode differently"
+    return {"files of encode_latents the same in 1, 2 and 3 processes": len(contents[0])}

@@ -1,0 +1,84 @@
+"""kill -9 at random instants: whatever is started again with the same command ends as if it had never been killed."""
+
+import json
+import random
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from . import work
+
+
+def differences(run: Path, whole: Path) -> list[str]:
+    """In what a run differs from one that was never disturbed: state, weights, metrics, TensorBoard."""
+    found = []
+    for path in sorted([*whole.glob("state/step_*.safetensors"), *whole.glob("weights/*.safetensors")]):
+        other = run / path.relative_to(whole)
+        mine, theirs = (load_file(p) if p.exists() else {} for p in (other, path))
+        same = mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in theirs)
+        found += [] if same else [str(path.relative_to(whole))]
+    for name in ("metrics.jsonl", "weights/metadata.json"):
+        mine, theirs = ((folder / name).read_text().splitlines() for folder in (run, whole))
+        found += (
+            []
+            if [json.loads(s) if s[0] == "{" and s[-1] == "}" else s for s in mine]
+            == [json.loads(s) if s[0] == "{" and s[-1] == "}" else s for s in theirs]
+            else [name]
+        )
+    found += [] if points(run) == points(whole) else ["tensorboard"]
+    return found
+
+
+def points(run: Path) -> dict[str, list[tuple[int, float]]]:
+    """Steps and values of every TensorBoard scalar, and steps of every picture."""
+    events = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0, "images": 0})
+    events.Reload()
+    scalars = {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    return scalars | {tag: [(e.step, 0.0) for e in events.Images(tag)] for tag in events.Tags()["images"]}
+
+
+def kills(folder: Path, count: int, stages: tuple[str, ...] = work.STAGES, seed: int = 0) -> dict[str, int]:
+    """Kill runs of `stages` `count` times in all; the numbers of kills, finished runs, and runs that differ."""
+    draw = random.Random(seed)
+    whole = folder / "whole"
+    seconds = work.chain(whole, work.STAGES[: work.STAGES.index(stages[-1]) + 1])
+    total = {"kills": 0, "finished runs": 0, "runs that differ": 0}
+    for place, stage in enumerate(stages):
+        share = count * (place + 1) // len(stages) - count * place // len(stages)
+        spoilt = folder / stage
+        arguments = work.overrides(stage, work.copied(whole, spoilt))
+        run = spoilt / "runs/smoke" / stage
+        while share > 0:
+            shutil.rmtree(run, ignore_errors=True)
+            share -= _until_finished(spoilt, arguments, share, seconds[stage], draw, total)
+            total["finished runs"] += 1
+            different = differences(run, whole / "runs/smoke" / stage)
+            total["runs that differ"] += bool(different)
+            if different:
+                raise AssertionError(f"{stage} differs in {different}\n{work.log(spoilt)[-5000:]}")
+    return total
+
+
+def _until_finished(
+    folder: Path, arguments: list[str], limit: int, seconds: float, draw: random.Random, total: dict
+) -> int:
+    """Start train.py until it ends, killing it up to `limit` times; how often that was."""
+    done = 0
+    while True:
+        process = work.start("train", arguments, folder)
+        if done < limit:
+            process.join(draw.uniform(0, seconds))
+        else:
+            process.join(600)
+        if process.exitcode is None:
+            work.kill(process)
+            process.join()
+            done += 1
+            total["kills"] += 1
+        elif process.exitcode == 0:
+            return done
+        else:
+            raise AssertionError(f"{arguments}: exit {process.exitcode}\n{work.log(folder)[-5000:]}")

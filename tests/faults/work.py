@@ -1,0 +1,128 @@
+"""What the victims do: a stage at smoke size, as train.py runs it, in a process forked with everything imported."""
+
+import logging
+import multiprocessing
+import os
+import shutil
+import signal
+import socket
+import sys
+import time
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
+
+from ldae.config import conf_dir, register
+from ldae.experiment import encode, train
+from ldae.main import one_line_errors
+
+# What each process needs, imported once.
+PRELOAD = [
+    "hydra", "monai.networks.nets", "torch.utils.tensorboard", "matplotlib.pyplot", "tqdm", "sklearn", "joblib",
+    "ldae.experiment", "ldae.training.trainer", "ldae.stages.aekl", "ldae.stages.repr", "ldae.data.phantom",
+]  # fmt: skip
+STAGES = ("aekl", "pretrain", "repr")
+# Saves, validations, previews and logs at different steps; dropout, accumulation and the discriminator at work.
+SETTINGS = (
+    "experiment=smoke", "trainer.max_steps=8", "trainer.batch_size=1", "trainer.accumulate=2", "trainer.log_every=1",
+    "trainer.validate_every=3", "trainer.preview_every=4", "trainer.checkpoint_every=2", "trainer.validation_scans=1",
+    "data.phantom.subjects=8", "data.workers=1", "stage.sampler.steps=2",
+)  # fmt: skip
+
+
+def composed(name: str, overrides: list[str]) -> DictConfig:
+    """The config of a script."""
+    register()
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        return compose(name, overrides)
+
+
+def overrides(stage: str, *more: str) -> list[str]:
+    """Of train.py for `stage`."""
+    own = [text for text in SETTINGS if stage == "repr" or not text.startswith("stage.")]
+    return [*own, f"stage={stage}", *more]
+
+
+def run(script: str, arguments: list[str], folder: Path, environment: dict[str, str]) -> None:
+    """The body of a process: train.py or encode_latents.py in `folder`, its output in `folder`/log."""
+    os.environ |= environment
+    os.chdir(folder)
+    log = os.open("log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    torch.set_num_threads(1)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    with one_line_errors():
+        {"train": train, "encode_latents": encode}[script](composed(script, arguments))
+
+
+def start(script: str, arguments: list[str], folder: Path, environment: dict[str, str] | None = None) -> BaseProcess:
+    """A process that runs a script, with more variables in its environment."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    process = context.Process(target=run, args=(script, arguments, folder, environment or {}))
+    process.start()
+    return process
+
+
+def finish(script: str, arguments: list[str], folder: Path, limit: float = 600.0) -> float:
+    """Run a script to its end; its seconds."""
+    begin = time.monotonic()
+    process = start(script, arguments, folder)
+    process.join(limit)
+    if process.exitcode != 0:
+        process.kill()
+        raise AssertionError(f"{script} {arguments}: exit {process.exitcode}\n{log(folder)[-3000:]}")
+    return time.monotonic() - begin
+
+
+def together(script: str, arguments: list[str], folder: Path, count: int, limit: float = 900.0) -> None:
+    """Run a script to its end in `count` processes, as `accelerate launch` or srun would start them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(count), "ACCELERATE_USE_CPU": "true"}
+    processes = [
+        start(script, arguments, folder, shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if count > 1 else None)
+        for rank in range(count)
+    ]
+    for process in processes:
+        process.join(limit)
+    codes = [process.exitcode for process in processes]
+    if codes != [0] * count:
+        for process in processes:
+            process.kill()
+        raise AssertionError(f"{script} {arguments}: exits {codes}\n{log(folder)[-3000:]}")
+
+
+def log(folder: Path) -> str:
+    """What the processes in `folder` have said so far."""
+    path = folder / "log"
+    return path.read_text(errors="replace") if path.exists() else ""
+
+
+def chain(folder: Path, stages: tuple[str, ...] = STAGES, *more: str) -> dict[str, float]:
+    """Run `stages` in `folder`, never disturbed; seconds of each."""
+    folder.mkdir(parents=True, exist_ok=True)
+    seconds = {}
+    for stage in stages:
+        seconds[stage] = finish("train", overrides(stage, *more), folder)
+        if stage == "aekl" and stages[-1] != "aekl":
+            finish("encode_latents", [text for text in SETTINGS if not text.startswith("stage.")], folder)
+    return seconds
+
+
+def copied(whole: Path, place: Path, *removed: str) -> str:
+    """Copy what `whole` has trained to `place`, without some of it; the override by which it reads the same scans."""
+    shutil.copytree(whole / "runs", place / "runs")
+    for name in removed:
+        shutil.rmtree(place / "runs/smoke" / name, ignore_errors=True)
+    return f"paths.data={whole / 'data'}"
+
+
+def kill(process: BaseProcess, number: int = signal.SIGKILL) -> None:
+    """Send a signal."""
+    os.kill(process.pid, number)

@@ -1,0 +1,255 @@
+"""Proves the command line as a new user meets it: help, images that overlay on the scan, one line for every mistake."""
+
+import csv
+import json
+import subprocess
+import sys
+
+import nibabel as nib
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from ldae.cli import COMMANDS, main
+from ldae.commands.options import numbers
+from ldae.data.transforms import Transform
+from ldae.errors import UserError
+from ldae.growing_table import GrowingTable
+from small_run import small_run
+from test_native import brain, likeness_of_brains, reoriented
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with `runs/small`, two visits, one of them in another orientation, and things that are no scans."""
+    folder = tmp_path_factory.mktemp("user")
+    small_run(folder / "runs/small", likeness_of_brains(Transform((8, 8, 8), 9.0)))
+    nib.save(brain(0), folder / "a.nii.gz")
+    nib.save(brain(1), folder / "b.nii.gz")
+    nib.save(reoriented(brain(0), "PSR"), folder / "twin.nii.gz")
+    nib.save(brain(size=3.0), folder / "head.nii.gz")
+    nib.save(nib.Nifti1Image(np.ones((4, 4, 4, 3), np.int16), np.eye(4)), folder / "four.nii.gz")
+    (folder / "text.nii.gz").write_text("no image")
+    return folder
+
+
+@pytest.fixture
+def ldae(place, monkeypatch):
+    """Run the command in `place`; returns click's result."""
+    monkeypatch.chdir(place)
+
+    def run(*arguments, model=True):
+        named = ["--run", "small", "--device", "cpu"] if model else []
+        return CliRunner().invoke(main, [*map(str, arguments), *named])
+
+    return run
+
+
+def overlays(path, scan):
+    """Whether an image shares shape and affine with a scan; its voxels."""
+    image, original = nib.load(path), nib.load(scan)
+    assert image.shape == original.shape
+    np.testing.assert_array_equal(image.affine, original.affine)
+    assert np.isfinite(image.get_fdata()).all()
+    return image.get_fdata()
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.name)
+def test_every_command_explains_itself(command):
+    result = CliRunner().invoke(main, [command.name, "-h"])
+    assert result.exit_code == 0
+    assert "-o, --output" in result.output
+    assert len(command.help.splitlines()[0]) > 10
+    assert all(option.help for option in command.params if option.param_type_name == "option")
+
+
+def test_alphas_unit_is_in_the_help():
+    assert "sqrt(768)" in CliRunner().invoke(main, ["manipulate", "-h"]).output
+
+
+def test_reconstruct_overlays_and_from_y_alone_is_another_image(ldae, place):
+    assert ldae("reconstruct", "a.nii.gz", "-o", "out/r.nii.gz").exit_code == 0
+    assert ldae("reconstruct", "-i", "a.nii.gz", "-o", "out/s.nii.gz", "--semantic").exit_code == 0
+    full, semantic = (overlays(place / f"out/{name}.nii.gz", place / "a.nii.gz") for name in "rs")
+    assert np.abs(full - semantic).max() > 1
+
+
+def test_vary_gives_as_many_as_asked_for_and_the_same_for_the_same_seed(ldae, place):
+    assert ldae("vary", "a.nii.gz", "-n", 2, "--seed", 3, "-o", "v").exit_code == 0
+    assert ldae("vary", "a.nii.gz", "-n", 1, "--seed", 3, "-o", "w").exit_code == 0
+    first, second = (overlays(place / f"v/a_vary0{n}.nii.gz", place / "a.nii.gz") for n in (1, 2))
+    again = overlays(place / "w/a_vary01.nii.gz", place / "a.nii.gz")
+    np.testing.assert_allclose(first, again, atol=1e-2)
+    assert np.abs(first - second).max() > 1
+
+
+def test_interpolate_starts_at_the_first_scan(ldae, place):
+    assert ldae("interpolate", "a.nii.gz", "b.nii.gz", "--at", "0,0.5", "-o", "i").exit_code == 0
+    start, middle = (overlays(place / f"i/a_to_b_at{at}.nii.gz", place / "a.nii.gz") for at in ("0", "0.5"))
+    np.testing.assert_array_equal(start, nib.load(place / "a.nii.gz").get_fdata())
+    assert np.abs(middle - start).max() > 1
+
+
+def test_manipulate_writes_an_image_for_each_alpha_and_says_the_verdict(ldae, place):
+    arguments = ("--direction", "diagnosis", "--alpha", "-2,0,2", "-o", "m", "--viewer")
+    for scan in ("a.nii.gz", "twin.nii.gz"):
+        result = ldae("manipulate", scan, *arguments)
+        assert result.exit_code == 0, result.output
+    table = [line.split("\t") for line in result.stdout.splitlines() if "\t" in line]
+    assert table[0] == ["alpha", "y moved", "image embedded anew"]
+    assert [row[0] for row in table[1:]] == ["before", "-2", "+0", "+2"]
+    moved = [float(row[1].removeprefix("AD ").removesuffix(" %")) for row in table[1:]]
+    assert moved[1] <= moved[0] == moved[2] <= moved[3]
+    assert moved[1] < moved[3]
+    none, more = (overlays(place / f"m/a_diagnosis+{alpha}.nii.gz", place / "a.nii.gz") for alpha in (0, 2))
+    np.testing.assert_array_equal(none, nib.load(place / "a.nii.gz").get_fdata())
+    assert np.abs(more - none).max() > 1
+    twin = reoriented(nib.load(place / "m/twin_diagnosis+2.nii.gz"), "RAS")
+    np.testing.assert_allclose(twin.get_fdata(), more, atol=1e-3)
+
+
+def test_the_viewer_needs_nothing_else_and_holds_the_volumes(ldae, place):
+    ldae("manipulate", "a.nii.gz", "--direction", "diagnosis", "-o", "html", "--viewer")
+    page = (place / "html/a_diagnosis.html").read_text()
+    assert "http" not in page
+    assert "{{" not in page
+    start = page.index("const data = ") + len("const data = ")
+    data = json.loads(page[start : page.index(";\n", start)])
+    assert data["labels"] == ["alpha -1", "alpha +0", "alpha +1"]
+    assert data["shape"] == [8, 8, 8]
+
+
+def test_sample_makes_images_in_model_space(ldae, place):
+    assert ldae("sample", "-n", 2, "-o", "samples").exit_code == 0
+    images = [nib.load(place / f"samples/sample0{n}.nii.gz") for n in (1, 2)]
+    assert {image.shape for image in images} == {(8, 8, 8)}
+    assert np.abs(images[0].get_fdata() - images[1].get_fdata()).max() > 0
+
+
+def test_an_exported_bundle_is_the_same_model_with_a_card(ldae, place):
+    assert ldae("export", "small", "-o", "bundle", model=False).exit_code == 0
+    card = (place / "bundle/README.md").read_text()
+    for heading in ("## Data", "## Metrics", "## Intended use", "## Limits"):
+        assert heading in card
+    assert str(place) not in card
+    ldae("embed", "a.nii.gz", "-o", "by_run.csv")
+    ldae("embed", "a.nii.gz", "-o", "by_bundle.csv", "--bundle", "bundle", model=False)
+    assert (place / "by_run.csv").read_text() == (place / "by_bundle.csv").read_text()
+
+
+def rows(path):
+    with open(path, newline="") as handle:
+        return list(csv.DictReader(handle))
+
+
+def test_embed_goes_on_where_it_stopped_and_sees_a_scan_that_was_replaced(ldae, place):
+    nib.save(brain(5), place / "changing.nii.gz")
+    assert ldae("embed", "a.nii.gz", "twin.nii.gz", "-o", "y.csv").exit_code == 0
+    first = (place / "y.csv").read_text()
+    (place / "y.csv").write_text(first + "b.nii.gz,torn")  # killed while it wrote
+    assert ldae("embed", "a.nii.gz", "b.nii.gz", "changing.nii.gz", "-o", "y.csv").exit_code == 0
+    assert (place / "y.csv").read_text().startswith(first)  # kept to the byte
+    table = {row["path"]: row for row in rows(place / "y.csv")}
+    assert list(table) == ["a.nii.gz", "twin.nii.gz", "b.nii.gz", "changing.nii.gz"]
+    assert [table["a.nii.gz"][f"y{n:03d}"] for n in range(16)] == [table["twin.nii.gz"][f"y{n:03d}"] for n in range(16)]
+    nib.save(brain(6), place / "changing.nii.gz")
+    assert ldae("embed", "changing.nii.gz", "-o", "y.csv").exit_code == 0
+    again = {row["path"]: row for row in rows(place / "y.csv")}
+    assert len(again) == 4
+    assert again["changing.nii.gz"]["y000"] != table["changing.nii.gz"]["y000"]
+
+
+def test_done_scans_are_not_computed_again(ldae, place, monkeypatch):
+    assert ldae("embed", "a.nii.gz", "-o", "once.csv").exit_code == 0
+    monkeypatch.setattr(GrowingTable, "add", lambda *_: pytest.fail("computed again"))
+    assert ldae("embed", "a.nii.gz", "-o", "once.csv").exit_code == 0
+
+
+def test_a_bad_scan_is_set_aside_and_the_rest_goes_on(ldae, place):
+    result = ldae("embed", "four.nii.gz", "a.nii.gz", "gone.nii.gz", "head.nii.gz", "-o", "some.csv")
+    assert result.exit_code == 1
+    assert [row["path"] for row in rows(place / "some.csv")] == ["a.nii.gz"]
+    reasons = {row["path"]: row["reason"] for row in rows(place / "some_rejected.csv")}
+    assert "not one 3-D volume" in reasons["four.nii.gz"]
+    assert "No such file" in reasons["gone.nii.gz"]
+    assert "unlike the scans" in reasons["head.nii.gz"]
+    assert ldae("embed", "a.nii.gz", "-o", "some.csv").exit_code == 0
+    assert not (place / "some_rejected.csv").exists()
+
+
+def test_an_unlike_scan_is_taken_only_by_force(ldae, place):
+    refused = ldae("reconstruct", "head.nii.gz", "-o", "h.nii.gz")
+    assert refused.exit_code == 2
+    assert not (place / "h.nii.gz").exists()
+    assert ldae("reconstruct", "head.nii.gz", "-o", "h.nii.gz", "--force").exit_code == 0
+    overlays(place / "h.nii.gz", place / "head.nii.gz")
+
+
+MISTAKES = [
+    (["reconstruct", "gone.nii.gz", "-o", "x.nii.gz"], "gone.nii.gz: no such file"),
+    (["reconstruct", "four.nii.gz", "-o", "x.nii.gz"], "not one 3-D volume: shape [4, 4, 4, 3]"),
+    (["reconstruct", "text.nii.gz", "-o", "x.nii.gz"], "text.nii.gz: unreadable"),
+    (["reconstruct", "a.nii.gz", "-o", "x.png"], "a name ending in .nii.gz or .nii is needed"),
+    (["reconstruct", "-o", "x.nii.gz"], "0 scans were given where one scan is needed"),
+    (["vary", "a.nii.gz", "-o", "b.nii.gz"], "a folder is needed"),
+    (["interpolate", "a.nii.gz", "-o", "x"], "1 scans were given where two scans are needed"),
+    (["interpolate", "a.nii.gz", "b.nii.gz", "--at", "0.5,2", "-o", "x"], "places lie between 0"),
+    (["manipulate", "a.nii.gz", "--direction", "sex", "-o", "x"], "no probe or direction 'sex'; it has diagnosis"),
+    (["manipulate", "a.nii.gz", "--direction", "diagnosis", "--alpha", "1;2", "-o", "x"], "numbers with commas"),
+    (["embed", "gone.nii.gz", "-o", "x.csv"], "none of the 1 scans could be embedded"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), MISTAKES, ids=lambda value: str(value)[:40])
+def test_a_mistake_ends_in_one_line_and_no_traceback(ldae, arguments, message):
+    result = ldae(*arguments)
+    assert result.exit_code == 2
+    lines = [line for line in result.stderr.splitlines() if line.startswith("ldae: ")]
+    assert len(lines) == 1
+    assert message in lines[0]
+    assert "Traceback" not in result.output
+
+
+def test_a_model_must_be_named_and_be_there(ldae, place):
+    scan = ("reconstruct", "a.nii.gz", "-o", "x.nii.gz")
+    cases = {
+        (): "name one model",
+        ("--run", "small", "--bundle", "b"): "name one model",
+        ("--run", "gone"): "no run or bundle 'gone'; the runs in runs are: small",
+        ("--bundle", "runs/small"): "no bundle",
+        ("--run", "small", "--device", "cuda:99"): "--device cuda:99",
+    }
+    for named, message in cases.items():
+        result = ldae(*scan, *named, model=False)
+        assert result.exit_code == 2
+        assert message in result.stderr
+
+
+def test_a_bundle_of_another_version_is_refused(ldae, place):
+    ldae("export", "small", "-o", "other", model=False)
+    path = place / "other/bundle.json"
+    path.write_text(path.read_text().replace('"format": 1', '"format": 99'))
+    result = ldae("embed", "a.nii.gz", "-o", "x.csv", "--bundle", "other", model=False)
+    assert result.exit_code == 2
+    assert "format 99, this version of ldae reads 1" in result.stderr
+
+
+def test_a_table_of_something_else_is_not_overwritten(ldae, place):
+    (place / "mine.csv").write_text("subject,age\n1,70\n")
+    result = ldae("embed", "a.nii.gz", "-o", "mine.csv")
+    assert result.exit_code == 2
+    assert (place / "mine.csv").read_text() == "subject,age\n1,70\n"
+
+
+def test_numbers_say_what_is_wrong():
+    assert numbers("-2,-1,1", "--alpha", "") == [-2, -1, 1]
+    with pytest.raises(UserError, match="as in -1,1"):
+        numbers("a", "--alpha", "-1,1")
+
+
+def test_the_script_exits_as_it_should(place):
+    """Through a real process: the exit status and stderr that a shell sees."""
+    command = [sys.executable, "-m", "ldae.cli", "reconstruct", "gone.nii.gz", "-o", "x.nii.gz", "--run", "small"]
+    result = subprocess.run(command, cwd=place, capture_output=True, text=True, timeout=300, check=False)
+    assert result.returncode == 2
+    assert result.stderr.strip().splitlines()[-1] == "ldae: gone.nii.gz: no such file"

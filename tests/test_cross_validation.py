@@ -1,0 +1,191 @@
+"""Proves cross-validation: two regimes that never mix, the same folds for all, no label of a held-out scan seen, folds
+of several runs put together; region volumes as shares of the head; brain age without its pull to the mean.
+"""
+
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from ldae.data.splits import ensure, fold_members
+from ldae.errors import UserError
+from ldae.evaluation.baselines import Features, table_features
+from ldae.evaluation.context import Context
+from ldae.evaluation.cross_validation import CrossValidation, Folds
+from ldae.evaluation.fitting import fit
+from ldae.evaluation.linear import LinearModel
+from ldae.evaluation.page import write_report
+from ldae.evaluation.probes import Classification, Regression
+from ldae.evaluation.probing import Probes
+
+SEX = Classification("sex", positive="F", negative="M")
+
+
+def cohort(out, subjects=90, seed=0):
+    """One scan a subject; y holds sex and age, both noisy; the head of men is larger, ventricles grow with age."""
+    rng = np.random.default_rng(seed)
+    age, male = rng.uniform(20, 80, subjects), rng.integers(0, 2, subjects)
+    head = 1.4e6 + 1.5e5 * male + 5e4 * rng.standard_normal(subjects)
+    table = pd.DataFrame({
+        "subject": [f"sub-{n:03d}" for n in range(subjects)], "session": "ses-M000", "months": 0,
+        "path": [f"{n}.nii" for n in range(subjects)], "diagnosis": "", "age": age, "sex": np.where(male, "M", "F"),
+        "split": np.where(np.arange(subjects) < 0.8 * subjects, "train", "test"),
+        "ventricle_mm3": head * (0.005 + 2e-4 * (age - 20)), "label_007_mm3": 1000.0, "head_mm3": head,
+    })  # fmt: skip
+    y = rng.standard_normal((subjects, 16)).astype(np.float32)
+    y[:, 0] += 0.08 * (age - 50)
+    y[:, 1] += 2 * male
+    latents = torch.from_numpy(rng.standard_normal((subjects, 2, 3, 3, 3)).astype(np.float32))
+    volumes = torch.from_numpy(rng.random((subjects, 1, 8, 8, 8)).astype(np.float32))
+    return Context(
+        model=None, table=table, volumes=lambda r: volumes[list(r)], posterior=lambda r: (latents[r], latents[r]),
+        embeddings=y, untrained=lambda: y[:, 2:], out=out, spacing=(2.0,) * 3, weights="abc",
+    )  # fmt: skip
+
+
+def evaluator(regime="transductive", **options):
+    tasks = {"age": Regression("age", bias_correction=True), "sex": SEX}
+    return CrossValidation(tasks, regime, **{"repeats": 2, "resamples": 100, "pca_widths": [4, 8], **options})
+
+
+@pytest.fixture(scope="module")
+def judged(tmp_path_factory):
+    context = cohort(tmp_path_factory.mktemp("evaluation"))
+    return context, dict(evaluator()(context))
+
+
+def test_the_regime_is_in_every_name_and_chooses_the_scans(judged, tmp_path):
+    context, metrics = judged
+    assert all(name.startswith("cv/transductive/") for name in metrics)
+    assert metrics["cv/transductive/probe/age/scans"] == 72
+    other = replace(context, out=tmp_path)
+    inductive = dict(evaluator("inductive")(other))
+    assert all(name.startswith("cv/inductive/") for name in inductive)
+    assert inductive["cv/inductive/probe/age/scans"] == 18
+    seen, unseen = (
+        set(pd.read_csv(folder / f"cv_{regime}_age_predictions.csv")["subject"])
+        for folder, regime in ((context.out, "transductive"), (tmp_path, "inductive"))
+    )
+    assert not seen & unseen
+    with pytest.raises(UserError, match="regime"):
+        evaluator("both")
+    with pytest.raises(UserError, match="nearest"):
+        evaluator(baselines=["nearest"])
+
+
+def test_the_report_says_which(judged, tmp_path):
+    text = write_report(tmp_path, "x", judged[1]).read_text()
+    assert "saw, without labels" in text
+    assert "never saw" not in text
+
+
+def test_all_predictors_are_judged_in_the_same_folds_with_paired_differences(judged):
+    context, metrics = judged
+    found = pd.read_csv(context.out / "cv_transductive_age_predictions.csv")
+    assert found.groupby("repeat")["subject"].nunique().tolist() == [72, 72]
+    assert not found[["embedding", "mean", "pca", "images", "untrained", "volumes"]].isna().any().any()
+    stem = "cv/transductive/baseline/mean/age/mae_difference"
+    gap = metrics["cv/transductive/baseline/mean/age/mae"] - metrics["cv/transductive/probe/age/mae"]
+    assert metrics[stem] == pytest.approx(gap)
+    assert metrics[f"{stem}_low"] > 0
+    errors = (found["embedding"] - found["truth"]).abs().groupby(found["repeat"]).mean()
+    assert metrics["cv/transductive/probe/age/mae"] == pytest.approx(errors.mean())
+    assert metrics["cv/transductive/probe/sex/auc"] > 0.8
+    assert metrics["cv/transductive/baseline/mean/sex/auc"] < 0.6
+
+
+def test_the_mean_of_a_fold_is_that_of_the_others_labels(judged):
+    """The constant predictor shows what a fold was fitted on: never its own labels."""
+    context, _ = judged
+    found = pd.read_csv(context.out / "cv_transductive_age_predictions.csv")
+    first = found[found["repeat"] == 0]
+    for _, fold in first.groupby("mean"):
+        others = first[~first["subject"].isin(fold["subject"])]
+        assert fold["mean"].iloc[0] == pytest.approx(others["truth"].mean())
+
+
+def test_volumes_are_shares_of_the_head_which_stays_a_feature(tmp_path):
+    table = cohort(tmp_path).table
+    columns, values = table_features(table, "volumes")
+    assert columns == ["label_007_mm3", "ventricle_mm3", "head_mm3"]
+    assert values[:, 1] == pytest.approx(table["ventricle_mm3"] / table["head_mm3"])
+    assert values[:, 2] == pytest.approx(table["head_mm3"])
+    assert table_features(table, "volumes", columns)[1] == pytest.approx(values)  # a frozen predictor's way
+    columns, values = table_features(table.drop(columns="head_mm3"), "volumes")
+    assert values[:, 1] == pytest.approx(table["ventricle_mm3"])
+    bare = table.drop(columns=["ventricle_mm3", "label_007_mm3"])
+    assert table_features(bare, "volumes")[0] == []  # a head alone is no region
+
+
+def test_images_are_averaged_to_about_four_millimetres(tmp_path):
+    context = cohort(tmp_path, subjects=12)
+    found = Features(context)("images")[1]
+    expected = context.volumes([3]).reshape(4, 2, 4, 2, 4, 2).mean((1, 3, 5)).ravel()
+    assert found.shape == (12, 64)
+    assert found[3] == pytest.approx(expected.numpy(), abs=1e-6)
+
+
+def test_bias_correction_takes_age_out_of_the_gap_without_the_truth_of_the_judged(judged):
+    _, metrics = judged
+    stem = "cv/transductive/probe/age/"
+    assert metrics[stem + "gap_pearson"] < -0.4
+    assert abs(metrics[stem + "unbiased_gap_pearson"]) < 0.3
+    assert stem + "unbiased_mae" in metrics
+    assert not any("unbiased" in name for name in metrics if "/sex/" in name)
+
+
+def test_the_line_of_the_bias_is_stored_and_leaves_predictions_alone():
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((60, 5))
+    truth = 50 + 5 * x[:, 0] + 8 * rng.standard_normal(60)
+    subjects = np.arange(60).astype(str)
+    plain, corrected = (fit(Regression("age", bias_correction=b), x, truth, subjects, 0) for b in (False, True))
+    assert plain.bias is None
+    assert corrected.predict(x) == pytest.approx(plain.predict(x))
+    again = LinearModel.from_dict(corrected.to_dict())
+    assert again.bias == corrected.bias
+    intercept, slope = corrected.bias
+    assert 0 < slope < 1
+    assert again.unbiased(plain.predict(x)) == pytest.approx((plain.predict(x) - intercept) / slope)
+
+
+def test_folds_are_disjoint_cover_everyone_and_are_kept(tmp_path):
+    table = cohort(tmp_path).table.drop(columns="split")
+    shares = {"train": 0.92, "val": 0.08, "test": 0.0}
+    tests = []
+    for fold in range(5):
+        path = tmp_path / f"{fold}.csv"
+        found = ensure(table, path, shares, 0, (fold, 5))
+        tests.append(set(found[found["split"] == "test"]["subject"]))
+        assert {"train", "val"} <= set(found["split"])
+        again = ensure(table, path, shares, 0, (fold, 5))
+        assert again["split"].tolist() == found["split"].tolist()
+    assert [len(part) for part in tests] == [18] * 5
+    assert set.union(*tests) == set(table["subject"])
+    assert fold_members(table.sample(frac=1, random_state=1), 2, 5, 0) == tests[2]
+    with pytest.raises(UserError, match=r"data\.split\.fold=5"):
+        fold_members(table, 5, 5, 0)
+
+
+def test_the_test_folds_of_several_runs_are_put_together(tmp_path):
+    context = cohort(tmp_path / "out")
+    context.out.mkdir()
+    tasks = {"age": Regression("age", bias_correction=True)}
+    for fold in range(3):
+        held = fold_members(context.table, fold, 3, 0)
+        split = np.where(context.table["subject"].isin(held), "test", "train")
+        out = tmp_path / f"run{fold}" / "evaluation"
+        out.mkdir(parents=True)
+        run = replace(context, table=context.table.assign(split=split), out=out)
+        list(Probes(tasks, resamples=20, pca_widths=[4])(run))
+    runs = [tmp_path / f"run{fold}" for fold in range(3)]
+    metrics = dict(Folds(tasks, runs, resamples=50)(context))
+    assert metrics["cv/inductive/probe/age/scans"] == len(context.table)
+    assert metrics["cv/inductive/baseline/mean/age/mae_difference_low"] > 0
+    assert abs(metrics["cv/inductive/probe/age/unbiased_gap_pearson"]) < 0.3
+    with pytest.raises(UserError, match="two runs"):
+        dict(Folds(tasks, [runs[0], runs[0]])(context))
+    with pytest.raises(UserError, match=r"evaluation=\[probes\]"):
+        dict(Folds(tasks, [tmp_path / "none"])(context))

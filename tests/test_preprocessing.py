@@ -1,0 +1,301 @@
+"""Proves what surrounds the images in preprocessing: which scans are found, who they show, names, tables, faults, QC.
+
+No ANTs and no real scan: a "brain" is an ellipsoid on a background of 0, which is how a stripped scan looks.
+"""
+
+import errno
+import os
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pandas as pd
+import pytest
+
+from ldae.data.scans import BadScan
+from ldae.data.table import read_table
+from ldae.errors import UserError
+from ldae.files import read_json
+from ldae.preprocess import settings
+from ldae.preprocessing import pool
+from ldae.preprocessing.brain import Stripped, closed, looks_stripped
+from ldae.preprocessing.cohort import preprocess
+from ldae.preprocessing.intensity import Tissues, WhiteMatter
+from ldae.preprocessing.job import Job
+from ldae.preprocessing.measures import Limits, noise, template_correlation
+from ldae.preprocessing.people import Columns, People
+from ldae.preprocessing.pipeline import Pipeline
+from ldae.preprocessing.quality import badness
+from ldae.preprocessing.regions import Regions, label_maps
+from ldae.preprocessing.sources import Scan, find_scans
+from ldae.preprocessing.template import resampled
+from ldae.preprocessing.volume import Volume
+
+REAL_POOL = pool.run
+OFF = Pipeline(bias=None, brain=Stripped(), registration=None, spacing=4.0)
+
+
+def inline(work, calls, workers, threads):
+    """pool.run without processes, which take seconds to start."""
+    yield from ((index, work(*call)) for index, call in enumerate(calls))
+
+
+@pytest.fixture(autouse=True)
+def _no_processes(monkeypatch):
+    monkeypatch.setattr(pool, "run", inline)
+
+
+def brain(spacing=4.0, half=(65, 80, 60), shape=(44, 52, 40), seed=0):
+    """An ellipsoid of tissue: CSF outside, grey, white inside; about 1300 cm3."""
+    affine = np.diag([spacing] * 3 + [1.0])
+    affine[:3, 3] = -spacing * (np.array(shape) - 1) / 2
+    place = nib.affines.apply_affine(affine, np.moveaxis(np.indices(shape), 0, -1))
+    radius = np.sqrt(((place / half) ** 2).sum(-1))
+    data = np.select([radius < 0.7, radius < 0.9, radius < 1], [100.0, 70.0, 25.0], 0.0)
+    data += np.random.default_rng(seed).normal(0, 2, shape) * (data > 0)
+    return Volume(data.astype(np.float32), affine)
+
+
+def bids(root, scans, participants=None):
+    """A BIDS tree of "sub-1/ses-M000" -> Volume."""
+    for name, volume in scans.items():
+        volume.write(root / name / "anat" / f"{name.replace('/', '_')}_T1w.nii.gz")
+    if participants:
+        (root / "participants.tsv").write_text(participants.replace(" ", "\t"))
+    return root
+
+
+def run(root, out, pipeline=OFF, **options):
+    scans = find_scans(root)
+    people = People(root, Columns())
+    return preprocess(
+        scans, people, Job(pipeline, out, options.pop("regions", None)), workers=1, progress=False, **options
+    )
+
+
+def test_a_bids_folder_becomes_a_table_that_training_reads(tmp_path):
+    people = "participant_id age sex group\nsub-1 61.5 male AD\nsub-2 n/a F n/a\n"
+    root = bids(tmp_path / "raw", {"sub-1/ses-M000": brain(), "sub-1/ses-M012": brain(), "sub-2": brain()}, people)
+    (root / "sub-1" / "sub-1_sessions.tsv").write_text("session_id\tdiagnosis\nses-M012\tMCI\n")
+    run(root, tmp_path / "out")
+    table = read_table(tmp_path / "out" / "scans.csv")
+    assert table["session"].tolist() == ["ses-M000", "ses-M012", "ses-M000"]
+    assert table["diagnosis"].tolist() == ["AD", "MCI", ""]
+    assert table["age"].tolist()[:2] == [61.5, 62.5]  # at the session
+    assert np.isnan(table["age"][2])
+    assert table["sex"].tolist() == ["M", "M", "F"]
+    assert all(Path(path).is_file() for path in table["path"])
+    assert 1.0e6 < table["head_mm3"][0] < 1.6e6
+    raw = (tmp_path / "out" / "scans.csv").read_text()
+    assert str(tmp_path) not in raw  # the folder can move
+    assert "sub-2" in (tmp_path / "out" / "qc.html").read_text()
+
+
+def test_the_same_again_does_nothing_and_other_content_or_parameters_do(tmp_path):
+    root = bids(tmp_path / "raw", {"sub-1": brain(), "sub-2": brain()})
+    out = tmp_path / "out"
+
+    def stamps(**options):
+        run(root, out, **options)
+        return [(out / "records" / f"sub-{n}.json").stat().st_mtime_ns for n in (1, 2)]
+
+    first = stamps()
+    assert stamps() == first
+    bids(root, {"sub-2": brain(seed=5)})
+    second = stamps()
+    assert second[0] == first[0]
+    assert second[1] != first[1]
+    third = stamps(pipeline=Pipeline(bias=None, brain=Stripped(), registration=None, spacing=5.0))
+    assert not set(third) & set(second)
+    (out / "sub-1" / "anat" / "sub-1_desc-preproc_T1w.nii.gz").unlink()
+    assert stamps(pipeline=Pipeline(bias=None, brain=Stripped(), registration=None, spacing=5.0))[0] != third[0]
+
+
+def test_a_scan_that_is_set_aside_later_leaves_no_output(tmp_path):
+    root = bids(tmp_path / "raw", {"sub-1": brain(), "sub-2": brain()})
+    run(root, tmp_path / "out")
+    bids(root, {"sub-1": brain(half=(20, 20, 20))})
+    table = run(root, tmp_path / "out")
+    assert table["subject"].tolist() == ["sub-2"]
+    rejected = pd.read_csv(tmp_path / "out" / "rejected.csv")
+    assert "brain volume" in rejected["reason"][0]
+    assert not list((tmp_path / "out" / "sub-1").rglob("*.nii.gz"))
+
+
+def test_a_full_disk_stops_in_one_line_and_the_next_run_goes_on(tmp_path, monkeypatch):
+    root = bids(tmp_path / "raw", {f"sub-{n}": brain() for n in range(3)})
+    job, write, written = Job(OFF, tmp_path / "out"), Volume.write, []
+
+    def full(self, path, dtype=np.float32):
+        written.append(path)
+        if len(written) == 6:  # in the midst of the second scan's files
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(self, path, dtype)
+
+    monkeypatch.setattr(Volume, "write", full)
+    with pytest.raises(UserError, match="No space left"):
+        run(root, tmp_path / "out")
+    assert len(read_table(tmp_path / "out" / "scans.csv")) == 1
+    assert not list((tmp_path / "out").rglob(".tmp-*"))
+    monkeypatch.setattr(Volume, "write", write)
+    assert len(run(root, tmp_path / "out")) == 3
+    assert job.earlier(find_scans(root)[0]) is not None
+
+
+def test_an_interrupt_leaves_tables_of_what_is_done(tmp_path, monkeypatch):
+    root = bids(tmp_path / "raw", {f"sub-{n}": brain() for n in range(3)})
+
+    def interrupted(work, calls, workers, threads):
+        yield 0, work(*calls[0])
+        raise KeyboardInterrupt
+
+    run(root, tmp_path / "out")
+    monkeypatch.setattr(pool, "run", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(root, tmp_path / "out")
+    assert len(read_table(tmp_path / "out" / "scans.csv")) == 3  # those of the run before count
+
+
+def test_a_process_that_dies_takes_nobody_along():
+    found = dict(REAL_POOL(_dies_at_three, [(n,) for n in range(6)], workers=2, threads=1))
+    assert found.pop(3) is pool.DIED
+    assert found == {n: 10 * n for n in (0, 1, 2, 4, 5)}
+
+
+def _dies_at_three(number):
+    if number == 3:
+        os._exit(1)
+    return 10 * number
+
+
+def test_sessions_that_are_no_months_need_a_date(tmp_path):
+    root = bids(tmp_path / "raw", {"sub-1/ses-01": brain(), "sub-2/ses-01": brain(), "sub-2/ses-02": brain()})
+    run(root, tmp_path / "out")
+    assert read_table(tmp_path / "out" / "scans.csv")["subject"].tolist() == ["sub-1"]  # its only one is its first
+    assert pd.read_csv(tmp_path / "out" / "rejected.csv")["reason"].str.contains("months").tolist() == [True, True]
+    (root / "sub-2" / "sub-2_sessions.tsv").write_text("session_id\tage\nses-01\t70\nses-02\t71.5\n")
+    run(root, tmp_path / "out")
+    table = read_table(tmp_path / "out" / "scans.csv")
+    assert table["months"].tolist() == [0, 0, 18]
+    assert table["age"].tolist()[1:] == [70, 71.5]
+
+
+def test_caps_and_csv_are_read(tmp_path):
+    folder = tmp_path / "caps" / "subjects" / "sub-A" / "ses-M006" / "t1_linear"
+    whole, crop = (f"sub-A_ses-M006_space-MNI_{part}res-1x1x1_T1w.nii.gz" for part in ("", "desc-Crop_"))
+    for name in (whole, crop):
+        brain().write(folder / name)
+    found = find_scans(tmp_path / "caps")
+    assert [(s.path.name, s.subject, s.session, s.problem) for s in found] == [(whole, "sub-A", "ses-M006", "")]
+    (tmp_path / "list.csv").write_text(f"path,subject,session,age\n{folder / crop},0012,12,70\nother.nii.gz,x_1,,\n")
+    scans = find_scans(tmp_path / "list.csv")
+    assert [(s.subject, s.session) for s in scans] == [("sub-0012", "ses-M012"), ("sub-x1", "")]
+    assert People(None, Columns()).of(scans[0], only=True).age == 70
+    (tmp_path / "list.csv").write_text("path,subject\na.nii,x_1\nb.nii,x1\n")
+    with pytest.raises(UserError, match="line 3"):
+        find_scans(tmp_path / "list.csv")
+
+
+def test_label_maps_become_region_volumes_in_native_mm3(tmp_path):
+    labels = np.zeros((10, 10, 10), np.float32)
+    labels[:2], labels[2, :3] = 51, 47
+    volume = Volume(labels, np.diag([2.0, 2, 1, 1]))
+    found = Regions({"ventricle": [51, 52], "hippocampus": [47, 48]}).volumes(volume)
+    assert found["ventricle_mm3"] == found["label_051_mm3"] == 200 * 4
+    assert found["hippocampus_mm3"] == 30 * 4
+    assert found["brain_mm3"] == 230 * 4
+    for name in ("sub-1_dseg.nii.gz", "x/sub-2_ses-M000_dseg.nii.gz"):
+        volume.write(tmp_path / name)
+    assert set(label_maps(tmp_path)) == {("1", ""), ("2", "M000")}
+    volume.write(tmp_path / "y" / "sub-1_dseg.nii.gz")
+    with pytest.raises(UserError, match="two label maps"):
+        label_maps(tmp_path)
+
+
+def test_two_scans_of_one_session_are_both_named(tmp_path):
+    root = bids(tmp_path / "raw", {"sub-1": brain()})
+    brain().write(root / "sub-1" / "anat" / "sub-1_run-2_T1w.nii.gz")
+    run(root, tmp_path / "out")
+    rejected = pd.read_csv(tmp_path / "out" / "rejected.csv")
+    assert len(rejected) == 2
+    assert rejected["reason"].str.startswith("2 T1w scans in one session").all()
+
+
+def test_masks_close_sulci_and_keep_to_the_brain():
+    scan = brain(half=(60, 60, 60), shape=(40, 40, 40))
+    furrowed = scan.data.copy()
+    furrowed[20, :12] = 0  # a furrow of 4 mm, open to the outside
+    mask = closed(furrowed > 0, scan.spacing)
+    assert mask[20, 10, 20]
+    assert (mask & (scan.data == 0)).sum() < 0.05 * mask.sum()
+    assert looks_stripped(scan)
+    assert not looks_stripped(brain(half=(100, 120, 100), shape=(60, 70, 60)))
+
+
+def test_resampling_keeps_place_and_mass():
+    scan = brain(spacing=2.0, shape=(88, 104, 80))
+    coarse = resampled(scan, 4.0)
+    assert np.allclose(coarse.spacing, 4.0)
+    for volume in (scan, coarse):
+        centre = np.average(np.indices(volume.data.shape).reshape(3, -1), axis=1, weights=volume.data.ravel())
+        assert np.abs(nib.affines.apply_affine(volume.affine, centre)).max() < 0.5
+    assert coarse.data.sum() * 64 == pytest.approx(scan.data.sum() * 8, rel=0.01)
+    assert resampled(scan, None) is scan
+
+
+def test_tissues_come_to_their_values_whatever_the_scale():
+    scan = brain(spacing=3.0, shape=(60, 70, 54))
+    mask = scan.data > 0
+    for factor in (1, 7):
+        data = Tissues(targets=(0.3, 0.7, 1.0))(factor * scan.data, mask)
+        found = [np.median(data[np.abs(scan.data - level) < 3]) for level in (25, 70, 100)]
+        assert found == pytest.approx([0.3, 0.7, 1.0], abs=0.03)
+        white = WhiteMatter()(factor * scan.data, mask)
+        assert np.median(white[np.abs(scan.data - 100) < 3]) == pytest.approx(1, abs=0.02)
+    with pytest.raises(BadScan, match="three tissues"):
+        WhiteMatter()(np.ones((5, 5, 5)), np.ones((5, 5, 5), bool))
+
+
+def test_measures_see_what_they_are_named_after():
+    scan = brain(spacing=2.0, shape=(88, 104, 80))
+    mask = scan.data > 0
+    assert noise(scan, mask) == pytest.approx(2 / np.median(scan.data[mask]), rel=0.15)
+    shifted = scan.with_data(np.roll(scan.data, 10, axis=1))
+    assert template_correlation(scan, scan) == pytest.approx(1)
+    assert template_correlation(shifted, scan) < 0.8
+    assert template_correlation(scan.with_data(0 * scan.data), scan) == 0
+    for bad in (0.01, 30.0):
+        with pytest.raises(BadScan, match="absurd voxel size"):
+            Limits().check_grid(Volume(scan.data, np.diag([bad, bad, bad, 1])))
+
+
+def test_the_worst_scan_comes_first():
+    def record(correlation, status="done"):
+        return {"status": status, "measures": {"template_correlation": correlation, "head_mm3": 1.4e6, "noise": 0.05}}
+
+    scores = badness([record(0.9), record(0.91), record(0.7), record(0.92), record(0.9, "rejected")])
+    assert np.argsort(-scores, kind="stable")[:2].tolist() == [4, 2]
+
+
+def test_steps_that_do_not_go_together_and_unknown_ones_are_refused():
+    with pytest.raises(UserError, match="brain extraction"):
+        Pipeline(brain=None)
+    with pytest.raises(UserError, match="mask"):
+        Pipeline(brain=None, registration=None, intensity=WhiteMatter())
+    for wrong in ("preprocess/registration=nonlinear", "preprocess.spacingg=2", "+preprocess.brain.thresh=1"):
+        with pytest.raises(UserError, match=wrong.split("=")[0].split(".")[-1].split("/")[-1]):
+            settings([wrong])
+
+
+def test_the_scan_of_a_person_that_no_table_knows_is_kept(tmp_path):
+    person = People(tmp_path, Columns()).of(Scan(Path("x"), "sub-9", ""), only=True)
+    assert (person.months, person.diagnosis, person.sex) == (0, "", "")
+    assert np.isnan(person.age)
+
+
+def test_the_record_says_what_was_done(tmp_path):
+    run(bids(tmp_path / "raw", {"sub-1": brain()}), tmp_path / "out")
+    about = read_json(tmp_path / "out" / "sub-1" / "anat" / "sub-1_desc-preproc_T1w.json")
+    assert about["Parameters"]["brain"]["step"] == "Stripped"
+    assert about["SkullStripped"] is True
+    assert {"numpy", "ldae"} <= about["Software"].keys()
