@@ -96,7 +96,7 @@ def test_a_kept_slice_keeps_its_position():
 def test_y_is_measured_from_the_reference_whatever_is_left_out():
     """Of the reference itself nothing is left but the LayerNorm's bias; a scan's y does not hang on the shared part."""
     network = encoder(reference=X.shape[2:], gated=True, slice_dropout=0.5)
-    network.set_reference(X[:1])
+    network.set_reference(X[:1], torch.tensor(0.3))
     nn.init.constant_(network.norm.bias, 3.0)
     for mode in (True, False):
         y = network.train(mode)(X)

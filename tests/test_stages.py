@@ -167,7 +167,9 @@ def test_an_estimator_started_from_the_u_net_still_gives_nothing():
 def test_stage_3_measures_y_from_the_mean_of_the_training_scans():
     stage = prepared(repr_stage(reference=SHAPE))
     encoder = stage.modules["encoder"]
-    torch.testing.assert_close(encoder.reference, stage.cohort.x[:4].mean(0, keepdim=True))
+    x = stage.cohort.x[:4]
+    torch.testing.assert_close(encoder.reference, x.mean(0, keepdim=True))
+    torch.testing.assert_close(encoder.spread, (x - x.mean(0)).square().mean().sqrt())
 
 
 def test_stage_3_validates_with_another_subjects_y():

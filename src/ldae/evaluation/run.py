@@ -111,7 +111,7 @@ def _fresh_encoder(node: DictConfig, seed: int, trained: torch.nn.Module) -> Cal
         torch.manual_seed(seed)
         encoder = instantiate(node).eval().to(device)
     if trained.reference is not None:
-        encoder.set_reference(trained.reference)
+        encoder.set_reference(trained.reference, trained.spread)
     return lambda x: encoder(x.to(device))
 
 

@@ -36,9 +36,9 @@ class SemanticEncoder(nn.Module):
         checkpointing: volumes go through the backbone one by one and again in the backward pass.
         slice_dropout: share of slices that a training step leaves out (drawn anew by sample), and need not compute.
         reference: shape (X, Y, Z) of a reference volume that `set_reference` sets once, before training, to the mean
-            of the training scans; None: none, as published. With it, y = LayerNorm(f(x - reference) - f(0)): what all
-            brains share is taken out. From random weights it is nearly all there is (the spread of y over scans is
-            1/60 of its size), so that the estimator sees a constant and learns to ignore it.
+            of the training scans; None: none, as published. With it, y = LayerNorm(f(d) - f(0)) of the difference
+            d = (x - reference) / spread: what all brains share is taken out. From random weights it is nearly all there
+            is, so that the estimator sees a constant and learns to ignore it.
         gated: each token is multiplied by 1 + Linear(position), so that the same picture means something else at
             another height; None of it, as published, leaves an average over slices.
     """
@@ -81,11 +81,14 @@ class SemanticEncoder(nn.Module):
                 f"model.encoder: reference={list(reference)} does not have {slices} slices along axis {axis}"
             )
         self.register_buffer("reference", None if reference is None else torch.zeros(1, 1, *reference))
+        self.register_buffer("spread", None if reference is None else torch.ones(()))
 
     @torch.no_grad()
-    def set_reference(self, mean: Tensor) -> None:
-        """The volume that y is measured from, (1, 1, X, Y, Z): the mean of the training scans. Before training."""
+    def set_reference(self, mean: Tensor, spread: Tensor) -> None:
+        """What y is measured from, before training: the mean of the training scans, (1, 1, X, Y, Z), and the root mean
+        square of their differences from it, a scalar; unscaled, they would drown in the LayerNorm's epsilon."""
         self.reference.copy_(mean)
+        self.spread.copy_(spread)
 
     def _kept(self, x: Tensor) -> Tensor:
         """Numbers of the slices that are read, (B, S'), ascending: all of them, but for slice dropout in training."""
@@ -103,7 +106,7 @@ class SemanticEncoder(nn.Module):
                 "for which the encoder was built"
             )
         if self.reference is not None:
-            x = x - self.reference
+            x = (x - self.reference) / self.spread
         slices = x.movedim(2 + self.axis, 1)
         kept = self._kept(x)
         if kept.shape[1] < self.slices:

@@ -116,7 +116,7 @@ class ReprStage(Stage):
             module.to(accelerator.device, memory_format=self.memory_format)
         encoder, estimator = self.modules["encoder"], self.modules["estimator"]
         if encoder.reference is not None:
-            encoder.set_reference(self._mean_volume())
+            encoder.set_reference(*self._mean_volume())
         encoder.checkpointing = estimator.checkpointing = trainer.checkpointing
         conditioner = Conditioner(encoder, estimator).to(memory_format=self.memory_format)
         self.optimizers = {"conditioner": adam(conditioner.parameters(), optim.lr, optim)}
@@ -128,11 +128,16 @@ class ReprStage(Stage):
         self.denoiser = Denoiser(self.unet, estimator, self.schedule, self.parameterisation)
         conditioner.train()
 
-    def _mean_volume(self) -> Tensor:
-        """The mean of the first training scans, (1, 1, X, Y, Z)."""
+    def _mean_volume(self) -> tuple[Tensor, Tensor]:
+        """Of the first training scans: their mean (1, 1, X, Y, Z), and the root mean square of what differs from it."""
         rows = self.train_rows[:REFERENCE_SCANS]
         chunks = [rows[start : start + 8] for start in range(0, len(rows), 8)]
-        return sum(self.cohort.volumes.batch(chunk).sum(0, keepdim=True) for chunk in chunks) / len(rows)
+        total = squares = torch.zeros(())
+        for chunk in chunks:
+            x = self.cohort.volumes.batch(chunk).double()
+            total, squares = total + x.sum(0, keepdim=True), squares + x.square().sum(0, keepdim=True)
+        mean = total / len(rows)
+        return mean.float(), (squares / len(rows) - mean**2).mean().clamp(min=1e-12).sqrt().float()
 
     def fetch(self, indices: np.ndarray) -> Batch:
         """Volumes of training scans."""
