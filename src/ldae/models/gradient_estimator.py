@@ -41,7 +41,8 @@ class SpatialMap(nn.Module):
     def forward(self, y: Tensor, time: Tensor, shape: Sequence[int]) -> Tensor:
         """y (B, D), embedding of t (B, E) and a grid (X, Y, Z) to (B, C, X, Y, Z)."""
         gate = 1 + self.gate(F.silu(time))
-        coefficients = self.coefficients(y).unflatten(1, (gate.shape[1], -1)) * gate[..., None]
+        # 768 numbers of size 1 that an optimiser's step all moves alike would throw the map far off.
+        coefficients = self.coefficients(y / math.sqrt(y.shape[1])).unflatten(1, (gate.shape[1], -1)) * gate[..., None]
         return torch.einsum("bcm,mxyz->bcxyz", coefficients, cosine_modes(shape, self.modes, coefficients))
 
 
