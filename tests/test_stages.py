@@ -120,6 +120,7 @@ def repr_stage(**encoder):
     stage.cohort, stage.latents, stage.pairs = cohort, latents(cohort), np.arange(8)
     stage.train_rows, stage.length = cohort.rows("train"), 4
     stage.schedule, stage.parameterisation, stage.sampler = linear(), Velocity(), DDIM(steps=2)
+    stage.time_power = 1.0
     stage.unet = UNet(**UNET).eval().requires_grad_(False)
     torch.nn.init.normal_(stage.unet.path.conv.weight, std=0.1)
     stage.autoencoder = AutoencoderKL(channels=(8, 8, 8), residual_blocks=1, groups=4).eval().requires_grad_(False)
@@ -161,6 +162,15 @@ def test_an_estimator_started_from_the_u_net_still_gives_nothing():
     assert torch.equal(stage.denoiser.guided(y)(z, t), stage.denoiser.eps(z, t))
     middle = stage.modules["estimator"].path.middle[0].conv2.weight
     assert torch.equal(middle, stage.unet.path.middle[0].conv2.weight)
+
+
+def test_a_time_power_moves_the_draw_towards_high_noise():
+    """Mean of T u^(1/p) is T p / (p + 1): a half for 1, two thirds for 2; never beyond the schedule."""
+    stage = prepared(repr_stage())
+    for stage.time_power, mean in ((1.0, 500), (2.0, 667)):
+        t = stage._times(range(4000))
+        assert float(t.double().mean()) == pytest.approx(mean, abs=15)
+        assert 0 <= int(t.min()) and int(t.max()) < 1000
 
 
 @torch.no_grad()

@@ -34,11 +34,12 @@ def template_correlation(brain: Volume, template: Volume) -> float:
 def noise(scan: Volume, mask: np.ndarray) -> float:
     """Standard deviation of the noise as a share of the brain's median intensity.
 
-    From second differences along the axes, which anatomy hardly reaches: their median absolute value in the brighter
-    half of the brain, scaled to a Gaussian's standard deviation (1.4826, and sqrt(6) for the weights 1, -2, 1).
+    From second differences along the axes, which anatomy hardly reaches: their median absolute value in the brightest
+    quarter of the brain, white matter, scaled to a Gaussian's standard deviation (1.4826, and sqrt(6) for the weights
+    1, -2, 1).
     """
     level = float(np.median(scan.data[mask]))
-    bright = mask & (scan.data > level)
+    bright = mask & (scan.data > np.percentile(scan.data[mask], 75))
     parts = []
     for axis in range(3):
         inner = tuple(slice(1, -1) if other == axis else slice(None) for other in range(3))
