@@ -123,7 +123,9 @@ class SemanticEncoder(nn.Module):
     def _tokens(self, read: Tensor, kept: Tensor) -> Tensor:
         """What was read of the slices, (B, S', dim), and their numbers, (B, S'), to tokens, (B, S', dim)."""
         positions = self.positions[0, kept]
-        return self.dropout((read if self.gate is None else read * (1 + self.gate(positions))) + positions)
+        if self.gate is not None:
+            read = read * (1 + self.gate(self.positions[0]))[kept]
+        return self.dropout(read + positions)
 
     def _attend(self, tokens: Tensor, weights: bool = False) -> tuple[Tensor, Tensor | None]:
         """(B, S', dim) to (B, dim) and, if asked, weights (B, S')."""
@@ -144,6 +146,7 @@ class SemanticEncoder(nn.Module):
         if self.reference is None:
             return self.norm(self._attend(self._tokens(read, kept))[0])
         # The reference's own slices are all empty now: one of them speaks for all. Small differences need float32.
+        # Computed for every scan alike, so that what is equal cancels to the bit.
         empty = self._read(torch.zeros_like(slices[:1, :1])).expand_as(read)
         with torch.autocast(x.device.type, enabled=False):
             own, common = (self._attend(self._tokens(part.float(), kept))[0] for part in (read, empty))
