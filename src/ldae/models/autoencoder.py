@@ -1,6 +1,6 @@
 """The autoencoder of the first stage: MONAI's AutoencoderKL with strict sizes, and one that does nothing."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from monai.networks import nets
@@ -19,7 +19,10 @@ class AutoencoderKL(nets.AutoencoderKL):
         residual_blocks: a level.
         groups: of every GroupNorm; divides every width.
         initial_log_variance: what the posterior's log-variance starts near; None leaves it at about 0. A short run from
-            scratch would spend its first hundreds of steps on learning to be less noisy; -6 starts it there.
+            scratch would spend its first hundreds of steps on learning to be less noisy; -8 starts it there.
+        reference: shape (X, Y, Z) of the volumes whose mean latent `set_reference` stores; None: none, as published.
+            With it, latents are differences from that mean: what all brains share need not be learned by the diffusion,
+            and unit variance is the variance between people. Training itself (`forward`) does not see it.
     """
 
     def __init__(
@@ -31,6 +34,7 @@ class AutoencoderKL(nets.AutoencoderKL):
         in_channels: int = 1,
         checkpointing: bool = False,
         initial_log_variance: float | None = None,
+        reference: Sequence[int] | None = None,
     ) -> None:
         super().__init__(
             spatial_dims=3,
@@ -48,6 +52,19 @@ class AutoencoderKL(nets.AutoencoderKL):
         self.strides = (2 ** (len(channels) - 1),) * 3
         if initial_log_variance is not None:
             nn.init.constant_(self.quant_conv_log_sigma.conv.bias, initial_log_variance)
+        if reference is not None:
+            check_divisible(reference, self.strides, "reference")
+            reference = torch.zeros(1, latent_channels, *(n // s for n, s in zip(reference, self.strides, strict=True)))
+        self.register_buffer("reference", reference)
+
+    @torch.no_grad()
+    def set_reference(self, volumes: Iterable[Tensor]) -> None:
+        """Latents are differences from the mean latent of these volumes, (B, 1, X, Y, Z) each, from now on."""
+        total, count = torch.zeros_like(self.reference, dtype=torch.float64), 0
+        for x in volumes:
+            total += super().encode(x)[0].double().sum(0, keepdim=True)
+            count += len(x)
+        self.reference.copy_(total / count)
 
     def enable_checkpointing(self) -> None:
         """Recompute activations in the backward pass: less memory, more time."""
@@ -60,18 +77,26 @@ class AutoencoderKL(nets.AutoencoderKL):
             UserError: the volume's sizes do not divide by `strides`.
         """
         check_divisible(x.shape[2:], self.strides, "volume")
-        return super().encode(x)
+        mean, std = super().encode(x)
+        return mean if self.reference is None else mean - self.reference, std
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Volume (B, 1, X, Y, Z) of an unscaled latent."""
+        return super().decode(z if self.reference is None else z + self.reference)
 
     def forward(self, x: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Reconstruction, mean, std; decoded from mean + std * noise, or from the mean."""
-        mean, std = self.encode(x)
-        return self.decode(mean if noise is None else torch.addcmul(mean, std, noise)), mean, std
+        """Reconstruction, mean, std; decoded from mean + std * noise, or from the mean. The mean is the encoder's own,
+        whatever the reference."""
+        check_divisible(x.shape[2:], self.strides, "volume")
+        mean, std = super().encode(x)
+        return super().decode(mean if noise is None else torch.addcmul(mean, std, noise)), mean, std
 
 
 class IdentityAutoencoder(nn.Module):
     """The latent is the scan itself: the same method in voxel space."""
 
     strides = (1, 1, 1)
+    reference = None
 
     def __init__(self, latent_channels: int = 1) -> None:
         super().__init__()

@@ -22,6 +22,8 @@ from ldae.noise import generator, normal
 from ldae.training.stage import Batch, Monitor, Stage, Updater, adam, memory_format
 from ldae.training.validation import mean_over_scans, spread
 
+REFERENCE_SCANS = 96
+
 
 class AutoencoderStage(Stage):
     """Trains the autoencoder and the discriminator with two optimisers; the best by validation L1 is published.
@@ -152,8 +154,20 @@ class AutoencoderStage(Stage):
             mean, _ = autoencoder.encode(x)
             return x, autoencoder.decode(mean).float().clamp(0, 1)
 
+    def _set_reference(self) -> None:
+        """From training scans spread evenly over the table, so that many subjects are among them."""
+        chosen = np.linspace(0, self.length - 1, min(self.length, REFERENCE_SCANS)).round().astype(int)
+        self.modules["autoencoder"].set_reference(
+            self._to_device(self.cohort.volumes.batch(self.train_rows[[index]])) for index in chosen
+        )
+
     def validate(self) -> dict[str, float]:
-        """L1, and SSIM over the volume and in the brain, of reconstructions from the posterior mean."""
+        """L1, and SSIM over the volume and in the brain, of reconstructions from the posterior mean.
+
+        Sets the latents' reference first, where there is one: that of the weights that may be published now.
+        """
+        if self.modules["autoencoder"].reference is not None:
+            self._set_reference()
         found: dict[int, dict[str, float]] = {}
         for row in spread(self.validation_rows, self.accelerator):
             x, reconstruction = self._reconstruct(np.array([row]))

@@ -22,7 +22,7 @@ SMOOTHING = {"ventricle": 10.0, "hippocampus": 5.0, "sulci": 4.0}  # mm
 # Strengths at which the volumes are measured, in mm: what lies outside is not reached.
 DESIGN = ((-5, -2, 0, 4, 9, 15, 20, 26), (-4, -2, 0, 2, 4, 6), (-6, -3, 0, 4, 8, 12, 17))
 # (correlation, standard deviation of the displacement) in mm: what registration to a template leaves of an individual.
-SHAPE_SCALES = ((36.0, 2.4), (13.0, 0.5))
+SHAPE_SCALES = ((36.0, 1.4), (13.0, 0.4))
 SYMMETRY = 0.85  # share of the random field's variance that is the same on both sides
 
 

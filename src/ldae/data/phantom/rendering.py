@@ -27,19 +27,24 @@ CORRECTIONS = 2
 @dataclass(frozen=True)
 class Scanner:
     """Tissue intensities relative to white matter, the spread of their jitter, bias field and noise (as a share of
-    white matter), and the spread of white matter's own arbitrary level."""
+    white matter), and white matter's own arbitrary level.
+
+    The grey matter's jitter is the larger: it moves the mean intensity more than atrophy does, so that the mean alone
+    hardly tells the diagnosis.
+    """
 
     grey: float
     csf: float
-    jitter: float
+    grey_jitter: float
+    csf_jitter: float
     bias: float
     noise: float
     level: float
 
 
 SCANNERS = {
-    "A": Scanner(grey=0.75, csf=0.28, jitter=0.08, bias=0.05, noise=0.02, level=700),
-    "B": Scanner(grey=0.70, csf=0.22, jitter=0.08, bias=0.08, noise=0.03, level=1100),
+    "A": Scanner(grey=0.75, csf=0.28, grey_jitter=0.11, csf_jitter=0.04, bias=0.08, noise=0.02, level=700),
+    "B": Scanner(grey=0.70, csf=0.22, grey_jitter=0.11, csf_jitter=0.04, bias=0.11, noise=0.03, level=1100),
 }
 
 
@@ -143,7 +148,8 @@ def _scan(factors: Factors, means: Tensor, spacing: float, noise: bool) -> Tenso
     """Intensities (X, Y, Z) of one acquisition of the maps `means`, 0 outside the brain."""
     scanner, shape = SCANNERS[factors.scanner], tuple(means.shape[1:])
     rng = np.random.default_rng(factors.key("scan", factors.months))
-    grey, csf = np.array([scanner.grey, scanner.csf]) + scanner.jitter * rng.standard_normal(2)
+    jitter = np.array([scanner.grey_jitter, scanner.csf_jitter])
+    grey, csf = np.array([scanner.grey, scanner.csf]) + jitter * rng.standard_normal(2).clip(-2, 2)
     level = scanner.level * np.exp(0.2 * rng.standard_normal())
     bias = _bias(rng, scanner.bias, spacing, shape)
     t1, grey_map, white_map, mask = means[:4]

@@ -20,7 +20,7 @@ SESSIONS = (0, 6, 12, 24)  # months
 DIAGNOSES = ("CN", "MCI", "AD")
 SHARES = (0.4, 0.3, 0.3)
 AGE_RANGE = (55.0, 88.0)  # at the first session
-AGES = {"CN": (68.0, 13.0), "MCI": (71.0, 13.0), "AD": (74.0, 13.0)}  # mean and sd before truncation
+AGES = {"CN": (66.0, 13.0), "MCI": (71.0, 13.0), "AD": (77.5, 13.0)}  # mean and sd before truncation
 # Disease severity at the first session: mean, sd, lowest, highest; 0 = healthy, 1 = a typical AD patient.
 SEVERITY = {"CN": (0.05, 0.1, 0.0, 0.28), "MCI": (0.5, 0.17, 0.2, 0.8), "AD": (1.0, 0.2, 0.65, 1.6)}
 PROGRESSION = {"CN": 0.01, "MCI": 0.06, "AD": 0.09}  # severity a year
@@ -37,10 +37,10 @@ HEAD = {"M": 1500e3, "F": 1345e3}  # mm3 inside the brain mask
 HEAD_SD = 0.072  # of the logarithm, as all the following; the sulci's are shares of the head
 HEAD_REFERENCE = 1418e3
 HEALTHY = 0.08  # the severity of the people behind the reference values
-VENTRICLE_SD, VENTRICLE_DISEASE, VENTRICLE_HEAD = 0.40, 0.6, 1.0
+VENTRICLE_SD, VENTRICLE_DISEASE, VENTRICLE_HEAD = 0.40, 0.55, 1.0
 VENTRICLE_LIMIT = 1e5  # mm3, approached smoothly: the deformation goes no further
 HIPPOCAMPUS_SD, HIPPOCAMPUS_DISEASE, HIPPOCAMPUS_HEAD = 0.084, -0.17, 0.5
-SULCI_SD, SULCI_DISEASE, SULCI_RANGE = 0.011, 0.018, (0.085, 0.185)
+SULCI_SD, SULCI_DISEASE, SULCI_RANGE = 0.011, 0.021, (0.085, 0.185)
 
 
 @dataclass(frozen=True)
