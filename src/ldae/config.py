@@ -92,7 +92,7 @@ class Split:
 class Phantom:
     """Size of a generated cohort: subjects, voxel size in mm, volume in voxels."""
 
-    subjects: int = 240
+    subjects: int = 260
     seed: int = 7
     spacing: float = 4.5
     shape: list[int] = field(default_factory=lambda: [40, 48, 40])
