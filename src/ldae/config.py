@@ -58,6 +58,7 @@ class Optim:
 
     lr: float = 1e-4
     discriminator_lr: float = 1e-4
+    encoder_lr: float | None = None  # of the semantic encoder; None: lr
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
     weight_decay: float = 0.0
     warmup_steps: int = 0

@@ -119,7 +119,9 @@ class ReprStage(Stage):
             encoder.set_reference(*self._mean_volume())
         encoder.checkpointing = estimator.checkpointing = trainer.checkpointing
         conditioner = Conditioner(encoder, estimator).to(memory_format=self.memory_format)
-        self.optimizers = {"conditioner": adam(conditioner.parameters(), optim.lr, optim)}
+        rates = {encoder: optim.lr if optim.encoder_lr is None else optim.encoder_lr, estimator: optim.lr}
+        groups = [{"params": list(module.parameters()), "lr": rate} for module, rate in rates.items()]
+        self.optimizers = {"conditioner": adam(groups, optim.lr, optim)}
         self.conditioner, optimizer = accelerator.prepare(
             torch.compile(conditioner) if trainer.compile else conditioner, self.optimizers["conditioner"]
         )
