@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 from ldae.bench.measure import Cost
@@ -34,7 +35,7 @@ def flat(costs: Costs, matrix_rates: Mapping[str, float]) -> dict[str, float]:
         if names[-1] not in having or len(names) == 1:
             continue
         found[f"speedup/{task}"] = _per_scan(costs[names[0]][task]) / _per_scan(costs[names[-1]][task])
-        for before, after in zip(having, having[1:], strict=False):
+        for before, after in pairwise(having):
             found[f"gain/{after}/{task}"] = _per_scan(costs[before][task]) / _per_scan(costs[after][task])
     return found
 

@@ -32,7 +32,7 @@ class Bench:
         batch: samples of a training step, by stage.
         scans: made-up scans on disk.
         repeats: of which the median counts, after one run that does not.
-        timed_steps: steps of inversion and sampling that are timed; the time of all is in proportion to the evaluations.
+        timed_steps: steps of inversion and sampling that are timed; that of all is in proportion to the evaluations.
             None: all.
         matrix: edge of the matrix product that gives the machine's rate.
         straight: plain attention, contiguous layout, files read at every step, plain loops; set by the yardstick.
