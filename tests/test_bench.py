@@ -10,15 +10,18 @@ import pandas as pd
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
 from tests.small_run import random_weights
 
 from ldae.bench.__main__ import hydra_arguments
 from ldae.bench.measure import Cost, counted
+from ldae.bench.memory import footprint
 from ldae.bench.results import compare, flat
 from ldae.bench.run import bench
 from ldae.bench.straight import PlainAttention, PlainEma, straighten
 from ldae.config import conf_dir, register
 from ldae.errors import UserError
+from ldae.models.autoencoder import AutoencoderKL
 from ldae.models.unet import UNet
 from ldae.training.ema import Ema
 
@@ -109,6 +112,50 @@ def test_a_run_writes_every_number_of_every_task(tmp_path):
                 assert np.isfinite(numbers[f"{prefix}{task}/{column}"])
     assert 0 < numbers["straight/train_repr/wait_share"] < 1
     assert all(isinstance(value, float) for value in numbers.values())
+
+
+@pytest.mark.parametrize("rows", [1, 3, 64])
+@torch.no_grad()
+def test_tiles_equal_the_whole(rows):
+    """Also where slabs do not divide the volume, and where its ends differ in brightness, which a tile's norm sees."""
+    torch.manual_seed(0)
+    autoencoder = AutoencoderKL(channels=(8, 8, 16), residual_blocks=1, groups=4).eval()
+    x = torch.rand(2, 1, 16, 8, 12) * torch.linspace(0, 1, 16).view(1, 1, -1, 1, 1)
+    whole = autoencoder.encode(x)
+    decoded = autoencoder.decode(whole[0])
+    autoencoder.tile = rows
+    for found, expected in zip((*autoencoder.encode(x), autoencoder.decode(whole[0])), (*whole, decoded), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_checkpointed_autoencoder_has_the_same_gradients():
+    torch.manual_seed(0)
+    autoencoder = AutoencoderKL(channels=(8, 8), residual_blocks=1, groups=4)
+    x, noise, gradients = torch.rand(1, 1, 8, 8, 8), torch.randn(1, 3, 4, 4, 4), []
+    for autoencoder.checkpointing in (False, True):
+        autoencoder.zero_grad()
+        autoencoder(x, noise)[0].square().mean().backward()
+        gradients.append([p.grad.clone() for p in autoencoder.parameters() if p.grad is not None])
+    for plain, again in zip(*gradients, strict=True):
+        torch.testing.assert_close(plain, again)
+
+
+def test_bytes_of_a_step_are_counted_without_memory():
+    """Parameters to the byte, activations growing with the batch and falling with checkpointing."""
+    config = composer("bench", *TINY)()
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in instantiate(config.model.unet).parameters())
+    one, two, lean = (
+        footprint(config, "pretrain", batch, lean, reduced=False, ema=True)
+        for batch, lean in ((1, False), (2, False), (2, True))
+    )
+    assert one.trained == one.average == 4 * parameters
+    assert one.optimiser == 8 * parameters
+    assert one.passes >= 4 * parameters, "gradients are among them"
+    assert two.passes > one.passes
+    assert lean.passes < two.passes
+    for stage in ("aekl", "repr"):
+        assert footprint(config, stage, 1, checkpointing=True, reduced=True, ema=False).peak > 0
 
 
 def cohort(folder):

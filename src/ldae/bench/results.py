@@ -30,7 +30,7 @@ def flat(costs: Costs, matrix_rates: Mapping[str, float]) -> dict[str, float]:
             numbers = cost.numbers(matrix_rates[variant])
             found |= {f"{prefix}{task}/{name}": value for name, value in numbers.items()}
         found[f"matrix_gflops/{variant}"] = matrix_rates[variant] / 1e9
-    for task in costs[names[0]]:
+    for task in costs[names[0]] if names else ():
         having = [name for name in names if task in costs[name]]
         if names[-1] not in having or len(names) == 1:
             continue

@@ -10,10 +10,12 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from ldae.bench.measure import Cost, matrix_rate
+from ldae.bench.memory import footprint
 from ldae.bench.results import compare, flat, table
-from ldae.bench.settings import Bench
+from ldae.bench.settings import Bench, Case
 from ldae.bench.subject import Subject
 from ldae.bench.tasks import TASKS, run_tasks
+from ldae.bench.voxels import compare_spaces
 from ldae.config import check_targets
 from ldae.errors import UserError
 from ldae.files import write_json
@@ -38,7 +40,10 @@ def bench(config: DictConfig, compose: Compose) -> dict[str, float]:
     with tempfile.TemporaryDirectory(prefix="ldae-bench-") as folder:
         for variant, overrides in settings.variants.items():
             costs[variant], rates[variant] = measure(compose, variant, overrides, Path(folder) / variant)
-    numbers = flat(costs, rates)
+        voxels = compare_spaces(compose, settings.voxels, Path(folder) / "voxels") if settings.voxels else {}
+    numbers = flat(costs, rates) | voxels
+    for name, case in settings.memory.items():
+        numbers |= memory(compose, name, case)
     report(numbers, settings, list(costs))
     return numbers
 
@@ -56,6 +61,20 @@ def measure(compose: Compose, variant: str, overrides: Sequence[str], folder: Pa
     # The machine may be busier at one end than at the other: the share is of the better rate.
     rates.append(matrix_rate(edge, subject.device, subject.dtype))
     return costs, max(rates)
+
+
+def memory(compose: Compose, name: str, case: Case) -> dict[str, float]:
+    """Bytes of a training step with checkpointing in 16 bits, and the peak of one in float32 without."""
+    config = compose(case.overrides)
+    ema = case.stage != "aekl"
+    lean, plain = (footprint(config, case.stage, case.batch, lean, lean, ema) for lean in (True, False))
+    found = {f"memory/{name}/{key}": value for key, value in lean.numbers(case.gigabytes).items()}
+    found[f"memory/{name}/peak_plain"] = plain.peak / 2**30
+    log.info(
+        "%s, batch %d: %.1f GB of %g with checkpointing in 16 bits, %.1f GB in float32 without",
+        name, case.batch, lean.peak / 2**30, case.gigabytes, plain.peak / 2**30,
+    )  # fmt: skip
+    return found
 
 
 def report(numbers: dict[str, float], settings: Bench, variants: list[str]) -> None:

@@ -1,7 +1,7 @@
 """The config group `bench`."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ldae.errors import UserError
@@ -12,13 +12,30 @@ class Voxels:
     """Latent against voxel space, at equal widths and steps.
 
     Args:
-        shape: (X, Y, Z) of the volume that is timed; the full size is counted only.
-        steps: of inversion and of sampling, each, in the counts.
-        overrides: what makes the networks small enough to be timed; applied to both sides.
+        full: overrides that make the full size, which is counted only.
+        reduced: overrides that make the size that is timed.
+        steps: of inversion and of sampling, each.
     """
 
-    shape: Sequence[int]
+    full: Sequence[str]
+    reduced: Sequence[str]
     steps: int
+
+
+@dataclass(frozen=True)
+class Case:
+    """A training step whose bytes are counted.
+
+    Args:
+        stage: aekl, pretrain or repr.
+        batch: samples of a micro-batch.
+        gigabytes: of the device that it should fit.
+        overrides: the model.
+    """
+
+    stage: str
+    batch: int
+    gigabytes: float
     overrides: Sequence[str]
 
 
@@ -40,6 +57,7 @@ class Bench:
         tolerance: slower by more than this share is a loss.
         output: folder of bench.json.
         voxels: latent against voxel space; None leaves it out.
+        memory: training steps whose bytes are counted, by name.
     """
 
     variants: Mapping[str, Sequence[str]]
@@ -54,9 +72,10 @@ class Bench:
     tolerance: float
     output: str
     voxels: Voxels | None = None
+    memory: Mapping[str, Case] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.repeats < 1 or self.scans < 2 or len(self.variants) < 1:
-            raise UserError("bench: at least 1 repeat, 2 scans and 1 variant are needed")
+        if self.repeats < 1 or self.scans < 2:
+            raise UserError("bench: at least 1 repeat and 2 scans are needed")
         if self.against is not None and not Path(self.against).is_file():
             raise UserError(f"bench.against={self.against}: there is no such file; give a bench.json of an earlier run")
