@@ -6,8 +6,7 @@ fragmentation, cuDNN's workspace and the driver's context; a tenth of the peak a
 """
 
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,16 +91,9 @@ class GpuPrecision(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-@contextmanager
-def _autocast(reduced: bool) -> Iterator[None]:
-    with torch.autocast("cpu", torch.bfloat16, enabled=reduced), GpuPrecision():
-        yield
-
-
-def _fake(node: Any) -> nn.Module:
+def _meta(node: Any) -> nn.Module:
     with torch.device("meta"):
-        module = instantiate(node)
-    return module.to_empty(device="cpu")
+        return instantiate(node)
 
 
 def _size(*modules: nn.Module) -> int:
@@ -116,16 +108,16 @@ def footprint(config: DictConfig, stage: str, batch: int, checkpointing: bool, r
         reduced: networks compute in 16 bits.
         ema: whether an average is kept.
     """
-    # Networks are built without memory, then given fake tensors of a device with autocast.
+    trained, frozen, passes = PASSES[stage](config, batch, checkpointing)
+    live = Live()
+    # Built without memory, the networks get fake tensors of a device that has autocast.
     with FakeTensorMode(allow_non_fake_inputs=True):
-        trained, frozen, passes = PASSES[stage](config, batch, checkpointing)
-        live = Live()
         for module in (*trained, *frozen):
+            module.to_empty(device="cpu")
             live.know(module)
-        with live:
-            passes(lambda: _autocast(reduced))
-        gradients = sum(FLOAT * p.numel() for module in trained for p in module.parameters())
-        del passes
+        with live, GpuPrecision():
+            passes(lambda: torch.autocast("cpu", torch.bfloat16, enabled=reduced))
+    gradients = sum(FLOAT * p.numel() for module in trained for p in module.parameters())
     size = _size(*trained)
     return Footprint(
         trained=size,
@@ -146,7 +138,7 @@ def _latent(config: DictConfig, autoencoder: nn.Module, batch: int) -> Tensor:
 
 
 def _aekl(config: DictConfig, batch: int, checkpointing: bool) -> Passes:
-    autoencoder, discriminator = _fake(config.model.autoencoder), _fake(config.model.discriminator)
+    autoencoder, discriminator = _meta(config.model.autoencoder), _meta(config.model.discriminator)
     if checkpointing:
         autoencoder.enable_checkpointing()
 
@@ -170,7 +162,7 @@ def _aekl(config: DictConfig, batch: int, checkpointing: bool) -> Passes:
 
 
 def _pretrain(config: DictConfig, batch: int, checkpointing: bool) -> Passes:
-    unet, autoencoder = _fake(config.model.unet), _fake(config.model.autoencoder)
+    unet, autoencoder = _meta(config.model.unet), _meta(config.model.autoencoder)
     unet.checkpointing = checkpointing
 
     def passes(autocast: Any) -> None:
@@ -184,8 +176,8 @@ def _pretrain(config: DictConfig, batch: int, checkpointing: bool) -> Passes:
 
 def _repr(config: DictConfig, batch: int, checkpointing: bool) -> Passes:
     model = config.model
-    autoencoder, unet, encoder = (_fake(model[name]) for name in ("autoencoder", "unet", "encoder"))
-    estimator = _fake(estimator_node(model.unet, encoder.dim, model.estimator))
+    autoencoder, unet, encoder = (_meta(model[name]) for name in ("autoencoder", "unet", "encoder"))
+    estimator = _meta(estimator_node(model.unet, encoder.dim, model.estimator))
     encoder.checkpointing = estimator.checkpointing = checkpointing
 
     def passes(autocast: Any) -> None:
