@@ -19,7 +19,8 @@ from ldae.bench.memory import footprint
 from ldae.bench.results import compare, flat
 from ldae.bench.run import bench
 from ldae.bench.straight import PlainAttention, PlainEma, straighten
-from ldae.config import conf_dir, register
+from ldae.bench.tasks import TASKS
+from ldae.config import check_targets, conf_dir, register
 from ldae.errors import UserError
 from ldae.models.autoencoder import AutoencoderKL
 from ldae.models.unet import UNet
@@ -42,6 +43,17 @@ def composer(name, *overrides):
             return compose(name, [*overrides, *more])
 
     return composed
+
+
+@pytest.mark.parametrize("size", ["small", "full", "gpu", "memory"])
+def test_every_size_composes_and_so_do_its_variants(size):
+    composed = composer("bench", f"bench={size}")
+    config = composed()
+    check_targets(config)
+    settings = instantiate(config.bench)
+    assert set(settings.tasks) <= set(TASKS)
+    for overrides in settings.variants.values() if size == "small" else ():
+        check_targets(composed(overrides))
 
 
 @torch.no_grad()
