@@ -159,7 +159,7 @@ def test_bytes_of_a_step_are_counted_without_memory():
         parameters = sum(p.numel() for p in instantiate(config.model.unet).parameters())
     one, two, lean = (
         footprint(config, "pretrain", batch, lean, reduced=False, ema=True)
-        for batch, lean in ((1, False), (2, False), (2, True))
+        for batch, lean in ((32, False), (64, False), (64, True))
     )
     assert one.trained == one.average == 4 * parameters
     assert one.optimiser == 8 * parameters
