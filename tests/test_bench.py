@@ -120,7 +120,7 @@ def test_a_run_writes_every_number_of_every_task(tmp_path):
     for task in [*tasks, "train_aekl", "train_pretrain", "train_repr"]:
         assert numbers[f"speedup/{task}"] > 0
         for prefix in ("", "straight/"):
-            for column in ("ms", "scans_per_second", "peak_mb", "gflop", "matrix_share", "wait_share"):
+            for column in ("ms", "core_ms", "scans_per_second", "peak_mb", "gflop", "matrix_share", "wait_share"):
                 assert np.isfinite(numbers[f"{prefix}{task}/{column}"])
     assert 0 < numbers["straight/train_repr/wait_share"] < 1
     assert all(isinstance(value, float) for value in numbers.values())

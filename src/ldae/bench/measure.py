@@ -25,6 +25,7 @@ class Cost:
         flop: floating-point operations of its matrix products and convolutions (a multiply-add is two).
         peak: bytes of memory at its worst: of the GPU, or by which the process grew.
         waited: share of the time that it waited for data.
+        busy: seconds of this process's cores, which other processes on the machine do not lengthen by much.
     """
 
     seconds: float
@@ -32,15 +33,17 @@ class Cost:
     flop: float = 0.0
     peak: float = 0.0
     waited: float = 0.0
+    busy: float = 0.0
 
     def times(self, factor: float) -> "Cost":
         """The same work `factor` times."""
-        return Cost(self.seconds * factor, self.scans, self.flop * factor, self.peak, self.waited)
+        return Cost(self.seconds * factor, self.scans, self.flop * factor, self.peak, self.waited, self.busy * factor)
 
     def numbers(self, matrix_rate: float) -> dict[str, float]:
         """Flat names to numbers; `matrix_rate` in FLOP/s."""
         return {
             "ms": 1e3 * self.seconds,
+            "core_ms": 1e3 * self.busy,
             "scans_per_second": self.scans / self.seconds,
             "peak_mb": self.peak / 2**20,
             "gflop": self.flop / 1e9,
@@ -103,14 +106,15 @@ def timed(work: Callable[[], Any], repeats: int, device: torch.device, scans: in
     flop = counted(work)
     if device.type == "cuda":
         work()
-    seconds, peak = [], Peak(device)
+    seconds, busy, peak = [], [], Peak(device)
     for _ in range(repeats):
         synchronise(device)
-        start = time.perf_counter()
+        start, core = time.perf_counter(), time.process_time()
         work()
         synchronise(device)
         seconds.append(time.perf_counter() - start)
-    return Cost(statistics.median(seconds), scans, flop, peak.bytes())
+        busy.append(time.process_time() - core)
+    return Cost(statistics.median(seconds), scans, flop, peak.bytes(), busy=statistics.median(busy))
 
 
 def matrix_rate(edge: int, device: torch.device, dtype: torch.dtype, repeats: int = 5) -> float:

@@ -11,7 +11,7 @@ from ldae.files import read_json
 
 log = logging.getLogger(__name__)
 
-COLUMNS = ("ms", "scans_per_second", "peak_mb", "gflop", "matrix_share", "wait_share")
+COLUMNS = ("ms", "core_ms", "scans_per_second", "peak_mb", "gflop", "matrix_share", "wait_share")
 Costs = Mapping[str, Mapping[str, Cost]]
 
 
@@ -34,7 +34,10 @@ def flat(costs: Costs, matrix_rates: Mapping[str, float]) -> dict[str, float]:
         having = [name for name in names if task in costs[name]]
         if names[-1] not in having or len(names) == 1:
             continue
-        found[f"speedup/{task}"] = _per_scan(costs[names[0]][task]) / _per_scan(costs[names[-1]][task])
+        first, last = costs[names[0]][task], costs[names[-1]][task]
+        found[f"speedup/{task}"] = _per_scan(first) / _per_scan(last)
+        if last.busy:
+            found[f"speedup_core/{task}"] = first.busy / first.scans / (last.busy / last.scans)
         for before, after in pairwise(having):
             found[f"gain/{after}/{task}"] = _per_scan(costs[before][task]) / _per_scan(costs[after][task])
     return found
@@ -46,25 +49,34 @@ def _per_scan(cost: Cost) -> float:
 
 def table(numbers: Mapping[str, float], variants: Sequence[str], tasks: Sequence[str]) -> str:
     """Aligned lines: a task of a variant each, then the gains."""
-    rows = [("task", "variant", "ms", "scans/s", "peak MB", "GFLOP", "of matrix rate", "waiting")]
+    rows = [("task", "variant", "ms", "core ms", "scans/s", "peak MB", "GFLOP", "of matrix rate", "waiting")]
     for task in tasks:
         for variant in variants:
             prefix = "" if variant == variants[-1] else f"{variant}/"
             if f"{prefix}{task}/ms" in numbers:
-                ms, rate, peak, flop, share, wait = (numbers[f"{prefix}{task}/{column}"] for column in COLUMNS)
-                figures = (f"{ms:.1f}", f"{rate:.3g}", f"{peak:.0f}", f"{flop:.4g}", f"{share:.0%}", f"{wait:.1%}")
+                ms, core, rate, peak, flop, share, wait = (numbers[f"{prefix}{task}/{column}"] for column in COLUMNS)
+                figures = (
+                    f"{ms:.1f}",
+                    f"{core:.1f}",
+                    f"{rate:.3g}",
+                    f"{peak:.0f}",
+                    f"{flop:.4g}",
+                    f"{share:.0%}",
+                    f"{wait:.1%}",
+                )
                 rows.append((task, variant, *figures))
     return f"{_aligned(rows)}\n\n{_gains(numbers, variants, tasks)}"
 
 
 def _gains(numbers: Mapping[str, float], variants: Sequence[str], tasks: Sequence[str]) -> str:
     steps = variants[1:]
-    rows = [("times faster", *steps, "together")]
+    rows = [("times faster", *steps, "together", "in core time")]
     for task in tasks:
         if f"speedup/{task}" in numbers:
             parts = [numbers.get(f"gain/{step}/{task}") for step in steps]
-            rows.append((task, *("" if p is None else f"{p:.2f}" for p in parts), f"{numbers[f'speedup/{task}']:.2f}"))
-    rows += [(name, *[""] * len(steps), f"{numbers[name]:.1f}") for name in sorted(numbers) if "over_voxel" in name]
+            ends = [numbers.get(f"{kind}/{task}") for kind in ("speedup", "speedup_core")]
+            rows.append((task, *("" if p is None else f"{p:.2f}" for p in [*parts, *ends])))
+    rows += [(name, *[""] * len(steps), f"{numbers[name]:.1f}", "") for name in sorted(numbers) if "over_voxel" in name]
     return _aligned(rows)
 
 

@@ -34,19 +34,21 @@ def _step(subject: Subject, name: str) -> Costs:
     straight = subject.settings.straight
     fetch = (lambda step: _straight_batch(stage, size, step)) if straight else batches.at
     flop = counted(lambda: stage.run_step(fetch(0), 0))
-    seconds, waits, peak = [], [], Peak(device)
+    seconds, waits, busy, peak = [], [], [], Peak(device)
     for step in range(1, repeats + 1):
         synchronise(device)
         subject.waiting.seconds = 0.0
-        start = time.perf_counter()
+        start, core = time.perf_counter(), time.process_time()
         batch = fetch(step)
         fetched = time.perf_counter()
         stage.run_step(batch, step)
         synchronise(device)
         seconds.append(time.perf_counter() - start)
+        busy.append(time.process_time() - core)
         waits.append(subject.waiting.seconds if straight else fetched - start)
     batches.close()
-    yield f"train_{name}", Cost(statistics.median(seconds), size, flop, peak.bytes(), sum(waits) / sum(seconds))
+    wait = sum(waits) / sum(seconds)
+    yield f"train_{name}", Cost(statistics.median(seconds), size, flop, peak.bytes(), wait, statistics.median(busy))
 
 
 def train_aekl(subject: Subject) -> Costs:
@@ -105,7 +107,7 @@ def together(costs: Iterator[Cost] | list[Cost]) -> Cost:
     """One after the other on the same scans."""
     costs = list(costs)
     seconds, flop = sum(c.seconds for c in costs), sum(c.flop for c in costs)
-    return Cost(seconds, costs[0].scans, flop, max(c.peak for c in costs))
+    return Cost(seconds, costs[0].scans, flop, max(c.peak for c in costs), busy=sum(c.busy for c in costs))
 
 
 TASKS: dict[str, Callable[[Subject], Costs]] = {
