@@ -11,7 +11,15 @@ from ldae.files import read_json
 
 log = logging.getLogger(__name__)
 
-COLUMNS = ("ms", "core_ms", "scans_per_second", "peak_mb", "gflop", "matrix_share", "wait_share")
+COLUMNS = {
+    "ms": ".1f",
+    "core_ms": ".1f",
+    "scans_per_second": ".3g",
+    "peak_mb": ".0f",
+    "gflop": ".4g",
+    "matrix_share": ".0%",
+    "wait_share": ".1%",
+}
 Costs = Mapping[str, Mapping[str, Cost]]
 
 
@@ -54,16 +62,7 @@ def table(numbers: Mapping[str, float], variants: Sequence[str], tasks: Sequence
         for variant in variants:
             prefix = "" if variant == variants[-1] else f"{variant}/"
             if f"{prefix}{task}/ms" in numbers:
-                ms, core, rate, peak, flop, share, wait = (numbers[f"{prefix}{task}/{column}"] for column in COLUMNS)
-                figures = (
-                    f"{ms:.1f}",
-                    f"{core:.1f}",
-                    f"{rate:.3g}",
-                    f"{peak:.0f}",
-                    f"{flop:.4g}",
-                    f"{share:.0%}",
-                    f"{wait:.1%}",
-                )
+                figures = [format(numbers[f"{prefix}{task}/{name}"], spec) for name, spec in COLUMNS.items()]
                 rows.append((task, variant, *figures))
     return f"{_aligned(rows)}\n\n{_gains(numbers, variants, tasks)}"
 
