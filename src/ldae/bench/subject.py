@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
@@ -61,6 +62,8 @@ class Subject:
         self.compose = lambda *more: compose([*overrides, *more])
         self.config = self.compose()
         self.settings: Bench = instantiate(self.config.bench)
+        # One process has one precision, as Accelerate sees it; the variants come one after the other.
+        AcceleratorState._reset_state(reset_partial_state=True)
         self.accelerator: Accelerator = instantiate(self.config.accelerator)
         self.device = self.accelerator.device
         self.dtype = PRECISIONS[self.accelerator.mixed_precision]
