@@ -15,8 +15,6 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -82,13 +80,11 @@ class Live(TorchDispatchMode):
         self.now -= size
 
 
-class GpuPrecision(TorchFunctionMode):
+def _like_cuda(module: nn.Module) -> None:
     """Norms compute in float32 under autocast, as CUDA's list has it and the CPU's has not."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in (F.group_norm, F.layer_norm):
-            args = (args[0].float(), *args[1:])
-        return func(*args, **(kwargs or {}))
+    for child in module.modules():
+        if isinstance(child, nn.GroupNorm | nn.LayerNorm):
+            child.register_forward_pre_hook(lambda _, inputs: tuple(x.float() for x in inputs))
 
 
 def _meta(node: Any) -> nn.Module:
@@ -114,8 +110,9 @@ def footprint(config: DictConfig, stage: str, batch: int, checkpointing: bool, r
     with FakeTensorMode(allow_non_fake_inputs=True):
         for module in (*trained, *frozen):
             module.to_empty(device="cpu")
+            _like_cuda(module)
             live.know(module)
-        with live, GpuPrecision():
+        with live:
             passes(lambda: torch.autocast("cpu", torch.bfloat16, enabled=reduced))
     gradients = sum(FLOAT * p.numel() for module in trained for p in module.parameters())
     size = _size(*trained)
