@@ -6,7 +6,7 @@ STAMP := .venv/.installed
 DEMO := experiment=demo name=demo
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-faults lint train-aekl train-pretrain train-repr encode evaluate pictures
+.PHONY: help setup demo test test-faults lint train-aekl train-pretrain train-repr encode evaluate bench pictures
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -39,6 +39,9 @@ train-repr: $(STAMP) ## stage 3: semantic encoder and gradient estimator
 
 evaluate: $(STAMP) ## embeddings, probes, and the chosen evaluations
 	$(BIN)/python evaluate.py $(ARGS)
+
+bench: $(STAMP) ## what costs what, beside a straight port: ARGS="bench=full", ARGS="--against runs/bench/bench.json"
+	$(BIN)/python -m ldae.bench $(ARGS)
 
 PICTURES := diagnosis_roc age_scatter reconstruction_scan attention manipulation_diagnosis_1 manipulation_diagnosis_dose \
 	interpolation_1

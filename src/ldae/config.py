@@ -161,6 +161,7 @@ class Config:
     stage: Any = MISSING
     probe: dict[str, Any] = field(default_factory=dict)
     evaluation: dict[str, Any] = field(default_factory=dict)
+    bench: Any = None
 
 
 @dataclass

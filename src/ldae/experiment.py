@@ -119,14 +119,35 @@ def encode(config: DictConfig) -> None:
     _check(config)
     accelerator = instantiate(config.accelerator)
     space = workspace(config)
-    run = space.predecessor("aekl")
+    trained = _has_weights(config.model.autoencoder)
+    run = space.predecessor("aekl") if trained else space.stage("aekl")
     cohort = open_cohort(config, accelerator, space)
+    if not trained and accelerator.is_main_process:
+        _publish_untrained(config, run, cohort)
+    accelerator.wait_for_everyone()
     if run.metadata["split_hash"] != cohort.split_hash:
         raise UserError(f"{run.path} was trained on another split of the subjects than {space.split_file} holds now")
     if run.metadata["transform"] != cohort.transform.key():
         raise UserError(f"{run.path} was trained on volumes of another transform: keep the same data.* values")
     with only_writer(space.latents, accelerator.is_main_process):
         encode_cohort(run, cohort, space.latents, Path(config.data.table), accelerator, config.trainer.batch_size)
+
+
+def _has_weights(node: DictConfig) -> bool:
+    """Whether a network has anything to train; `model/autoencoder=identity` has nothing."""
+    from ldae.models.sizes import built
+
+    return bool(built(node).state_dict())
+
+
+def _publish_untrained(config: DictConfig, run: Run, cohort: Cohort) -> None:
+    """An autoencoder without weights needs no stage 1: its run holds what later stages ask of one."""
+    target = config.model.autoencoder._target_
+    if run.published and run.config.model.autoencoder._target_ != target:
+        raise UserError(f"{run.path} holds a trained autoencoder, not {target}: choose another name=...")
+    about = {"stage": "aekl", "step": 0, "metrics": {}}
+    run.publish({"autoencoder": {}}, {**about, "split_hash": cohort.split_hash, "transform": cohort.transform.key()})
+    run.write_config(config)
 
 
 def evaluate(config: DictConfig) -> None:

@@ -6,7 +6,9 @@ import torch
 from monai.networks import nets
 from torch import Tensor, nn
 
+from ldae.models.blocks import run
 from ldae.models.sizes import check_divisible
+from ldae.models.tiling import Slabs
 
 
 class AutoencoderKL(nets.AutoencoderKL):
@@ -18,6 +20,9 @@ class AutoencoderKL(nets.AutoencoderKL):
         channels: width of each level; all but the last end in a halving.
         residual_blocks: a level.
         groups: of every GroupNorm; divides every width.
+        checkpointing: recompute activations in the backward pass, block by block: less memory, a third more time.
+        tile: planes along x that are computed at a time where no gradient is asked for, so that a small GPU does
+            full-size volumes (tiling.py; the same result up to rounding); None: all at once.
         initial_log_variance: what the posterior's log-variance starts near; None leaves it at about 0. A short run from
             scratch would spend its first hundreds of steps on learning to be less noisy; -8 starts it there.
         reference: shape (X, Y, Z) of the volumes whose mean latent `set_reference` stores; None: none, as published.
@@ -35,6 +40,7 @@ class AutoencoderKL(nets.AutoencoderKL):
         checkpointing: bool = False,
         initial_log_variance: float | None = None,
         reference: Sequence[int] | None = None,
+        tile: int | None = None,
     ) -> None:
         super().__init__(
             spatial_dims=3,
@@ -47,8 +53,9 @@ class AutoencoderKL(nets.AutoencoderKL):
             norm_num_groups=groups,
             with_encoder_nonlocal_attn=False,
             with_decoder_nonlocal_attn=False,
-            use_checkpoint=checkpointing,
         )
+        self.checkpointing = checkpointing
+        self.tile = tile
         self.strides = (2 ** (len(channels) - 1),) * 3
         if initial_log_variance is not None:
             nn.init.constant_(self.quant_conv_log_sigma.conv.bias, initial_log_variance)
@@ -62,13 +69,30 @@ class AutoencoderKL(nets.AutoencoderKL):
         """Latents are differences from the mean latent of these volumes, (B, 1, X, Y, Z) each, from now on."""
         total, count = torch.zeros_like(self.reference, dtype=torch.float64), 0
         for x in volumes:
-            total += super().encode(x)[0].double().sum(0, keepdim=True)
+            total += self._posterior(x)[0].double().sum(0, keepdim=True)
             count += len(x)
         self.reference.copy_(total / count)
 
     def enable_checkpointing(self) -> None:
         """Recompute activations in the backward pass: less memory, more time."""
-        self.use_checkpoint = True
+        self.checkpointing = True
+
+    def _through(self, blocks: nn.ModuleList, h: Tensor) -> Tensor:
+        if self.tile is not None and not torch.is_grad_enabled():
+            return Slabs(self.tile, h.device).through(blocks, h)
+        for block in blocks:
+            h = run(block, self.checkpointing, h)
+        return h
+
+    def _posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean, without the reference, and standard deviation."""
+        check_divisible(x.shape[2:], self.strides, "volume")
+        h = self._through(self.encoder.blocks, x)
+        log_variance = self.quant_conv_log_sigma(h).clamp(-30, 20)
+        return self.quant_conv_mu(h), torch.exp(log_variance / 2)
+
+    def _volume(self, z: Tensor) -> Tensor:
+        return self._through(self.decoder.blocks, self.post_quant_conv(z))
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the posterior, (B, C, x, y, z) each, unscaled.
@@ -76,20 +100,18 @@ class AutoencoderKL(nets.AutoencoderKL):
         Raises:
             UserError: the volume's sizes do not divide by `strides`.
         """
-        check_divisible(x.shape[2:], self.strides, "volume")
-        mean, std = super().encode(x)
+        mean, std = self._posterior(x)
         return mean if self.reference is None else mean - self.reference, std
 
     def decode(self, z: Tensor) -> Tensor:
-        """Volume (B, 1, X, Y, Z) of an unscaled latent."""
-        return super().decode(z if self.reference is None else z + self.reference)
+        """The volume of an unscaled latent, (B, 1, X, Y, Z)."""
+        return self._volume(z if self.reference is None else z + self.reference)
 
     def forward(self, x: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Reconstruction, mean, std; decoded from mean + std * noise, or from the mean. The mean is the encoder's own,
         whatever the reference."""
-        check_divisible(x.shape[2:], self.strides, "volume")
-        mean, std = super().encode(x)
-        return super().decode(mean if noise is None else torch.addcmul(mean, std, noise)), mean, std
+        mean, std = self._posterior(x)
+        return self._volume(mean if noise is None else torch.addcmul(mean, std, noise)), mean, std
 
 
 class IdentityAutoencoder(nn.Module):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ldae.config import Optim, Trainer
 from ldae.data.table import scan_names
+from ldae.errors import UserError
 from ldae.evaluation.image_metrics import brain_mask, ssim
 from ldae.losses import autoencoder as losses
 from ldae.losses.structural import structural_dissimilarity
@@ -54,6 +55,8 @@ class AutoencoderStage(Stage):
     ) -> None:
         if initial_weights is not None:
             load_strictly(autoencoder, read_tensors(initial_weights), initial_weights)
+        if not autoencoder.state_dict():
+            raise UserError("model.autoencoder has no weights to train: start with encode_latents.py")
         self.modules = {"autoencoder": autoencoder, "discriminator": discriminator}
         self.perceptual = perceptual or None
         self.kl_weight = kl_weight

@@ -1,0 +1,174 @@
+"""One variant under test: its networks, and made-up scans and latents on disk for the real stages to read."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from ldae.bench.settings import Bench
+from ldae.bench.straight import NpzLatents, NpzVolumes, Waiting, straighten, straighten_stage
+from ldae.data.augmentation import Augmentation
+from ldae.data.cohort import Cohort
+from ldae.data.latents import latent_name, write_about, write_latent
+from ldae.data.table import write_table
+from ldae.data.volumes import DTYPES, Volumes
+from ldae.denoiser import Denoiser
+from ldae.pipeline import LDAE
+from ldae.runs import estimator_node
+from ldae.training.stage import Stage
+
+HASH = "made up"
+PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class UntrainedRun:
+    """Stands for a finished stage: networks as they are built, which cost as much as trained ones."""
+
+    config: DictConfig
+    path: Path
+    metadata: Any = None
+
+    def sha256(self, name: str) -> str:
+        """Of the autoencoder that made the latents."""
+        return HASH
+
+    def module(self, name: str, node: Any) -> nn.Module:
+        """Built, not loaded."""
+        return instantiate(node).eval().requires_grad_(False)
+
+
+class Subject:
+    """A variant's config, and what the tasks need of it.
+
+    Args:
+        compose: overrides -> config; stage=... is added per stage.
+        overrides: of this variant.
+        folder: for made-up files.
+    """
+
+    def __init__(self, compose: Any, overrides: Sequence[str], folder: Path) -> None:
+        self.compose = lambda *more: compose([*overrides, *more])
+        self.config = self.compose()
+        self.settings: Bench = instantiate(self.config.bench)
+        # One process has one precision, as Accelerate sees it; the variants come one after the other.
+        AcceleratorState._reset_state(reset_partial_state=True)
+        self.accelerator: Accelerator = instantiate(self.config.accelerator)
+        self.device = self.accelerator.device
+        self.dtype = PRECISIONS[self.accelerator.mixed_precision]
+        self.folder = folder
+        self.waiting = Waiting()
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(X, Y, Z) of a volume."""
+        x, y, z = self.config.data.shape
+        return x, y, z
+
+    def latent_shape(self, autoencoder: nn.Module) -> tuple[int, ...]:
+        """(C, X', Y', Z')."""
+        sizes = [size // stride for size, stride in zip(self.shape, autoencoder.strides, strict=True)]
+        return (autoencoder.latent_channels, *sizes)
+
+    @cached_property
+    def table(self) -> pd.DataFrame:
+        """One scan a subject, the last for validation."""
+        count = self.settings.scans
+        split = ["train"] * (count - 1) + ["val"]
+        return pd.DataFrame(
+            {"subject": [f"s{i}" for i in range(count)], "session": "ses-M000", "path": "scan.nii.gz",
+             "diagnosis": "", "age": "", "split": split}
+        )  # fmt: skip
+
+    @cached_property
+    def cohort(self) -> Cohort:
+        """Random volumes, as the cache holds them; for the yardstick as NPZ files."""
+        rng = np.random.default_rng(0)
+        folder = self.folder / "volumes"
+        folder.mkdir(parents=True, exist_ok=True)
+        files = []
+        for number in range(self.settings.scans):
+            x = rng.random(self.shape, dtype=np.float32)
+            if self.settings.straight:
+                files.append(folder / f"{number}.npz")
+                np.savez(files[-1], x=x)
+            else:
+                files.append(folder / f"{number}.npy")
+                np.save(files[-1], x.astype(self.config.data.cache_dtype))
+        top = DTYPES[self.config.data.cache_dtype]
+        plain = NpzVolumes(files, self.waiting)
+        volumes = plain if self.settings.straight else Volumes(self.table["path"], files, self.shape, top)
+        transform = SimpleNamespace(key=lambda: HASH)
+        return Cohort(self.table, self.table[:0], volumes, transform, HASH, Augmentation())
+
+    def write_latents(self, shape: Sequence[int]) -> Path:
+        """A finished folder of random latents of this shape."""
+        folder, rng = self.folder / "latents", np.random.default_rng(0)
+        names = [latent_name(row.subject, row.session) for row in self.table.itertuples()]
+        for name in names:
+            mean = rng.standard_normal(shape, dtype=np.float32)
+            write_latent(folder / name, mean, np.full_like(mean, 0.1), HASH)
+        write_table(self.table.assign(latent_path=[folder / name for name in names]), folder / "scans.csv")
+        about = {"table": "scans.csv", "scale": [1.0] * shape[0], "split_hash": HASH, "autoencoder_sha256": HASH}
+        write_about(folder, about)
+        return folder
+
+    def stage(self, name: str) -> Stage:
+        """The real stage, on made-up data, prepared."""
+        config = self.compose(f"stage={name}")
+        with torch.device("meta"):
+            shape = self.latent_shape(instantiate(config.model.autoencoder))
+        metadata = {"split_hash": HASH, "autoencoder_sha256": HASH, "weights": {}}
+        run = UntrainedRun(config, self.folder / name, metadata)
+        latents = None if name == "aekl" else self.write_latents(shape)
+        space = SimpleNamespace(latents=latents, root=self.folder, predecessor=lambda *_: run)
+        torch.manual_seed(0)
+        stage = instantiate(config.stage, _partial_=True)(cohort=self.cohort, workspace=space)
+        settings, optim = OmegaConf.to_object(config.trainer), OmegaConf.to_object(config.optim)
+        if self.settings.straight:
+            self._straighten(stage)
+        stage.prepare(self.accelerator, settings, optim, 0)
+        if self.settings.straight:
+            straighten_stage(stage)
+        return stage
+
+    def _straighten(self, stage: Stage) -> None:
+        for module in [*stage.modules.values(), *(v for v in vars(stage).values() if isinstance(v, nn.Module))]:
+            straighten(module)
+        if hasattr(stage, "latents"):
+            stage.latents = NpzLatents.of(stage.latents, self.waiting)
+
+    def model(self) -> LDAE:
+        """All networks behind the methods, untrained."""
+        config = self.config
+        torch.manual_seed(0)
+        nodes = config.model
+        autoencoder, unet, encoder = (instantiate(nodes[name]) for name in ("autoencoder", "unet", "encoder"))
+        estimator = instantiate(estimator_node(nodes.unet, encoder.dim, nodes.estimator))
+        model = LDAE(
+            autoencoder=autoencoder,
+            encoder=encoder,
+            denoiser=Denoiser(
+                unet, estimator, instantiate(config.diffusion.schedule), instantiate(config.diffusion.parameterisation)
+            ),
+            scale=[1.0] * autoencoder.latent_channels,
+            sampler=instantiate(config.sampler),
+            shape=self.shape,
+            device=self.device,
+            dtype=self.dtype,
+        )
+        if self.settings.straight:
+            for module in (autoencoder, unet, encoder, estimator):
+                straighten(module)
+        return model

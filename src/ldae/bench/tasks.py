@@ -1,0 +1,124 @@
+"""What is measured of a variant: every function yields (name, cost)."""
+
+import gc
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import torch
+from hydra.utils import instantiate
+
+from ldae.bench.measure import Cost, Peak, counted, synchronise, timed
+from ldae.bench.subject import Subject
+from ldae.data.stream import Batch, Batches, SampleStream
+from ldae.training.stage import Stage
+
+Costs = Iterator[tuple[str, Cost]]
+RAW = (182, 218, 182)  # voxels of 1 mm, as scanners make them
+
+
+def _straight_batch(stage: Stage, size: int, step: int) -> list[Batch]:
+    index = np.arange(step * size, (step + 1) * size) % stage.length
+    return [{"index": index, "position": index, "number": step, **stage.fetch(index)}]
+
+
+def _step(subject: Subject, name: str) -> Costs:
+    """An optimiser step of a stage, its data included."""
+    stage = subject.stage(name)
+    size, repeats, device = subject.settings.batch[name], subject.settings.repeats, subject.device
+    batches = Batches(stage.fetch, SampleStream(stage.length, 0), size)
+    straight = subject.settings.straight
+    fetch = (lambda step: _straight_batch(stage, size, step)) if straight else batches.at
+    flop = counted(lambda: stage.run_step(fetch(0), 0))
+    seconds, waits, busy, peak = [], [], [], Peak(device)
+    for step in range(1, repeats + 1):
+        synchronise(device)
+        subject.waiting.seconds = 0.0
+        start, core = time.perf_counter(), time.process_time()
+        batch = fetch(step)
+        fetched = time.perf_counter()
+        stage.run_step(batch, step)
+        synchronise(device)
+        seconds.append(time.perf_counter() - start)
+        busy.append(time.process_time() - core)
+        waits.append(subject.waiting.seconds if straight else fetched - start)
+    batches.close()
+    wait = sum(waits) / sum(seconds)
+    yield f"train_{name}", Cost(statistics.median(seconds), size, flop, peak.bytes(), wait, statistics.median(busy))
+
+
+def train_aekl(subject: Subject) -> Costs:
+    """Stage 1."""
+    return _step(subject, "aekl")
+
+
+def train_pretrain(subject: Subject) -> Costs:
+    """Stage 2."""
+    return _step(subject, "pretrain")
+
+
+def train_repr(subject: Subject) -> Costs:
+    """Stage 3."""
+    return _step(subject, "repr")
+
+
+def loading(subject: Subject) -> Costs:
+    """Batches of volumes alone, none of them computed on."""
+    volumes, size = subject.cohort.volumes, subject.settings.batch["repr"]
+    rows = np.arange(size) % subject.settings.scans
+    yield "loading", timed(lambda: volumes.batch(rows), 2 * subject.settings.repeats, subject.device, size)
+
+
+def reading(subject: Subject) -> Costs:
+    """A preprocessed scan of 1 mm, from NIfTI to model space: what embedding a new scan starts with."""
+    transform = instantiate(subject.config.data.transform)
+    voxels = (1000 * np.random.default_rng(0).random(RAW, dtype=np.float32)).astype(np.int16)
+    with tempfile.TemporaryDirectory(dir=subject.folder) as folder:
+        path = Path(folder) / "scan.nii.gz"
+        nib.save(nib.Nifti1Image(voxels, np.eye(4)), path)
+        yield "reading", timed(lambda: transform(path), subject.settings.repeats, subject.device)
+
+
+def inference(subject: Subject) -> Costs:
+    """encode, embed, invert, sample, decode of one scan; reconstruct and counterfactual are their sums."""
+    model, settings = subject.model(), subject.settings
+    x = torch.rand(1, 1, *subject.shape, generator=torch.Generator().manual_seed(0)).to(subject.device)
+
+    def cost(work: Callable[[], object]) -> Cost:
+        return timed(work, settings.repeats, subject.device)
+
+    costs = {"encode": cost(lambda: model.compress(x)), "embed": cost(lambda: model.embed(x))}
+    z, y = model.compress(x), model.embed(x)
+    steps = settings.timed_steps or model.sampler.steps
+    share = model.sampler.evaluations / model.sampler.with_steps(steps).evaluations
+    costs["invert"] = cost(lambda: model.invert(z, y, steps=steps)).times(share)
+    costs["sample"] = cost(lambda: model.generate(z, y, steps=steps)).times(share)
+    costs["decode"] = cost(lambda: model.decompress(z))
+    costs["reconstruct"] = together(costs[name] for name in ("invert", "sample", "decode"))
+    costs["counterfactual"] = together([costs["encode"], costs["embed"], costs["reconstruct"]])
+    yield from costs.items()
+
+
+def together(costs: Iterator[Cost] | list[Cost]) -> Cost:
+    """One after the other on the same scans."""
+    costs = list(costs)
+    seconds, flop = sum(c.seconds for c in costs), sum(c.flop for c in costs)
+    return Cost(seconds, costs[0].scans, flop, max(c.peak for c in costs), busy=sum(c.busy for c in costs))
+
+
+TASKS: dict[str, Callable[[Subject], Costs]] = {
+    task.__name__: task for task in (loading, reading, inference, train_aekl, train_pretrain, train_repr)
+}
+
+
+def run_tasks(subject: Subject) -> Costs:
+    """All tasks of the settings; memory is given back between them."""
+    for name in subject.settings.tasks:
+        yield from TASKS[name](subject)
+        gc.collect()
+        if subject.device.type == "cuda":
+            torch.cuda.empty_cache()

@@ -1,0 +1,76 @@
+"""Latent against voxel space: the same networks on voxels (`model/autoencoder=identity`), equal widths and steps.
+
+At full size in floating-point operations, counted on the meta device; at a reduced size in seconds.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from ldae.bench.settings import Voxels
+from ldae.bench.subject import Subject
+from ldae.bench.tasks import inference
+from ldae.runs import estimator_node
+
+log = logging.getLogger(__name__)
+Compose = Callable[[Sequence[str]], DictConfig]
+VOXEL = "model/autoencoder=identity"
+PRODUCTS = ("bmm", "baddbmm")  # of attention's scores and values; Linears count as other products
+
+
+def _count(work: Callable[[], object]) -> tuple[float, float]:
+    """FLOPs of `work`, and those of them that attention's two products take."""
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        work()
+    by_kind = counter.get_flop_counts()["Global"]
+    attention = sum(flop for kind, flop in by_kind.items() if str(kind).rsplit(".", 1)[-1] in PRODUCTS)
+    return float(counter.get_total_flops()), float(attention)
+
+
+def counts(config: DictConfig) -> dict[str, float]:
+    """FLOPs of one scan: `evaluation` (U-Net and estimator), its `attention`, and `autoencoder`, there and back."""
+    nodes = config.model
+    with torch.device("meta"):
+        autoencoder, unet, encoder = (instantiate(nodes[name]) for name in ("autoencoder", "unet", "encoder"))
+        estimator = instantiate(estimator_node(nodes.unet, encoder.dim, nodes.estimator))
+        x, t, y = torch.empty(1, 1, *config.data.shape), torch.empty(1), torch.empty(1, encoder.dim)
+
+        def evaluate() -> None:
+            features = unet.features(z, t)
+            unet.head(features)
+            estimator(features, y)
+
+        with torch.no_grad():
+            z = autoencoder.encode(x)[0]
+            both, _ = _count(lambda: autoencoder.decode(autoencoder.encode(x)[0]))
+            evaluation, attention = _count(evaluate)
+    return {"evaluation": evaluation, "attention": attention, "autoencoder": both}
+
+
+def compare_spaces(compose: Compose, settings: Voxels, folder: Path) -> dict[str, float]:
+    """Flat names to numbers: an inversion and a decoding of `settings.steps` steps each, in both spaces."""
+    numbers: dict[str, float] = {}
+    totals, bare = [], []
+    for space, more in (("latent", []), ("voxel", [VOXEL])):
+        found = counts(compose([*settings.full, *more]))
+        totals.append(2 * settings.steps * found["evaluation"] + found["autoencoder"])
+        bare.append(totals[-1] - 2 * settings.steps * found["attention"])
+        numbers |= {f"voxels/full/{space}_{name}_gflop": flop / 1e9 for name, flop in found.items()}
+    numbers["voxels/full/over_voxel_space_flop"] = totals[1] / totals[0]
+    numbers["voxels/full/over_voxel_space_flop_without_attention"] = bare[1] / bare[0]
+    seconds = []
+    for space, more in (("latent", []), ("voxel", [VOXEL])):
+        (folder / space).mkdir(parents=True)
+        subject = Subject(compose, [*settings.reduced, *more, f"sampler.steps={settings.steps}"], folder / space)
+        costs = dict(inference(subject))
+        seconds.append(sum(costs[name].seconds for name in ("encode", "invert", "sample", "decode")))
+        numbers[f"voxels/reduced/{space}_ms"] = 1e3 * seconds[-1]
+        log.info("%s space: %.1f ms", space, 1e3 * seconds[-1])
+    numbers["speedup/over_voxel_space"] = seconds[1] / seconds[0]
+    return numbers

@@ -1,0 +1,213 @@
+"""Proves the bench: the yardstick computes our functions, its JSON has the promised numbers, comparisons find a loss;
+and the voxel twin: without a stage 1, every later stage and sampling run on voxels.
+"""
+
+import json
+
+import nibabel as nib
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+from tests.small_run import random_weights
+
+from ldae.bench import tasks
+from ldae.bench.__main__ import hydra_arguments
+from ldae.bench.measure import Cost, counted
+from ldae.bench.memory import footprint
+from ldae.bench.results import compare, flat
+from ldae.bench.run import bench
+from ldae.bench.straight import PlainAttention, PlainEma, straighten
+from ldae.config import check_targets, conf_dir, register
+from ldae.errors import UserError
+from ldae.models.autoencoder import AutoencoderKL
+from ldae.models.unet import UNet
+from ldae.training.ema import Ema
+
+register()
+UNET = {"base": 8, "multipliers": (1, 2), "residual_blocks": 1, "attention_at": (2,), "groups": 4}
+TINY = [
+    "data.shape=[8,8,8]", "model.autoencoder.channels=[8,8]", "model.autoencoder.groups=4",
+    "model.autoencoder.residual_blocks=1", "model.autoencoder.latent_channels=3", "model.unet.base=8",
+    "model.unet.multipliers=[1,2]", "model.unet.attention_at=[2]", "model.unet.groups=4", "model.encoder.dim=16",
+    "model.encoder.backbone.widths=[8,8]", "model.encoder.backbone.depths=[1,1]", "model.discriminator.num_layers_d=1",
+    "model.discriminator.channels=4",
+]  # fmt: skip
+
+
+def composer(name, *overrides):
+    def composed(more=()):
+        with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+            return compose(name, [*overrides, *more])
+
+    return composed
+
+
+@pytest.mark.parametrize("size", ["small", "full", "gpu", "memory"])
+def test_every_size_composes_and_so_do_its_variants(size):
+    composed = composer("bench", f"bench={size}")
+    config = composed()
+    check_targets(config)
+    settings = instantiate(config.bench)
+    assert set(settings.tasks) <= set(tasks.TASKS)
+    for overrides in settings.variants.values() if size == "small" else ():
+        check_targets(composed(overrides))
+
+
+@torch.no_grad()
+def test_the_straight_port_computes_the_same_function_of_the_same_weights():
+    torch.manual_seed(0)
+    unet = random_weights(UNet(**UNET))
+    z, t = torch.randn(2, 3, 4, 4, 4), torch.tensor([3.0, 700.0])
+    ours = unet(z, t)
+    straighten(unet)
+    assert any(isinstance(module, PlainAttention) for module in unet.modules())
+    torch.testing.assert_close(unet(z, t), ours, rtol=1e-4, atol=1e-4)
+
+
+def test_the_plain_average_is_the_fused_one():
+    unet = UNet(**UNET)
+    averages = [kind(unet, 0.9) for kind in (Ema, PlainEma)]
+    random_weights(unet)
+    for average in averages:
+        average.update(3)
+    for name, value in averages[0].state_dict().items():
+        torch.testing.assert_close(value, averages[1].state_dict()[name])
+
+
+def test_flops_of_a_product_and_of_attention_are_counted_as_on_paper():
+    a = torch.ones(3, 5)
+    assert counted(lambda: a @ a.T) == 2 * 3 * 5 * 3
+    q = torch.ones(1, 1, 7, 4)
+    assert counted(lambda: torch.nn.functional.scaled_dot_product_attention(q, q, q)) == 2 * (2 * 7 * 7 * 4)
+
+
+def test_gains_multiply_to_the_speed_up():
+    costs = {name: {"encode": Cost(seconds, 1, 2e9)} for name, seconds in (("a", 6.0), ("b", 3.0), ("c", 2.0))}
+    numbers = flat(costs, {"a": 1e9, "b": 1e9, "c": 2e9})
+    assert numbers["speedup/encode"] == pytest.approx(3)
+    assert numbers["gain/b/encode"] * numbers["gain/c/encode"] == pytest.approx(3)
+    assert numbers["encode/ms"] == pytest.approx(2000)
+    assert numbers["encode/matrix_share"] == pytest.approx(0.5)
+    assert numbers["a/encode/ms"] == pytest.approx(6000)
+
+
+def test_a_comparison_names_what_got_slower(tmp_path):
+    path = tmp_path / "before.json"
+    path.write_text(json.dumps({"encode/ms": 100.0, "embed/ms": 100.0}))
+    table, slower = compare({"encode/ms": 150.0, "embed/ms": 104.0, "new/ms": 1.0}, path, 0.1)
+    assert slower == ["encode"]
+    assert "embed" in table
+    path.write_text("[1")
+    with pytest.raises(UserError, match=r"before\.json"):
+        compare({}, path, 0.1)
+    assert hydra_arguments(["--against", "x.json", "bench=full"]) == ["bench.against=x.json", "bench=full"]
+
+
+def test_a_run_writes_every_number_of_every_task(tmp_path, monkeypatch):
+    """The real stages and methods, of two variants, at 8 voxels a side."""
+    monkeypatch.setattr(tasks, "RAW", (12, 12, 12))
+    composed = composer(
+        "bench", *TINY, "~bench.variants.kernels", "~bench.variants.architecture", "sampler.steps=2", "bench.scans=3",
+        "bench.voxels=null",
+        "bench.repeats=1", "bench.matrix=64", "accelerator=cpu", f"paths.runs={tmp_path}",
+        "bench.batch={aekl: 1, pretrain: 2, repr: 1}",
+    )  # fmt: skip
+    bench(composed(), composed)
+    numbers = json.loads((tmp_path / "bench" / "bench.json").read_text())
+    names = ["loading", "reading", "encode", "embed", "invert", "sample", "decode", "reconstruct", "counterfactual"]
+    for task in [*names, "train_aekl", "train_pretrain", "train_repr"]:
+        assert numbers[f"speedup/{task}"] > 0
+        for prefix in ("", "straight/"):
+            for column in ("ms", "core_ms", "scans_per_second", "peak_mb", "gflop", "matrix_share", "wait_share"):
+                assert np.isfinite(numbers[f"{prefix}{task}/{column}"])
+    assert 0 < numbers["straight/train_repr/wait_share"] < 1
+    assert all(isinstance(value, float) for value in numbers.values())
+
+
+@pytest.mark.parametrize("rows", [1, 3, 64])
+@torch.no_grad()
+def test_tiles_equal_the_whole(rows):
+    """Also where slabs do not divide the volume, and where its ends differ in brightness, which a tile's norm sees."""
+    torch.manual_seed(0)
+    autoencoder = AutoencoderKL(channels=(8, 8, 16), residual_blocks=1, groups=4).eval()
+    x = torch.rand(2, 1, 16, 8, 12) * torch.linspace(0, 1, 16).view(1, 1, -1, 1, 1)
+    whole = autoencoder.encode(x)
+    decoded = autoencoder.decode(whole[0])
+    autoencoder.tile = rows
+    for found, expected in zip((*autoencoder.encode(x), autoencoder.decode(whole[0])), (*whole, decoded), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_checkpointed_autoencoder_has_the_same_gradients():
+    torch.manual_seed(0)
+    autoencoder = AutoencoderKL(channels=(8, 8), residual_blocks=1, groups=4)
+    x, noise, gradients = torch.rand(1, 1, 8, 8, 8), torch.randn(1, 3, 4, 4, 4), []
+    for autoencoder.checkpointing in (False, True):
+        autoencoder.zero_grad()
+        autoencoder(x, noise)[0].square().mean().backward()
+        gradients.append([p.grad.clone() for p in autoencoder.parameters() if p.grad is not None])
+    for plain, again in zip(*gradients, strict=True):
+        torch.testing.assert_close(plain, again)
+
+
+def test_bytes_of_a_step_are_counted_without_memory():
+    """Parameters to the byte, activations growing with the batch and falling with checkpointing."""
+    config = composer("bench", *TINY)()
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in instantiate(config.model.unet).parameters())
+    one, two, lean = (
+        footprint(config, "pretrain", batch, lean, reduced=False, ema=True)
+        for batch, lean in ((32, False), (64, False), (64, True))
+    )
+    assert one.trained == one.average == 4 * parameters
+    assert one.optimiser == 8 * parameters
+    assert one.passes >= 4 * parameters, "gradients are among them"
+    assert two.passes > one.passes
+    assert lean.passes < two.passes
+    for stage in ("aekl", "repr"):
+        assert footprint(config, stage, 1, checkpointing=True, reduced=True, ema=False).peak > 0
+
+
+def cohort(folder):
+    """Four scans of four subjects, as files."""
+    rng, rows = np.random.default_rng(0), []
+    for number, split in enumerate(["train", "train", "val", "test"]):
+        image = nib.Nifti1Image(rng.integers(0, 100, (8, 8, 8)).astype(np.int16), np.eye(4))
+        nib.save(image, folder / f"{number}.nii.gz")
+        row = {"subject": f"s{number}", "session": "M000", "path": f"{number}.nii.gz", "diagnosis": "CN", "age": 70}
+        rows.append(row | {"split": split})
+    pd.DataFrame(rows).to_csv(folder / "scans.csv", index=False)
+    return folder / "scans.csv"
+
+
+def test_without_a_stage_1_the_later_stages_and_sampling_run_on_voxels(tmp_path):
+    """model/autoencoder=identity is all that changes: latents are the voxels."""
+    from ldae.data.latents import LatentSet
+    from ldae.experiment import encode, train
+    from ldae.pipeline import LDAE
+
+    overrides = [
+        "data=table", f"data.table={cohort(tmp_path)}", "data.spacing=1.0", "model=small", "trainer=smoke",
+        "trainer.max_steps=1", "accelerator=cpu", f"paths.runs={tmp_path / 'runs'}",
+        f"paths.cache={tmp_path / 'cache'}",
+        "model/autoencoder=identity", *[o for o in TINY if "autoencoder" not in o], "sampler.steps=2",
+        "stage.sampler.steps=2",
+    ]  # fmt: skip
+    with pytest.raises(UserError, match="encode_latents"):
+        train(composer("train", "stage=aekl", *overrides[:-1])())
+    encode(composer("encode_latents", *overrides[:-1])())
+    train(composer("train", "stage=pretrain", *overrides[:-1])())
+    train(composer("train", "stage=repr", *overrides)())
+    run = tmp_path / "runs" / "default"
+    latents = LatentSet.open(run / "latents")
+    assert latents.mean.shape == (4, 1, 8, 8, 8)
+    assert float(latents.mean.max()) == 1.0
+    assert float(latents.std.abs().max()) == 0.0
+    model = LDAE.load(run)
+    x = latents.mean[:1]
+    z, y = model.compress(x), model.embed(x)
+    assert torch.allclose(model.decompress(z), x)
+    assert model.decode(model.invert(z, y, steps=2), y, steps=2).shape == x.shape
