@@ -33,8 +33,17 @@ model_options = _together(
 steps_option = click.option(
     "--steps", type=click.IntRange(1), help="Of inversion and of decoding each; default: the model's."
 )
-force_option = click.option(
-    "--force", is_flag=True, help="Take scans unlike the training scans too. What comes out then means little."
+unlike_options = _together(
+    click.option(
+        "--preprocess/--no-preprocess",
+        default=None,
+        help="Make a scan as the training scans were made, or never. Default: where it is unlike them.",
+    ),
+    click.option(
+        "--force",
+        is_flag=True,
+        help="Take scans unlike the training scans as they are. What comes out then means little.",
+    ),
 )
 seed_option = click.option("--seed", type=int, default=0, show_default=True, help="Of the random codes.")
 
