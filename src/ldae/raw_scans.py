@@ -82,18 +82,16 @@ class RawScans:
             pipeline = self.pipeline
         except UserError as error:
             raise BadScan(f"it cannot be preprocessed: {error}") from error
-        folder = tempfile.mkdtemp(prefix="ldae-")
-        way = partial(_home, folder)
-        weakref.finalize(way, shutil.rmtree, folder, ignore_errors=True)  # transforms' files are read on the way back
+        folder = _Folder()
         try:
-            prepared = pipeline(source, Path(folder))
+            prepared = pipeline(source, folder.path)
         except BadScan as error:
             raise BadScan(f"it cannot be preprocessed: {error.reason}") from error
         except FAILURES as error:
             raise BadScan(f"it cannot be preprocessed: {type(error).__name__}: {last_line(error)}") from error
         scan = self._placed(prepared.scan)
         image = nib.Nifti1Image(scan.data, scan.affine)
-        return Made(image, partial(way, prepared, scan), _gain(prepared), self._said(pipeline))
+        return Made(image, partial(_back, folder, prepared, scan), _gain(prepared), self._said(pipeline))
 
     def _check_installed(self) -> None:
         steps = {"antspyx": self.pipeline.bias or self.pipeline.registration, "deepbet": self.pipeline.brain}
@@ -116,8 +114,16 @@ class RawScans:
         return f"{start} ({pipeline.summary})"
 
 
-def _home(folder: str, prepared: Prepared, scan: Volume, values: np.ndarray) -> np.ndarray:
-    """`values` on the grid of `scan` brought to the raw scan's; the transforms' files lie in `folder`."""
+class _Folder:
+    """A temporary folder that is there as long as this object."""
+
+    def __init__(self) -> None:
+        self.path = Path(tempfile.mkdtemp(prefix="ldae-"))
+        weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
+
+
+def _back(folder: _Folder, prepared: Prepared, scan: Volume, values: np.ndarray) -> np.ndarray:
+    """`values` on the grid of `scan` brought to the raw scan's, by the transforms' files, which lie in `folder`."""
     moved = scan.with_data(values)
     if prepared.transforms is None:
         return onto(moved, prepared.native).data
