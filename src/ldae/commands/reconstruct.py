@@ -34,7 +34,8 @@ def reconstruct(
 
     From its y and its own stochastic code, which hold nearly all of it, or with --semantic from its y and random noise.
     """
-    (path,), output = given(scans, inputs, 1), image_path(output)
+    (path,) = given(scans, inputs, 1)
+    output = image_path(output, path)
     ldae = load_model(**model)
     from ldae.native import write_image
 

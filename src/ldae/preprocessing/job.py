@@ -72,7 +72,7 @@ class Job:
 
     def names(self, scan: Scan) -> Names:
         """Where what becomes of `scan` lies."""
-        return Names(scan.subject, scan.session, self.pipeline.space)
+        return Names(scan.subject, scan.session, self.pipeline.space, self.pipeline.spacing)
 
     def key(self, scan: Scan, labels: Path | None) -> str:
         """Of content and parameters. Raises BadScan where there is no such file."""
