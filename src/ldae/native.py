@@ -95,9 +95,11 @@ def open_scan(
     why = None if likeness is None else likeness.why_unlike(torch.from_numpy(prepared.volume))
     if preprocess is None or (why is None and not always):
         if why is not None:
-            raise BadScan(f"{UNLIKE}: {why}", path)
+            raise BadScan(f"{UNLIKE}: {why}; a raw head needs --preprocess, or `ldae preprocess` first", path)
         return Scan(image, prepared, stem(source), prepared.back)
     reason = f"{UNLIKE}: {why}; " if why else ""
+    if why is not None:
+        log.warning("%s: %s: %s", stem(source), UNLIKE, why)
     try:
         made = preprocess(source)
         prepared = transform.prepare(made.image)
@@ -106,7 +108,6 @@ def open_scan(
     still = None if likeness is None else likeness.why_unlike(torch.from_numpy(prepared.volume))
     if still is not None:
         raise BadScan(f"{UNLIKE}, even after preprocessing {made.how}: {still}", path)
-    log.warning("%s: %spreprocessed %s", stem(source), reason, made.how)
     inner = prepared.back
     return Scan(image, prepared, stem(source), lambda volume: made.back(inner(volume)), made.gain)
 

@@ -4,6 +4,7 @@ The steps are those of `ldae preprocess`, as the training scans' sidecars record
 was trained on scans of one grid gets that very grid, in the template's millimetres.
 """
 
+import logging
 import shutil
 import tempfile
 import weakref
@@ -25,6 +26,8 @@ from ldae.preprocessing.job import FAILURES, MODULES, last_line
 from ldae.preprocessing.pipeline import Pipeline, Prepared
 from ldae.preprocessing.template import onto
 from ldae.preprocessing.volume import Volume
+
+log = logging.getLogger(__name__)
 
 SAME_MM = 0.1  # grids that differ by less are one
 DARK = 1e-3  # of the brightest voxel: below, a ratio of intensities says nothing
@@ -82,6 +85,8 @@ class RawScans:
             pipeline = self.pipeline
         except UserError as error:
             raise BadScan(f"it cannot be preprocessed: {error}") from error
+        how = self._said(pipeline)
+        log.warning("preprocessing it %s", how)
         folder = _Folder()
         try:
             prepared = pipeline(source, folder.path)
@@ -91,7 +96,7 @@ class RawScans:
             raise BadScan(f"it cannot be preprocessed: {type(error).__name__}: {last_line(error)}") from error
         scan = self._placed(prepared.scan)
         image = nib.Nifti1Image(scan.data, scan.affine)
-        return Made(image, partial(_back, folder, prepared, scan), _gain(prepared), self._said(pipeline))
+        return Made(image, partial(_back, folder, prepared, scan), _gain(prepared), how)
 
     def _check_installed(self) -> None:
         steps = {"antspyx": self.pipeline.bias or self.pipeline.registration, "deepbet": self.pipeline.brain}
@@ -110,7 +115,9 @@ class RawScans:
         return onto(scan, Volume(np.zeros(self.transform.shape, np.float32), wanted))
 
     def _said(self, pipeline: Pipeline) -> str:
-        start = "as they were" if self.parameters is not None else "with the defaults of `ldae preprocess`"
+        start = (
+            "as the training scans were" if self.parameters is not None else "with the defaults of `ldae preprocess`"
+        )
         return f"{start} ({pipeline.summary})"
 
 
