@@ -66,7 +66,7 @@ def steps(template, bias=lambda scan: scan.with_data(2 * scan.data)):
         (folder / "shift").write_text("12 mm")
         return Shift(folder / "shift")
 
-    register.spacing = 4.0
+    register.spacing, register.transform = 4.0, "Shift"
     return Pipeline(bias, Stripped(), register, template, limits=ANY, spacing=4.0)
 
 
