@@ -12,7 +12,7 @@ CARD = "README.md"
 INTENDED = """\
 Research on T1-weighted brain MRI: comparing scans by `y`, training probes on it, and showing what the model
 associates with a label by editing scans along a direction. Scans must be made as the training scans were (section
-Data); others are refused where the model knows what its training scans look like.
+Data). Where the model knows what these look like, raw scans are made alike first, and what cannot be is refused.
 """
 
 LIMITS = """\
