@@ -5,7 +5,15 @@ from typing import Any
 
 import click
 
-from ldae.commands.options import given, load_model, model_options, output_option, scans_argument, unlike_options
+from ldae.commands.options import (
+    given,
+    load_model,
+    model_options,
+    output_option,
+    scans_argument,
+    table_path,
+    unlike_options,
+)
 from ldae.errors import UserError
 
 SOME_FAILED = 1  # exit status where some scans were set aside
@@ -26,8 +34,7 @@ def embed(
     goes on; the exit status is then 1.
     """
     paths = list(dict.fromkeys(given(scans, inputs)))
-    if output.is_dir():
-        raise UserError(f"-o {output}: a file is needed, such as y.csv")
+    output = table_path(output)
     ldae = load_model(**model)
     from tqdm import tqdm
 

@@ -136,6 +136,18 @@ def image_path(path: Path, scan: Path) -> Path:
     return path
 
 
+def table_path(path: Path) -> Path:
+    """`path`, if a table can be written there; said before any work.
+
+    Raises:
+        UserError: it is a folder, or nothing can be written there.
+    """
+    if path.is_dir():
+        raise UserError(f"-o {path}: a file is needed, such as y.csv")
+    _ready(path.parent, path)
+    return path
+
+
 def folder_path(path: Path) -> Path:
     """`path`, if it is or can become a folder that can be written to; said before any work.
 
@@ -154,7 +166,9 @@ def _ready(folder: Path, given: Path) -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise UserError(f"-o {given}: nothing can be written there ({error.strerror})") from error
+        blocked = isinstance(error, FileExistsError | NotADirectoryError)
+        reason = "a file is in the way" if blocked else error.strerror
+        raise UserError(f"-o {given}: nothing can be written there ({reason})") from error
 
 
 def said(value: float) -> str:
