@@ -32,8 +32,12 @@ def random_weights(module: nn.Module) -> nn.Module:
     return module.eval()
 
 
-def small_run(root: Path, likeness: Likeness | None = None) -> Path:
-    """A run at `root`, as three stages and evaluate.py leave it: 8 voxels a side of 9 mm, y of 16 numbers."""
+def small_run(root: Path, likeness: Likeness | None = None, about: dict | None = None) -> Path:
+    """A run at `root`, as three stages and evaluate.py leave it: 8 voxels a side of 9 mm, y of 16 numbers.
+
+    `about`: what encode_latents.py found besides.
+    """
+    found = {"likeness": likeness.to_dict() if likeness else None, **(about or {})}
     register()
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         config = compose("train", SMALL)
@@ -60,6 +64,5 @@ def small_run(root: Path, likeness: Likeness | None = None) -> Path:
     probe = LinearModel("diagnosis", *rng.uniform(0.5, 1, (3, 16)), intercept=0.1, classes=("CN", "AD"))
     weights = Bundle.of_run(space.root).weights
     write_frozen(space.evaluation / "probes.json", {"diagnosis": {OURS: Frozen([], probe)}}, weights)
-    about = {"likeness": likeness.to_dict() if likeness else None}
-    write_about(space.latents, about | {"autoencoder_sha256": space.stage("aekl").sha256("autoencoder")})
+    write_about(space.latents, found | {"autoencoder_sha256": space.stage("aekl").sha256("autoencoder")})
     return space.root

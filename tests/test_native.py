@@ -11,6 +11,7 @@ from ldae.data.scans import BadScan
 from ldae.data.transforms import Transform
 from ldae.errors import UserError
 from ldae.native import in_model_space, in_ras, open_scan, stem
+from ldae.raw_scans import Made, RawScans
 from small_run import small_run
 
 SHAPE = (20, 24, 22)
@@ -120,26 +121,53 @@ def test_scans_unlike_the_training_scans_are_refused_with_the_reason(model, tmp_
     assert model.open(brain(size=3.0), check=False).volume.shape == (1, 1, 8, 8, 8)
 
 
-def test_an_unlike_scan_is_preprocessed_where_that_is_installed_and_comes_back_on_its_own_grid(model):
-    """The stand-in crops a doubled head to its brain; its way back puts that into the head again."""
+def doubled():
+    """A "head", twice as wide as its brain; and steps that cut the brain out, twice as bright, and the way back."""
     head = np.zeros((40, 24, 22), np.int16)
-    head[20:] = np.asarray(brain().dataobj)
-    image = nib.Nifti1Image(head, brain().affine)
+    head[20:] = np.asarray(brain().dataobj) // 2
 
     def crop(source):
-        def home(array):
-            return np.concatenate([np.zeros_like(array), array])
+        return Made(brain(), lambda array: np.concatenate([np.zeros_like(array), array]), 0.5, "by hand")
 
-        return brain(), home
+    return nib.Nifti1Image(head, brain().affine), crop
 
+
+def test_an_unlike_scan_is_preprocessed_and_comes_back_on_its_own_grid_in_its_own_intensities(model, caplog):
+    image, crop = doubled()
+    head = image.get_fdata()
     scan = open_scan(image, model.transform, model.likeness, crop)
-    torch.testing.assert_close(scan.volume, model.open(brain()).volume)
+    assert "unlike" in caplog.text
+    plain = model.open(brain())
+    torch.testing.assert_close(scan.volume, plain.volume)
     change = scan.edited(scan.volume + 0.1, scan.volume).get_fdata() - head
+    expected = plain.edited(scan.volume + 0.1, scan.volume).get_fdata() - brain().get_fdata()
     assert change.shape == head.shape
     assert np.abs(change[:20]).max() == 0
-    assert change[20:].max() > 10
+    np.testing.assert_allclose(change[20:], 0.5 * expected, atol=1e-3)
+    np.testing.assert_array_equal(scan.edited(scan.volume, scan.volume).get_fdata(), head)
+    restored = scan.restored(scan.volume).get_fdata()[20:]
+    np.testing.assert_allclose(restored, 0.5 * plain.restored(scan.volume).get_fdata(), atol=1e-3)
+    with pytest.raises(BadScan, match=r"unlike .* even after preprocessing"):
+        open_scan(image, model.transform, model.likeness, lambda source: Made(image, lambda array: array))
+
+
+def test_preprocessing_can_be_asked_for_and_forbidden(model, monkeypatch):
+    """Where it is not known that the training scans were preprocessed, it must be asked for."""
+    image, crop = doubled()
+    monkeypatch.setattr(RawScans, "__call__", lambda self, source: crop(source))
+    monkeypatch.setattr(model, "preprocess", RawScans(model.transform))
     with pytest.raises(BadScan, match="unlike"):
-        open_scan(image, model.transform, model.likeness, lambda source: (image, lambda array: array))
+        model.open(image)
+    y = model.embed(model.open(image, preprocess=True))
+    monkeypatch.setattr(model, "preprocess", RawScans(model.transform, affine=np.eye(4)))
+    assert torch.equal(model.embed(image), y)
+    with pytest.raises(BadScan, match="unlike"):
+        model.open(image, preprocess=False)
+    monkeypatch.setattr(model, "preprocess", None)
+    with pytest.raises(BadScan, match="unlike"):
+        model.embed(image)
+    with pytest.raises(UserError, match="without preprocessing"):
+        model.open(image, preprocess=True)
 
 
 def test_likeness_survives_being_written_and_says_so_where_it_is_damaged(model):

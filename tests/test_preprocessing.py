@@ -107,7 +107,7 @@ def test_the_same_again_does_nothing_and_other_content_or_parameters_do(tmp_path
     assert second[1] != first[1]
     third = stamps(pipeline=Pipeline(bias=None, brain=Stripped(), registration=None, spacing=5.0))
     assert not set(third) & set(second)
-    (out / "sub-1" / "anat" / "sub-1_desc-preproc_T1w.nii.gz").unlink()
+    (out / "sub-1" / "anat" / "sub-1_res-5mm_desc-preproc_T1w.nii.gz").unlink()
     assert stamps(pipeline=Pipeline(bias=None, brain=Stripped(), registration=None, spacing=5.0))[0] != third[0]
 
 
@@ -295,7 +295,28 @@ def test_the_scan_of_a_person_that_no_table_knows_is_kept(tmp_path):
 
 def test_the_record_says_what_was_done(tmp_path):
     run(bids(tmp_path / "raw", {"sub-1": brain()}), tmp_path / "out")
-    about = read_json(tmp_path / "out" / "sub-1" / "anat" / "sub-1_desc-preproc_T1w.json")
+    about = read_json(tmp_path / "out" / "sub-1" / "anat" / "sub-1_res-4mm_desc-preproc_T1w.json")
     assert about["Parameters"]["brain"]["step"] == "Stripped"
     assert about["SkullStripped"] is True
     assert {"numpy", "ldae"} <= about["Software"].keys()
+
+
+def test_without_registration_both_masks_are_kept_each_on_its_grid(tmp_path):
+    pipeline = Pipeline(bias=None, brain=Stripped(), registration=None, spacing=6.5)
+    run(bids(tmp_path / "raw", {"sub-1": brain()}), tmp_path / "out", pipeline)
+    anat = tmp_path / "out" / "sub-1" / "anat"
+    scan, mask, native = (
+        nib.load(anat / f"sub-1_{name}.nii.gz")
+        for name in ("res-6p5mm_desc-preproc_T1w", "res-6p5mm_desc-brain_mask", "desc-brain_mask")
+    )
+    assert scan.shape == mask.shape
+    assert native.shape == brain().data.shape
+
+
+def test_the_sessions_of_a_caps_tree_are_found_beside_its_participants(tmp_path):
+    (tmp_path / "bids" / "sub-A").mkdir(parents=True)
+    (tmp_path / "bids" / "participants.tsv").write_text("participant_id\tage\nsub-A\t70\n")
+    (tmp_path / "bids" / "sub-A" / "sub-A_sessions.tsv").write_text("session_id\tdiagnosis\nses-M006\tMCI\n")
+    people = People(tmp_path / "caps", Columns(), tmp_path / "bids" / "participants.tsv")
+    person = people.of(Scan(Path("x"), "sub-A", "ses-M006"), only=True)
+    assert (person.age, person.diagnosis) == (70.5, "MCI")

@@ -25,7 +25,16 @@ import torch
 from torch import nn
 
 from ldae.allowed import ALLOWED, check_targets
-from ldae.bundle_file import DESCRIBED, DESCRIPTION, DIRECTIONS, FORMAT, PROBES, described_file, read_description
+from ldae.bundle_file import (
+    DESCRIBED,
+    DESCRIPTION,
+    DIRECTIONS,
+    FORMAT,
+    MEASURED,
+    PROBES,
+    described_file,
+    read_description,
+)
 from ldae.card import CARD, model_card, provenance
 from ldae.data.latents import ABOUT
 from ldae.errors import UserError
@@ -67,6 +76,8 @@ class Bundle:
         probes: file of frozen probes, or None.
         directions: file of directions found by evaluation=manipulation, or None.
         likeness: what the training scans look like (data/likeness.py), or None where nobody measured it.
+        preprocess: parameters of every step by which they were made (preprocessing/pipeline.py), or None.
+        affine: voxel to mm, 4x4, of model space on their common grid, or None where they have none.
         sources: where it came from, for people.
     """
 
@@ -79,6 +90,8 @@ class Bundle:
     probes: Path | None = None
     directions: Path | None = None
     likeness: dict[str, Any] | None = None
+    preprocess: dict[str, Any] | None = None
+    affine: list[list[float]] | None = None
     sources: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -140,7 +153,7 @@ class Bundle:
             sampler=plain(third.config.sampler),
             probes=probes if probes.is_file() else None,
             directions=directions if directions.is_file() else None,
-            likeness=_likeness(space, first),
+            **_measured(space, first),
             sources=provenance(space, runs),
         )
 
@@ -168,7 +181,8 @@ class Bundle:
         }
         files = {name: described_file(folder, about[name]) for name in ("probes", "directions") if about.get(name)}
         kept = {key: about[key] for key in (*DESCRIBED, "sources", "scale")}
-        return cls(parts=parts, likeness=about.get("likeness"), **files, **kept)
+        check_targets(about.get("preprocess"), f"{folder / DESCRIPTION}: preprocess")
+        return cls(parts=parts, **{key: about.get(key) for key in MEASURED}, **files, **kept)
 
     def save(self, folder: Path | str) -> Path:
         """Write the bundle; files that lie there already, as described, stay. Returns the folder."""
@@ -190,7 +204,7 @@ class Bundle:
             "sampler": self.sampler,
             "probes": _copy(self.probes, folder / PROBES) if self.probes else None,
             "directions": _copy(self.directions, folder / DIRECTIONS) if self.directions else None,
-            "likeness": self.likeness,
+            **{key: getattr(self, key) for key in MEASURED},
             "sources": self.sources,
         }
         write_text(folder / CARD, model_card(about))
@@ -198,11 +212,12 @@ class Bundle:
         return folder
 
 
-def _likeness(space: Workspace, autoencoder: Run) -> dict[str, Any] | None:
-    """What encode_latents.py measured on the training scans, if it was with this autoencoder."""
+def _measured(space: Workspace, autoencoder: Run) -> dict[str, Any]:
+    """What encode_latents.py found about the training scans, if it was with this autoencoder."""
     path = space.latents / ABOUT
     about = read_json(path) if path.is_file() else {}
-    return about.get("likeness") if about.get("autoencoder_sha256") == autoencoder.sha256("autoencoder") else None
+    same = about.get("autoencoder_sha256") == autoencoder.sha256("autoencoder")
+    return {key: about.get(key) for key in MEASURED} if same else {}
 
 
 def _copy(source: Path, target: Path) -> dict[str, str]:

@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ldae.errors import UserError
 from ldae.files import file_sha256, read_json
 
@@ -10,6 +12,7 @@ FORMAT = 1
 MAX_DESCRIPTION = 2**20  # bytes
 DESCRIPTION, PROBES, DIRECTIONS = "bundle.json", "probes.json", "directions.json"
 DESCRIBED = ("transform", "schedule", "parameterisation", "sampler")
+MEASURED = ("likeness", "preprocess", "affine")  # on the training scans; older bundles lack some
 NETWORKS = ("autoencoder", "encoder", "unet", "estimator")
 
 
@@ -49,10 +52,23 @@ def _check_kinds(about: dict[str, Any], path: Path) -> None:
         and all(isinstance(entry, dict) for entry in entries)
         and all(isinstance(entry.get(key), str) for entry in entries for key in ("file", "sha256"))
         and all(isinstance(entry.get("config"), dict) and "_target_" in entry["config"] for entry in modules.values())
+        and isinstance(about.get("preprocess"), dict | None)
+        and _is_affine(about.get("affine"))
         and all(isinstance(number, int | float) and 0 < number < float("inf") for number in numbers)
     )
     if not good:
         raise UserError(f"{path} is damaged: a value is of the wrong kind; export or import the bundle again")
+
+
+def _is_affine(value: Any) -> bool:
+    """None, or four rows of four numbers that can be inverted."""
+    if value is None:
+        return True
+    try:
+        matrix = np.array(value, dtype=np.float64)
+        return matrix.shape == (4, 4) and 1e-6 < abs(np.linalg.det(matrix)) < 1e9
+    except (TypeError, ValueError):
+        return False
 
 
 def described_file(folder: Path, entry: dict[str, str]) -> Path:

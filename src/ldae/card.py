@@ -12,7 +12,7 @@ CARD = "README.md"
 INTENDED = """\
 Research on T1-weighted brain MRI: comparing scans by `y`, training probes on it, and showing what the model
 associates with a label by editing scans along a direction. Scans must be made as the training scans were (section
-Data); others are refused where the model knows what its training scans look like.
+Data). Where the model knows what these look like, raw scans are made alike first, and what cannot be is refused.
 """
 
 LIMITS = """\
@@ -87,11 +87,19 @@ def _data(about: Mapping[str, Any]) -> str:
         counts = ", ".join(f"{count} {split}" for split, count in data["subjects"].items())
         lines += [f"- cohort: {kind}", f"- subjects: {counts or 'unknown'} (split by subject)"]
         lines += [f"- diagnoses: {', '.join(data['diagnoses'])}"] if data["diagnoses"] else []
+        lines += [f"- made by `ldae preprocess`: {_steps(about)}; raw scans go through the same"] * bool(_steps(about))
     else:
         lines += [f"- {role}: {value}" for role, value in sources.items()]
     if sources.get("steps"):
         lines.append("- training steps: " + ", ".join(f"{stage} {step}" for stage, step in sources["steps"].items()))
     return "\n".join(lines)
+
+
+def _steps(about: Mapping[str, Any]) -> str:
+    """How the training scans were preprocessed, "" where nobody knows."""
+    from ldae.preprocessing.pipeline import Pipeline
+
+    return Pipeline.from_parameters(about["preprocess"], files=True).summary if about.get("preprocess") else ""
 
 
 def _metrics(metrics: Mapping[str, float]) -> str:

@@ -1,5 +1,6 @@
 """The console script `ldae`, for people with scans rather than experiments: its commands are in ldae/commands/."""
 
+import errno
 import logging
 import sys
 
@@ -31,7 +32,11 @@ class _Group(click.Group):
             return super().invoke(ctx)
         except UserError as error:
             click.echo(f"ldae: {error}", err=True)
-            sys.exit(2)
+        except OSError as error:  # a disk that is full or cannot be written, a file that vanished
+            if error.errno == errno.EPIPE:  # `ldae ... | head`
+                raise
+            click.echo(f"ldae: {error.filename or 'cannot write'}: {error.strerror or error}", err=True)
+        sys.exit(2)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.commands)

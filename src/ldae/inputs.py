@@ -14,6 +14,7 @@ from ldae.data.likeness import Likeness
 from ldae.data.transforms import Source
 from ldae.errors import UserError
 from ldae.native import Scan, open_scan
+from ldae.raw_scans import RawScans
 
 Scans = Tensor | Scan | Source | Sequence[Scan | Source]
 
@@ -27,18 +28,25 @@ class Inputs:
         stored = None if self.bundle is None else self.bundle.likeness
         return None if stored is None else Likeness.from_dict(stored)
 
-    def open(self, source: Source, check: bool = True) -> Scan:
+    def open(self, source: Source, check: bool = True, preprocess: bool | None = None) -> Scan:
         """A scan in model space, and the way back.
 
         Args:
-            check: refuse a scan that is unlike the training scans, or preprocess it.
+            check: refuse a scan that is unlike the training scans and cannot be made alike.
+            preprocess: make it as the training scans were made (raw_scans.py): None where it is unlike them and it is
+                known that they were preprocessed, True in any case, False never. Needs `check`, or True.
 
         Raises:
             BadScan: it cannot be used; the message says why.
         """
         if self.transform is None:
             raise UserError("this model was put together without a transform and takes tensors only")
-        return open_scan(source, self.transform, self.likeness if check else None, self.preprocess)
+        steps = self.preprocess if preprocess is not False else None
+        if preprocess and steps is None:
+            raise UserError("this model was loaded without preprocessing")
+        if preprocess is None and isinstance(steps, RawScans) and not steps.known:
+            steps = None
+        return open_scan(source, self.transform, self.likeness if check else None, steps, bool(preprocess))
 
     def volumes(self, x: Scans) -> Tensor:
         """(B, 1, X, Y, Z) on the model's device, of a tensor in model space as it is, of scans through `open`."""

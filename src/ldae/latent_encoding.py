@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import nibabel as nib
 import numpy as np
 import pandas as pd
 import torch
@@ -19,7 +20,9 @@ from ldae.data.cohort import Cohort
 from ldae.data.latents import latent_name, read_latent, write_about, write_latent
 from ldae.data.likeness import ENOUGH, Likeness
 from ldae.data.table import write_table
+from ldae.data.transforms import Transform
 from ldae.errors import UserError
+from ldae.raw_scans import recorded
 from ldae.runs import Run
 
 log = logging.getLogger(__name__)
@@ -89,18 +92,32 @@ def _finish(run: Run, cohort: Cohort, folder: Path, table: Path, paths: list[Pat
         "autoencoder_sha256": weights,
         "autoencoder": run.metadata["step"],
         "transform": cohort.transform.key(),
-        "likeness": _likeness(cohort),
+        **_training_scans(cohort),
     }
     write_about(folder, about)
     log.info("%d latents of shape %s in %s; scale %s", len(paths), shape, folder, [round(s, 4) for s in scale])
 
 
-def _likeness(cohort: Cohort) -> dict[str, Any] | None:
-    """What training scans look like; see ldae/data/likeness.py."""
+def _training_scans(cohort: Cohort) -> dict[str, Any]:
+    """What they look like (data/likeness.py), how they were made (raw_scans.py), and their common grid, if any."""
     rows = cohort.rows("train")
     rows = rows[np.linspace(0, len(rows) - 1, min(len(rows), ENOUGH)).astype(int)]
-    found = Likeness.measure(cohort.volumes[row] for row in rows)
-    return None if found is None else found.to_dict()
+    paths = [cohort.table["path"].iloc[row] for row in rows]
+    likeness = Likeness.measure(cohort.volumes[row] for row in rows)
+    return {
+        "likeness": None if likeness is None else likeness.to_dict(),
+        "preprocess": recorded(paths),
+        "affine": common_affine(paths, cohort.transform),
+    }
+
+
+def common_affine(paths: list[str], transform: Transform) -> list[list[float]] | None:
+    """Voxel to mm, 4x4, of model space, where all scans of `paths` lie on one grid; else None."""
+    grids = ((image.shape, image.affine) for image in map(nib.load, paths))
+    shape, affine = next(grids)
+    if not all(other == shape and np.allclose(matrix, affine, atol=1e-3) for other, matrix in grids):
+        return None
+    return transform.prepare(paths[0]).affine.tolist()
 
 
 def channel_scale(paths: list[Path]) -> tuple[list[float], list[int]]:

@@ -6,7 +6,8 @@ scan.restored(volume)                   a volume of the model as a NIfTI that ov
 scan.edited(volume, reconstruction)     the scan + what changed between two volumes: its detail and its skull stay
 """
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,8 +19,12 @@ from torch import Tensor
 from ldae.data.likeness import Likeness
 from ldae.data.scans import BadScan, nifti_like
 from ldae.data.transforms import Prepared, Source, Transform
+from ldae.raw_scans import Made
 
-Preprocess = Callable[[Source], tuple[nib.spatialimages.SpatialImage, Callable[[np.ndarray], np.ndarray]]]
+log = logging.getLogger(__name__)
+
+Preprocess = Callable[[Source], Made]
+UNLIKE = "unlike the scans that this model was trained on"
 
 
 @dataclass(frozen=True)
@@ -31,12 +36,14 @@ class Scan:
         prepared: its volume in model space and its intensity range.
         name: of its file, without folder and ending.
         back: (1, X, Y, Z) of model space -> the grid of `image`; linear, 0 outside the model's field of view.
+        gain: the scan's intensities over those that the model saw, where it was preprocessed first.
     """
 
     image: nib.spatialimages.SpatialImage
     prepared: Prepared
     name: str
     back: Callable[[np.ndarray], np.ndarray]
+    gain: np.ndarray | float = 1.0
 
     @property
     def volume(self) -> Tensor:
@@ -49,7 +56,7 @@ class Scan:
         Outside the model's field of view lies the intensity that is 0 in model space.
         """
         low, high = self.prepared.low, self.prepared.high
-        return nifti_like(self.back(self._array(volume)) * (high - low) + low, self.image)
+        return nifti_like((self.back(self._array(volume)) * (high - low) + low) * self.gain, self.image)
 
     def edited(self, volume: Tensor, reconstruction: Tensor) -> nib.Nifti1Image:
         """The scan plus the change from `reconstruction` to `volume`, both like `volume` above.
@@ -58,7 +65,7 @@ class Scan:
         """
         change = self.back(self._array(volume) - self._array(reconstruction))
         original = np.asarray(self.image.dataobj, dtype=np.float32).reshape(change.shape)
-        return nifti_like(original + change * (self.prepared.high - self.prepared.low), self.image)
+        return nifti_like(original + change * (self.prepared.high - self.prepared.low) * self.gain, self.image)
 
     def _array(self, volume: Tensor) -> np.ndarray:
         values = torch.as_tensor(volume).detach().float().cpu().numpy()
@@ -70,29 +77,39 @@ def open_scan(
     transform: Transform,
     likeness: Likeness | None = None,
     preprocess: Preprocess | None = None,
+    always: bool = False,
 ) -> Scan:
     """Read a scan for a model.
 
     Args:
         likeness: what the training scans look like; None takes any scan.
-        preprocess: for scans unlike those: makes them alike, as the training scans were made. From a source to the
-            preprocessed image and the way from its grid (I, J, K) back to the source's.
+        preprocess: for scans unlike those: makes them alike, as the training scans were made.
+        always: preprocess scans that are like those, too.
 
     Raises:
         BadScan: it cannot be read, or is unlike the training scans and cannot be made alike.
     """
+    path = _path(source)
     prepared = transform.prepare(source)
-    image = nib.load(source) if _path(source) is not None else source
-    back = prepared.back
+    image = nib.load(source) if path is not None else source
     why = None if likeness is None else likeness.why_unlike(torch.from_numpy(prepared.volume))
-    if why is not None and preprocess is not None:
-        made, home = preprocess(source)
-        prepared = transform.prepare(made)
-        inner = prepared.back
-        why, back = likeness.why_unlike(torch.from_numpy(prepared.volume)), lambda volume: home(inner(volume))
+    if preprocess is None or (why is None and not always):
+        if why is not None:
+            raise BadScan(f"{UNLIKE}: {why}; a raw head needs --preprocess, or `ldae preprocess` first", path)
+        return Scan(image, prepared, stem(source), prepared.back)
+    reason = f"{UNLIKE}: {why}; " if why else ""
     if why is not None:
-        raise BadScan(f"unlike the scans that this model was trained on: {why}", _path(source))
-    return Scan(image, prepared, stem(source), back)
+        log.warning("%s: %s: %s", stem(source), UNLIKE, why)
+    try:
+        made = preprocess(source)
+        prepared = transform.prepare(made.image)
+    except BadScan as error:
+        raise BadScan(f"{reason}{error.reason}", path) from error
+    still = None if likeness is None else likeness.why_unlike(torch.from_numpy(prepared.volume))
+    if still is not None:
+        raise BadScan(f"{UNLIKE}, even after preprocessing {made.how}: {still}", path)
+    inner = prepared.back
+    return Scan(image, prepared, stem(source), lambda volume: made.back(inner(volume)), made.gain)
 
 
 def write_image(image: nib.Nifti1Image, path: Path) -> None:
@@ -103,22 +120,32 @@ def write_image(image: nib.Nifti1Image, path: Path) -> None:
         nib.save(image, temporary)
 
 
-def in_model_space(volume: Tensor, transform: Transform) -> nib.Nifti1Image:
-    """A volume that belongs to no scan, (1, X, Y, Z), in the model's own axes with the origin in its middle.
+def in_model_space(
+    volume: Tensor, transform: Transform, affine: Sequence[Sequence[float]] | None = None
+) -> nib.Nifti1Image:
+    """A volume that belongs to no scan, (1, X, Y, Z), in the model's own axes.
 
-    Voxels measure 1 mm where the transform leaves them as they are.
+    Args:
+        affine: voxel to mm, 4x4, of the training scans' common grid in model space: the volume overlays on them.
+            Without it the origin lies in the middle, and voxels measure 1 mm where the transform leaves them as they
+            are.
     """
     values = volume.detach().float().cpu().numpy()[0]
+    matrix = _centred(values.shape, transform) if affine is None else np.asarray(affine, dtype=np.float64)
+    image = nib.Nifti1Image(values.astype(np.float32), matrix)
+    image.header.set_xyzt_units("mm")
+    return image
+
+
+def _centred(shape: Sequence[int], transform: Transform) -> np.ndarray:
     axes = nib.orientations.axcodes2ornt(transform.orientation)
     spacing = np.asarray(transform.spacing or (1.0, 1.0, 1.0))
     affine = np.eye(4)
     affine[:3, :3] = 0
     for place, (axis, sign) in enumerate(axes):
         affine[int(axis), place] = sign * spacing[place]
-    affine[:3, 3] = -affine[:3, :3] @ ((np.array(values.shape) - 1) / 2)
-    image = nib.Nifti1Image(values.astype(np.float32), affine)
-    image.header.set_xyzt_units("mm")
-    return image
+    affine[:3, 3] = -affine[:3, :3] @ ((np.array(shape) - 1) / 2)
+    return affine
 
 
 def in_ras(volume: np.ndarray, orientation: str) -> np.ndarray:

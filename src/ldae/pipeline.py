@@ -23,6 +23,7 @@ from ldae.inputs import Inputs, Scans
 from ldae.knowledge import Knowledge
 from ldae.native import Preprocess
 from ldae.noise import normal
+from ldae.raw_scans import RawScans
 from ldae.uses import Edit, Uses
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -55,6 +56,7 @@ class LDAE(Inputs, Uses):
             count in float32 all the same.
         batch_size: volumes that encoder and autoencoder see at a time, at most.
         preprocess: what scans go through that are unlike the training scans (see native.open_scan); None refuses them.
+            `load` gives the steps that the training scans went through.
     """
 
     def __init__(
@@ -101,7 +103,7 @@ class LDAE(Inputs, Uses):
             sampler: instead of the one that the run or bundle was made with.
             trust: further modules whose classes a bundle may name (see bundle.py).
             runs: folder of runs, where `path` is a name.
-            options: dtype, batch_size, preprocess.
+            options: dtype, batch_size, preprocess (None: raw scans are refused).
 
         Raises:
             UserError: there is no such model, a stage or file is missing or altered, or weights do not fit.
@@ -110,6 +112,7 @@ class LDAE(Inputs, Uses):
         networks = {name: part.build() for name, part in bundle.parts.items()}
         diffusion = [instantiate(node) for node in (bundle.schedule, bundle.parameterisation)]
         transform = instantiate(bundle.transform)
+        options = {"preprocess": RawScans(transform, bundle.preprocess, bundle.affine), **options}
         return cls(
             autoencoder=networks["autoencoder"],
             encoder=networks["encoder"],

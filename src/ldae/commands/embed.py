@@ -5,7 +5,15 @@ from typing import Any
 
 import click
 
-from ldae.commands.options import force_option, given, load_model, model_options, output_option, scans_argument
+from ldae.commands.options import (
+    given,
+    load_model,
+    model_options,
+    output_option,
+    scans_argument,
+    table_path,
+    unlike_options,
+)
 from ldae.errors import UserError
 
 SOME_FAILED = 1  # exit status where some scans were set aside
@@ -14,9 +22,11 @@ SOME_FAILED = 1  # exit status where some scans were set aside
 @click.command()
 @scans_argument("SCANS...")
 @output_option("The table: path, key, y000, y001, ..., a row a scan.")
-@force_option
+@unlike_options
 @model_options
-def embed(scans: tuple[Path, ...], inputs: tuple[Path, ...], output: Path, force: bool, **model: Any) -> None:
+def embed(
+    scans: tuple[Path, ...], inputs: tuple[Path, ...], output: Path, force: bool, preprocess: bool | None, **model: Any
+) -> None:
     """Compute y, the semantic vector, of scans.
 
     Rows that OUTPUT has already, of the same scan and the same model, are kept: the same command again goes on where it
@@ -24,14 +34,15 @@ def embed(scans: tuple[Path, ...], inputs: tuple[Path, ...], output: Path, force
     goes on; the exit status is then 1.
     """
     paths = list(dict.fromkeys(given(scans, inputs)))
-    if output.is_dir():
-        raise UserError(f"-o {output}: a file is needed, such as y.csv")
+    output = table_path(output)
     ldae = load_model(**model)
     from tqdm import tqdm
 
     from ldae.growing_table import GrowingTable, content_key
 
     identity = f"{ldae.bundle.weights}{ldae.transform.key()}"
+    if force or preprocess is not None:  # another y, where the scan is unlike the training scans
+        identity += f"{force}{preprocess}"
     columns = [f"y{index:03d}" for index in range(ldae.encoder.dim)]
     rejected: list[tuple[str, str]] = []
     with GrowingTable.open(output, columns) as table:
@@ -40,7 +51,7 @@ def embed(scans: tuple[Path, ...], inputs: tuple[Path, ...], output: Path, force
                 key = content_key(path, identity)
                 if table.has(path, key):
                     continue
-                table.add(path, key, ldae.embed(ldae.open(path, check=not force))[0].tolist())
+                table.add(path, key, ldae.embed(ldae.open(path, not force, preprocess))[0].tolist())
             except (UserError, OSError) as error:
                 reason = getattr(error, "reason", None) or getattr(error, "strerror", None) or str(error)
                 rejected.append((str(path), reason))

@@ -7,7 +7,6 @@ import click
 
 from ldae.commands.options import (
     folder_path,
-    force_option,
     given,
     load_model,
     model_options,
@@ -15,6 +14,7 @@ from ldae.commands.options import (
     output_option,
     scans_argument,
     steps_option,
+    unlike_options,
 )  # fmt: skip
 from ldae.errors import UserError
 
@@ -25,11 +25,11 @@ from ldae.errors import UserError
 @output_option("Folder for the images, A_to_B_at0.5.nii.gz, ..., on the grid of A.")
 @click.option("--decoded", is_flag=True, help="Write what the model decodes, not A plus the change from A.")
 @steps_option
-@force_option
+@unlike_options
 @model_options
 def interpolate(
     scans: tuple[Path, ...], inputs: tuple[Path, ...], at: str, output: Path, decoded: bool, steps: int | None,
-    force: bool, **model: Any,
+    force: bool, preprocess: bool | None, **model: Any,
 ) -> None:  # fmt: skip
     """Scans between A and B, such as visits between two visits of one person.
 
@@ -44,7 +44,7 @@ def interpolate(
 
     from ldae.native import write_image
 
-    first, second = (ldae.open(path, check=not force) for path in paths)
+    first, second = (ldae.open(path, not force, preprocess) for path in paths)
     start, *between = (
         volume for volume in tqdm(ldae.between(first, second, [0.0, *places], steps), "decoding", len(places) + 1)
     )

@@ -7,7 +7,6 @@ import click
 
 from ldae.commands.options import (
     folder_path,
-    force_option,
     given,
     load_model,
     model_options,
@@ -16,6 +15,7 @@ from ldae.commands.options import (
     said,
     scans_argument,
     steps_option,
+    unlike_options,
 )  # fmt: skip
 
 if TYPE_CHECKING:
@@ -42,11 +42,11 @@ DEPTH = "Share of the schedule to invert; less keeps more of the scan. Default: 
 @click.option("--viewer", is_flag=True, help="Write NAME_diagnosis.html too: three planes, and a slider over alpha.")
 @click.option("--depth", type=click.FloatRange(0, 1, min_open=True), help=DEPTH)
 @steps_option
-@force_option
+@unlike_options
 @model_options
 def manipulate(
     scans: tuple[Path, ...], inputs: tuple[Path, ...], direction: str, alpha: str, output: Path, decoded: bool,
-    viewer: bool, depth: float | None, steps: int | None, force: bool, **model: Any,
+    viewer: bool, depth: float | None, steps: int | None, force: bool, preprocess: bool | None, **model: Any,
 ) -> None:  # fmt: skip
     """Move a scan along a direction and show what changes.
 
@@ -59,7 +59,7 @@ def manipulate(
 
     from ldae.native import write_image
 
-    chosen, scan = ldae.direction(direction), ldae.open(path, check=not force)
+    chosen, scan = ldae.direction(direction), ldae.open(path, not force, preprocess)
     settings = {name: value for name, value in (("depth", depth), ("steps", steps)) if value is not None}
     ladder = ldae.ladder(scan, chosen, [0.0, *alphas], **settings)
     start, *edited = tqdm(ladder, "decoding", len(alphas) + 1)

@@ -1,5 +1,7 @@
 """Options that commands share, and how they become a model and scans."""
 
+import math
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,8 +35,17 @@ model_options = _together(
 steps_option = click.option(
     "--steps", type=click.IntRange(1), help="Of inversion and of decoding each; default: the model's."
 )
-force_option = click.option(
-    "--force", is_flag=True, help="Take scans unlike the training scans too. What comes out then means little."
+unlike_options = _together(
+    click.option(
+        "--preprocess/--no-preprocess",
+        default=None,
+        help="Make a scan as the training scans were made, or never. Default: where it is unlike them.",
+    ),
+    click.option(
+        "--force",
+        is_flag=True,
+        help="Take scans unlike the training scans as they are. What comes out then means little.",
+    ),
 )
 seed_option = click.option("--seed", type=int, default=0, show_default=True, help="Of the random codes.")
 
@@ -101,32 +112,63 @@ def numbers(text: str, option: str, example: str) -> list[float]:
         UserError: something else.
     """
     try:
-        return [float(part) for part in text.split(",")]
+        found = [float(part) for part in text.split(",")]
     except ValueError:
-        raise UserError(f"{option} {text!r}: numbers with commas are needed, as in {example}") from None
+        found = [math.nan]
+    if not all(map(math.isfinite, found)):
+        raise UserError(f"{option} {text!r}: numbers with commas are needed, as in {example}")
+    return found
 
 
-def image_path(path: Path) -> Path:
-    """`path`, if a NIfTI can be written there.
+def image_path(path: Path, scan: Path) -> Path:
+    """`path`, if a NIfTI can be written there; said before any work.
 
     Raises:
-        UserError: its name does not end as a NIfTI's.
+        UserError: its name does not end as a NIfTI's, it is `scan` itself, or nothing can be written there.
     """
     if not path.name.endswith((".nii", ".nii.gz")):
         raise UserError(f"-o {path}: a name ending in .nii.gz or .nii is needed")
+    if path.is_dir():
+        raise UserError(f"-o {path}: a file is needed, and this is a folder")
+    if path.exists() and scan.exists() and path.samefile(scan):
+        raise UserError(f"-o {path}: that is the scan itself: choose another name")
+    _ready(path.parent, path)
+    return path
+
+
+def table_path(path: Path) -> Path:
+    """`path`, if a table can be written there; said before any work.
+
+    Raises:
+        UserError: it is a folder, or nothing can be written there.
+    """
+    if path.is_dir():
+        raise UserError(f"-o {path}: a file is needed, such as y.csv")
+    _ready(path.parent, path)
     return path
 
 
 def folder_path(path: Path) -> Path:
-    """`path`, if it is or can become a folder.
+    """`path`, if it is or can become a folder that can be written to; said before any work.
 
     Raises:
-        UserError: a file is in the way, or it is meant as one.
+        UserError: a file is in the way, it is meant as one, or nothing can be written there.
     """
     if path.is_file() or path.name.endswith((".nii", ".nii.gz")):
         raise UserError(f"-o {path}: a folder is needed, several images are written")
-    path.mkdir(parents=True, exist_ok=True)
+    _ready(path, path)
     return path
+
+
+def _ready(folder: Path, given: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        blocked = isinstance(error, FileExistsError | NotADirectoryError)
+        reason = "a file is in the way" if blocked else error.strerror
+        raise UserError(f"-o {given}: nothing can be written there ({reason})") from error
 
 
 def said(value: float) -> str:

@@ -16,7 +16,11 @@ import click
 @click.option("--regions", help="What is counted in label maps: dlmuse, labels.")
 @click.option("--spacing", help="Voxel size in mm of the result, or null for the template's; 1.5 by default.")
 @click.option("--labels", type=click.Path(path_type=Path), help="Folder of label maps *_dseg.nii.gz in native space.")
-@click.option("--participants", type=click.Path(path_type=Path), help="Default: participants.tsv in SOURCE.")
+@click.option(
+    "--participants",
+    type=click.Path(path_type=Path),
+    help="Default: participants.tsv in SOURCE. For a CAPS tree or a CSV: that of the BIDS dataset.",
+)
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Any value of conf/preprocess.")
 @click.option("-j", "--workers", default=None, type=click.IntRange(1), help="Processes; default: one a core.")
 @click.option("--threads", default=1, show_default=True, type=click.IntRange(1), help="Threads a process.")

@@ -6,7 +6,6 @@ from typing import Any
 import click
 
 from ldae.commands.options import (
-    force_option,
     given,
     image_path,
     load_model,
@@ -15,6 +14,7 @@ from ldae.commands.options import (
     scans_argument,
     seed_option,
     steps_option,
+    unlike_options,
 )  # fmt: skip
 
 
@@ -24,21 +24,22 @@ from ldae.commands.options import (
 @click.option("--semantic", is_flag=True, help="Decode from y alone: what the 768 numbers hold of the scan.")
 @seed_option
 @steps_option
-@force_option
+@unlike_options
 @model_options
 def reconstruct(
     scans: tuple[Path, ...], inputs: tuple[Path, ...], output: Path, semantic: bool, seed: int, steps: int | None,
-    force: bool, **model: Any,
+    force: bool, preprocess: bool | None, **model: Any,
 ) -> None:  # fmt: skip
     """Encode a scan and decode it again.
 
     From its y and its own stochastic code, which hold nearly all of it, or with --semantic from its y and random noise.
     """
-    (path,), output = given(scans, inputs, 1), image_path(output)
+    (path,) = given(scans, inputs, 1)
+    output = image_path(output, path)
     ldae = load_model(**model)
     from ldae.native import write_image
 
-    scan = ldae.open(path, check=not force)
+    scan = ldae.open(path, not force, preprocess)
     volume = ldae.vary(scan, 1, seed, steps) if semantic else ldae.reconstruct(scan, steps)
     write_image(scan.restored(volume), output)
     click.echo(output)

@@ -11,7 +11,7 @@ from ldae.commands.options import folder_path, load_model, model_options, output
 @click.command()
 @click.option("-n", "--count", type=click.IntRange(1), default=4, show_default=True, help="Number of scans.")
 @seed_option
-@output_option("Folder for the scans, sample01.nii.gz, ..., in model space with the origin in the middle.")
+@output_option("Folder for the scans, sample01.nii.gz, ..., in model space, where they overlay on the training scans.")
 @steps_option
 @model_options
 def sample(count: int, seed: int, output: Path, steps: int | None, **model: Any) -> None:
@@ -25,5 +25,7 @@ def sample(count: int, seed: int, output: Path, steps: int | None, **model: Any)
     codes = ldae.noise(count, seed)
     for number in tqdm(range(count), desc="samples"):
         volume = ldae.sample_from(codes[number : number + 1], steps)[0]
-        write_image(in_model_space(volume, ldae.transform), output / f"sample{number + 1:02d}.nii.gz")
+        write_image(
+            in_model_space(volume, ldae.transform, ldae.bundle.affine), output / f"sample{number + 1:02d}.nii.gz"
+        )
     click.echo(output)

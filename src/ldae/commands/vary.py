@@ -7,7 +7,6 @@ import click
 
 from ldae.commands.options import (
     folder_path,
-    force_option,
     given,
     load_model,
     model_options,
@@ -15,6 +14,7 @@ from ldae.commands.options import (
     scans_argument,
     seed_option,
     steps_option,
+    unlike_options,
 )  # fmt: skip
 
 
@@ -24,11 +24,11 @@ from ldae.commands.options import (
 @seed_option
 @output_option("Folder for the variants, NAME_vary01.nii.gz, ..., on the scan's grid.")
 @steps_option
-@force_option
+@unlike_options
 @model_options
 def vary(
     scans: tuple[Path, ...], inputs: tuple[Path, ...], count: int, seed: int, output: Path, steps: int | None,
-    force: bool, **model: Any,
+    force: bool, preprocess: bool | None, **model: Any,
 ) -> None:  # fmt: skip
     """Decode one scan's y with different random codes.
 
@@ -40,7 +40,7 @@ def vary(
 
     from ldae.native import write_image
 
-    scan = ldae.open(path, check=not force)
+    scan = ldae.open(path, not force, preprocess)
     y, codes = ldae.embed(scan), ldae.noise(count, seed)
     for number in tqdm(range(count), desc="variants"):
         variant = ldae.decode(codes[number : number + 1], y, steps)

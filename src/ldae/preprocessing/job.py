@@ -36,7 +36,7 @@ PACKAGES = ("ldae", "antspyx", "deepbet", "nilearn", "nibabel", "numpy", "scipy"
 # The disk is at fault, not the scan.
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EACCES, errno.EIO}
 # What the steps' libraries raise on scans that they cannot digest.
-_FAILURES = (RuntimeError, ValueError, ArithmeticError, AssertionError, LookupError, TypeError, MemoryError)
+FAILURES = (RuntimeError, ValueError, ArithmeticError, AssertionError, LookupError, TypeError, MemoryError)
 
 Record = dict[str, Any]
 
@@ -72,7 +72,7 @@ class Job:
 
     def names(self, scan: Scan) -> Names:
         """Where what becomes of `scan` lies."""
-        return Names(scan.subject, scan.session, self.pipeline.space)
+        return Names(scan.subject, scan.session, self.pipeline.space, self.pipeline.spacing)
 
     def key(self, scan: Scan, labels: Path | None) -> str:
         """Of content and parameters. Raises BadScan where there is no such file."""
@@ -103,9 +103,9 @@ class Job:
                 prepared = self.pipeline(scan.path, Path(folder))
             except BadScan as error:
                 return self._reject(scan, names, key, error.reason)
-            except _FAILURES as error:
+            except FAILURES as error:
                 log.debug("%s failed", scan.path, exc_info=True)
-                return self._reject(scan, names, key, f"{type(error).__name__}: {_last_line(error)}")
+                return self._reject(scan, names, key, f"{type(error).__name__}: {last_line(error)}")
             record = self._write(scan, labels, names, prepared)
         seconds = {"seconds": time.monotonic() - start, "processor_seconds": time.process_time() - processor}
         record |= {"key": key, "measures": record["measures"] | seconds}
@@ -221,6 +221,7 @@ def _writable(out: Path) -> Iterator[None]:
         raise
 
 
-def _last_line(error: BaseException) -> str:
+def last_line(error: BaseException) -> str:
+    """The last line of what `error` says, "" if it says nothing."""
     lines = str(error).strip().splitlines()
     return lines[-1][:200] if lines else ""

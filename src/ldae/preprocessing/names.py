@@ -9,11 +9,16 @@ NATIVE = "T1w"  # the scan's own space
 
 @dataclass(frozen=True)
 class Names:
-    """Paths relative to the derivatives' folder. subject: "sub-..."; session: "ses-..." or ""; space: BIDS label."""
+    """Paths relative to the derivatives' folder.
+
+    subject: "sub-..."; session: "ses-..." or ""; space: BIDS label, "" for the scan's own; spacing: voxel size in mm of
+    scans that were resampled there, None for the scan's own.
+    """
 
     subject: str
     session: str
     space: str
+    spacing: float | None = None
 
     @property
     def stem(self) -> str:
@@ -62,6 +67,8 @@ class Names:
 
     def _image(self, rest: str) -> Path:
         space = f"space-{self.space}_" if self.space else ""
+        if not space and self.spacing is not None:  # the native mask has no space in its name either
+            space = f"res-{self.spacing:g}mm_".replace(".", "p")
         return self.folder / f"{self.stem}_{space}{rest}"
 
 

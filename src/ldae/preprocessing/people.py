@@ -41,8 +41,13 @@ class People:
     """Reads participants.tsv and every sub-*/sub-*_sessions.tsv below `root` (None: what the scans say alone)."""
 
     def __init__(self, root: Path | None, columns: Columns, participants: Path | None = None) -> None:
-        """`participants` names another file than root/participants.tsv. Raises UserError where a file is no TSV."""
-        self.root, self.columns = root, columns
+        """`participants` names another file than root/participants.tsv; sessions are then sought beside it, too.
+
+        Raises:
+            UserError: a file is missing or no TSV.
+        """
+        self.columns = columns
+        self.roots = [folder for folder in (root, participants and participants.parent) if folder is not None]
         if participants is None and root is not None:
             participants = root / "participants.tsv"
         elif participants is not None and not participants.is_file():
@@ -84,8 +89,8 @@ class People:
 
     def _session(self, subject: str) -> dict[str, dict[str, str]]:
         if subject not in self._sessions:
-            path = None if self.root is None else self.root / subject / f"{subject}_sessions.tsv"
-            rows = _read(path) if path else []
+            paths = (root / subject / f"{subject}_sessions.tsv" for root in self.roots)
+            rows = next(filter(None, map(_read, paths)), [])
             self._sessions[subject] = {_prefixed("ses-", row.get("session_id", "")): row for row in rows}
         return self._sessions[subject]
 

@@ -5,19 +5,21 @@ bias field -> brain mask -> registration -> resampling -> intensity
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ldae.data.transforms import Source
 from ldae.errors import UserError
 from ldae.preprocessing.bias import N4
 from ldae.preprocessing.brain import BrainExtraction, DeepBet, Stripped, looks_stripped
 from ldae.preprocessing.intensity import Tissues, WhiteMatter
 from ldae.preprocessing.measures import Limits, brain_volume, noise, template_correlation
 from ldae.preprocessing.registration import Registration, Transforms
-from ldae.preprocessing.template import Icbm152, Template, at_spacing, resampled
+from ldae.preprocessing.template import Icbm152, Template, TemplateFile, at_spacing, resampled
 from ldae.preprocessing.volume import Volume
 
 VERSION = 1  # of the arithmetic: raise it when the same parameters give other voxels, so that scans are made anew
@@ -32,6 +34,7 @@ class Prepared:
     mask: np.ndarray | None  # on the grid of `scan`
     native: Volume  # the scan as it came
     native_mask: np.ndarray | None  # on the scan's own grid
+    even: Volume  # on that grid too: after bias field and intensity, as it was resampled
     transforms: Transforms | None
     measures: dict[str, float]
     notes: list[str]
@@ -70,6 +73,33 @@ class Pipeline:
         """Every choice by step, as JSON values."""
         return {one.name: _plain(getattr(self, one.name)) for one in fields(self)}
 
+    @classmethod
+    def from_parameters(cls, parameters: Mapping[str, Any], files: bool = False) -> "Pipeline":
+        """The inverse of `parameters`; `files` allows a template that is a file.
+
+        Raises:
+            UserError: they are not those of a pipeline, or need such a file.
+        """
+        try:
+            pipeline = cls(**{name: _step(value) for name, value in parameters.items()})
+        except (TypeError, ValueError, KeyError, AttributeError) as error:
+            raise UserError(f"the recorded parameters of preprocessing are damaged ({error})") from error
+        if isinstance(pipeline.template, TemplateFile) and not files:
+            raise UserError(
+                f"the training scans were registered to a template of their own, {Path(pipeline.template.path).name}, "
+                "which does not come with the model: run `ldae preprocess` with it first"
+            )
+        return pipeline
+
+    @property
+    def summary(self) -> str:
+        """The steps in a few words."""
+        steps = [type(step).__name__ for step in (self.bias, self.brain) if step]
+        if self.registration:
+            steps.append(f"{self.registration.transform} to {self.template.name}")
+        steps += [f"{self.spacing:g} mm"] if self.spacing else []
+        return ", ".join([*steps, *([type(self.intensity).__name__] if self.intensity else [])])
+
     def key(self) -> str:
         """A hash of every parameter, and of nothing else."""
         text = json.dumps([VERSION, self.parameters()], sort_keys=True)
@@ -81,13 +111,13 @@ class Pipeline:
             return at_spacing(self.template, self.spacing or float(self.template.volume().spacing.min()))
         return resampled(scan, self.spacing)
 
-    def __call__(self, path: Path, folder: Path) -> Prepared:
-        """Prepare the scan at `path`; `folder` receives the transforms' files.
+    def __call__(self, source: Source, folder: Path) -> Prepared:
+        """Prepare a scan, a path or an image; `folder` receives the transforms' files.
 
         Raises:
             BadScan: the scan, or what came of it, cannot be believed.
         """
-        native = Volume.read(path)
+        native = Volume.read(source)
         self.limits.check_grid(native)
         notes: list[str] = []
         scan = self.bias(native) if self.bias else native
@@ -111,7 +141,7 @@ class Pipeline:
         if self.registration:
             measures["template_correlation"] = template_correlation(result, grid)
             self.limits.check_correlation(measures["template_correlation"])
-        return Prepared(result, head, moved, native, mask, transforms, measures, notes)
+        return Prepared(result, head, moved, native, mask, scan, transforms, measures, notes)
 
     def _mask(self, native: Volume, scan: Volume, notes: list[str]) -> np.ndarray | None:
         if self.brain is None:
@@ -123,6 +153,20 @@ class Pipeline:
 
     def _move(self, volume: Volume, grid: Volume, transforms: Transforms | None, interpolator: str) -> Volume:
         return transforms.to_template(volume, grid, interpolator) if transforms else resampled(volume, self.spacing)
+
+
+STEPS = {
+    step.__name__: step
+    for step in (N4, DeepBet, Stripped, Registration, Icbm152, TemplateFile, WhiteMatter, Tissues, Limits)
+}
+
+
+def _step(value: Any) -> Any:
+    """The inverse of `_plain`."""
+    if not isinstance(value, Mapping):
+        return value
+    arguments = {key: tuple(item) if isinstance(item, list) else item for key, item in value.items() if key != "step"}
+    return STEPS[value["step"]](**arguments)
 
 
 def _plain(value: Any) -> Any:

@@ -13,6 +13,7 @@ import nibabel as nib
 import numpy as np
 
 from ldae.data.scans import BadScan, load_scan
+from ldae.data.transforms import Source
 from ldae.files import replacing
 
 TO_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
@@ -27,9 +28,9 @@ class Volume:
     affine: np.ndarray
 
     @classmethod
-    def read(cls, path: Path | str, constant: bool = False) -> "Volume":
-        """The volume in a NIfTI. `constant` allows equal voxels, as in a mask. Raises BadScan."""
-        return cls(*load_scan(path, reject_constant=not constant))
+    def read(cls, source: Source, constant: bool = False) -> "Volume":
+        """The volume in a NIfTI or an image. `constant` allows equal voxels, as in a mask. Raises BadScan."""
+        return cls(*load_scan(source, reject_constant=not constant))
 
     def write(self, path: Path | str, dtype: Any = np.float32) -> None:
         """As NIfTI of `dtype`, atomically."""
