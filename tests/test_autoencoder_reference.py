@@ -31,4 +31,5 @@ def test_latents_are_centred_and_reconstructions_unchanged():
     before = centred.reference.clone()
     centred.set_reference(volumes.split(5))
     torch.testing.assert_close(centred.reference, before)
-    assert "reference" in centred.state_dict() and "reference" not in plain.state_dict()
+    assert "reference" in centred.state_dict()
+    assert "reference" not in plain.state_dict()
