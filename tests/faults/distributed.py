@@ -8,11 +8,11 @@ from safetensors.torch import load_file
 from . import work
 
 TOLERANCE = 1e-5
-# No dropout, whose masks belong to a process; a discriminator whose norm does not see the batch; no calibration, which
-# divides by the spread of an untrained y; steps so small that rounding is not blown up by a loss that runs away.
+# No dropout, whose masks belong to a process: stage 3 takes the U-Net's from stage 2, if the estimator has none of its
+# own. A discriminator whose norm does not see the batch. The learning rate is the usual one.
 EQUAL = (
-    "model.unet.dropout=0", "model.discriminator.norm=INSTANCE", "model.encoder.calibrated=false", "optim.lr=1e-5",
-    "trainer.accumulate=2", "trainer.ema=0.9",
+    "model.unet.dropout=0", "+model.estimator.dropout=0", "model.discriminator.norm=INSTANCE", "trainer.accumulate=2",
+    "trainer.ema=0.9",
 )  # fmt: skip
 
 
