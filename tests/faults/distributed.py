@@ -4,10 +4,12 @@ import json
 from pathlib import Path
 
 from safetensors.torch import load_file
+from torch import Tensor
 
 from . import work
 
 TOLERANCE = 1e-5
+WITHOUT_EFFECT = ("encoder/score.bias", "encoder/key.bias", "encoder/value.bias")
 # No dropout, whose masks belong to a process: stage 3 takes the U-Net's from stage 2, if the estimator has none of its
 # own. A discriminator whose norm does not see the batch. The learning rate is the usual one.
 EQUAL = (
@@ -22,12 +24,29 @@ def distance(run: Path, other: Path) -> float:
     Not of single weights: Adam turns the rounding of a gradient that should be 0 into a step of full size.
     """
     states = [sorted((path / "state").glob("*.safetensors"))[-1] for path in (run, other)]
-    mine, theirs = (load_file(path) for path in states)
-    names = [name for name in theirs if name.startswith(("modules/", "averages/")) and theirs[name].is_floating_point()]
-    apart = sum(float((mine[name].double() - theirs[name].double()).square().sum()) for name in names)
-    whole = sum(float(theirs[name].double().square().sum()) for name in names)
+    mine, theirs = (_effective(load_file(path)) for path in states)
+    apart = sum(float((mine[name] - theirs[name]).square().sum()) for name in theirs)
+    whole = sum(float(theirs[name].square().sum()) for name in theirs)
     losses = zip(*(_losses(path) for path in (run, other)), strict=True)
     return max((apart / whole) ** 0.5, *(abs(a - b) / abs(b) for a, b in losses))
+
+
+def _effective(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights and averages of a state, in float64, without those that no output depends on.
+
+    A softmax over slices does not see what is added to all scores or keys; and y, a difference of two means of values
+    whose weights sum to 1, not what is added to all values. The gradient of these four biases is rounding alone, and
+    Adam makes steps of the learning rate of it: in stage 3 they are 5/6 of all that differs between two runs.
+    """
+    kept = {}
+    for name, tensor in state.items():
+        if not name.startswith(("modules/", "averages/")) or name.endswith(WITHOUT_EFFECT):
+            continue
+        if name.endswith("cross_attention.in_proj_bias"):
+            tensor = tensor[: len(tensor) // 3]  # queries, keys, values
+        if tensor.is_floating_point():
+            kept[name] = tensor.double()
+    return kept
 
 
 def _losses(run: Path) -> list[float]:

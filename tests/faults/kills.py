@@ -1,8 +1,13 @@
-"""kill -9 at random instants: whatever is started again with the same command ends as if it had never been killed."""
+"""kill -9 at random instants: whatever is started again with the same command ends as if it had never been killed.
+
+Instants are drawn in processor time, so that they fall evenly over a run's work however busy the machine is.
+"""
 
 import json
 import random
 import shutil
+import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import torch
@@ -10,6 +15,10 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from . import work
+
+LIMIT = 1800.0  # seconds of a run, on a machine that does much else
+POLL = 0.002
+JITTER = 0.02  # seconds beyond the processor time drawn: into a write that waits for the disk, too
 
 
 def differences(run: Path, whole: Path) -> list[str]:
@@ -62,6 +71,14 @@ def kills(folder: Path, count: int, stages: tuple[str, ...] = work.STAGES, seed:
     return total
 
 
+def _wait(process: BaseProcess, busy: float, jitter: float) -> None:
+    """Until a process has used `busy` seconds of processor time, and `jitter` seconds more, or has ended."""
+    end = time.monotonic() + LIMIT
+    while process.is_alive() and work.busy(process) < busy and time.monotonic() < end:
+        process.join(POLL)
+    process.join(jitter)
+
+
 def _until_finished(
     folder: Path, arguments: list[str], limit: int, seconds: float, draw: random.Random, total: dict
 ) -> int:
@@ -69,10 +86,7 @@ def _until_finished(
     done = 0
     while True:
         process = work.start("train", arguments, folder)
-        if done < limit:
-            process.join(draw.uniform(0, seconds))
-        else:
-            process.join(600)
+        _wait(process, draw.uniform(0, seconds) if done < limit else LIMIT, draw.uniform(0, JITTER))
         if process.exitcode is None:
             work.kill(process)
             process.join()
