@@ -1,4 +1,4 @@
-"""Several processes do what one does: 2 with batch b train as 1 with batch 2 b, and 1, 2 and 3 encode the same."""
+"""Several processes do what one does: 2 with batch b train as 1 with batch 2 b, and 1, 2 and 3 give the same tables."""
 
 import json
 from pathlib import Path
@@ -70,16 +70,22 @@ def as_one(folder: Path, steps: int, stages: tuple[str, ...] = work.STAGES) -> d
     return found
 
 
-def same_latents(folder: Path) -> dict[str, int]:
-    """Encode `folder`/whole in 1, 2 and 3 processes; how many latents were the same to the bit in all."""
+def same_tables(folder: Path) -> dict[str, int]:
+    """Encode and evaluate `folder`/whole in 1, 2 and 3 processes; how many files were the same to the bit in all.
+
+    9 scans in batches of 2: no number of processes divides them.
+    """
     contents = []
     for count in (1, 2, 3):
-        place = folder / f"encode-{count}"
-        data = work.copied(folder / "whole", place, "latents")
-        latents = place / "runs/smoke/latents"
+        place = folder / f"together-{count}"
+        data = work.copied(folder / "whole", place, "latents", "evaluation")
         arguments = [text for text in work.SETTINGS if not text.startswith("stage.")]
-        work.together("encode_latents", [*arguments, data, "trainer.batch_size=3"], place, count)
-        files = sorted([*latents.glob("*.npz"), *latents.glob("*.csv"), *latents.glob("*.json")])
-        contents.append({path.name: path.read_bytes() for path in files})
-    assert contents[0] == contents[1] == contents[2], "1, 2 and 3 processes encode differently"
-    return {"files of encode_latents the same in 1, 2 and 3 processes": len(contents[0])}
+        arguments += [data, "trainer.batch_size=2", "evaluation=attention"]
+        for script in ("encode_latents", "evaluate"):
+            work.together(script, arguments, place, count)
+        found = [place / "runs/smoke" / name for name in ("latents", "evaluation")]
+        files = [path for at in found for end in ("npz", "csv", "json") for path in sorted(at.glob(f"*.{end}"))]
+        contents.append({str(path.relative_to(place)): path.read_bytes() for path in files})
+    assert contents[0] == contents[1] == contents[2], "1, 2 and 3 processes encode or evaluate differently"
+    assert any(name.endswith("evaluation/embeddings.csv") for name in contents[0])
+    return {"files of encode_latents.py and evaluate.py, the same from 1, 2 and 3 processes": len(contents[0])}

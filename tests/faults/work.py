@@ -16,7 +16,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
 from ldae.config import conf_dir, register
-from ldae.experiment import encode, train
+from ldae.experiment import encode, evaluate, train
 from ldae.main import one_line_errors
 
 # What each process needs, imported once.
@@ -34,9 +34,9 @@ SMALL = (
 )  # fmt: skip
 # Saves, validations, previews and logs at different steps; dropout, accumulation and the discriminator at work.
 SETTINGS = (
-    "experiment=smoke", *SMALL, "trainer.max_steps=8", "trainer.batch_size=1", "trainer.accumulate=2", "trainer.log_every=1",
-    "trainer.validate_every=3", "trainer.preview_every=4", "trainer.checkpoint_every=2", "trainer.validation_scans=1",
-    "data.phantom.subjects=8", "data.workers=1", "stage.sampler.steps=2",
+    "experiment=smoke", *SMALL, "trainer.max_steps=8", "trainer.batch_size=1", "trainer.accumulate=2",
+    "trainer.log_every=1", "trainer.validate_every=3", "trainer.preview_every=4", "trainer.checkpoint_every=2",
+    "trainer.validation_scans=1", "data.phantom.subjects=8", "data.workers=1", "stage.sampler.steps=2",
 )  # fmt: skip
 
 
@@ -54,7 +54,7 @@ def overrides(stage: str, *more: str) -> list[str]:
 
 
 def run(script: str, arguments: list[str], folder: Path, environment: dict[str, str]) -> None:
-    """The body of a process: train.py or encode_latents.py in `folder`, its output in `folder`/log."""
+    """The body of a process: one of the three scripts in `folder`, its output in `folder`/log."""
     os.environ |= environment
     os.chdir(folder)
     log = os.open("log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -63,7 +63,7 @@ def run(script: str, arguments: list[str], folder: Path, environment: dict[str, 
     torch.set_num_threads(1)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     with one_line_errors():
-        {"train": train, "encode_latents": encode}[script](composed(script, arguments))
+        {"train": train, "encode_latents": encode, "evaluate": evaluate}[script](composed(script, arguments))
 
 
 def start(script: str, arguments: list[str], folder: Path, environment: dict[str, str] | None = None) -> BaseProcess:
@@ -76,7 +76,7 @@ def start(script: str, arguments: list[str], folder: Path, environment: dict[str
 
 
 def busy(process: BaseProcess) -> float:
-    """Seconds of processor time that a process has used; 0 when it is gone. Unlike time, they do not pass in a queue."""
+    """Seconds of processor time that a process has used, 0 when it is gone: unlike time, it does not pass in a queue."""
     try:
         fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
