@@ -76,7 +76,7 @@ def start(script: str, arguments: list[str], folder: Path, environment: dict[str
 
 
 def busy(process: BaseProcess) -> float:
-    """Seconds of processor time that a process has used, 0 when it is gone: unlike time, it does not pass in a queue."""
+    """Seconds of processor time that a process has used; 0 when it is gone. Waiting in a queue costs none."""
     try:
         fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
