@@ -73,7 +73,7 @@ def as_one(folder: Path, steps: int, stages: tuple[str, ...] = work.STAGES) -> d
 def same_tables(folder: Path) -> dict[str, int]:
     """Encode and evaluate `folder`/whole in 1, 2 and 3 processes; how many files were the same to the bit in all.
 
-    9 scans in batches of 2: no number of processes divides them.
+    Batches of 2 and processes that do not divide their number: shares of different lengths.
     """
     contents = []
     for count in (1, 2, 3):

@@ -53,16 +53,18 @@ def kills(folder: Path, count: int, stages: tuple[str, ...] = work.STAGES, seed:
     """Kill runs of `stages` `count` times in all; the numbers of kills, finished runs, and runs that differ."""
     draw = random.Random(seed)
     whole = folder / "whole"
-    seconds = work.chain(whole, work.STAGES[: work.STAGES.index(stages[-1]) + 1])
+    work.chain(whole, work.STAGES[: work.STAGES.index(stages[-1]) + 1])
     total = {"kills": 0, "finished runs": 0, "runs that differ": 0}
     for place, stage in enumerate(stages):
         share = count * (place + 1) // len(stages) - count * place // len(stages)
         spoilt = folder / stage
         arguments = work.overrides(stage, work.copied(whole, spoilt))
         run = spoilt / "runs/smoke" / stage
+        shutil.rmtree(run)
+        seconds = work.finish("train", arguments, spoilt)  # its data is made
         while share > 0:
-            shutil.rmtree(run, ignore_errors=True)
-            share -= _until_finished(spoilt, arguments, share, seconds[stage], draw, total)
+            shutil.rmtree(run)
+            share -= _until_finished(spoilt, arguments, share, seconds, draw, total)
             total["finished runs"] += 1
             different = differences(run, whole / "runs/smoke" / stage)
             total["runs that differ"] += bool(different)

@@ -122,15 +122,13 @@ def log(folder: Path) -> str:
     return path.read_text(errors="replace") if path.exists() else ""
 
 
-def chain(folder: Path, stages: tuple[str, ...] = STAGES, *more: str) -> dict[str, float]:
-    """Run `stages` in `folder`, never disturbed; processor seconds of each."""
+def chain(folder: Path, stages: tuple[str, ...] = STAGES, *more: str) -> None:
+    """Run `stages` in `folder`, never disturbed."""
     folder.mkdir(parents=True, exist_ok=True)
-    seconds = {}
     for stage in stages:
-        seconds[stage] = finish("train", overrides(stage, *more), folder)
+        finish("train", overrides(stage, *more), folder)
         if stage == "aekl" and stages[-1] != "aekl":
             finish("encode_latents", [text for text in SETTINGS if not text.startswith("stage.")], folder)
-    return seconds
 
 
 def copied(whole: Path, place: Path, *removed: str) -> str:
