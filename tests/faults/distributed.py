@@ -36,7 +36,7 @@ def _effective(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
     A softmax over slices does not see what is added to all scores or keys; and y, a difference of two means of values
     whose weights sum to 1, not what is added to all values. The gradient of these four biases is rounding alone, and
-    Adam makes steps of the learning rate of it: in stage 3 they are 5/6 of all that differs between two runs.
+    Adam makes steps of the learning rate of it: in stage 3 nine tenths of the squared difference lie there.
     """
     kept = {}
     for name, tensor in state.items():
