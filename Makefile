@@ -53,7 +53,7 @@ pictures: ## the README's pictures, out of the demo's evaluation
 test: $(STAMP) ## the test suite
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile $(ARGS)
 
-test-faults: $(STAMP) ## kill, corrupt and mutate at length: 50 kills, 20 checkpoints, 25 inputs of each kind, 2 processes against 1
+test-faults: $(STAMP) ## kill, corrupt and mutate at length: 50 kills, 20 checkpoints, 100 inputs of each kind, 2 processes against 1
 	$(BIN)/python -m tests.faults $(ARGS)
 
 lint: $(STAMP) ## ruff

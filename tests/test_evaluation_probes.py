@@ -3,6 +3,7 @@
 import json
 import logging
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -250,3 +251,19 @@ def test_embeddings_are_reused_only_for_the_same_weights_and_rows(tmp_path):
 def test_a_small_sample_of_rows_prefers_new_subjects():
     subjects = ["a"] * 5 + ["b"] * 5 + ["c"]
     assert {subjects[row] for row in spread(np.arange(11), subjects, 3, seed=0)} == {"a", "b", "c"}
+
+
+def test_processes_share_the_scans_and_get_the_table_of_one(monkeypatch):
+    """20 scans in batches of 3 over 3 processes: none twice, none lost, in the order of the table."""
+    read, sent = [], []
+
+    def volumes(rows):
+        read.extend(rows)
+        return torch.tensor(rows)[:, None].float()
+
+    monkeypatch.setattr("ldae.evaluation.embeddings.gather_object", lambda parts: sent.extend(parts) or list(sent))
+    for rank in range(3):
+        shared = SimpleNamespace(num_processes=3, process_index=rank, is_main_process=rank == 0)
+        together = embed_rows(lambda x: x / 3, volumes, 20, 3, False, shared)
+    assert sorted(read) == list(range(20))
+    np.testing.assert_array_equal(together, embed_rows(lambda x: x / 3, volumes, 20, 3, False))

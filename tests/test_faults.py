@@ -76,6 +76,7 @@ def test_damaged_checkpoints_are_never_loaded(killed: Path, tmp_path: Path) -> N
 def test_hostile_inputs_are_refused_in_one_line(killed: Path, tmp_path: Path) -> None:
     outcomes = mutated(tmp_path / "inputs", killed / "whole/runs/smoke/aekl", 10)
     assert outcomes["bundle"] == outcomes["npz"] == {"refused": 10}
+    assert all(sum(counts.values()) == 10 for counts in outcomes.values())
 
 
 def _signalled_twice() -> None:

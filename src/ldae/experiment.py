@@ -152,7 +152,7 @@ def _publish_untrained(config: DictConfig, run: Run, cohort: Cohort) -> None:
 
 def evaluate(config: DictConfig) -> None:
     """Embed every scan, then run each chosen evaluation; see ldae/evaluation/."""
-    from ldae.evaluation.run import EXTERNAL, run_evaluations
+    from ldae.evaluation.run import EXTERNAL, embed_together, run_evaluations
     from ldae.pipeline import LDAE
 
     _check(config)
@@ -162,7 +162,13 @@ def evaluate(config: DictConfig) -> None:
         space.predecessor(stage)
     evaluators = {name: instantiate(node) for name, node in config.evaluation.items()}
     cohort = open_cohort(config, accelerator, space, external=EXTERNAL in evaluators)
-    if accelerator.is_main_process:
+    main = accelerator.is_main_process
+    if main:
         cohort.write_rejected(space.evaluation / "rejected.csv")
-        model = LDAE.load(space.root, device=accelerator.device, sampler=instantiate(config.sampler))
+    model = LDAE.load(space.root, device=accelerator.device, sampler=instantiate(config.sampler))
+    if accelerator.num_processes > 1:
+        embed_together(model, cohort, evaluators, space, config, accelerator)
+    # From here on the main process is alone: others that waited for it would give up after half an hour.
+    accelerator.end_training()
+    if main:
         run_evaluations(model, cohort, evaluators, space, config)

@@ -123,7 +123,8 @@ class Run:
                 raise ValueError("an alias, which may hold itself")
             loaded = OmegaConf.create(text)
         except (OSError, yaml.YAMLError, UnicodeError, OmegaConfBaseException, ValueError, RecursionError) as error:
-            raise UserError(f"cannot read {path} ({str(error).splitlines()[0]}): restore it") from error
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise UserError(f"cannot read {path} ({reason}): restore it") from error
         if not isinstance(loaded, DictConfig) or not isinstance(loaded.get("model"), DictConfig):
             raise UserError(f"{path} holds no config: restore it")
         return loaded

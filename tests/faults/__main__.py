@@ -1,4 +1,4 @@
-"""`python -m tests.faults --kills 50 --checkpoints 20 --inputs 25`: counts as JSON; stops at the first fault."""
+"""`python -m tests.faults --kills 50 --checkpoints 20 --inputs 100`: counts as JSON; stops at the first fault."""
 
 import argparse
 import json
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from . import work
 from .corruption import corrupted
-from .distributed import as_one, same_latents
+from .distributed import as_one, same_tables
 from .kills import kills
 from .mutate import mutated
 
@@ -21,7 +21,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.faults")
     parser.add_argument("--kills", type=int, default=50, help="kill -9 at random instants, over the three stages")
     parser.add_argument("--checkpoints", type=int, default=20, help="damaged checkpoints")
-    parser.add_argument("--inputs", type=int, default=25, help="mutated inputs of each kind")
+    parser.add_argument("--inputs", type=int, default=100, help="mutated inputs of each kind and seed")
+    parser.add_argument("--seeds", type=int, default=1, help="how many times these")
     parser.add_argument("--steps", type=int, default=20, help="steps in which 2 processes must train as 1; 0: none")
     parser.add_argument("--stages", nargs="+", default=list(work.STAGES), choices=work.STAGES)
     parser.add_argument("--seed", type=int, default=0)
@@ -34,8 +35,10 @@ def main() -> None:
         found |= corrupted(run, folder, options.checkpoints, options.seed)
         if options.steps:
             found |= as_one(folder, options.steps, tuple(options.stages))
-            found |= same_latents(folder)
-        found |= mutated(folder / "inputs", run, options.inputs, options.seed)
+        if set(work.STAGES) <= set(options.stages):
+            found |= same_tables(folder)
+        for seed in range(options.seed, options.seed + options.seeds):
+            found[f"inputs, seed {seed}"] = mutated(folder / f"inputs{seed}", run, options.inputs, seed)
     found["seconds"] = round(time.monotonic() - begin)
     sys.stdout.write(json.dumps(found, indent=2) + "\n")
 

@@ -1,18 +1,20 @@
-"""Several processes do what one does: 2 with batch b train as 1 with batch 2 b, and 1, 2 and 3 encode the same."""
+"""Several processes do what one does: 2 with batch b train as 1 with batch 2 b, and 1, 2 and 3 give the same tables."""
 
 import json
 from pathlib import Path
 
 from safetensors.torch import load_file
+from torch import Tensor
 
 from . import work
 
 TOLERANCE = 1e-5
-# No dropout, whose masks belong to a process; a discriminator whose norm does not see the batch; no calibration, which
-# divides by the spread of an untrained y; steps so small that rounding is not blown up by a loss that runs away.
+WITHOUT_EFFECT = ("encoder/score.bias", "encoder/key.bias", "encoder/value.bias")
+# No dropout, whose masks belong to a process: stage 3 takes the U-Net's from stage 2, if the estimator has none of its
+# own. A discriminator whose norm does not see the batch. The learning rate is the usual one.
 EQUAL = (
-    "model.unet.dropout=0", "model.discriminator.norm=INSTANCE", "model.encoder.calibrated=false", "optim.lr=1e-5",
-    "trainer.accumulate=2", "trainer.ema=0.9",
+    "model.unet.dropout=0", "+model.estimator.dropout=0", "model.discriminator.norm=INSTANCE", "trainer.accumulate=2",
+    "trainer.ema=0.9",
 )  # fmt: skip
 
 
@@ -22,12 +24,29 @@ def distance(run: Path, other: Path) -> float:
     Not of single weights: Adam turns the rounding of a gradient that should be 0 into a step of full size.
     """
     states = [sorted((path / "state").glob("*.safetensors"))[-1] for path in (run, other)]
-    mine, theirs = (load_file(path) for path in states)
-    names = [name for name in theirs if name.startswith(("modules/", "averages/")) and theirs[name].is_floating_point()]
-    apart = sum(float((mine[name].double() - theirs[name].double()).square().sum()) for name in names)
-    whole = sum(float(theirs[name].double().square().sum()) for name in names)
+    mine, theirs = (_effective(load_file(path)) for path in states)
+    apart = sum(float((mine[name] - theirs[name]).square().sum()) for name in theirs)
+    whole = sum(float(theirs[name].square().sum()) for name in theirs)
     losses = zip(*(_losses(path) for path in (run, other)), strict=True)
     return max((apart / whole) ** 0.5, *(abs(a - b) / abs(b) for a, b in losses))
+
+
+def _effective(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights and averages of a state, in float64, without those that no output depends on.
+
+    A softmax over slices does not see what is added to all scores or keys; and y, a difference of two means of values
+    whose weights sum to 1, not what is added to all values. The gradient of these four biases is rounding alone, and
+    Adam makes steps of the learning rate of it: in stage 3 nine tenths of the squared difference lie there.
+    """
+    kept = {}
+    for name, tensor in state.items():
+        if not name.startswith(("modules/", "averages/")) or name.endswith(WITHOUT_EFFECT):
+            continue
+        if name.endswith("cross_attention.in_proj_bias"):
+            tensor = tensor[: len(tensor) // 3]  # queries, keys, values
+        if tensor.is_floating_point():
+            kept[name] = tensor.double()
+    return kept
 
 
 def _losses(run: Path) -> list[float]:
@@ -51,16 +70,22 @@ def as_one(folder: Path, steps: int, stages: tuple[str, ...] = work.STAGES) -> d
     return found
 
 
-def same_latents(folder: Path) -> dict[str, int]:
-    """Encode `folder`/whole in 1, 2 and 3 processes; how many latents were the same to the bit in all."""
+def same_tables(folder: Path) -> dict[str, int]:
+    """Encode and evaluate `folder`/whole in 1, 2 and 3 processes; how many files were the same to the bit in all.
+
+    Batches of 2 and processes that do not divide their number: shares of different lengths.
+    """
     contents = []
     for count in (1, 2, 3):
-        place = folder / f"encode-{count}"
-        data = work.copied(folder / "whole", place, "latents")
-        latents = place / "runs/smoke/latents"
+        place = folder / f"together-{count}"
+        data = work.copied(folder / "whole", place, "latents", "evaluation")
         arguments = [text for text in work.SETTINGS if not text.startswith("stage.")]
-        work.together("encode_latents", [*arguments, data, "trainer.batch_size=3"], place, count)
-        files = sorted([*latents.glob("*.npz"), *latents.glob("*.csv"), *latents.glob("*.json")])
-        contents.append({path.name: path.read_bytes() for path in files})
-    assert contents[0] == contents[1] == contents[2], "1, 2 and 3 processes encode differently"
-    return {"files of encode_latents the same in 1, 2 and 3 processes": len(contents[0])}
+        arguments += [data, "trainer.batch_size=2", "evaluation=attention"]
+        for script in ("encode_latents", "evaluate"):
+            work.together(script, arguments, place, count)
+        found = [place / "runs/smoke" / name for name in ("latents", "evaluation")]
+        files = [path for at in found for end in ("npz", "csv", "json") for path in sorted(at.glob(f"*.{end}"))]
+        contents.append({str(path.relative_to(place)): path.read_bytes() for path in files})
+    assert contents[0] == contents[1] == contents[2], "1, 2 and 3 processes encode or evaluate differently"
+    assert any(name.endswith("evaluation/embeddings.csv") for name in contents[0])
+    return {"files of encode_latents.py and evaluate.py, the same from 1, 2 and 3 processes": len(contents[0])}

@@ -1,8 +1,13 @@
-"""kill -9 at random instants: whatever is started again with the same command ends as if it had never been killed."""
+"""kill -9 at random instants: whatever is started again with the same command ends as if it had never been killed.
+
+Instants are drawn in processor time, so that they fall evenly over a run's work however busy the machine is.
+"""
 
 import json
 import random
 import shutil
+import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import torch
@@ -10,6 +15,10 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from . import work
+
+LIMIT = 1800.0  # seconds of a run, on a machine that does much else
+POLL = 0.002
+JITTER = 0.02  # seconds beyond the processor time drawn: into a write that waits for the disk, too
 
 
 def differences(run: Path, whole: Path) -> list[str]:
@@ -44,22 +53,32 @@ def kills(folder: Path, count: int, stages: tuple[str, ...] = work.STAGES, seed:
     """Kill runs of `stages` `count` times in all; the numbers of kills, finished runs, and runs that differ."""
     draw = random.Random(seed)
     whole = folder / "whole"
-    seconds = work.chain(whole, work.STAGES[: work.STAGES.index(stages[-1]) + 1])
+    work.chain(whole, work.STAGES[: work.STAGES.index(stages[-1]) + 1])
     total = {"kills": 0, "finished runs": 0, "runs that differ": 0}
     for place, stage in enumerate(stages):
         share = count * (place + 1) // len(stages) - count * place // len(stages)
         spoilt = folder / stage
         arguments = work.overrides(stage, work.copied(whole, spoilt))
         run = spoilt / "runs/smoke" / stage
+        shutil.rmtree(run)
+        seconds = work.finish("train", arguments, spoilt)  # its data is made
         while share > 0:
-            shutil.rmtree(run, ignore_errors=True)
-            share -= _until_finished(spoilt, arguments, share, seconds[stage], draw, total)
+            shutil.rmtree(run)
+            share -= _until_finished(spoilt, arguments, share, seconds, draw, total)
             total["finished runs"] += 1
             different = differences(run, whole / "runs/smoke" / stage)
             total["runs that differ"] += bool(different)
             if different:
                 raise AssertionError(f"{stage} differs in {different}\n{work.log(spoilt)[-5000:]}")
     return total
+
+
+def _wait(process: BaseProcess, busy: float, jitter: float) -> None:
+    """Until a process has used `busy` seconds of processor time, and `jitter` seconds more, or has ended."""
+    end = time.monotonic() + LIMIT
+    while process.is_alive() and work.busy(process) < busy and time.monotonic() < end:
+        process.join(POLL)
+    process.join(jitter)
 
 
 def _until_finished(
@@ -69,10 +88,7 @@ def _until_finished(
     done = 0
     while True:
         process = work.start("train", arguments, folder)
-        if done < limit:
-            process.join(draw.uniform(0, seconds))
-        else:
-            process.join(600)
+        _wait(process, draw.uniform(0, seconds) if done < limit else LIMIT, draw.uniform(0, JITTER))
         if process.exitcode is None:
             work.kill(process)
             process.join()

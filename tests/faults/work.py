@@ -16,7 +16,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
 from ldae.config import conf_dir, register
-from ldae.experiment import encode, train
+from ldae.experiment import encode, evaluate, train
 from ldae.main import one_line_errors
 
 # What each process needs, imported once.
@@ -25,11 +25,18 @@ PRELOAD = [
     "ldae.experiment", "ldae.training.trainer", "ldae.stages.aekl", "ldae.stages.repr", "ldae.data.phantom",
 ]  # fmt: skip
 STAGES = ("aekl", "pretrain", "repr")
+# The smallest networks that have every part: what is killed here is the loop, and 50 kills are to take minutes.
+SMALL = (
+    "data.shape=[8,8,8]", "model.autoencoder.channels=[8,8]", "model.autoencoder.groups=4",
+    "model.autoencoder.latent_channels=4", "model.unet.base=8", "model.unet.groups=4", "model.unet.residual_blocks=1",
+    "model.discriminator.channels=4", "model.discriminator.num_layers_d=1", "model.estimator.modes=2",
+    "model.encoder.dim=16", "model.encoder.backbone.widths=[4,8]", "model.encoder.backbone.out_channels=8",
+)  # fmt: skip
 # Saves, validations, previews and logs at different steps; dropout, accumulation and the discriminator at work.
 SETTINGS = (
-    "experiment=smoke", "trainer.max_steps=8", "trainer.batch_size=1", "trainer.accumulate=2", "trainer.log_every=1",
-    "trainer.validate_every=3", "trainer.preview_every=4", "trainer.checkpoint_every=2", "trainer.validation_scans=1",
-    "data.phantom.subjects=8", "data.workers=1", "stage.sampler.steps=2",
+    "experiment=smoke", *SMALL, "trainer.max_steps=8", "trainer.batch_size=1", "trainer.accumulate=2",
+    "trainer.log_every=1", "trainer.validate_every=3", "trainer.preview_every=4", "trainer.checkpoint_every=2",
+    "trainer.validation_scans=1", "data.phantom.subjects=8", "data.workers=1", "stage.sampler.steps=2",
 )  # fmt: skip
 
 
@@ -47,7 +54,7 @@ def overrides(stage: str, *more: str) -> list[str]:
 
 
 def run(script: str, arguments: list[str], folder: Path, environment: dict[str, str]) -> None:
-    """The body of a process: train.py or encode_latents.py in `folder`, its output in `folder`/log."""
+    """The body of a process: one of the three scripts in `folder`, its output in `folder`/log."""
     os.environ |= environment
     os.chdir(folder)
     log = os.open("log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -56,7 +63,7 @@ def run(script: str, arguments: list[str], folder: Path, environment: dict[str, 
     torch.set_num_threads(1)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     with one_line_errors():
-        {"train": train, "encode_latents": encode}[script](composed(script, arguments))
+        {"train": train, "encode_latents": encode, "evaluate": evaluate}[script](composed(script, arguments))
 
 
 def start(script: str, arguments: list[str], folder: Path, environment: dict[str, str] | None = None) -> BaseProcess:
@@ -68,15 +75,26 @@ def start(script: str, arguments: list[str], folder: Path, environment: dict[str
     return process
 
 
-def finish(script: str, arguments: list[str], folder: Path, limit: float = 600.0) -> float:
-    """Run a script to its end; its seconds."""
-    begin = time.monotonic()
+def busy(process: BaseProcess) -> float:
+    """Seconds of processor time that a process has used; 0 when it is gone. Waiting in a queue costs none."""
+    try:
+        fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0.0
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")  # of user and system, see proc(5)
+
+
+def finish(script: str, arguments: list[str], folder: Path, limit: float = 1800.0) -> float:
+    """Run a script to its end; its seconds of processor time."""
+    end, used = time.monotonic() + limit, 0.0
     process = start(script, arguments, folder)
-    process.join(limit)
+    while process.is_alive() and time.monotonic() < end:
+        used = max(used, busy(process))
+        process.join(0.02)
     if process.exitcode != 0:
         process.kill()
         raise AssertionError(f"{script} {arguments}: exit {process.exitcode}\n{log(folder)[-3000:]}")
-    return time.monotonic() - begin
+    return used
 
 
 def together(script: str, arguments: list[str], folder: Path, count: int, limit: float = 900.0) -> None:
@@ -104,15 +122,13 @@ def log(folder: Path) -> str:
     return path.read_text(errors="replace") if path.exists() else ""
 
 
-def chain(folder: Path, stages: tuple[str, ...] = STAGES, *more: str) -> dict[str, float]:
-    """Run `stages` in `folder`, never disturbed; seconds of each."""
+def chain(folder: Path, stages: tuple[str, ...] = STAGES, *more: str) -> None:
+    """Run `stages` in `folder`, never disturbed."""
     folder.mkdir(parents=True, exist_ok=True)
-    seconds = {}
     for stage in stages:
-        seconds[stage] = finish("train", overrides(stage, *more), folder)
+        finish("train", overrides(stage, *more), folder)
         if stage == "aekl" and stages[-1] != "aekl":
             finish("encode_latents", [text for text in SETTINGS if not text.startswith("stage.")], folder)
-    return seconds
 
 
 def copied(whole: Path, place: Path, *removed: str) -> str:

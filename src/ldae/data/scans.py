@@ -64,7 +64,9 @@ def load_scan(
     except BadScan as error:
         raise BadScan(error.reason, path) from None
     except _UNREADABLE as error:
-        what = "no such file" if isinstance(error, FileNotFoundError) else f"unreadable ({_first_line(error)})"
+        # The reason goes into tables: nibabel's names the file with its whole path.
+        line = _first_line(error) if path is None else _first_line(error).replace(str(path), Path(path).name)
+        what = "no such file" if isinstance(error, FileNotFoundError) else f"unreadable ({line})"
         raise BadScan(what, path) from error
     if not np.isfinite(data).all():
         raise BadScan("it holds NaN or infinite voxels", path)
@@ -114,4 +116,4 @@ def _check_affine(image: nib.spatialimages.SpatialImage) -> None:
 
 def _first_line(error: BaseException) -> str:
     text = str(error).splitlines()
-    return (text[0] if text else type(error).__name__)[:200]
+    return (text[0] if text else type(error).__name__)[:400]

@@ -97,8 +97,9 @@ def scan_names(table: pd.DataFrame, rows: Sequence[int]) -> list[str]:
 
 
 def write_table(table: pd.DataFrame, path: Path | str) -> None:
-    """Write a table atomically; files below its folder are named relative to it, so that the folder can move.
+    """Write a table atomically; files are named relative to its folder, as `read_table` takes them.
 
+    A folder with its files can move, and a table that is passed on does not tell where somebody's scans lie.
     Text that a spreadsheet would run as a formula gets an apostrophe in front.
     """
     path = Path(path)
@@ -230,6 +231,4 @@ def _column(name: str, values: list) -> pd.Series:
 
 
 def _relative(value: str, folder: str) -> str:
-    if not isinstance(value, str) or not os.path.isabs(value) or os.path.commonpath([value, folder]) != folder:
-        return value
-    return os.path.relpath(value, folder)
+    return os.path.relpath(value, folder) if isinstance(value, str) and os.path.isabs(value) else value

@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 
 from ldae.evaluation.context import batches
@@ -25,14 +27,28 @@ def embed_rows(
     count: int,
     batch_size: int = 8,
     progress: bool = True,
+    accelerator: Accelerator | None = None,
 ) -> np.ndarray:
-    """Embed scans 0 to count - 1 in batches; (count, dim) float32. `embed` maps (B, 1, X, Y, Z) to (B, dim)."""
+    """Embed scans 0 to count - 1 in batches; (count, dim) float32. `embed` maps (B, 1, X, Y, Z) to (B, dim).
+
+    Args:
+        accelerator: of several processes, which then all call this: each takes every n-th batch, all get all. Batches
+            are cut before they are dealt out: in a batch of other company, sums round differently.
+    """
     from tqdm import tqdm
 
-    chunks = list(batches(range(count), batch_size))
-    with torch.no_grad():
-        parts = [embed(volumes(rows)).float().cpu().numpy() for rows in tqdm(chunks, "embed", disable=not progress)]
-    return np.concatenate(parts).astype(np.float32)
+    chunks, several = list(enumerate(batches(range(count), batch_size))), _several(accelerator)
+    if several:
+        chunks = chunks[accelerator.process_index :: accelerator.num_processes]
+        progress = progress and accelerator.is_main_process
+    with torch.no_grad(), tqdm(chunks, "embed", disable=not progress) as bar:
+        parts = [(number, embed(volumes(rows)).float().cpu().numpy()) for number, rows in bar]
+    parts = gather_object(parts) if several else parts
+    return np.concatenate([part for _, part in sorted(parts, key=lambda item: item[0])]).astype(np.float32)
+
+
+def _several(accelerator: Accelerator | None) -> bool:
+    return accelerator is not None and accelerator.num_processes > 1
 
 
 def rows_hash(table: pd.DataFrame) -> str:
@@ -71,13 +87,23 @@ def cached_embeddings(
     table: pd.DataFrame,
     weights: str,
     compute: Callable[[], np.ndarray],
+    accelerator: Accelerator | None = None,
 ) -> np.ndarray:
-    """The embeddings of `table` by the encoder with hash `weights`: read when they fit, else computed and written."""
+    """The embeddings of `table` by the encoder with hash `weights`: read when they fit, else computed and written.
+
+    Of several processes behind `accelerator`, which all call this, the main one alone reads and writes.
+    """
+    several = _several(accelerator)
+    main = not several or accelerator.is_main_process
     key = {"weights": weights, "rows": rows_hash(table)}
-    found = read_embeddings(path, key)
+    stored = [read_embeddings(path, key) if main else None]
+    if several:
+        broadcast_object_list(stored)
+    found = stored[0]
     if found is not None and len(found) == len(table):
         log.info("embeddings of %d scans reused from %s", len(found), path)
         return found
     embeddings = compute()
-    write_embeddings(path, table, embeddings, key)
+    if main:
+        write_embeddings(path, table, embeddings, key)
     return embeddings

@@ -43,7 +43,7 @@ def run_evaluations(
     _check_cohort(space.predecessor("repr"), cohort, external)
     out = space.evaluation
     out.mkdir(parents=True, exist_ok=True)
-    context = build_context(model, cohort, space, config, "external_" if external else "")
+    context = build_context(model, cohort, space, config, _prefix(evaluators))
     metrics: dict[str, float] = {}
     for name, evaluator in evaluators.items():
         log.info("evaluation: %s", name)
@@ -54,6 +54,11 @@ def run_evaluations(
     if metrics:
         log.info("\n%s\n%s", console_table(headline(metrics)), f"all {len(metrics)} numbers and figures: {report}")
     return metrics
+
+
+def _prefix(evaluators: Mapping[str, Evaluator]) -> str:
+    """Of the names of files about another cohort."""
+    return "external_" if EXTERNAL in evaluators else ""
 
 
 def headline(metrics: Mapping[str, float]) -> dict[str, float]:
@@ -74,26 +79,60 @@ def _check_cohort(run: Run, cohort: Cohort, external: bool) -> None:
         raise UserError(f"{run.path} was trained on another split; for another cohort give evaluation=[external]")
 
 
+def embed_together(
+    model: Any,
+    cohort: Cohort,
+    evaluators: Mapping[str, Evaluator],
+    space: Workspace,
+    config: DictConfig,
+    accelerator: Any,
+) -> None:
+    """Embed `cohort` in all processes of `accelerator`, so that `run_evaluations` finds it done. All call this.
+
+    Raises:
+        UserError: as `run_evaluations`, on all processes.
+    """
+    _check_cohort(space.predecessor("repr"), cohort, EXTERNAL in evaluators)
+    _embeddings(model, cohort, space, config, _prefix(evaluators), accelerator)
+
+
+def _embeddings(
+    model: Any, cohort: Cohort, space: Workspace, config: DictConfig, prefix: str, accelerator: Any = None
+) -> np.ndarray:
+    """y of every scan, `<prefix>embeddings.csv`."""
+    weights = space.predecessor("repr").sha256("encoder")
+    embed, path = (lambda x: model.embed(x.to(model.device))), space.evaluation / f"{prefix}embeddings.csv"
+    return _embedded(path, weights, embed, cohort, config, accelerator)
+
+
+def _embedded(
+    path: Path, weights: str, embed: Callable[[Tensor], Tensor], cohort: Cohort, config: DictConfig, accelerator: Any
+) -> np.ndarray:
+    """The embeddings at `path`, computed if they are not there."""
+    size, count = int(config.trainer.batch_size), len(cohort)
+
+    def compute() -> np.ndarray:
+        return embed_rows(embed, cohort.volumes.batch, count, size, accelerator=accelerator)
+
+    return cached_embeddings(path, cohort.table, weights, compute, accelerator)
+
+
 def build_context(model: Any, cohort: Cohort, space: Workspace, config: DictConfig, prefix: str = "") -> Context:
     """The Context of `cohort`; its embeddings are computed or reused, `<prefix>embeddings.csv`."""
     repr_run, aekl_run = space.predecessor("repr"), space.predecessor("aekl")
-    encoder, out, table = repr_run.sha256("encoder"), space.evaluation, cohort.table
-    size, volumes = int(config.trainer.batch_size), cohort.volumes.batch
-
-    def embedded(name: str, weights: str, embed: Callable[[Tensor], Tensor]) -> np.ndarray:
-        path = out / f"{prefix}{name}.csv"
-        return cached_embeddings(path, table, weights, lambda: embed_rows(embed, volumes, len(table), size))
+    encoder, out = repr_run.sha256("encoder"), space.evaluation
 
     def untrained() -> np.ndarray:
         node, seed = repr_run.config.model.encoder, int(repr_run.config.seed)
-        return embedded("embeddings_untrained", f"seed {seed}, {encoder}", _fresh_encoder(node, seed, model.encoder))
+        path, weights = out / f"{prefix}embeddings_untrained.csv", f"seed {seed}, {encoder}"
+        return _embedded(path, weights, _fresh_encoder(node, seed, model.encoder), cohort, config, None)
 
     return Context(
         model=model,
-        table=table,
-        volumes=volumes,
+        table=cohort.table,
+        volumes=cohort.volumes.batch,
         posterior=_posterior(model, cohort, space, aekl_run.sha256("autoencoder")),
-        embeddings=embedded("embeddings", encoder, lambda x: model.embed(x.to(model.device))),
+        embeddings=_embeddings(model, cohort, space, config, prefix),
         untrained=untrained,
         out=out,
         spacing=_spacing(cohort),

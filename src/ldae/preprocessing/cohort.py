@@ -3,7 +3,6 @@
 OUT/scans.csv (what training takes), rejected.csv (what was set aside, and why), qc.html, dataset_description.json
 """
 
-import csv
 import logging
 import os
 from collections import Counter
@@ -15,7 +14,7 @@ from typing import Any
 import pandas as pd
 
 from ldae.data.table import session_label, write_table
-from ldae.files import replacing, write_json
+from ldae.files import write_json
 from ldae.preprocessing import pool
 from ldae.preprocessing.job import Job, Record
 from ldae.preprocessing.people import People, Person
@@ -65,7 +64,7 @@ def preprocess(
     try:
         with bar, closing(pool.run(job, calls, workers, threads)) as results:
             for index, record in results:
-                records[index] = _died(scans[index]) if record is pool.DIED else record
+                records[index] = _died(job, scans[index]) if record is pool.DIED else record
                 bar.update()
                 if records[index]["status"] == "rejected":
                     log.warning("set aside: %s: %s", scans[index].path, records[index]["reason"])
@@ -92,9 +91,9 @@ def _bare(scan: Scan) -> tuple[str, str]:
     return scan.subject.removeprefix("sub-"), scan.session.removeprefix("ses-")
 
 
-def _died(scan: Scan) -> Record:
+def _died(job: Job, scan: Scan) -> Record:
     reason = "its process died twice, most likely for lack of memory"
-    return {"status": "rejected", "reason": reason, "source": str(scan.path), "files": {}}
+    return {"status": "rejected", "reason": reason, "source": job.place(scan), "files": {}}
 
 
 def _describe(out: Path) -> None:
@@ -139,8 +138,5 @@ def _row(out: Path, scan: Scan, person: Person, record: Record) -> dict[str, Any
 
 
 def _write_rejected(path: Path, entries: Iterable[Entry]) -> None:
-    with replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as handle:
-        writer = csv.writer(handle, lineterminator="\n")
-        writer.writerow(REJECTED)
-        for scan, _, record in entries:
-            writer.writerow([scan.subject, scan.session, scan.path, record["reason"]])
+    rows = [(scan.subject, scan.session, os.path.abspath(scan.path), record["reason"]) for scan, _, record in entries]
+    write_table(pd.DataFrame(rows, columns=list(REJECTED), dtype=object), path)

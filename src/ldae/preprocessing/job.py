@@ -6,6 +6,7 @@ nothing is done again, with another everything is.
 
 import errno
 import logging
+import os
 import shutil
 import tempfile
 import time
@@ -74,6 +75,10 @@ class Job:
         """Where what becomes of `scan` lies."""
         return Names(scan.subject, scan.session, self.pipeline.space, self.pipeline.spacing)
 
+    def place(self, scan: Scan) -> str:
+        """Where the raw scan lies, from `out`: no absolute path goes into what may be passed on."""
+        return os.path.relpath(scan.path, self.out)
+
     def key(self, scan: Scan, labels: Path | None) -> str:
         """Of content and parameters. Raises BadScan where there is no such file."""
         try:
@@ -114,7 +119,7 @@ class Job:
 
     def _reject(self, scan: Scan, names: Names, key: str, reason: str) -> Record:
         """Without a key, the scan is tried again next time. Outputs of an earlier run go."""
-        record = {"status": "rejected", "reason": reason, "source": str(scan.path), "key": key, "files": {}}
+        record = {"status": "rejected", "reason": reason, "source": self.place(scan), "key": key, "files": {}}
         if scan.problem:
             return record  # its name is another's too
         self._clear(names)
@@ -152,7 +157,7 @@ class Job:
         record = {
             "status": "done",
             "reason": "",
-            "source": str(scan.path),
+            "source": self.place(scan),
             "files": {name: str(path) for name, path in files.items()},
             "measures": prepared.measures,
             "regions": regions,
@@ -187,7 +192,7 @@ class Job:
     def _sidecars(self, scan: Scan, names: Names, prepared: Prepared, record: Record) -> None:
         files = record["files"]
         about = {
-            "Sources": [str(scan.path)],
+            "Sources": [self.place(scan)],
             "SkullStripped": prepared.mask is not None,
             "SpatialReference": self.pipeline.space or NATIVE,
             "Resolution": " x ".join(f"{size:.4g}" for size in prepared.scan.spacing) + " mm",
@@ -204,7 +209,7 @@ class Job:
         write_json(self.out / str(names.scan).replace(".nii.gz", ".json"), about)
         for name in ("mask", "native_mask"):
             if name in files:
-                mask = {"Type": "Brain", "Sources": [str(scan.path)], "Parameters": about["Parameters"]["brain"]}
+                mask = {"Type": "Brain", "Sources": [self.place(scan)], "Parameters": about["Parameters"]["brain"]}
                 write_json(self.out / files[name].replace(".nii.gz", ".json"), mask)
 
 
