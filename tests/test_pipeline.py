@@ -121,6 +121,8 @@ def altered(bundle, tmp_path, change):
         (lambda about, folder: (folder / "unet.safetensors").write_bytes(b"x"), "not the file that was described"),
         (lambda about, folder: (folder / "probes.json").write_text("{}"), "not the file that was described"),
         (lambda about, folder: about["modules"]["unet"]["config"].update(base=16), "tensor 'time.0.weight' is"),
+        (lambda about, folder: about["modules"]["unet"]["config"].update(residual_blocks=4000), "asks for .* blocks"),
+        (lambda about, folder: about["modules"]["unet"]["config"].update(multipliers=[1] * 900), "asks for .* blocks"),
         (lambda about, folder: about["modules"]["unet"]["config"].update(_target_="os.system"), "may not be built"),
         (lambda about, folder: about["sampler"].update(_target_="ldae.files.write_text"), "may not be built"),
         (

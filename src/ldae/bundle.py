@@ -39,7 +39,7 @@ from ldae.card import CARD, model_card, provenance
 from ldae.data.latents import ABOUT
 from ldae.errors import UserError
 from ldae.files import file_sha256, read_json, replacing, write_json, write_text
-from ldae.models.state import check_tensors, load_strictly, read_tensors
+from ldae.models.state import check_depth, check_tensors, load_strictly, read_tensors
 from ldae.runs import Run, Workspace, built, estimator_node, plain
 
 
@@ -54,6 +54,7 @@ class Part:
     def build(self) -> nn.Module:
         """The network with its weights, on the CPU, frozen, in eval mode; its random start is never computed."""
         tensors = read_tensors(self.file)
+        check_depth(self.config, tensors, self.file)
         with torch.device("meta"):
             module = built(self.config, str(self.file))
         # Before anything of that size is made for real.

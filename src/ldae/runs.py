@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ldae.errors import UserError
 from ldae.files import file_sha256, read_json, replacing, write_json, write_text
-from ldae.models.state import load_strictly, read_tensors
+from ldae.models.state import check_depth, load_strictly, read_tensors
 
 MAX_BRACKETS = 500  # in a stored config
 MAX_NAME = 200  # file names end at 255 bytes
@@ -178,10 +178,13 @@ class Run:
     def module(self, name: str, node: Any) -> nn.Module:
         """Build a module from its config node and load its published weights, strictly; eval mode, frozen."""
         path = self.weights_file(name)
+        tensors = read_tensors(path)
+        if not isinstance(node, nn.Module):
+            check_depth(node, tensors, path)
         module = node if isinstance(node, nn.Module) else built(node, str(self.path / "config.yaml"))
         if not isinstance(module, nn.Module):
             raise UserError(f"{self.path / 'config.yaml'} describes no network '{name}': restore it")
-        load_strictly(module, read_tensors(path), path)
+        load_strictly(module, tensors, path)
         return module.eval().requires_grad_(False)
 
 
