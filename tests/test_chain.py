@@ -83,6 +83,24 @@ def test_two_and_two_steps_equal_four_to_the_bit(copied, stage):
     assert not different
 
 
+@pytest.mark.parametrize(
+    ("stage", "start"), [("pretrain", "pretrain/weights/unet.safetensors"), ("repr", "repr/weights")]
+)
+def test_a_stage_starts_from_given_weights(copied, stage, start):
+    """With a learning rate of 0, what is published is what was started from."""
+    shutil.copytree(copied / "runs/smoke" / stage, copied / "earlier" / stage)
+    shutil.rmtree(copied / "runs/smoke" / stage)
+    start = copied / "earlier" / start
+    rate = ("optim.lr=0", "trainer.ema=null")
+    script("train", "experiment=smoke", f"stage={stage}", f"stage.initial_weights={start}", *rate, cwd=copied)
+    for path in (copied / "earlier" / stage / "weights").glob("*.safetensors"):
+        published, given = load_file(copied / "runs/smoke" / stage / "weights" / path.name), load_file(path)
+        assert all(torch.equal(published[name], given[name]) for name in given), path.name
+    shutil.rmtree(copied / "runs/smoke" / stage)
+    arguments = ("experiment=smoke", f"stage={stage}", f"stage.initial_weights={copied}/nowhere")
+    assert "nowhere" in script("train", *arguments, cwd=copied, code=2).stderr
+
+
 def test_encoding_skips_what_is_done_and_replaces_what_is_damaged(copied):
     folder = copied / "runs/smoke/latents"
     damaged = sorted(folder.glob("*.npz"))[0]

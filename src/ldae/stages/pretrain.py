@@ -19,6 +19,7 @@ from ldae.diffusion.process import Parameterisation, add_noise
 from ldae.diffusion.schedule import Schedule
 from ldae.errors import UserError
 from ldae.losses.denoising import denoising_loss, per_sample_mse
+from ldae.models.state import load_strictly, read_tensors
 from ldae.noise import normal, timesteps
 from ldae.training.ema import Ema
 from ldae.training.stage import Batch, Stage, Updater, adam, memory_format
@@ -37,7 +38,11 @@ def open_latents(path: str | None, cohort: Any, workspace: Any) -> LatentSet:
 
 
 class PretrainStage(Stage):
-    """Trains the U-Net; its average at the last step is published."""
+    """Trains the U-Net; its average at the last step is published.
+
+    Args:
+        initial_weights: local file of a U-Net to start from, loaded strictly.
+    """
 
     name = "pretrain"
     published = ("unet",)
@@ -48,9 +53,12 @@ class PretrainStage(Stage):
         schedule: Schedule,
         parameterisation: Parameterisation,
         latents: str | None,
+        initial_weights: str | None,
         cohort: Any,
         workspace: Any,
     ) -> None:
+        if initial_weights is not None:
+            load_strictly(unet, read_tensors(initial_weights), initial_weights)
         self.modules = {"unet": unet}
         self.schedule = schedule
         self.parameterisation = parameterisation

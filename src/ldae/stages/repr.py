@@ -4,6 +4,7 @@ What z_t has lost, y = Enc(x) must supply: nothing else can lower this loss, so 
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from ldae.errors import UserError
 from ldae.evaluation.image_metrics import brain_mask, ssim
 from ldae.evaluation.semantics import other_subjects, z0_errors
 from ldae.losses.denoising import gap_filling_loss
+from ldae.models.state import load_strictly, read_tensors
 from ldae.noise import normal, timesteps
 from ldae.runs import estimator_node
 from ldae.stages.pretrain import open_latents
@@ -52,6 +54,8 @@ class ReprStage(Stage):
         sampler: decodes from y alone in validation.
         time_power: t is drawn with a density that grows as t^(time_power - 1); 1: uniform, as published. What y can add
             lies at high noise, where z_t says little.
+        initial_weights: folder with encoder.safetensors and estimator.safetensors to start from, loaded strictly: the
+            `repr/weights` of another run whose networks are of the same shape.
         aekl, pretrain, latents: paths of the predecessors; None: siblings under the same name.
     """
 
@@ -65,6 +69,7 @@ class ReprStage(Stage):
         estimator: Any,
         sampler: Any,
         time_power: float,
+        initial_weights: str | None,
         aekl: str | None,
         pretrain: str | None,
         latents: str | None,
@@ -83,6 +88,10 @@ class ReprStage(Stage):
         estimator = instantiate(estimator_node(second.config.model.unet, encoder.dim, estimator))
         estimator.start_from(self.unet)
         self.modules = {"encoder": encoder, "estimator": estimator}
+        if initial_weights is not None:
+            for name, module in self.modules.items():
+                file = Path(initial_weights) / f"{name}.safetensors"
+                load_strictly(module, read_tensors(file), file)
         self.sampler = sampler
         self.time_power = time_power
         self.cohort = cohort
