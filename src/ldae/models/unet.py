@@ -28,6 +28,7 @@ class Features(NamedTuple):
     h: Tensor  # (B, C, x, y, z), the deepest volume
     skips: tuple[Tensor, ...]  # one a block of the way down, outermost first
     time: Tensor  # (B, 4 base), the embedding of t
+    z_t: Tensor  # (B, in_channels, X, Y, Z), what went in
 
 
 @dataclass(frozen=True)
@@ -180,7 +181,7 @@ class UNet(nn.Module):
         for stage in self.down:
             h = run(stage, self.checkpointing, h, None, time)
             skips.append(h)
-        return Features(h, tuple(skips), time)
+        return Features(h, tuple(skips), time, z_t)
 
     def head(self, features: Features) -> Tensor:
         """Middle, way up and output."""
