@@ -26,9 +26,9 @@ SMALL = [
 
 
 def random_weights(module: nn.Module) -> nn.Module:
-    """Away from the zeros that untrained networks end in."""
-    for parameter in module.parameters():
-        nn.init.normal_(parameter, std=0.3)
+    """Away from the zeros that untrained networks end in; a large factor of z_t would make the path stiff."""
+    for name, parameter in module.named_parameters():
+        nn.init.normal_(parameter, std=0.02 if "narrowing" in name else 0.3)
     return module.eval()
 
 

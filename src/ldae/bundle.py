@@ -21,7 +21,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from ldae.allowed import ALLOWED, check_targets
@@ -39,8 +38,7 @@ from ldae.card import CARD, model_card, provenance
 from ldae.data.latents import ABOUT
 from ldae.errors import UserError
 from ldae.files import file_sha256, read_json, replacing, write_json, write_text
-from ldae.models.state import check_depth, check_tensors, load_strictly, read_tensors
-from ldae.runs import Run, Workspace, built, estimator_node, plain
+from ldae.runs import Run, Workspace, built, estimator_node, loaded, plain
 
 
 @dataclass(frozen=True)
@@ -53,17 +51,7 @@ class Part:
 
     def build(self) -> nn.Module:
         """The network with its weights, on the CPU, frozen, in eval mode; its random start is never computed."""
-        tensors = read_tensors(self.file)
-        check_depth(self.config, tensors, self.file)
-        with torch.device("meta"):
-            module = built(self.config, str(self.file))
-        # Before anything of that size is made for real.
-        check_tensors({name: tensor.shape for name, tensor in module.state_dict().items()}, tensors, self.file)
-        constants = [buffer for name, buffer in module.named_buffers() if name not in module.state_dict()]
-        if any(buffer.is_meta for buffer in constants):  # somebody's own network: no file holds these
-            module = built(self.config, str(self.file))
-        load_strictly(module, tensors, self.file, assign=True)
-        return module.eval().requires_grad_(False)
+        return loaded(self.config, self.file, self.file)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from ldae.errors import UserError
 from ldae.files import file_sha256, read_json, replacing, write_json, write_text
-from ldae.models.state import check_depth, load_strictly, read_tensors
+from ldae.models.state import check_depth, check_tensors, load_strictly, read_tensors
 
 MAX_BRACKETS = 500  # in a stored config
 MAX_NAME = 200  # file names end at 255 bytes
@@ -177,15 +178,29 @@ class Run:
 
     def module(self, name: str, node: Any) -> nn.Module:
         """Build a module from its config node and load its published weights, strictly; eval mode, frozen."""
-        path = self.weights_file(name)
-        tensors = read_tensors(path)
-        if not isinstance(node, nn.Module):
-            check_depth(node, tensors, path)
-        module = node if isinstance(node, nn.Module) else built(node, str(self.path / "config.yaml"))
-        if not isinstance(module, nn.Module):
-            raise UserError(f"{self.path / 'config.yaml'} describes no network '{name}': restore it")
-        load_strictly(module, tensors, path)
-        return module.eval().requires_grad_(False)
+        return loaded(node, self.weights_file(name), self.path / "config.yaml")
+
+
+def loaded(node: Any, file: Path, where: Path) -> nn.Module:
+    """The network that `node` describes with the weights of `file`, on the CPU, frozen, in eval mode.
+
+    Its random start is never computed, and nothing is made before sizes are known to fit the file's.
+
+    Raises:
+        UserError: the two do not fit; `where` is named as what describes the network.
+    """
+    tensors = read_tensors(file)
+    check_depth(node, tensors, file)
+    with torch.device("meta"):
+        module = built(node, str(where))
+    if not isinstance(module, nn.Module):
+        raise UserError(f"{where} describes no network for {file.name}: restore it")
+    check_tensors({name: tensor.shape for name, tensor in module.state_dict().items()}, tensors, file)
+    constants = [buffer for name, buffer in module.named_buffers() if name not in module.state_dict()]
+    if any(buffer.is_meta for buffer in constants):  # somebody's own network: no file holds these
+        module = built(node, str(where))
+    load_strictly(module, tensors, file, assign=True)
+    return module.eval().requires_grad_(False)
 
 
 def built(node: Any, where: str) -> Any:
