@@ -43,8 +43,7 @@ evaluate: $(STAMP) ## embeddings, probes, and the chosen evaluations
 bench: $(STAMP) ## what costs what, beside a straight port: ARGS="bench=full", ARGS="--against runs/bench/bench.json"
 	$(BIN)/python -m ldae.bench $(ARGS)
 
-PICTURES := diagnosis_roc age_scatter reconstruction_scan attention manipulation_diagnosis_1 manipulation_diagnosis_dose \
-	interpolation_1
+PICTURES := manipulation_diagnosis_1 reconstruction_scan
 
 pictures: ## the README's pictures, out of the demo's evaluation
 	mkdir -p docs/pictures
