@@ -21,6 +21,7 @@ from ldae.diffusion.samplers import Sampler
 from ldae.errors import UserError
 from ldae.inputs import Inputs, Scans
 from ldae.knowledge import Knowledge
+from ldae.models.sizes import latent_sizes
 from ldae.native import Preprocess
 from ldae.noise import normal
 from ldae.raw_scans import RawScans
@@ -206,8 +207,7 @@ class LDAE(Inputs, Uses):
 
     def noise(self, count: int, seed: int = 0) -> Tensor:
         """z_T ~ N(0, I), (count, C, X', Y', Z'): sample i depends on (seed, i) alone."""
-        sizes = [size // stride for size, stride in zip(self.shape, self.autoencoder.strides, strict=True)]
-        shape = (self.autoencoder.latent_channels, *sizes)
+        shape = (self.autoencoder.latent_channels, *latent_sizes(self.shape, self.autoencoder.strides))
         return normal(shape, seed, range(count), "sample").to(self.device)
 
     @_inference

@@ -91,14 +91,19 @@ def _record() -> int:
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def counted(work: Callable[[], Any]) -> float:
-    """FLOPs of one call of `work`, which is also its warm-up.
+def counter_of(work: Callable[[], Any]) -> FlopCounterMode:
+    """The FLOPs of one call of `work`, by kind.
 
     Attention is counted as the two products that it is: the counter does not know a CPU's fused kernel.
     """
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         work()
-    return float(counter.get_total_flops())
+    return counter
+
+
+def counted(work: Callable[[], Any]) -> float:
+    """FLOPs of one call of `work`, which is also its warm-up."""
+    return float(counter_of(work).get_total_flops())
 
 
 def timed(work: Callable[[], Any], repeats: int, device: torch.device, scans: int = 1) -> Cost:

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ldae.losses import autoencoder as losses
+from ldae.models.sizes import latent_sizes
 from ldae.runs import estimator_node
 
 FLOAT = 4
@@ -130,8 +131,7 @@ Passes = tuple[list[nn.Module], list[nn.Module], Callable[[Any], None]]
 
 
 def _latent(config: DictConfig, autoencoder: nn.Module, batch: int) -> Tensor:
-    sizes = [size // stride for size, stride in zip(config.data.shape, autoencoder.strides, strict=True)]
-    return torch.empty(batch, autoencoder.latent_channels, *sizes)
+    return torch.empty(batch, autoencoder.latent_channels, *latent_sizes(config.data.shape, autoencoder.strides))
 
 
 def _aekl(config: DictConfig, batch: int, checkpointing: bool) -> Passes:

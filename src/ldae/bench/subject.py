@@ -24,6 +24,7 @@ from ldae.data.latents import latent_name, write_about, write_latent
 from ldae.data.table import write_table
 from ldae.data.volumes import DTYPES, Volumes
 from ldae.denoiser import Denoiser
+from ldae.models.sizes import latent_sizes
 from ldae.pipeline import LDAE
 from ldae.runs import estimator_node
 from ldae.training.stage import Stage
@@ -78,8 +79,7 @@ class Subject:
 
     def latent_shape(self, autoencoder: nn.Module) -> tuple[int, ...]:
         """(C, X', Y', Z')."""
-        sizes = [size // stride for size, stride in zip(self.shape, autoencoder.strides, strict=True)]
-        return (autoencoder.latent_channels, *sizes)
+        return (autoencoder.latent_channels, *latent_sizes(self.shape, autoencoder.strides))
 
     @cached_property
     def table(self) -> pd.DataFrame:

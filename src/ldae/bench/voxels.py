@@ -10,9 +10,8 @@ from pathlib import Path
 import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
+from ldae.bench.measure import counter_of
 from ldae.bench.settings import Voxels
 from ldae.bench.subject import Subject
 from ldae.bench.tasks import inference
@@ -26,8 +25,7 @@ PRODUCTS = ("bmm", "baddbmm")  # of attention's scores and values; Linears count
 
 def _count(work: Callable[[], object]) -> tuple[float, float]:
     """FLOPs of `work`, and those of them that attention's two products take."""
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        work()
+    counter = counter_of(work)
     by_kind = counter.get_flop_counts()["Global"]
     attention = sum(flop for kind, flop in by_kind.items() if str(kind).rsplit(".", 1)[-1] in PRODUCTS)
     return float(counter.get_total_flops()), float(attention)

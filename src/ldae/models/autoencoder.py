@@ -7,7 +7,7 @@ from monai.networks import nets
 from torch import Tensor, nn
 
 from ldae.models.blocks import run
-from ldae.models.sizes import check_divisible
+from ldae.models.sizes import check_divisible, latent_sizes
 from ldae.models.tiling import Slabs
 
 
@@ -61,7 +61,7 @@ class AutoencoderKL(nets.AutoencoderKL):
             nn.init.constant_(self.quant_conv_log_sigma.conv.bias, initial_log_variance)
         if reference is not None:
             check_divisible(reference, self.strides, "reference")
-            reference = torch.zeros(1, latent_channels, *(n // s for n, s in zip(reference, self.strides, strict=True)))
+            reference = torch.zeros(1, latent_channels, *latent_sizes(reference, self.strides))
         self.register_buffer("reference", reference)
 
     @torch.no_grad()

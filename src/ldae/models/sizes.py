@@ -23,6 +23,11 @@ def check_divisible(shape: Sequence[int], strides: Sequence[int], what: str) -> 
             raise UserError(f"{what} {list(shape)}: size {size} along {axis} does not divide by {stride}; use {near}")
 
 
+def latent_sizes(shape: Sequence[int], strides: Sequence[int]) -> tuple[int, ...]:
+    """(X', Y', Z') of the latent of a volume (X, Y, Z)."""
+    return tuple(size // stride for size, stride in zip(shape, strides, strict=True))
+
+
 def check_strides(shape: Sequence[int], autoencoder: Sequence[int], unet: Sequence[int]) -> None:
     """Refuse a volume (X, Y, Z) that the two networks' strides together do not divide."""
     strides = [a * b for a, b in zip(autoencoder, unet, strict=True)]

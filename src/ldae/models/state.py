@@ -90,6 +90,15 @@ def load_strictly(module: nn.Module, tensors: dict[str, Tensor], source: Path | 
     module.load_state_dict(tensors, assign=assign)
 
 
+def load_weights(module: nn.Module, path: Path | str) -> None:
+    """Load the weights of a file, strictly.
+
+    Raises:
+        UserError: see read_tensors and load_strictly.
+    """
+    load_strictly(module, read_tensors(path), path)
+
+
 def check_tensors(expected: dict[str, torch.Size], tensors: dict[str, Tensor], source: Path | str) -> None:
     """Refuse tensors that are not exactly those named, of exactly those shapes."""
     for name, shape in expected.items():

@@ -18,7 +18,8 @@ from ldae.errors import UserError
 from ldae.evaluation.image_metrics import brain_mask, ssim
 from ldae.losses import autoencoder as losses
 from ldae.losses.structural import structural_dissimilarity
-from ldae.models.state import load_strictly, read_tensors
+from ldae.models.sizes import latent_sizes
+from ldae.models.state import load_weights
 from ldae.noise import generator, normal
 from ldae.training.stage import Batch, Monitor, Stage, Updater, adam, memory_format
 from ldae.training.validation import mean_over_scans, spread
@@ -54,7 +55,7 @@ class AutoencoderStage(Stage):
         workspace: Any,
     ) -> None:
         if initial_weights is not None:
-            load_strictly(autoencoder, read_tensors(initial_weights), initial_weights)
+            load_weights(autoencoder, initial_weights)
         if not autoencoder.state_dict():
             raise UserError("model.autoencoder has no weights to train: start with encode_latents.py")
         self.modules = {"autoencoder": autoencoder, "discriminator": discriminator}
@@ -102,8 +103,7 @@ class AutoencoderStage(Stage):
 
     def _noise(self, batch: Batch) -> Tensor:
         autoencoder = self.modules["autoencoder"]
-        sizes = [size // stride for size, stride in zip(batch["x"].shape[2:], autoencoder.strides, strict=True)]
-        shape = (autoencoder.latent_channels, *sizes)
+        shape = (autoencoder.latent_channels, *latent_sizes(batch["x"].shape[2:], autoencoder.strides))
         return normal(shape, self.seed, batch["position"], stream="posterior").to(self.accelerator.device)
 
     def run_step(self, micro_batches: Sequence[Batch], step: int) -> dict[str, Tensor | float]:

@@ -19,7 +19,7 @@ from ldae.diffusion.process import Parameterisation, add_noise
 from ldae.diffusion.schedule import Schedule
 from ldae.errors import UserError
 from ldae.losses.denoising import denoising_loss, per_sample_mse
-from ldae.models.state import load_strictly, read_tensors
+from ldae.models.state import load_weights
 from ldae.noise import normal, timesteps
 from ldae.training.ema import Ema
 from ldae.training.stage import Batch, Stage, Updater, adam, memory_format
@@ -58,7 +58,7 @@ class PretrainStage(Stage):
         workspace: Any,
     ) -> None:
         if initial_weights is not None:
-            load_strictly(unet, read_tensors(initial_weights), initial_weights)
+            load_weights(unet, initial_weights)
         self.modules = {"unet": unet}
         self.schedule = schedule
         self.parameterisation = parameterisation

@@ -21,7 +21,7 @@ from ldae.errors import UserError
 from ldae.evaluation.image_metrics import brain_mask, ssim
 from ldae.evaluation.semantics import other_subjects, z0_errors
 from ldae.losses.denoising import gap_filling_loss
-from ldae.models.state import load_strictly, read_tensors
+from ldae.models.state import load_weights
 from ldae.noise import normal, timesteps
 from ldae.runs import estimator_node
 from ldae.stages.pretrain import open_latents
@@ -90,8 +90,7 @@ class ReprStage(Stage):
         self.modules = {"encoder": encoder, "estimator": estimator}
         if initial_weights is not None:
             for name, module in self.modules.items():
-                file = Path(initial_weights) / f"{name}.safetensors"
-                load_strictly(module, read_tensors(file), file)
+                load_weights(module, Path(initial_weights) / f"{name}.safetensors")
         self.sampler = sampler
         self.time_power = time_power
         self.cohort = cohort
