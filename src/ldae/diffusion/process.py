@@ -90,6 +90,10 @@ class Parameterisation(Protocol):
         """The network's output as latent."""
         ...
 
+    def of_normal(self, alpha: Tensor, sigma: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
+        """For z_0 ~ N(0, variance): the factor of z_t in the best output, and the target's deviation from that."""
+        ...
+
     def gap_coefficient(self, schedule: Schedule, t: Tensor) -> Tensor:
         """(B,) factor of G where stage 3 adds it to the output."""
         ...
@@ -115,6 +119,11 @@ class Epsilon:
     def to_z0(self, schedule: Schedule, output: Tensor, z_t: Tensor, t: Tensor) -> Tensor:
         """(z_t - sigma eps) / alpha."""
         return eps_to_z0(schedule, output, z_t, t)
+
+    def of_normal(self, alpha: Tensor, sigma: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
+        """sigma / V and alpha s / sqrt(V), V = alpha^2 s^2 + sigma^2."""
+        total = alpha**2 * variance + sigma**2
+        return sigma / total, alpha * (variance / total).sqrt()
 
     def gap_coefficient(self, schedule: Schedule, t: Tensor) -> Tensor:
         """c_t."""
@@ -142,6 +151,11 @@ class Velocity:
     def to_z0(self, schedule: Schedule, output: Tensor, z_t: Tensor, t: Tensor) -> Tensor:
         """alpha z_t - sigma v."""
         return v_to_z0(schedule, output, z_t, t)
+
+    def of_normal(self, alpha: Tensor, sigma: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
+        """alpha sigma (1 - s^2) / V and s / sqrt(V), V = alpha^2 s^2 + sigma^2."""
+        total = alpha**2 * variance + sigma**2
+        return alpha * sigma * (1 - variance) / total, (variance / total).sqrt()
 
     def gap_coefficient(self, schedule: Schedule, t: Tensor) -> Tensor:
         """1."""

@@ -95,8 +95,9 @@ class GradientEstimator(nn.Module):
 
     def forward(self, features: Features, y: Tensor) -> Tensor:
         """Features of the U-Net and y (B, semantic_dim) to G."""
-        gradient = self.path(features, self.semantic(y), self.checkpointing)
-        if self.map is None:
-            return gradient
-        linear = self.map(y, features.time, gradient.shape[2:]) + self.narrowing(features.z_t, features.time)
-        return gradient + linear.to(gradient.dtype)
+        gradient, normal = self.path(features, self.semantic(y), self.checkpointing), features.normal
+        if self.map is not None:
+            z_t = features.z_t if normal is None else normal.unit
+            linear = self.map(y, features.time, gradient.shape[2:]) + self.narrowing(z_t, features.time)
+            gradient = gradient + linear.to(gradient.dtype)
+        return gradient if normal is None else normal.deviation * gradient

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from ldae.models.blocks import Attention, GroupNorm, ResidualBlock, downsampling, run, time_features, upsampling, zeroed
 from ldae.models.sizes import check_divisible
+from ldae.models.voxel_prior import Normal, VoxelPrior
 
 
 class Features(NamedTuple):
@@ -29,6 +30,7 @@ class Features(NamedTuple):
     skips: tuple[Tensor, ...]  # one a block of the way down, outermost first
     time: Tensor  # (B, 4 base), the embedding of t
     z_t: Tensor  # (B, in_channels, X, Y, Z), what went in
+    normal: Normal | None  # what the voxels' spread says of z_t, where there is a prior
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,7 @@ class Architecture:
         groups: of every GroupNorm; divides every width.
         resample: factor of one halving along x, y, z: (2, 2, 2), or the released weights' (1, 2, 2).
         checkpointing: recompute activations in the backward pass: less memory, a third more time.
+        prior: the spread of each voxel, which the network starts from; None: it starts from nothing, as published.
     """
 
     in_channels: int = 3
@@ -55,6 +58,7 @@ class Architecture:
     groups: int = 32
     resample: Sequence[int] = (2, 2, 2)
     checkpointing: bool = False
+    prior: VoxelPrior | None = None
 
     @property
     def widths(self) -> list[int]:
@@ -149,6 +153,7 @@ class UNet(nn.Module):
         shape = Architecture(**architecture)
         self.architecture = shape
         self.checkpointing = shape.checkpointing
+        self.prior = shape.prior
         self.time = nn.Sequential(
             nn.Linear(shape.base, shape.embedding), nn.SiLU(), nn.Linear(shape.embedding, shape.embedding)
         )
@@ -176,16 +181,18 @@ class UNet(nn.Module):
         """
         check_divisible(z_t.shape[2:], self.strides, "latent")
         time = self.time(time_features(t, self.architecture.base))  # (B, 4 base)
-        h = self.input(z_t)
+        normal = None if self.prior is None else self.prior(z_t, t)
+        h = self.input(z_t if normal is None else normal.unit.to(z_t.dtype))
         skips = [h]
         for stage in self.down:
             h = run(stage, self.checkpointing, h, None, time)
             skips.append(h)
-        return Features(h, tuple(skips), time, z_t)
+        return Features(h, tuple(skips), time, z_t, normal)
 
     def head(self, features: Features) -> Tensor:
         """Middle, way up and output."""
-        return self.path(features, None, self.checkpointing)
+        output, normal = self.path(features, None, self.checkpointing), features.normal
+        return output if normal is None else normal.expected + normal.deviation * output
 
     def forward(self, z_t: Tensor, t: Tensor) -> Tensor:
         """head(features(z_t, t))."""
