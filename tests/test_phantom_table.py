@@ -76,7 +76,7 @@ def test_the_demented_differ_as_in_the_reference(baseline):
 
 def test_labels_and_sessions(table, baseline):
     shares = baseline.diagnosis.value_counts(normalize=True)
-    assert shares.to_dict() == pytest.approx({"CN": 0.4, "MCI": 0.3, "AD": 0.3}, abs=0.05)
+    assert shares.to_dict() == pytest.approx({"CN": 0.4, "MCI": 0.2, "AD": 0.4}, abs=0.05)
     assert baseline.age.between(*AGE_RANGE).all()
     assert table.age.between(55, 90).all()
     counts = table.groupby("subject").size()

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 SESSIONS = (0, 6, 12, 24)  # months
 DIAGNOSES = ("CN", "MCI", "AD")
-SHARES = (0.4, 0.3, 0.3)
+SHARES = (0.4, 0.2, 0.4)
 AGE_RANGE = (55.0, 88.0)  # at the first session
 AGES = {"CN": (66.0, 13.0), "MCI": (71.0, 13.0), "AD": (77.5, 13.0)}  # mean and sd before truncation
 # Disease severity at the first session: mean, sd, lowest, highest; 0 = healthy, 1 = a typical AD patient.
