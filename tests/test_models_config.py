@@ -17,7 +17,8 @@ PUBLISHED = {"autoencoder": 13_766_248, "unet": 486_927_363, "estimator": 378_41
 def model(name: str, *overrides: str):
     """The resolved bundle `name`, for volumes of 128 x 160 x 128."""
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        config = compose(f"model/{name}", [*overrides, "+data.shape=[128,160,128]"])
+        around = ["+diffusion@diffusion=linear_v", "+data.shape=[128,160,128]"]
+        config = compose(f"model/{name}", [*around, *overrides])
     OmegaConf.resolve(config)
     check_targets(config.model, "model")
     return config.model

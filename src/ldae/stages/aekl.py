@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ldae.config import Optim, Trainer
 from ldae.data.table import scan_names
 from ldae.errors import UserError
+from ldae.evaluation.context import spread as of_all_subjects
 from ldae.evaluation.image_metrics import brain_mask, ssim
 from ldae.losses import autoencoder as losses
 from ldae.losses.structural import structural_dissimilarity
@@ -75,7 +76,8 @@ class AutoencoderStage(Stage):
         """See Stage."""
         self.accelerator = accelerator
         self.seed = seed
-        self.validation_rows = self.cohort.rows("val")[: trainer.validation_scans]
+        subjects = self.cohort.table["subject"].tolist()
+        self.validation_rows = of_all_subjects(self.cohort.rows("val"), subjects, trainer.validation_scans, seed)
         self.memory_format = memory_format(trainer, accelerator)
         autoencoder, discriminator = (m.to(memory_format=self.memory_format) for m in self.modules.values())
         if trainer.checkpointing:

@@ -18,6 +18,7 @@ from ldae.data.table import scan_names
 from ldae.diffusion.process import Parameterisation, add_noise
 from ldae.diffusion.schedule import Schedule
 from ldae.errors import UserError
+from ldae.evaluation.context import spread as of_all_subjects
 from ldae.losses.denoising import denoising_loss, per_sample_mse
 from ldae.models.state import load_weights
 from ldae.noise import normal, timesteps
@@ -71,7 +72,8 @@ class PretrainStage(Stage):
         """See Stage."""
         self.accelerator = accelerator
         self.seed = seed
-        self.validation_rows = self.latents.rows("val")[: trainer.validation_scans]
+        subjects = self.latents.table["subject"].tolist()
+        self.validation_rows = of_all_subjects(self.latents.rows("val"), subjects, trainer.validation_scans, seed)
         self.latents = self.latents.to(accelerator.device)
         self.memory_format = memory_format(trainer, accelerator)
         unet = self.modules["unet"].to(memory_format=self.memory_format)

@@ -18,6 +18,7 @@ from ldae.data.table import scan_names
 from ldae.denoiser import Denoiser
 from ldae.diffusion.process import add_noise
 from ldae.errors import UserError
+from ldae.evaluation.context import spread as of_all_subjects
 from ldae.evaluation.image_metrics import brain_mask, ssim
 from ldae.evaluation.semantics import other_subjects, z0_errors
 from ldae.losses.denoising import gap_filling_loss
@@ -117,7 +118,8 @@ class ReprStage(Stage):
         self.accelerator = accelerator
         self.seed = seed
         validation = np.flatnonzero((self.cohort.table["split"] == "val").to_numpy() & (self.pairs >= 0))
-        self.validation_rows = validation[: trainer.validation_scans]
+        subjects = self.cohort.table["subject"].tolist()
+        self.validation_rows = of_all_subjects(validation, subjects, trainer.validation_scans, seed)
         self.memory_format = memory_format(trainer, accelerator)
         self.latents = self.latents.to(accelerator.device)
         for module in (self.autoencoder, self.unet):
