@@ -17,7 +17,8 @@ PUBLISHED = {"autoencoder": 13_766_248, "unet": 486_927_363, "estimator": 378_41
 def model(name: str, *overrides: str):
     """The resolved bundle `name`, for volumes of 128 x 160 x 128."""
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        around = ["+diffusion@diffusion=linear_v", "+data.shape=[128,160,128]"]
+        predicts = "+diffusion.parameterisation._target_=ldae.diffusion.process.Velocity"
+        around = [predicts, "+diffusion.schedule.timesteps=1000", "+data.shape=[128,160,128]"]
         config = compose(f"model/{name}", [*around, *overrides])
     OmegaConf.resolve(config)
     check_targets(config.model, "model")
