@@ -147,12 +147,15 @@ class LatentSet:
         scale = self.scale.to(self.mean.device).view(1, -1, 1, 1, 1)
         return scale * torch.addcmul(self.mean[rows], self.std[rows], noise.to(self.mean.device))
 
-    def mean_squares(self, rows: np.ndarray) -> Tensor:
-        """Mean of z^2 over `rows`, the posterior's spread included, (C, X, Y, Z) float32."""
-        total = torch.zeros(self.mean.shape[1:], dtype=torch.float64, device=self.mean.device)
+    def moments(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Mean and variance of z over `rows`, the posterior's included, (C, X, Y, Z) float32."""
+        scale = self.scale.view(-1, 1, 1, 1).double()
+        total = squares = torch.zeros(self.mean.shape[1:], dtype=torch.float64, device=self.mean.device)
         for row in rows:
-            total += self.mean[row].double().square() + self.std[row].double().square()
-        return (self.scale.view(-1, 1, 1, 1).double().square() * total / len(rows)).float()
+            mean = self.mean[row].double()
+            total, squares = total + mean, squares + mean.square() + self.std[row].double().square()
+        mean = total / len(rows)
+        return (scale * mean).float(), (scale.square() * (squares / len(rows) - mean.square())).float()
 
     def to(self, device: torch.device) -> "LatentSet":
         """The same latents on `device`."""

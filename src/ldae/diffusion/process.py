@@ -90,8 +90,10 @@ class Parameterisation(Protocol):
         """The network's output as latent."""
         ...
 
-    def of_normal(self, alpha: Tensor, sigma: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
-        """For z_0 ~ N(0, variance): the factor of z_t in the best output, and the target's deviation from that."""
+    def of_normal(
+        self, z_t: Tensor, alpha: Tensor, sigma: Tensor, mean: Tensor, variance: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """For z_0 ~ N(mean, variance): the best output, and the target's deviation from it."""
         ...
 
     def gap_coefficient(self, schedule: Schedule, t: Tensor) -> Tensor:
@@ -120,10 +122,12 @@ class Epsilon:
         """(z_t - sigma eps) / alpha."""
         return eps_to_z0(schedule, output, z_t, t)
 
-    def of_normal(self, alpha: Tensor, sigma: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
-        """sigma / V and alpha s / sqrt(V), V = alpha^2 s^2 + sigma^2."""
+    def of_normal(
+        self, z_t: Tensor, alpha: Tensor, sigma: Tensor, mean: Tensor, variance: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """sigma / V (z_t - alpha m) and alpha s / sqrt(V), V = alpha^2 s^2 + sigma^2."""
         total = alpha**2 * variance + sigma**2
-        return sigma / total, alpha * (variance / total).sqrt()
+        return sigma / total * (z_t - alpha * mean), alpha * (variance / total).sqrt()
 
     def gap_coefficient(self, schedule: Schedule, t: Tensor) -> Tensor:
         """c_t."""
@@ -152,10 +156,13 @@ class Velocity:
         """alpha z_t - sigma v."""
         return v_to_z0(schedule, output, z_t, t)
 
-    def of_normal(self, alpha: Tensor, sigma: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
-        """alpha sigma (1 - s^2) / V and s / sqrt(V), V = alpha^2 s^2 + sigma^2."""
+    def of_normal(
+        self, z_t: Tensor, alpha: Tensor, sigma: Tensor, mean: Tensor, variance: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """alpha sigma (1 - s^2) / V (z_t - alpha m) - sigma m and s / sqrt(V), V = alpha^2 s^2 + sigma^2."""
         total = alpha**2 * variance + sigma**2
-        return alpha * sigma * (1 - variance) / total, (variance / total).sqrt()
+        factor = alpha * sigma * (1 - variance) / total
+        return factor * (z_t - alpha * mean) - sigma * mean, (variance / total).sqrt()
 
     def gap_coefficient(self, schedule: Schedule, t: Tensor) -> Tensor:
         """1."""

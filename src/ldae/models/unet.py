@@ -30,7 +30,7 @@ class Features(NamedTuple):
     skips: tuple[Tensor, ...]  # one a block of the way down, outermost first
     time: Tensor  # (B, 4 base), the embedding of t
     z_t: Tensor  # (B, in_channels, X, Y, Z), what went in
-    normal: Normal | None  # what the voxels' spread says of z_t, where there is a prior
+    normal: Normal | None  # what the voxels' prior says of z_t, where there is one
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Architecture:
         groups: of every GroupNorm; divides every width.
         resample: factor of one halving along x, y, z: (2, 2, 2), or the released weights' (1, 2, 2).
         checkpointing: recompute activations in the backward pass: less memory, a third more time.
-        prior: the spread of each voxel, which the network starts from; None: it starts from nothing, as published.
+        prior: each voxel's own distribution, which the network starts from; None: from nothing, as published.
     """
 
     in_channels: int = 3

@@ -79,7 +79,7 @@ class PretrainStage(Stage):
         unet = self.modules["unet"].to(memory_format=self.memory_format)
         unet.checkpointing = trainer.checkpointing
         if unet.prior is not None:
-            unet.prior.fit(self.latents.mean_squares(self.train_rows), self.schedule)
+            unet.prior.fit(*self.latents.moments(self.train_rows), self.schedule)
         self.optimizers = {"unet": adam(unet.parameters(), optim.lr, optim)}
         self.unet, optimizer = accelerator.prepare(
             torch.compile(unet) if trainer.compile else unet, self.optimizers["unet"]
