@@ -157,6 +157,22 @@ def test_stored_arrays_predict_what_the_pipeline_does(task, widths):
     np.testing.assert_array_equal(again.coef, model.coef)
 
 
+def test_more_voxels_than_scans_are_rotated_into_fewer_numbers_without_a_change():
+    """Through the rows' own span or in all voxels: the same choice, the same predictions, of new scans too."""
+    from ldae.evaluation.fitting import _predictor, _reducer
+
+    rng = np.random.default_rng(7)
+    x, new = 5 + rng.standard_normal((40, 300)) * np.linspace(0.1, 3, 300), 5 + rng.standard_normal((9, 300))
+    truth, subjects = x[:, -40:].sum(1), np.array([str(i) for i in range(40)])
+    task = Regression("age", bias_correction=True)
+    width, strength = choose(task, x, truth, subjects, 0, [4, 16])
+    reducer, predictor = _reducer(x, width, 0), _predictor(task, strength)
+    predictor.fit(reducer.fit_transform(x), truth)
+    model = fit(task, x, truth, subjects, 0, [4, 16])
+    np.testing.assert_allclose(model.predict(new), predictor.predict(reducer.transform(new)), rtol=1e-8)
+    assert model.bias is not None
+
+
 def test_pca_width_is_chosen_among_those_that_fit():
     rng = np.random.default_rng(6)
     x = rng.standard_normal((40, 6))

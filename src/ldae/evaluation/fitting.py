@@ -50,6 +50,10 @@ def fit(
     """
     if features.shape[1] == 0:
         return _constant(task, truth)
+    if widths and len(features) < features.shape[1] and np.isfinite(features).all():
+        coordinates, axes = _in_own_span(features)
+        found = fit(task, coordinates, truth, subjects, seed, widths)
+        return replace(found, mean=axes @ found.mean, std=np.ones(len(axes)), coef=axes @ found.coef)
     width, strength = choose(task, features, truth, subjects, seed, widths)
     reducer = _reducer(features, width, seed)
     predictor = _predictor(task, strength)
@@ -58,6 +62,18 @@ def fit(
     if not task.bias_correction:
         return fitted
     return replace(fitted, bias=_bias(task, features, truth, subjects, seed, width, strength))
+
+
+def _in_own_span(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rows (N, D), N < D, in an orthonormal basis of what they span: (N, R), and the axes, (D, R).
+
+    A rotation: principal components of any of the rows are the same there, and thousands of voxels become N numbers.
+    """
+    features = np.asarray(features, np.float64)
+    values, vectors = np.linalg.eigh(features @ features.T)
+    kept = values > 1e-10 * values[-1]
+    lengths = np.sqrt(values[kept])
+    return vectors[:, kept] * lengths, features.T @ (vectors[:, kept] / lengths)
 
 
 def _bias(
