@@ -7,7 +7,7 @@ where it has that too (`head_mm3`, which stays a feature).
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pandas as pd
@@ -93,7 +93,18 @@ class Features:
             self._made[name] = self._make[name]()
         return [], self._made[name]
 
-    def skips(self, name: str, target: str) -> str | None:
+    def applicable(self, names: Sequence[str], target: str) -> list[str]:
+        """Those baselines that make sense for the column `target`; the log says of the others why not."""
+        kept = []
+        for name in names:
+            why = self._skips(name, target)
+            if why:
+                log.info("baseline %s is left out for %s: %s", name, target, why)
+            else:
+                kept.append(name)
+        return kept
+
+    def _skips(self, name: str, target: str) -> str | None:
         """Why baseline `name` makes no sense for the column `target`, or None."""
         if name in self._make:
             return None

@@ -64,19 +64,30 @@ class CrossValidation:
             if why:
                 log.warning("probe %s is skipped: splits %s have %s", name, " + ".join(REGIMES[self.regime]), why)
                 continue
+            baselines = features.applicable(self.baselines, probe.column)
             predictions = pd.concat(
-                [self._repeat(context, probe, features, truth, rows, repeat) for repeat in range(self.repeats)]
+                [
+                    self._repeat(context, probe, features, baselines, truth, rows, repeat)
+                    for repeat in range(self.repeats)
+                ]
             )
             yield from judge_folds(context, name, probe, predictions, self.regime, self.resamples)
 
     def _repeat(
-        self, context: Context, probe: Probe, features: Features, truth: np.ndarray, rows: np.ndarray, repeat: int
+        self,
+        context: Context,
+        probe: Probe,
+        features: Features,
+        baselines: Sequence[str],
+        truth: np.ndarray,
+        rows: np.ndarray,
+        repeat: int,
     ) -> pd.DataFrame:
         """One row a held-out scan: who, truth, repeat, and the prediction of every predictor, `<name>:unbiased` too."""
         table, parts = context.table, []
         seed = context.seed + repeat
         for inner, held in probe.folds(truth[rows], table["subject"].to_numpy(str)[rows], seed):
-            entries = fit_all(context, probe, features, truth, rows[inner], self.baselines, self.pca_widths, seed)
+            entries = fit_all(context, probe, features, truth, rows[inner], baselines, self.pca_widths, seed)
             part = table.iloc[rows[held]][["subject", "session"]].assign(
                 age=numbers(table.iloc[rows[held]], "age"), truth=truth[rows[held]], repeat=repeat
             )

@@ -67,9 +67,8 @@ class Probes:
             if problem:
                 log.warning("probe %s is skipped: %s", name, problem)
                 continue
-            entries = fit_all(
-                context, probe, features, truth, rows["fit"], self.baselines, self.pca_widths, context.seed
-            )
+            baselines = features.applicable(self.baselines, probe.column)
+            entries = fit_all(context, probe, features, truth, rows["fit"], baselines, self.pca_widths, context.seed)
             frozen[name] = entries
             yield from judge(context, name, probe, entries, features, truth, rows["test"], self.resamples)
         write_frozen(context.out / "probes.json", frozen, context.weights)
@@ -100,13 +99,9 @@ def fit_all(
     widths: Sequence[int],
     seed: int,
 ) -> dict[str, Frozen]:
-    """Our probe and every baseline that applies, fitted on `rows` and on nothing else."""
+    """Our probe and the baselines, which must apply, fitted on `rows` and on nothing else."""
     subjects, fitted = context.table["subject"].to_numpy(str)[rows], {}
     for name in (OURS, *baselines):
-        why = features.skips(name, probe.column)
-        if why:
-            log.info("baseline %s is left out for %s: %s", name, probe.column, why)
-            continue
         columns, values = features(name)
         model = fit(probe, values[rows], truth[rows], subjects, seed, widths if name in REDUCED else None)
         fitted[name] = Frozen(columns, model)
