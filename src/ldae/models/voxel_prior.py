@@ -6,7 +6,7 @@ For independent normal voxels z_0 ~ N(m, s^2), z_t has variance V = alpha^2 s^2 
     E[eps | z_t] = sigma / V (z_t - alpha m),                             deviation alpha s / sqrt(V)
 
 The network reads (z_t - alpha m) / sqrt(V), and its output counts in those deviations: the preconditioning of EDM
-(arXiv 2206.00364, section 5), a voxel at a time. Air, half of a brain's latent, hardly varies; a network that must
+(arXiv 2206.00364, section 5), a voxel at a time. Air, most of a brain's latent, hardly varies; a network that must
 learn this holds it for wider than it is for thousands of steps, and codes of inverted scans shrink there.
 """
 
