@@ -157,12 +157,14 @@ def test_bytes_of_a_step_are_counted_without_memory():
     """Parameters to the byte, activations growing with the batch and falling with checkpointing."""
     config = composer("bench", *TINY)()
     with torch.device("meta"):
-        parameters = sum(p.numel() for p in instantiate(config.model.unet).parameters())
+        unet = instantiate(config.model.unet)
+        parameters = sum(p.numel() for p in unet.parameters())
+        buffers = sum(b.numel() for b in unet.buffers())
     one, two, lean = (
         footprint(config, "pretrain", batch, lean, reduced=False, ema=True)
         for batch, lean in ((32, False), (64, False), (64, True))
     )
-    assert one.trained == one.average == 4 * parameters
+    assert one.trained == one.average == 4 * (parameters + buffers)
     assert one.optimiser == 8 * parameters
     assert one.passes >= 4 * parameters, "gradients are among them"
     assert two.passes > one.passes

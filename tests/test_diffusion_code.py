@@ -127,6 +127,6 @@ def test_sampler_configs_build(name):
 def test_the_default_sampler_is_the_measured_one():
     default = OmegaConf.load(CONF / "sampler" / "default.yaml")
     assert default.defaults == ["multistep"]
-    assert Multistep().evaluations == 20
+    assert Multistep().evaluations == 15
     assert Multistep(steps=10).used_order == 2
     assert DDIM().evaluations == 100

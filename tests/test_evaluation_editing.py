@@ -416,8 +416,7 @@ def test_configs_build_what_they_say():
         config = compose("evaluate", ["evaluation=[manipulation,selection,interpolation,variation]", "experiment=demo"])
     check_targets(config.evaluation)
     built = {name: instantiate(node) for name, node in config.evaluation.items()}
-    assert isinstance(built["manipulation"].direction, HeldFixed)
-    assert isinstance(built["manipulation"].direction.base, MeanDifference)
+    assert isinstance(built["manipulation"].direction, Pattern)
     assert isinstance(built["manipulation"].editor, Editor)
     assert isinstance(built["interpolation"].editor, Editor)
     assert len(built["selection"].grid) == 16

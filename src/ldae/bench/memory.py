@@ -120,7 +120,7 @@ def footprint(config: DictConfig, stage: str, batch: int, checkpointing: bool, r
     return Footprint(
         trained=size,
         frozen=_size(*frozen),
-        optimiser=2 * size,
+        optimiser=2 * gradients,
         average=size if ema else 0,
         passes=live.peak,
         update=2 * gradients,  # the fused loop over tensors holds one more copy

@@ -130,6 +130,7 @@ class Multistep(Sampler):
         corrector: correct each step with the evaluation that the next one needs anyway.
     """
 
+    steps: int = 15
     order: int = 3
     corrector: bool = True
 

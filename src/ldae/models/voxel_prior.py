@@ -11,17 +11,25 @@ learn this holds it for wider than it is for thousands of steps, and codes of in
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ldae.diffusion.process import Parameterisation
-from ldae.diffusion.schedule import Schedule
 from ldae.errors import UserError
 
 LEAST = 0.02  # deviation of a voxel, in units of the latents': air varies less, and a network is not that exact
+
+
+class Predicted(Protocol):
+    """What a network predicts; diffusion/process.py has those that there are."""
+
+    def of_normal(
+        self, z_t: Tensor, alpha: Tensor, sigma: Tensor, mean: Tensor, variance: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """For z_0 ~ N(mean, variance): the best output, and the target's deviation from it."""
+        ...
 
 
 class Normal(NamedTuple):
@@ -42,7 +50,7 @@ class VoxelPrior(nn.Module):
         parameterisation: what the network predicts.
     """
 
-    def __init__(self, channels: int, nodes: int, timesteps: int, parameterisation: Parameterisation) -> None:
+    def __init__(self, channels: int, nodes: int, timesteps: int, parameterisation: Predicted) -> None:
         super().__init__()
         self.parameterisation = parameterisation
         self.register_buffer("mean", torch.zeros(1, channels, nodes, nodes, nodes))
@@ -50,7 +58,7 @@ class VoxelPrior(nn.Module):
         self.register_buffer("log_alpha_bar", torch.zeros(timesteps + 1))  # entry i belongs to t = i - 1
 
     @torch.no_grad()
-    def fit(self, mean: Tensor, variance: Tensor, schedule: Schedule) -> None:
+    def fit(self, mean: Tensor, variance: Tensor, schedule: Any) -> None:
         """Set the maps to those of the training latents, (C, X, Y, Z), and the noise levels to a schedule's.
 
         Raises:
