@@ -175,6 +175,24 @@ def test_masks_go_to_the_template_and_back(whole):
     assert native.data[tuple(voxels.T)].mean() > 0.96
 
 
+def test_label_maps_are_carried_as_ants_carries_them(whole):
+    import ants
+
+    files = read_json(whole / "records" / "sub-IXI012.json")["files"]
+    transforms, grid = Transforms.of(whole, files), Volume.read(whole / files["scan"])
+    atlas = Volume.read(LABELS, constant=True)
+    few = atlas.with_data(np.where(np.isin(atlas.data, [47, 48, 51, 52]), atlas.data, atlas.data > 0))
+    theirs = ants.apply_transforms(
+        grid.to_ants(), few.to_ants(), [str(path) for path in transforms.forward], interpolator="genericLabel"
+    ).numpy()
+    assert set(np.unique(theirs)) == {0, 1, 47, 48, 51, 52}
+    # Equal weights may fall to either.
+    assert (transforms.labels_to_template(few, grid).data != theirs).sum() <= 2
+    written = Volume.read(whole / files["labels"], constant=True).data
+    assert (written != transforms.labels_to_template(atlas, grid).data).sum() == 0
+    assert np.isin([47, 48, 51, 52], np.unique(written)).all()
+
+
 def test_the_same_command_again_does_nothing(whole, tmp_path):
     stamp = (whole / "records" / "sub-IXI012.json").stat().st_mtime_ns
     raw = whole.parent / "raw"

@@ -120,7 +120,7 @@ def repr_stage(**encoder):
     stage.cohort, stage.latents, stage.pairs = cohort, latents(cohort), np.arange(8)
     stage.train_rows, stage.length = cohort.rows("train"), 4
     stage.schedule, stage.parameterisation, stage.sampler = linear(), Velocity(), DDIM(steps=2)
-    stage.time_power = 1.0
+    stage.time_power, stage.other_visit = 1.0, 0.0
     stage.unet = UNet(**UNET).eval().requires_grad_(False)
     torch.nn.init.normal_(stage.unet.path.conv.weight, std=0.1)
     stage.autoencoder = AutoencoderKL(channels=(8, 8, 8), residual_blocks=1, groups=4).eval().requires_grad_(False)
@@ -172,6 +172,21 @@ def test_a_time_power_moves_the_draw_towards_high_noise():
         assert float(t.double().mean()) == pytest.approx(mean, abs=15)
         assert int(t.min()) >= 0
         assert int(t.max()) < 1000
+
+
+def test_another_visit_of_the_subject_can_be_what_y_explains():
+    """The draw belongs to the sample; who has one visit, or trains alone, explains it; no validation row is taken."""
+    stage = repr_stage()
+    stage.cohort.table["subject"] = ["a", "a", "a", "b", "b", "c", "a", "a"]
+    prepared(stage)
+    rows, keys = np.array([0, 1, 2, 3] * 200), range(800)
+    assert (stage._explained(rows, keys) == rows).all()
+    stage.other_visit = 0.5
+    explained = stage._explained(rows, keys)
+    assert set(explained[rows < 3]) == {0, 1, 2}
+    assert (explained[rows == 3] == 3).all(), "its only other visit is in another split"
+    assert (explained != rows)[rows < 3].mean() == pytest.approx(0.5, abs=0.07)
+    assert stage._explained(rows[5:6], keys[5:6]) == explained[5:6]
 
 
 @torch.no_grad()

@@ -67,7 +67,8 @@ class Optim:
 
 @dataclass
 class Loss:
-    """Weights of stage 1's loss beside L1, the step from which the discriminator plays along; stage 3's draw of t."""
+    """Weights of stage 1's loss beside L1, the step from which the discriminator plays along; stage 3's draws of t
+    and of the visit that y explains."""
 
     kl_weight: float = 1e-7
     ssim_weight: float = 0.0  # of 1 - SSIM; published: none
@@ -75,6 +76,7 @@ class Loss:
     adversarial_weight: float = 0.025
     adversarial_start: int = 0
     time_power: float = 1.0
+    other_visit: float = 0.0
 
 
 @dataclass

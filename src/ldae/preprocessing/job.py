@@ -25,7 +25,7 @@ from ldae.preprocessing.mosaic import write_mosaic
 from ldae.preprocessing.names import NATIVE, Names
 from ldae.preprocessing.pipeline import Pipeline, Prepared
 from ldae.preprocessing.regions import Regions
-from ldae.preprocessing.registration import LABELS, matrix
+from ldae.preprocessing.registration import matrix
 from ldae.preprocessing.sources import Scan
 from ldae.preprocessing.template import inside
 from ldae.preprocessing.volume import Volume
@@ -185,7 +185,7 @@ class Job:
         native = Volume.read(labels, constant=True)
         if prepared.transforms is None:
             raise BadScan("a label map is carried by registration alone", labels)
-        moved = prepared.transforms.to_template(native, prepared.scan, LABELS[1])
+        moved = prepared.transforms.labels_to_template(native, prepared.scan)
         moved.write(self.out / names.labels, "uint16")
         return self.regions.volumes(native) if self.regions else {}
 

@@ -23,7 +23,7 @@ from ldae.evaluation.image_metrics import brain_mask, ssim
 from ldae.evaluation.semantics import other_subjects, z0_errors
 from ldae.losses.denoising import gap_filling_loss
 from ldae.models.state import load_weights
-from ldae.noise import normal, timesteps
+from ldae.noise import generator, normal, timesteps
 from ldae.runs import estimator_node
 from ldae.stages.pretrain import open_latents
 from ldae.training.ema import Ema
@@ -55,6 +55,8 @@ class ReprStage(Stage):
         sampler: decodes from y alone in validation.
         time_power: t is drawn with a density that grows as t^(time_power - 1); 1: uniform, as published. What y can add
             lies at high noise, where z_t says little.
+        other_visit: share of samples whose latent is that of another visit of the same subject, where there is one: y
+            then says what stays, less of contrast, bias field and noise. 0: the scan's own always, as published.
         initial_weights: folder with encoder.safetensors and estimator.safetensors to start from, loaded strictly: the
             `repr/weights` of another run whose networks are of the same shape.
         aekl, pretrain, latents: paths of the predecessors; None: siblings under the same name.
@@ -70,6 +72,7 @@ class ReprStage(Stage):
         estimator: Any,
         sampler: Any,
         time_power: float,
+        other_visit: float,
         initial_weights: str | None,
         aekl: str | None,
         pretrain: str | None,
@@ -94,6 +97,7 @@ class ReprStage(Stage):
                 load_weights(module, Path(initial_weights) / f"{name}.safetensors")
         self.sampler = sampler
         self.time_power = time_power
+        self.other_visit = other_visit
         self.cohort = cohort
         self.latents = open_latents(latents, cohort, workspace)
         if second.metadata["autoencoder_sha256"] != self.latents.autoencoder:
@@ -120,6 +124,8 @@ class ReprStage(Stage):
         validation = np.flatnonzero((self.cohort.table["split"] == "val").to_numpy() & (self.pairs >= 0))
         subjects = self.cohort.table["subject"].tolist()
         self.validation_rows = of_all_subjects(validation, subjects, trainer.validation_scans, seed)
+        subject = self.cohort.table["subject"].iloc[self.train_rows]
+        self.visits = {name: self.train_rows[places] for name, places in subject.groupby(subject).indices.items()}
         self.memory_format = memory_format(trainer, accelerator)
         self.latents = self.latents.to(accelerator.device)
         for module in (self.autoencoder, self.unet):
@@ -172,11 +178,24 @@ class ReprStage(Stage):
         uniform = (timesteps(count, self.seed, keys, "train/t").double() + 0.5) / count
         return (count * uniform ** (1 / self.time_power)).long()
 
+    def _explained(self, rows: np.ndarray, keys: Sequence[int]) -> np.ndarray:
+        """For each training row the one whose latent y must explain: itself, or another visit of the subject."""
+        if not self.other_visit:
+            return rows
+        chosen = rows.copy()
+        for i, (row, key) in enumerate(zip(rows, keys, strict=True)):
+            visits = self.visits[self.cohort.table["subject"].iat[row]]
+            others = visits[visits != row]
+            chance, which = torch.rand(2, generator=generator(self.seed, "train/visit", int(key))).tolist()
+            if len(others) and chance < self.other_visit:
+                chosen[i] = others[int(which * len(others))]
+        return chosen
+
     def _loss(self, batch: Batch) -> dict[str, Tensor]:
         keys, rows = batch["position"], self.train_rows[batch["index"]]
-        # The encoder may see an augmented scan; what it must explain is the scan's own latent.
+        # The encoder may see an augmented scan; what it must explain is the unchanged latent, or another visit's.
         x = self._to_device(self.cohort.augment(batch["x"], self.seed, keys))
-        z0, noise = self._latent(rows, keys, "train"), self._noise(keys, "train")
+        z0, noise = self._latent(self._explained(rows, keys), keys, "train"), self._noise(keys, "train")
         t = self._times(keys).to(z0.device)
         z_t = add_noise(self.schedule, z0, noise, t)
         with torch.no_grad(), self.accelerator.autocast():
