@@ -74,6 +74,22 @@ def test_checkpointing_changes_neither_outputs_nor_gradients():
         torch.testing.assert_close(plain, recomputed)
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_blank_slices_are_read_once_where_no_gradient_is_asked_for(checkpointing):
+    network, read = encoder(checkpointing=checkpointing), []
+    network.backbone.register_forward_hook(lambda _, inputs, __: read.append(len(inputs[0])))
+    x = X.clone()
+    x[0, ..., [0, 1, 5]] = 0
+    x[1, ..., 9:] = 0
+    whole = network(x)
+    assert sum(read) == 24
+    read.clear()
+    with torch.no_grad():
+        torch.testing.assert_close(network(x), whole)
+        assert sum(read) == (20 if checkpointing else 19)  # one blank slice a volume or a batch, 18 others
+        torch.testing.assert_close(network(X), encoder()(X))
+
+
 def test_slice_dropout_computes_fewer_slices_in_training_only():
     network = encoder(slice_dropout=0.5)
     counts = []
@@ -100,7 +116,8 @@ def test_y_is_measured_from_the_reference_whatever_is_left_out():
     nn.init.constant_(network.norm.bias, 3.0)
     for mode in (True, False):
         y = network.train(mode)(X)
-        torch.testing.assert_close(y[0], torch.full_like(y[0], 3.0))
+        # How a product is rounded may hang on its size; the LayerNorm's epsilon lets little of it through.
+        torch.testing.assert_close(y[0], torch.full_like(y[0], 3.0), atol=1e-3, rtol=0)
         assert 0.5 < (y[1] - 3).square().mean() < 1.1, "a scan that differs has a y"
     assert "reference" in network.state_dict()
 

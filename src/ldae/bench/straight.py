@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ldae.data.latents import LatentSet, read_latent
 from ldae.models.blocks import Attention
+from ldae.models.conv import Conv3d
 from ldae.training.ema import Ema
 from ldae.training.stage import Stage
 
@@ -37,6 +38,8 @@ def straighten(module: nn.Module) -> nn.Module:
     for child in module.modules():
         if type(child) is Attention:
             child.__class__ = PlainAttention
+        elif type(child) is Conv3d:
+            child.__class__ = nn.Conv3d
     return module.to(memory_format=torch.contiguous_format)
 
 

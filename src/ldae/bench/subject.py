@@ -21,6 +21,7 @@ from ldae.bench.straight import NpzLatents, NpzVolumes, Waiting, straighten, str
 from ldae.data.augmentation import Augmentation
 from ldae.data.cohort import Cohort
 from ldae.data.latents import latent_name, write_about, write_latent
+from ldae.data.phantom import render
 from ldae.data.table import write_table
 from ldae.data.volumes import DTYPES, Volumes
 from ldae.denoiser import Denoiser
@@ -92,21 +93,25 @@ class Subject:
         )  # fmt: skip
 
     @cached_property
+    def scan(self) -> np.ndarray:
+        """A brain in air, (X, Y, Z) float32 in model space: what costs less in air must have the air of a scan."""
+        image = render((0, 1, 0), spacing=self.config.data.spacing, shape=self.shape).image
+        return image / image.max()
+
+    @cached_property
     def cohort(self) -> Cohort:
-        """Random volumes, as the cache holds them; for the yardstick as NPZ files."""
-        rng = np.random.default_rng(0)
+        """Copies of one volume, as the cache holds them; for the yardstick as NPZ files."""
         folder = self.folder / "volumes"
         folder.mkdir(parents=True, exist_ok=True)
-        files = []
+        dtype, files = self.config.data.cache_dtype, []
+        top = DTYPES[dtype]
         for number in range(self.settings.scans):
-            x = rng.random(self.shape, dtype=np.float32)
             if self.settings.straight:
                 files.append(folder / f"{number}.npz")
-                np.savez(files[-1], x=x)
+                np.savez(files[-1], x=self.scan)
             else:
                 files.append(folder / f"{number}.npy")
-                np.save(files[-1], x.astype(self.config.data.cache_dtype))
-        top = DTYPES[self.config.data.cache_dtype]
+                np.save(files[-1], (self.scan * top).astype(dtype))
         plain = NpzVolumes(files, self.waiting)
         volumes = plain if self.settings.straight else Volumes(self.table["path"], files, self.shape, top)
         transform = SimpleNamespace(key=lambda: HASH)

@@ -86,7 +86,7 @@ def reading(subject: Subject) -> Costs:
 def inference(subject: Subject) -> Costs:
     """encode, embed, invert, sample, decode of one scan; reconstruct and counterfactual are their sums."""
     model, settings = subject.model(), subject.settings
-    x = torch.rand(1, 1, *subject.shape, generator=torch.Generator().manual_seed(0)).to(subject.device)
+    x = torch.from_numpy(subject.scan)[None, None].to(subject.device)
 
     def cost(work: Callable[[], object]) -> Cost:
         return timed(work, settings.repeats, subject.device)

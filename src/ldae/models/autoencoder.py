@@ -7,6 +7,7 @@ from monai.networks import nets
 from torch import Tensor, nn
 
 from ldae.models.blocks import run
+from ldae.models.conv import with_onednn
 from ldae.models.sizes import check_divisible, latent_sizes
 from ldae.models.tiling import Slabs
 
@@ -63,6 +64,7 @@ class AutoencoderKL(nets.AutoencoderKL):
             check_divisible(reference, self.strides, "reference")
             reference = torch.zeros(1, latent_channels, *latent_sizes(reference, self.strides))
         self.register_buffer("reference", reference)
+        with_onednn(self)
 
     @torch.no_grad()
     def set_reference(self, volumes: Iterable[Tensor]) -> None:

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from ldae.models.conv import Conv3d
+
 MAX_PERIOD = 10_000.0
 
 
@@ -86,14 +88,14 @@ class ResidualBlock(nn.Module):
         super().__init__()
         self.norm1 = GroupNorm(groups, channels)
         self.resample = resample or nn.Identity()
-        self.conv1 = nn.Conv3d(channels, out_channels, 3, padding=1)
+        self.conv1 = Conv3d(channels, out_channels, 3, padding=1)
         self.time = Modulation(embedding, out_channels)
         self.semantic = Modulation(embedding, out_channels) if semantic else None
         self.norm2 = GroupNorm(groups, out_channels)
         self.dropout = nn.Dropout(dropout)
-        self.conv2 = zeroed(nn.Conv3d(out_channels, out_channels, 3, padding=1))
+        self.conv2 = zeroed(Conv3d(out_channels, out_channels, 3, padding=1))
         same = channels == out_channels
-        self.shortcut = nn.Identity() if same else nn.Conv3d(channels, out_channels, 1)
+        self.shortcut = nn.Identity() if same else Conv3d(channels, out_channels, 1)
 
     def _modulated(self, h: Tensor, time: Tensor, semantic: Tensor | None) -> Tensor:
         """(1 + scale_y) (h (1 + scale_t) + shift_t) + shift_y, as one scale and one shift of the volume."""

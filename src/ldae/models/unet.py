@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ldae.models.blocks import Attention, GroupNorm, ResidualBlock, downsampling, run, time_features, upsampling, zeroed
+from ldae.models.conv import Conv3d
 from ldae.models.sizes import check_divisible
 from ldae.models.voxel_prior import Normal, VoxelPrior
 
@@ -132,7 +133,7 @@ class UpPath(nn.Module):
             if level > 0:
                 self.up[-1].append(shape.block(channels, channels, semantic, upsampling(shape.resample)))
         self.norm = GroupNorm(shape.groups, channels)
-        self.conv = zeroed(nn.Conv3d(channels, shape.in_channels, 3, padding=1))
+        self.conv = zeroed(Conv3d(channels, shape.in_channels, 3, padding=1))
 
     def forward(self, features: Features, semantic: Tensor | None, checkpointing: bool) -> Tensor:
         """Features[, embedding of y (B, 4 base)] -> (B, in_channels, X, Y, Z)."""
@@ -157,7 +158,7 @@ class UNet(nn.Module):
         self.time = nn.Sequential(
             nn.Linear(shape.base, shape.embedding), nn.SiLU(), nn.Linear(shape.embedding, shape.embedding)
         )
-        self.input = nn.Conv3d(shape.in_channels, shape.base, 3, padding=1)
+        self.input = Conv3d(shape.in_channels, shape.base, 3, padding=1)
         self.down = nn.ModuleList()
         channels = shape.base
         for level, width in enumerate(shape.widths):

@@ -78,7 +78,7 @@ class AutoencoderStage(Stage):
         self.seed = seed
         subjects = self.cohort.table["subject"].tolist()
         self.validation_rows = of_all_subjects(self.cohort.rows("val"), subjects, trainer.validation_scans, seed)
-        self.memory_format = memory_format(trainer, accelerator)
+        self.memory_format = memory_format(trainer, accelerator, latents=False)
         autoencoder, discriminator = (m.to(memory_format=self.memory_format) for m in self.modules.values())
         if trainer.checkpointing:
             autoencoder.enable_checkpointing()

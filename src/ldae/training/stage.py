@@ -153,13 +153,13 @@ class Updater:
         return self.accelerator.reduce(bad, "sum").item() == 0
 
 
-def memory_format(trainer: Trainer, accelerator: Accelerator) -> torch.memory_format:
-    """Channels-last where it is asked for and safe.
+def memory_format(trainer: Trainer, accelerator: Accelerator, latents: bool = True) -> torch.memory_format:
+    """Channels-last where it is asked for, safe and faster.
 
-    On CPUs, the backward pass of PyTorch's GroupNorm crashes in that layout when its input needs no gradient, as the
-    frozen trunk's features (seen with 2.13, bf16); small volumes are faster without it there anyway.
+    On CPUs, volumes alone: the backward pass of PyTorch's GroupNorm crashes in that layout when its input needs no
+    gradient, as the frozen trunk's features (seen with 2.13, bf16), and small grids gain nothing.
     """
-    fits = trainer.channels_last and accelerator.device.type != "cpu"
+    fits = trainer.channels_last and not (latents and accelerator.device.type == "cpu")
     return torch.channels_last_3d if fits else torch.contiguous_format
 
 

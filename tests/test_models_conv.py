@@ -1,0 +1,47 @@
+"""Proves the convolution of small volumes on a CPU: the same function, gradients included, and only where it pays."""
+
+import pytest
+import torch
+from torch import nn
+
+from ldae.models.autoencoder import AutoencoderKL
+from ldae.models.conv import SMALLEST, Conv3d, with_onednn
+
+
+@pytest.mark.parametrize(("kernel", "stride", "padding"), [(3, 1, 1), (3, 2, 0), (1, 1, 0)])
+def test_a_small_volume_is_convolved_to_the_same_values_and_gradients(kernel, stride, padding):
+    torch.manual_seed(0)
+    ours = Conv3d(3, 4, kernel, stride=stride, padding=padding)
+    plain = nn.Conv3d(3, 4, kernel, stride=stride, padding=padding)
+    plain.load_state_dict(ours.state_dict())
+    x = torch.randn(1, 3, 8, 7, 6)
+    found = []
+    for conv in (ours, plain):
+        own = x.clone().requires_grad_()
+        y = conv(own)
+        y.square().sum().backward()
+        found.append([y.detach(), own.grad, conv.weight.grad, conv.bias.grad])
+    for mine, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_only_what_pytorch_would_compute_slowly_is_changed():
+    conv = Conv3d(2, 4, 3, padding=1)
+    small = torch.zeros(1, 2, 4, 4, 4)
+    assert conv._slow(small)
+    assert not conv._slow(torch.zeros(2, 2, 4, 4, 4))  # several samples
+    assert not conv._slow(small.double())
+    assert not conv._slow(torch.zeros(1, 2, SMALLEST, 1, 1))
+    assert not Conv3d(2, 4, 1)._slow(small)
+    assert not Conv3d(2, 3, 3, padding=1)._slow(small)  # no two groups of outputs
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not conv._slow(small)
+
+
+def test_monais_convolutions_are_turned_into_ours_under_their_names():
+    module = nn.Sequential(nn.Conv3d(1, 2, 3), nn.Conv2d(1, 2, 3))
+    names = list(module.state_dict())
+    assert [type(child) for child in with_onednn(module)] == [Conv3d, nn.Conv2d]
+    assert list(module.state_dict()) == names
+    autoencoder = AutoencoderKL(channels=(4, 4), residual_blocks=1, groups=2)
+    assert not [child for child in autoencoder.modules() if type(child) is nn.Conv3d]
