@@ -43,7 +43,7 @@ def test_the_other_scripts_take_the_same_experiments(primary, experiment):
 @pytest.mark.parametrize(
     "choice",
     [f"{name}={option}" for name in ("model", "diffusion", "sampler", "optim", "loss", "trainer", "accelerator", "data",
-     "perceptual", "evaluation", "probe") for option in group(name)],
+     "perceptual", "evaluation", "probe", "+data/augmentation") for option in group(name.removeprefix("+"))],
 )  # fmt: skip
 def test_every_group_option_composes_and_its_arguments_exist(choice):
     required = {
