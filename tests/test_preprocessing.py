@@ -267,6 +267,10 @@ def test_measures_see_what_they_are_named_after():
     for bad in (0.01, 30.0):
         with pytest.raises(BadScan, match="absurd voxel size"):
             Limits().check_grid(Volume(scan.data, np.diag([bad, bad, bad, 1])))
+    for value, rigid in ((0.68, False), (0.39, True)):
+        with pytest.raises(BadScan, match="template correlation"):
+            Limits().check_correlation(value, rigid)
+    Limits().check_correlation(0.68, rigid=True)  # what a small head, well registered, reaches
 
 
 def test_the_worst_scan_comes_first():

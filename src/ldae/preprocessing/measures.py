@@ -52,13 +52,14 @@ class Limits:
     """Ranges (low, high) outside of which a scan is set aside.
 
     voxel_mm: edges of a voxel; field_mm: edges of the volume; brain_cm3: the brain with its CSF; correlation: lowest
-    with the template.
+    with the template; rigid_correlation: lowest where heads keep their size, and a small one is right to fit less.
     """
 
     voxel_mm: tuple[float, float] = (0.3, 5.0)
     field_mm: tuple[float, float] = (100.0, 500.0)
     brain_cm3: tuple[float, float] = (800.0, 2200.0)
     correlation: float = 0.7
+    rigid_correlation: float = 0.4
 
     def check_grid(self, scan: Volume) -> None:
         """Raises BadScan where the header cannot be that of a head."""
@@ -74,7 +75,8 @@ class Limits:
         if not low <= mm3 / 1000 <= high:
             raise BadScan(f"brain volume {mm3 / 1000:.0f} cm3 is outside {low:g} to {high:g}")
 
-    def check_correlation(self, value: float) -> None:
+    def check_correlation(self, value: float, rigid: bool = False) -> None:
         """Raises BadScan where the registered brain does not look like the template."""
-        if value < self.correlation:
-            raise BadScan(f"template correlation {value:.2f} is below {self.correlation:g}")
+        least = min(self.correlation, self.rigid_correlation) if rigid else self.correlation
+        if value < least:
+            raise BadScan(f"template correlation {value:.2f} is below {least:g}")

@@ -140,7 +140,7 @@ class Pipeline:
         result = head if moved is None else head.with_data(head.data * moved)
         if self.registration:
             measures["template_correlation"] = template_correlation(result, grid)
-            self.limits.check_correlation(measures["template_correlation"])
+            self.limits.check_correlation(measures["template_correlation"], self.registration.transform == "Rigid")
         return Prepared(result, head, moved, native, mask, scan, transforms, measures, notes)
 
     def _mask(self, native: Volume, scan: Volume, notes: list[str]) -> np.ndarray | None:
