@@ -157,7 +157,7 @@ class SemanticEncoder(nn.Module):
         if self.reference is None:
             return self.norm(self._attend(self._tokens(read, kept))[0])
         # The reference's own slices are all empty now: one of them speaks for all. Small differences need float32.
-        # Computed for every scan alike, so that what is equal cancels to the bit.
+        # Computed for every scan alike, so that what is equal cancels up to rounding.
         empty = self._read(torch.zeros_like(slices[:1, :1])).expand_as(read)
         with torch.autocast(x.device.type, enabled=False):
             own, common = (self._attend(self._tokens(part.float(), kept))[0] for part in (read, empty))
