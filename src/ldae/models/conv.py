@@ -11,12 +11,15 @@ SMALLEST = 20480
 
 class Conv3d(nn.Conv3d):
     """nn.Conv3d; a single small volume on a CPU is convolved in two groups of output channels that both read all of its
-    channels: the same sums."""
+    channels: the same sums. Of an odd number of output channels the last is computed twice."""
 
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if not self._slow(x):
             return super()._conv_forward(x, weight, bias)
-        return F.conv3d(torch.cat([x, x], dim=1), weight, bias, self.stride, self.padding, self.dilation, groups=2)
+        if self.out_channels % 2:
+            weight, bias = (part if part is None else torch.cat([part, part[-1:]]) for part in (weight, bias))
+        twice = F.conv3d(torch.cat([x, x], dim=1), weight, bias, self.stride, self.padding, self.dilation, groups=2)
+        return twice[:, : self.out_channels]
 
     def _slow(self, x: Tensor) -> bool:
         return (
@@ -25,7 +28,6 @@ class Conv3d(nn.Conv3d):
             and x.dtype is torch.float32
             and not torch.is_autocast_enabled("cpu")
             and self.groups == 1
-            and self.out_channels % 2 == 0
             and self.padding_mode == "zeros"
             and self.kernel_size[-1] > 1
             and x.shape[1:4].numel() <= SMALLEST
