@@ -35,7 +35,7 @@ class Footprint:
     optimiser: int  # Adam's two moments
     average: int
     passes: int  # activations, gradients and temporaries at their worst
-    update: int  # gradients, after the activations are gone
+    update: int  # gradients and the update's temporaries, after the activations are gone
 
     @property
     def peak(self) -> float:
@@ -123,7 +123,7 @@ def footprint(config: DictConfig, stage: str, batch: int, checkpointing: bool, r
         optimiser=2 * gradients,
         average=size if ema else 0,
         passes=live.peak,
-        update=gradients,  # the fused update works in place
+        update=2 * gradients,  # the fused loop over tensors holds one more copy
     )
 
 
