@@ -35,6 +35,7 @@ def test_only_what_pytorch_would_compute_slowly_is_changed():
     assert not conv._slow(small.double())
     assert not conv._slow(torch.zeros(1, 2, SMALLEST, 1, 1))
     assert not Conv3d(2, 4, 1)._slow(small)
+    assert Conv3d(2, 3, 3, padding=1)._slow(small)  # an odd number of outputs too
     with torch.autocast("cpu", torch.bfloat16):
         assert not conv._slow(small)
 
