@@ -5,7 +5,6 @@ from pathlib import Path
 import click
 
 from ldae.commands.options import output_option
-from ldae.data.phantom import SHAPE, SPACING
 from ldae.errors import UserError
 
 
@@ -13,8 +12,8 @@ from ldae.errors import UserError
 @click.option("-n", "--subjects", default=300, show_default=True, type=click.IntRange(1), help="Number of subjects.")
 @click.option("--seed", default=7, show_default=True, help="The cohort is a function of its seed.")
 @output_option("Folder for NIfTIs and scans.csv.")
-@click.option("--spacing", default=SPACING, show_default=True, type=click.FloatRange(0.5, 20), help="Voxel size in mm.")
-@click.option("--shape", default=",".join(map(str, SHAPE)), show_default=True, help="Voxels along X,Y,Z.")
+@click.option("--spacing", default=4.5, show_default=True, type=click.FloatRange(0.5, 20), help="Voxel size in mm.")
+@click.option("--shape", default="40,48,40", show_default=True, help="Voxels along X,Y,Z.")
 @click.option("-j", "--workers", default=None, type=click.IntRange(1), help="Processes; default: one a core.")
 def phantom(subjects: int, seed: int, output: Path, spacing: float, shape: str, workers: int | None) -> None:
     """Make a cohort of brain phantoms: T1w NIfTIs, label maps and a table with the true volumes."""
@@ -28,5 +27,5 @@ def _triple(text: str) -> tuple[int, int, int]:
     try:
         x, y, z = (int(part) for part in text.split(","))
     except ValueError:
-        raise UserError(f"--shape {text!r}: three whole numbers with commas are needed, as in 32,40,32") from None
+        raise UserError(f"--shape {text!r}: three whole numbers with commas are needed, as in 40,48,40") from None
     return x, y, z

@@ -6,9 +6,7 @@ severity and age or with others. The names are resolved on first use: torch and 
 
 from typing import Any
 
-__all__ = ["SHAPE", "SPACING", "Rendered", "draw_table", "make_cohort", "regions", "render"]
-
-SPACING, SHAPE = 5.0, (32, 40, 32)  # mm and voxels of a cohort, unless it says otherwise
+__all__ = ["Rendered", "draw_table", "make_cohort", "regions", "render"]
 
 _HOMES = {name: "rendering" for name in ("Rendered", "regions", "render")} | {
     "draw_table": "subjects",

@@ -7,14 +7,13 @@ from pathlib import Path
 
 import numpy as np
 
-from ldae.data.phantom import SHAPE, SPACING
 from ldae.data.phantom.subjects import draw_subject, row
 from ldae.errors import UserError
 from ldae.files import read_json, replacing, write_json
 
 log = logging.getLogger(__name__)
 
-VERSION = 3  # of the generator: a cohort made by another one is refused
+VERSION = 2  # of the generator: a cohort made by another one is refused
 COLUMNS = (
     "subject", "session", "path", "diagnosis", "age", "sex", "scanner", "ventricle_mm3", "hippocampus_mm3", "brain_mm3",
     "head_mm3", "severity", "labels_path", "phantom_seed",
@@ -26,8 +25,8 @@ def make_cohort(
     out: Path | str,
     subjects: int,
     seed: int,
-    spacing: float = SPACING,
-    shape: tuple[int, int, int] = SHAPE,
+    spacing: float = 4.5,
+    shape: tuple[int, int, int] = (40, 48, 40),
     workers: int | None = None,
     progress: bool = True,
 ) -> Path:
