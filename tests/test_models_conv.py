@@ -3,9 +3,10 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from ldae.models.autoencoder import AutoencoderKL
-from ldae.models.conv import SMALLEST, Conv3d, with_onednn
+from ldae.models.conv import FEWEST, SMALLEST, Conv3d, EnlargingConv3d, with_onednn
 
 
 @pytest.mark.parametrize(
@@ -40,6 +41,37 @@ def test_only_what_pytorch_would_compute_slowly_is_changed():
         assert not conv._slow(small)
 
 
+@pytest.mark.parametrize("factors", [(2, 2, 2), (1, 2, 2), (3, 1, 2)])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_an_enlargement_and_its_convolution_are_one_transposed_convolution(factors, channels_last):
+    torch.manual_seed(0)
+    ours = EnlargingConv3d(3, 5, factors)
+    layout = torch.channels_last_3d if channels_last else torch.contiguous_format
+    x, found = torch.randn(2, 3, 8, 7, 6), []
+    assert ours._pays(x)
+    for plain in (False, True):
+        own = x.clone(memory_format=layout).requires_grad_()
+        large = F.interpolate(own, scale_factor=tuple(map(float, factors)), mode="nearest")
+        y = F.conv3d(large, ours.weight, ours.bias, padding=1) if plain else ours(own)
+        ours.zero_grad()
+        y.pow(3).sum().backward()
+        found.append([y.detach(), own.grad, ours.weight.grad, ours.bias.grad])
+    for mine, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4 * theirs.abs().max().item())
+
+
+def test_an_enlargement_stays_where_it_pays_or_was_not_measured():
+    conv = EnlargingConv3d(2, 4, (2, 2, 2))
+    few, many = torch.zeros(1, 2, 2, 2, 2), torch.zeros(1, 2, FEWEST, 1, 1)
+    assert conv._pays(many)
+    assert not conv._pays(few)
+    assert not conv._pays(many.double())
+    assert conv(few).shape == (1, 4, 4, 4, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not conv._pays(many)
+        assert conv(few).dtype is torch.bfloat16
+
+
 def test_monais_convolutions_are_turned_into_ours_under_their_names():
     module = nn.Sequential(nn.Conv3d(1, 2, 3), nn.Conv2d(1, 2, 3))
     names = list(module.state_dict())
@@ -47,3 +79,4 @@ def test_monais_convolutions_are_turned_into_ours_under_their_names():
     assert list(module.state_dict()) == names
     autoencoder = AutoencoderKL(channels=(4, 4), residual_blocks=1, groups=2)
     assert not [child for child in autoencoder.modules() if type(child) is nn.Conv3d]
+    assert [type(child) for child in autoencoder.decoder.modules()].count(EnlargingConv3d) == 1

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ldae.data.latents import LatentSet, read_latent
 from ldae.models.blocks import Attention
-from ldae.models.conv import Conv3d
+from ldae.models.conv import Conv3d, EnlargingConv3d
 from ldae.training.ema import Ema
 from ldae.training.stage import Stage
 
@@ -33,6 +33,14 @@ class PlainAttention(Attention):
         return x + self.projection(mixed).transpose(1, 2).unflatten(2, x.shape[2:])
 
 
+class PlainEnlargingConv3d(EnlargingConv3d):
+    """The enlarged volume in memory, then the convolution."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, X, Y, Z) -> (B, C', factor X, factor Y, factor Z)."""
+        return nn.Conv3d._conv_forward(self, self.enlarge(x), self.weight, self.bias)
+
+
 def straighten(module: nn.Module) -> nn.Module:
     """The module with plain kernels in place: its parameters and names stay."""
     for child in module.modules():
@@ -40,6 +48,8 @@ def straighten(module: nn.Module) -> nn.Module:
             child.__class__ = PlainAttention
         elif type(child) is Conv3d:
             child.__class__ = nn.Conv3d
+        elif type(child) is EnlargingConv3d:
+            child.__class__ = PlainEnlargingConv3d
     return module.to(memory_format=torch.contiguous_format)
 
 
@@ -61,7 +71,7 @@ def straighten_stage(stage: Stage) -> None:
     """After `prepare`: plain optimisers and averages."""
     for optimizer in stage.optimizers.values():
         for group in optimizer.param_groups:
-            group["foreach"] = None
+            group["fused"] = None
     stage.averages = {name: PlainEma(ema.module, ema.decay) for name, ema in stage.averages.items()}
 
 

@@ -4,10 +4,11 @@ from collections.abc import Iterable, Sequence
 
 import torch
 from monai.networks import nets
+from monai.networks.blocks import UpSample
 from torch import Tensor, nn
 
 from ldae.models.blocks import run
-from ldae.models.conv import with_onednn
+from ldae.models.conv import EnlargingConv3d, with_onednn
 from ldae.models.sizes import check_divisible, latent_sizes
 from ldae.models.tiling import Slabs
 
@@ -65,6 +66,10 @@ class AutoencoderKL(nets.AutoencoderKL):
             reference = torch.zeros(1, latent_channels, *latent_sizes(reference, self.strides))
         self.register_buffer("reference", reference)
         with_onednn(self)
+        for block in self.decoder.blocks:
+            if isinstance(block, UpSample):
+                block.upsample_non_trainable = nn.Identity()
+                EnlargingConv3d.of(block.postconv.conv, (2, 2, 2))
 
     @torch.no_grad()
     def set_reference(self, volumes: Iterable[Tensor]) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from ldae.models.conv import Conv3d
+from ldae.models.conv import Conv3d, EnlargingConv3d
 
 MAX_PERIOD = 10_000.0
 
@@ -72,7 +72,8 @@ class ResidualBlock(nn.Module):
         channels, out_channels: width of the input and of the output.
         embedding: width of the embeddings of time and y.
         semantic: whether the block is conditioned on y besides time.
-        resample: applied to both branches before their first convolution, e.g. an average pooling.
+        shrink, enlarge: factors along x, y, z of an average pooling or of a nearest-neighbour enlargement of both
+            branches before their first convolution; at most one of them.
     """
 
     def __init__(
@@ -83,12 +84,17 @@ class ResidualBlock(nn.Module):
         groups: int,
         dropout: float,
         semantic: bool = False,
-        resample: nn.Module | None = None,
+        shrink: Sequence[int] | None = None,
+        enlarge: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         self.norm1 = GroupNorm(groups, channels)
-        self.resample = resample or nn.Identity()
-        self.conv1 = Conv3d(channels, out_channels, 3, padding=1)
+        self.shrink = nn.Identity() if shrink is None else nn.AvgPool3d(tuple(shrink))
+        if enlarge is None:
+            self.conv1, self.enlarge = Conv3d(channels, out_channels, 3, padding=1), nn.Identity()
+        else:
+            self.conv1 = EnlargingConv3d(channels, out_channels, enlarge)
+            self.enlarge = nn.Upsample(scale_factor=tuple(float(factor) for factor in enlarge), mode="nearest")
         self.time = Modulation(embedding, out_channels)
         self.semantic = Modulation(embedding, out_channels) if semantic else None
         self.norm2 = GroupNorm(groups, out_channels)
@@ -108,9 +114,9 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor, time: Tensor, semantic: Tensor | None = None) -> Tensor:
         """(B, C, X, Y, Z), (B, E)[, (B, E)] -> (B, C', X', Y', Z')."""
-        h = self.conv1(self.resample(F.silu(self.norm1(x))))
+        h = self.conv1(self.shrink(F.silu(self.norm1(x))))
         h = F.silu(self._modulated(self.norm2(h), time, semantic))
-        return self.shortcut(self.resample(x)) + self.conv2(self.dropout(h))
+        return self.shortcut(self.enlarge(self.shrink(x))) + self.conv2(self.dropout(h))
 
 
 class Attention(nn.Module):
@@ -133,13 +139,3 @@ class Attention(nn.Module):
         qkv = self.qkv(tokens).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (3, B, heads, L, C / heads)
         mixed = F.scaled_dot_product_attention(*qkv.unbind(0)).transpose(1, 2).flatten(2)  # (B, L, C)
         return x + self.projection(mixed).transpose(1, 2).unflatten(2, x.shape[2:])
-
-
-def downsampling(factors: Sequence[int]) -> nn.Module:
-    """Average pooling by `factors`, one an axis."""
-    return nn.AvgPool3d(tuple(factors))
-
-
-def upsampling(factors: Sequence[int]) -> nn.Module:
-    """Nearest-neighbour enlargement by `factors`, one an axis."""
-    return nn.Upsample(scale_factor=tuple(float(f) for f in factors), mode="nearest")

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ldae.models.blocks import Attention, GroupNorm, ResidualBlock, downsampling, run, time_features, upsampling, zeroed
+from ldae.models.blocks import Attention, GroupNorm, ResidualBlock, run, time_features, zeroed
 from ldae.models.conv import Conv3d
 from ldae.models.sizes import check_divisible
 from ldae.models.voxel_prior import Normal, VoxelPrior
@@ -87,9 +87,9 @@ class Architecture:
         x, y, z = (factor ** (len(self.multipliers) - 1) for factor in self.resample)
         return x, y, z
 
-    def block(self, channels: int, width: int, semantic: bool = False, resample: nn.Module | None = None) -> nn.Module:
-        """A residual block."""
-        return ResidualBlock(channels, width, self.embedding, self.groups, self.dropout, semantic, resample)
+    def block(self, channels: int, width: int, semantic: bool = False, **resampling: Sequence[int]) -> nn.Module:
+        """A residual block; `resampling`: its `shrink` or `enlarge`."""
+        return ResidualBlock(channels, width, self.embedding, self.groups, self.dropout, semantic, **resampling)
 
     def stage(self, channels: int, level: int, semantic: bool = False) -> "Stage":
         """A residual block to the width of `level`, with attention if it is due there."""
@@ -131,7 +131,7 @@ class UpPath(nn.Module):
                 self.up.append(shape.stage(channels + skips.pop(), level, semantic))
                 channels = shape.widths[level]
             if level > 0:
-                self.up[-1].append(shape.block(channels, channels, semantic, upsampling(shape.resample)))
+                self.up[-1].append(shape.block(channels, channels, semantic, enlarge=shape.resample))
         self.norm = GroupNorm(shape.groups, channels)
         self.conv = zeroed(Conv3d(channels, shape.in_channels, 3, padding=1))
 
@@ -166,7 +166,7 @@ class UNet(nn.Module):
                 self.down.append(shape.stage(channels, level))
                 channels = width
             if level + 1 < len(shape.widths):
-                self.down.append(Stage([shape.block(width, width, resample=downsampling(shape.resample))]))
+                self.down.append(Stage([shape.block(width, width, shrink=shape.resample)]))
         self.path = UpPath(shape)
 
     @property

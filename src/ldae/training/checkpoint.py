@@ -54,6 +54,11 @@ def _unflatten(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], res
         index, key = name.split(".", 1)
         state.setdefault(int(index), {})[key] = value
     optimizer.load_state_dict({"state": state, "param_groups": rest["groups"]})
+    # Files hold tensors contiguously; a fused step walks the memory of a parameter and of its moments alike.
+    for parameter, entries in optimizer.state.items():
+        for key, value in entries.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                entries[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 class Checkpoints:

@@ -164,5 +164,5 @@ def memory_format(trainer: Trainer, accelerator: Accelerator, latents: bool = Tr
 
 
 def adam(parameters: Iterable[nn.Parameter] | list[dict[str, Any]], lr: float, optim: Optim) -> torch.optim.Adam:
-    """Adam with the config's betas; foreach, so that one call updates all tensors."""
-    return torch.optim.Adam(parameters, lr=lr, betas=tuple(optim.betas), weight_decay=optim.weight_decay, foreach=True)
+    """Adam with the config's betas; fused, so that one pass over memory updates all tensors."""
+    return torch.optim.Adam(parameters, lr=lr, betas=tuple(optim.betas), weight_decay=optim.weight_decay, fused=True)
