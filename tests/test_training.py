@@ -9,7 +9,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ldae.config import Optim
@@ -17,6 +17,7 @@ from ldae.config import Trainer as Settings
 from ldae.errors import EXIT_REQUEUE, UserError
 from ldae.noise import normal
 from ldae.runs import Run
+from ldae.training.checkpoint import _flatten, _unflatten
 from ldae.training.ema import Ema
 from ldae.training.health import LossWatch
 from ldae.training.stage import Monitor, Stage, Updater, adam
@@ -264,3 +265,30 @@ def test_learning_rate_warms_up_and_decays():
     assert max(factors) == pytest.approx(factors[9], rel=0.02)
     assert factors[100] == pytest.approx(0.1)
     assert all(learning_rate_factor(step, 100, Optim()) == 1.0 for step in (0, 50, 100)), "published: constant"
+
+
+def test_an_optimiser_goes_on_in_channels_last_as_if_it_had_not_been_written(tmp_path):
+    """A fused step walks memory: a moment that a file has made contiguous would meet another voxel's gradient."""
+
+    def step(weight, optimizer, number):
+        weight.grad = torch.empty_like(weight).copy_(
+            torch.randn(weight.shape, generator=torch.Generator().manual_seed(number))
+        )
+        optimizer.step()
+
+    def start():
+        torch.manual_seed(0)
+        weight = nn.Parameter(torch.randn(4, 3, 3, 3, 3).to(memory_format=torch.channels_last_3d))
+        return weight, adam([weight], 0.1, Optim(lr=0.1))
+
+    weight, optimizer = start()
+    step(weight, optimizer, 1)
+    tensors, rest = _flatten(optimizer)
+    save_file({name: value.contiguous() for name, value in tensors.items()}, tmp_path / "state.safetensors")
+    resumed, fresh = start()
+    resumed.data.copy_(weight.data)
+    _unflatten(fresh, load_file(tmp_path / "state.safetensors"), rest)
+    step(weight, optimizer, 2)
+    step(resumed, fresh, 2)
+    assert not weight.is_contiguous()
+    assert torch.equal(weight, resumed)
