@@ -13,6 +13,7 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from tests.small_run import random_weights
 
+from ldae.bench import run as bench_run
 from ldae.bench import tasks
 from ldae.bench.__main__ import hydra_arguments
 from ldae.bench.measure import Cost, counted
@@ -20,6 +21,7 @@ from ldae.bench.memory import footprint
 from ldae.bench.results import compare, flat
 from ldae.bench.run import bench
 from ldae.bench.straight import PlainAttention, PlainEma, straighten
+from ldae.bench.voxels import counts
 from ldae.config import check_targets, conf_dir, register
 from ldae.errors import UserError
 from ldae.models.autoencoder import AutoencoderKL
@@ -125,6 +127,29 @@ def test_a_run_writes_every_number_of_every_task(tmp_path, monkeypatch):
                 assert np.isfinite(numbers[f"{prefix}{task}/{column}"])
     assert 0 < numbers["straight/train_repr/wait_share"] < 1
     assert all(isinstance(value, float) for value in numbers.values())
+    assert [path.name for path in (tmp_path / "bench").iterdir()] == ["bench.json"]
+
+
+def test_what_is_measured_outlives_what_fails_later(tmp_path, monkeypatch):
+    def fail(*arguments):
+        raise UserError("no voxels")
+
+    monkeypatch.setattr(bench_run, "compare_spaces", fail)
+    composed = composer(
+        "bench", *TINY, "~bench.variants.kernels", "~bench.variants.architecture", "~bench.variants.straight",
+        "bench.tasks=[inference]", "bench.scans=3", "bench.repeats=1", "bench.matrix=64", "accelerator=cpu",
+        f"paths.runs={tmp_path}", "bench.batch={aekl: 1, pretrain: 2, repr: 1}",
+    )  # fmt: skip
+    with pytest.raises(UserError, match="no voxels"):
+        bench(composed(), composed)
+    assert json.loads((tmp_path / "bench" / "partial.json").read_text())["embed/ms"] > 0
+
+
+def test_a_latent_that_is_the_scan_costs_no_autoencoder():
+    space = ["model/autoencoder=identity", *[o for o in TINY if "autoencoder" not in o]]
+    found = counts(composer("bench", *space)())
+    assert found["autoencoder"] == 0
+    assert found["evaluation"] > found["attention"] > 0
 
 
 @pytest.mark.parametrize("rows", [1, 3, 64])

@@ -35,16 +35,19 @@ def bench(config: DictConfig, compose: Compose) -> dict[str, float]:
     for name in settings.tasks:
         if name not in TASKS:
             raise UserError(f"bench.tasks: there is no {name!r}; choose from {', '.join(TASKS)}")
+    partial = Path(settings.output) / "partial.json"
     costs: dict[str, dict[str, Cost]] = {}
     rates: dict[str, float] = {}
     with tempfile.TemporaryDirectory(prefix="ldae-bench-") as folder:
         for variant, overrides in settings.variants.items():
             costs[variant], rates[variant] = measure(compose, variant, overrides, Path(folder) / variant)
+            write_json(partial, flat(costs, rates))  # an hour's measurements outlive what comes after
         voxels = compare_spaces(compose, settings.voxels, Path(folder) / "voxels") if settings.voxels else {}
     numbers = flat(costs, rates) | voxels
     for name, case in settings.memory.items():
         numbers |= memory(compose, name, case)
     report(numbers, settings, list(costs))
+    partial.unlink(missing_ok=True)
     return numbers
 
 

@@ -26,7 +26,7 @@ PRODUCTS = ("bmm", "baddbmm")  # of attention's scores and values; Linears count
 def _count(work: Callable[[], object]) -> tuple[float, float]:
     """FLOPs of `work`, and those of them that attention's two products take."""
     counter = counter_of(work)
-    by_kind = counter.get_flop_counts()["Global"]
+    by_kind = counter.get_flop_counts().get("Global", {})  # nothing at all where the latent is the scan itself
     attention = sum(flop for kind, flop in by_kind.items() if str(kind).rsplit(".", 1)[-1] in PRODUCTS)
     return float(counter.get_total_flops()), float(attention)
 
