@@ -13,6 +13,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.utils import get_object
 from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 
+from ldae.data.phantom import SHAPE, SPACING
 from ldae.errors import UserError
 
 _INSTANTIATE_KEYS = {"_target_", "_partial_", "_args_", "_recursive_", "_convert_"}
@@ -97,8 +98,8 @@ class Phantom:
 
     subjects: int = 260
     seed: int = 7
-    spacing: float = 4.5
-    shape: list[int] = field(default_factory=lambda: [40, 48, 40])
+    spacing: float = SPACING
+    shape: list[int] = field(default_factory=lambda: list(SHAPE))
 
 
 @dataclass

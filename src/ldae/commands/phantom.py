@@ -5,6 +5,7 @@ from pathlib import Path
 import click
 
 from ldae.commands.options import output_option
+from ldae.data.phantom import SHAPE, SPACING
 from ldae.errors import UserError
 
 
@@ -12,8 +13,8 @@ from ldae.errors import UserError
 @click.option("-n", "--subjects", default=300, show_default=True, type=click.IntRange(1), help="Number of subjects.")
 @click.option("--seed", default=7, show_default=True, help="The cohort is a function of its seed.")
 @output_option("Folder for NIfTIs and scans.csv.")
-@click.option("--spacing", default=4.5, show_default=True, type=click.FloatRange(0.5, 20), help="Voxel size in mm.")
-@click.option("--shape", default="40,48,40", show_default=True, help="Voxels along X,Y,Z.")
+@click.option("--spacing", default=SPACING, show_default=True, type=click.FloatRange(0.5, 20), help="Voxel size in mm.")
+@click.option("--shape", default=",".join(map(str, SHAPE)), show_default=True, help="Voxels along X,Y,Z.")
 @click.option("-j", "--workers", default=None, type=click.IntRange(1), help="Processes; default: one a core.")
 def phantom(subjects: int, seed: int, output: Path, spacing: float, shape: str, workers: int | None) -> None:
     """Make a cohort of brain phantoms: T1w NIfTIs, label maps and a table with the true volumes."""

@@ -6,7 +6,9 @@ severity and age or with others. The names are resolved on first use: torch and 
 
 from typing import Any
 
-__all__ = ["Rendered", "draw_table", "make_cohort", "regions", "render"]
+__all__ = ["SHAPE", "SPACING", "Rendered", "draw_table", "make_cohort", "regions", "render"]
+
+SPACING, SHAPE = 4.5, (40, 48, 40)  # mm and voxels of a cohort, unless it says otherwise
 
 _HOMES = {name: "rendering" for name in ("Rendered", "regions", "render")} | {
     "draw_table": "subjects",

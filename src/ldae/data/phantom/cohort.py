@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ldae.data.phantom import SHAPE, SPACING
 from ldae.data.phantom.subjects import draw_subject, row
 from ldae.errors import UserError
 from ldae.files import read_json, replacing, write_json
@@ -25,8 +26,8 @@ def make_cohort(
     out: Path | str,
     subjects: int,
     seed: int,
-    spacing: float = 4.5,
-    shape: tuple[int, int, int] = (40, 48, 40),
+    spacing: float = SPACING,
+    shape: tuple[int, int, int] = SHAPE,
     workers: int | None = None,
     progress: bool = True,
 ) -> Path:

@@ -14,12 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ldae.data.phantom import SHAPE, SPACING
 from ldae.data.phantom.anatomy import REGIONS, load_calibration, load_fields, random_shape, volumes
 from ldae.data.phantom.base import CHANNELS, CSF_LEVEL, GREY_LEVEL, LABELS, WHITE_LEVEL, Base, load_base
 from ldae.data.phantom.deform import sample
 from ldae.data.phantom.subjects import Factors, draw_subject, targets
 
-SPACING, SHAPE = 4.5, (40, 48, 40)
 ASPECT_SD = 0.02  # of the logarithm of length, width and height of the head at constant volume
 CORRECTIONS = 2
 
