@@ -90,11 +90,12 @@ class ResidualBlock(nn.Module):
         super().__init__()
         self.norm1 = GroupNorm(groups, channels)
         self.shrink = nn.Identity() if shrink is None else nn.AvgPool3d(tuple(shrink))
-        if enlarge is None:
-            self.conv1, self.enlarge = Conv3d(channels, out_channels, 3, padding=1), nn.Identity()
-        else:
-            self.conv1 = EnlargingConv3d(channels, out_channels, enlarge)
-            self.enlarge = nn.Upsample(scale_factor=tuple(float(factor) for factor in enlarge), mode="nearest")
+        self.enlarges = enlarge is not None
+        self.conv1 = (
+            EnlargingConv3d(channels, out_channels, enlarge)
+            if self.enlarges
+            else Conv3d(channels, out_channels, 3, padding=1)
+        )
         self.time = Modulation(embedding, out_channels)
         self.semantic = Modulation(embedding, out_channels) if semantic else None
         self.norm2 = GroupNorm(groups, out_channels)
@@ -116,7 +117,8 @@ class ResidualBlock(nn.Module):
         """(B, C, X, Y, Z), (B, E)[, (B, E)] -> (B, C', X', Y', Z')."""
         h = self.conv1(self.shrink(F.silu(self.norm1(x))))
         h = F.silu(self._modulated(self.norm2(h), time, semantic))
-        return self.shortcut(self.enlarge(self.shrink(x))) + self.conv2(self.dropout(h))
+        x = self.conv1.enlarge(x) if self.enlarges else self.shrink(x)
+        return self.shortcut(x) + self.conv2(self.dropout(h))
 
 
 class Attention(nn.Module):
