@@ -210,3 +210,15 @@ def test_identity_autoencoder_is_voxel_space():
     mean, std = network.encode(X)
     assert torch.equal(network.decode(mean), X)
     assert not std.any()
+
+
+def test_one_query_attends_as_multi_head_attention_over_keys_and_values_does():
+    network = encoder(dim=16)
+    for parameter in network.cross_attention.parameters():
+        nn.init.normal_(parameter)
+    tokens = torch.randn(3, 12, 16)
+    mean = (network.score(tokens).softmax(dim=1) * tokens).sum(dim=1, keepdim=True)
+    expected, weights = network.cross_attention(network.query(mean), network.key(tokens), network.value(tokens))
+    found, own = network._attend(tokens)
+    torch.testing.assert_close(found, expected[:, 0])
+    torch.testing.assert_close(own.mean(dim=1), weights[:, 0])

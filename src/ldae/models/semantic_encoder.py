@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import dropout, linear
 
 from ldae.errors import UserError
 from ldae.models.blocks import MAX_PERIOD, run
@@ -138,13 +139,27 @@ class SemanticEncoder(nn.Module):
             read = read * (1 + self.gate(self.positions[0]))[kept]
         return self.dropout(read + positions)
 
-    def _attend(self, tokens: Tensor, weights: bool = False) -> tuple[Tensor, Tensor | None]:
-        """(B, S', dim) to (B, dim) and, if asked, weights (B, S')."""
+    def _attend(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens (B, S', dim) to (B, dim) and the weights of each head (B, heads, S').
+
+        One query needs no keys and values of its own: the key's matrices are applied to the query, q.(W t) = (W'q).t,
+        and the value's to the weighted mean of the tokens, so that the cost hardly grows with the slices. What the
+        key's biases add is the same for all slices and cancels in the softmax.
+        """
         shares = self.score(tokens).softmax(dim=1)  # (B, S', 1)
-        mean = (shares * tokens).sum(dim=1, keepdim=True)  # (B, 1, dim)
-        query, key, value = self.query(mean), self.key(tokens), self.value(tokens)
-        attended, looks = self.cross_attention(query, key, value, need_weights=weights)
-        return attended.squeeze(1), looks.squeeze(1) if weights else None
+        mean = (shares * tokens).sum(dim=1)  # (B, dim)
+        attention = self.cross_attention
+        heads, size = attention.num_heads, attention.head_dim
+        to_query, to_key, to_value = attention.in_proj_weight.chunk(3)
+        query_bias, _, value_bias = attention.in_proj_bias.chunk(3)
+        query = linear(self.query(mean), to_query, query_bias).unflatten(1, (heads, size)) / math.sqrt(size)
+        query = torch.einsum("bhk,hkd->bhd", query, to_key.unflatten(0, (heads, size))) @ self.key.weight
+        weights = (query @ tokens.mT).softmax(dim=2)
+        kept = dropout(weights, attention.dropout, self.training)
+        values = linear(kept @ tokens, self.value.weight) + kept.sum(dim=2, keepdim=True) * self.value.bias
+        values = torch.einsum("bhd,hkd->bhk", values, to_value.unflatten(0, (heads, size)))
+        values = values + kept.sum(dim=2, keepdim=True) * value_bias.unflatten(0, (heads, size))
+        return attention.out_proj(values.flatten(1)), weights
 
     def forward(self, x: Tensor) -> Tensor:
         """y (B, dim).
@@ -153,12 +168,12 @@ class SemanticEncoder(nn.Module):
             UserError: the volume has another number of slices.
         """
         slices, kept = self._slices(x)
-        read = self._read(slices)
         if self.reference is None:
-            return self.norm(self._attend(self._tokens(read, kept))[0])
-        # The reference's own slices are all empty now: one of them speaks for all. Small differences need float32.
-        # Computed for every scan alike, so that what is equal cancels up to rounding.
-        empty = self._read(torch.zeros_like(slices[:1, :1])).expand_as(read)
+            return self.norm(self._attend(self._tokens(self._read(slices), kept))[0])
+        # The reference's own slices are all empty now: one of them, read beside the others, speaks for all.
+        read = self._read(torch.cat([slices, torch.zeros_like(slices[:, :1])], dim=1))
+        read, empty = read[:, :-1], read[:, -1:].expand(-1, kept.shape[1], -1)
+        # Small differences need float32.
         with torch.autocast(x.device.type, enabled=False):
             own, common = (self._attend(self._tokens(part.float(), kept))[0] for part in (read, empty))
             return self.norm(own - common)
@@ -166,4 +181,4 @@ class SemanticEncoder(nn.Module):
     def attention(self, x: Tensor) -> Tensor:
         """How much the query looks at each slice, mean over heads: (B, slices), rows sum to 1."""
         slices, kept = self._slices(x)
-        return self._attend(self._tokens(self._read(slices), kept), weights=True)[1]
+        return self._attend(self._tokens(self._read(slices), kept))[1].mean(dim=1)
