@@ -3,6 +3,8 @@
 The same command again resumes. Several GPUs: `accelerate launch train.py ...`. Sweeps: `python train.py -m ...`.
 """
 
+import sys
+
 import hydra
 from omegaconf import DictConfig
 
@@ -21,4 +23,6 @@ def main(config: DictConfig) -> None:
 
 
 if __name__ == "__main__":
+    if "--help" in sys.argv and not any(argument.startswith("stage=") for argument in sys.argv):
+        sys.argv.append("stage=aekl")  # Hydra's help composes a config, and a stage has no default
     main()

@@ -6,22 +6,27 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HYDRA_FULL_ERROR", "0")
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from faults.forked import script
+
+GROUP = pytest.StashKey[str]()
 
 
-def script(name: str, *overrides: str, cwd: Path, check: bool = True) -> subprocess.CompletedProcess:
-    """Run one of the three scripts as a user would."""
-    command = [sys.executable, str(ROOT / f"{name}.py"), *overrides]
-    result = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=600, check=False)
-    if check and result.returncode != 0:
-        raise AssertionError(f"{name} {overrides} exited with {result.returncode}:\n{result.stderr[-4000:]}")
-    return result
+# The slowest groups begin first, so that no worker is left with one of them at the end.
+SLOWEST = ("smoke", "test_official", "test_faults", "test_cross_validation", "test_preprocessing_scans", "test_bench")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """One worker runs all tests of a file, and all that stand on the smoke run, which takes a minute to make."""
+    for item in items:
+        group = "smoke" if "smoke" in item.fixturenames else item.path.stem
+        item.add_marker(pytest.mark.xdist_group(group))
+        item.stash[GROUP] = group
+    items.sort(key=lambda item: SLOWEST.index(item.stash[GROUP]) if item.stash[GROUP] in SLOWEST else len(SLOWEST))
 
 
 @pytest.fixture(scope="session")

@@ -5,8 +5,6 @@ Files, resume, skipping, refusal of what does not fit, two processes.
 
 import json
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pandas as pd
@@ -14,7 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from conftest import ROOT, script
+from faults import work
+from faults.forked import script
 
 STAGES = ("aekl", "pretrain", "repr")
 
@@ -142,20 +141,12 @@ def test_a_sweep_keeps_its_runs_apart(copied):
 
 
 def test_two_processes_train_encode_and_agree(copied):
-    """On 2 CPU processes: uneven shards, one table, the same validation on both.
-
-    By torchrun: without MPI, `accelerate launch --cpu` starts a single process whatever number it is given.
-    """
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    """On 2 CPU processes, as `torchrun` starts them: uneven shards, one table, the same validation on both."""
     single = {p.name: p.read_bytes() for p in (copied / "runs/smoke/latents").glob("*.npz")}
     shutil.rmtree(copied / "runs/smoke/latents")
-    for arguments in (
-        ["encode_latents.py", "experiment=smoke"],
-        ["train.py", "experiment=smoke", "stage=repr", "trainer.max_steps=6", "trainer.batch_size=1"],
-    ):
-        command = [*launch, str(ROOT / arguments[0]), *arguments[1:]]
-        result = subprocess.run(command, cwd=copied, capture_output=True, text=True, timeout=300, check=False)
-        assert result.returncode == 0, result.stderr[-3000:]
+    work.together("encode_latents", ["experiment=smoke"], copied, 2)
+    training = ["experiment=smoke", "stage=repr", "trainer.max_steps=6", "trainer.batch_size=1"]
+    work.together("train", training, copied, 2)
     again = {p.name: p for p in (copied / "runs/smoke/latents").glob("*.npz")}
     assert again.keys() == single.keys()
     metrics = [json.loads(s) for s in (copied / "runs/smoke/repr/metrics.jsonl").read_text().splitlines()]

@@ -1,18 +1,14 @@
 """Proves the config: every experiment, stage and group option composes; a typo fails with its full key."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.errors import ConfigCompositionException
 from omegaconf import OmegaConf
 
+from faults.forked import script
 from ldae.config import check_targets, conf_dir, register
 from ldae.errors import UserError
 
-ROOT = Path(__file__).parents[1]
 STAGES = ("aekl", "pretrain", "repr")
 register()
 
@@ -108,25 +104,25 @@ def test_published_settings_are_all_there():
         assert list(config.data.shape) == [128, 160, 128]
 
 
-def run(*args, cwd):
-    script = [sys.executable, str(ROOT / args[0]), *args[1:]]
-    return subprocess.run(script, cwd=cwd, capture_output=True, text=True, timeout=120, check=False)
-
-
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["train.py", "stage=aekl", "data=table"], "data.table"),
-        (["train.py", "stage=aekl", "data=table", "data.table=nowhere.csv"], "nowhere.csv"),
-        (["train.py", "stage=aekl", "experiment=smoke", "data.shape=[24,23,24]"], "23"),
-        (["train.py", "stage=repr", "experiment=smoke"], "stage=aekl"),
-        (["train.py", "stage=aekl", "trainer.max_stepz=1"], "trainer.max_stepz"),
-        (["evaluate.py", "experiment=smoke"], "stage=aekl"),
+        (["train", "stage=aekl", "data=table"], "data.table"),
+        (["train", "stage=aekl", "data=table", "data.table=nowhere.csv"], "nowhere.csv"),
+        (["train", "stage=aekl", "experiment=smoke", "data.shape=[24,23,24]"], "23"),
+        (["train", "stage=repr", "experiment=smoke"], "stage=aekl"),
+        (["train", "stage=aekl", "trainer.max_stepz=1"], "trainer.max_stepz"),
+        (["evaluate", "experiment=smoke"], "stage=aekl"),
     ],
 )
 def test_wrong_input_is_one_clear_line_and_a_non_zero_exit(tmp_path, arguments, says):
-    result = run(*arguments, cwd=tmp_path)
+    result = script(*arguments, cwd=tmp_path, check=False)
     assert result.returncode != 0
     assert says in result.stderr
     assert "Traceback" not in result.stderr
     assert not (tmp_path / "data").exists(), "nothing was made before the mistake was said"
+
+
+@pytest.mark.parametrize("name", ["train", "encode_latents", "evaluate"])
+def test_help_needs_no_other_argument(tmp_path, name):
+    assert "experiment" in script(name, "--help", cwd=tmp_path).stdout

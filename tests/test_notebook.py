@@ -1,11 +1,8 @@
 """Proves that the tutorial runs from top to bottom on the smoke run, and is committed without outputs."""
 
 import json
-import os
-import subprocess
-import sys
 
-from conftest import ROOT
+from faults.forked import ROOT, script
 
 NOTEBOOK = ROOT / "notebooks" / "tutorial.ipynb"
 
@@ -15,14 +12,12 @@ def cells(kind):
     return [cell for cell in found if cell["cell_type"] == kind]
 
 
-def test_the_tutorial_runs_from_top_to_bottom(smoke):
-    """Its code cells, in order, in one fresh interpreter, as a kernel would run them."""
+def test_the_tutorial_runs_from_top_to_bottom(smoke, tmp_path):
+    """Its code cells, in order, in one fresh process, as a kernel would run them."""
     code = "\n\n".join("".join(cell["source"]) for cell in cells("code"))
-    environment = os.environ | {"LDAE_RUN": "smoke", "MPLBACKEND": "Agg", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-c", code]
-    options = {"cwd": smoke, "env": environment, "capture_output": True, "text": True, "timeout": 600}
-    result = subprocess.run(command, **options, check=False)
-    assert result.returncode == 0, result.stderr[-4000:]
+    (tmp_path / "tutorial.py").write_text(code, encoding="utf-8")
+    environment = {"LDAE_RUN": "smoke", "MPLBACKEND": "Agg", "CUDA_VISIBLE_DEVICES": ""}
+    result = script(tmp_path / "tutorial.py", cwd=smoke, environment=environment)
     for said in ("probes ['age', 'diagnosis']", "as it is ['AD"):
         assert said in result.stdout
 

@@ -1,7 +1,6 @@
 """What the victims do: a stage at smoke size, as train.py runs it, in a process forked with everything imported."""
 
 import logging
-import multiprocessing
 import os
 import shutil
 import signal
@@ -19,11 +18,8 @@ from ldae.config import conf_dir, register
 from ldae.experiment import encode, evaluate, train
 from ldae.main import one_line_errors
 
-# What each process needs, imported once.
-PRELOAD = [
-    "hydra", "monai.networks.nets", "torch.utils.tensorboard", "matplotlib.pyplot", "tqdm", "sklearn", "joblib",
-    "ldae.experiment", "ldae.training.trainer", "ldae.stages.aekl", "ldae.stages.repr", "ldae.data.phantom",
-]  # fmt: skip
+from . import forked
+
 STAGES = ("aekl", "pretrain", "repr")
 # The smallest networks that have every part: what is killed here is the loop, and 50 kills are to take minutes.
 SMALL = (
@@ -55,11 +51,7 @@ def overrides(stage: str, *more: str) -> list[str]:
 
 def run(script: str, arguments: list[str], folder: Path, environment: dict[str, str]) -> None:
     """The body of a process: one of the three scripts in `folder`, its output in `folder`/log."""
-    os.environ |= environment
-    os.chdir(folder)
-    log = os.open("log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
+    forked.enter(folder, environment, Path("log"), Path("log"))
     torch.set_num_threads(1)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     with one_line_errors():
@@ -68,11 +60,7 @@ def run(script: str, arguments: list[str], folder: Path, environment: dict[str, 
 
 def start(script: str, arguments: list[str], folder: Path, environment: dict[str, str] | None = None) -> BaseProcess:
     """A process that runs a script, with more variables in its environment."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
-    process = context.Process(target=run, args=(script, arguments, folder, environment or {}))
-    process.start()
-    return process
+    return forked.start(run, script, arguments, folder, environment or {})
 
 
 def busy(process: BaseProcess) -> float:
