@@ -38,7 +38,7 @@ class Reconstruction:
     a montage of one scan decoded by the model's own sampler.
 
     Args:
-        samplers: by name, each with `with_steps(n)`, `sample`, `invert`, `evaluations`.
+        samplers: by name, each with `with_steps(n)`, `sample`, `invert`, `evaluations`; None leaves one out.
         steps: numbers of steps, for each sampler.
         scans: of test that samplers are tried on.
         reference: a sampler with many steps that errors are measured against; None leaves them out.
@@ -55,7 +55,8 @@ class Reconstruction:
         batch_size: int = 8,
         resamples: int = 1000,
     ):
-        self.samplers, self.steps, self.scans = dict(samplers), list(steps), scans
+        self.samplers = {name: sampler for name, sampler in samplers.items() if sampler is not None}
+        self.steps, self.scans = list(steps), scans
         self.reference, self.reference_scans = reference, reference_scans
         self.batch_size, self.resamples = batch_size, resamples
 
