@@ -222,3 +222,10 @@ def test_one_query_attends_as_multi_head_attention_over_keys_and_values_does():
     found, own = network._attend(tokens)
     torch.testing.assert_close(found, expected[:, 0])
     torch.testing.assert_close(own.mean(dim=1), weights[:, 0])
+
+
+def test_every_parameter_gets_a_gradient():
+    """Otherwise a step of several processes never ends."""
+    network = encoder(reference=X.shape[2:], gated=True).train()
+    network(X).sum().backward()
+    assert [name for name, parameter in network.named_parameters() if parameter.grad is None] == []

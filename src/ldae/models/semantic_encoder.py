@@ -144,7 +144,7 @@ class SemanticEncoder(nn.Module):
 
         One query needs no keys and values of its own: the key's matrices are applied to the query, q.(W t) = (W'q).t,
         and the value's to the weighted mean of the tokens, so that the cost hardly grows with the slices. What the
-        key's biases add is the same for all slices and cancels in the softmax.
+        keys' biases add is the same for all slices and cancels in the softmax.
         """
         shares = self.score(tokens).softmax(dim=1)  # (B, S', 1)
         mean = (shares * tokens).sum(dim=1)  # (B, dim)
@@ -153,8 +153,10 @@ class SemanticEncoder(nn.Module):
         to_query, to_key, to_value = attention.in_proj_weight.chunk(3)
         query_bias, _, value_bias = attention.in_proj_bias.chunk(3)
         query = linear(self.query(mean), to_query, query_bias).unflatten(1, (heads, size)) / math.sqrt(size)
-        query = torch.einsum("bhk,hkd->bhd", query, to_key.unflatten(0, (heads, size))) @ self.key.weight
-        weights = (query @ tokens.mT).softmax(dim=2)
+        query = torch.einsum("bhk,hkd->bhd", query, to_key.unflatten(0, (heads, size)))
+        # The bias changes nothing, but several processes wait for its gradient, which is 0.
+        scores = (query @ self.key.weight) @ tokens.mT + (query @ self.key.bias)[..., None]
+        weights = scores.softmax(dim=2)
         kept = dropout(weights, attention.dropout, self.training)
         values = linear(kept @ tokens, self.value.weight) + kept.sum(dim=2, keepdim=True) * self.value.bias
         values = torch.einsum("bhd,hkd->bhk", values, to_value.unflatten(0, (heads, size)))
