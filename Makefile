@@ -50,7 +50,7 @@ pictures: ## the README's pictures, out of the demo's evaluation
 	cp $(PICTURES:%=runs/demo/evaluation/%.png) docs/pictures
 
 test: $(STAMP) ## the test suite
-	$(BIN)/python -m pytest -q -n 2 --dist loadgroup --no-loadscope-reorder $(ARGS)
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-faults: $(STAMP) ## kill, corrupt and mutate at length: 50 kills, 20 checkpoints, 100 inputs of each kind, 2 processes against 1
 	$(BIN)/python -m tests.faults $(ARGS)

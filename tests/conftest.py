@@ -12,21 +12,20 @@ import pytest
 
 from faults.forked import script
 
-GROUP = pytest.StashKey[str]()
+# The slowest files begin first, so that no worker is left with one of them at the end.
+SLOWEST = (
+    "test_chain",
+    "test_official",
+    "test_faults",
+    "test_cross_validation",
+    "test_preprocessing_scans",
+    "test_bench",
+)
 
 
-# The slowest groups begin first, so that no worker is left with one of them at the end.
-SLOWEST = ("smoke", "test_official", "test_faults", "test_cross_validation", "test_preprocessing_scans", "test_bench")
-
-
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """One worker runs all tests of a file, and all that stand on the smoke run, which takes a minute to make."""
-    for item in items:
-        group = "smoke" if "smoke" in item.fixturenames else item.path.stem
-        item.add_marker(pytest.mark.xdist_group(group))
-        item.stash[GROUP] = group
-    items.sort(key=lambda item: SLOWEST.index(item.stash[GROUP]) if item.stash[GROUP] in SLOWEST else len(SLOWEST))
+    """The order in which workers take files (`--dist loadfile --no-loadscope-reorder`)."""
+    items.sort(key=lambda item: SLOWEST.index(item.path.stem) if item.path.stem in SLOWEST else len(SLOWEST))
 
 
 @pytest.fixture(scope="session")

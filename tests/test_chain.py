@@ -1,6 +1,6 @@
 """Proves the whole chain through the real scripts.
 
-Files, resume, skipping, refusal of what does not fit, two processes.
+Files, resume, skipping, refusal of what does not fit, two processes, and the tutorial on what the chain leaves.
 """
 
 import json
@@ -13,9 +13,10 @@ import torch
 from safetensors.torch import load_file
 
 from faults import work
-from faults.forked import script
+from faults.forked import ROOT, script
 
 STAGES = ("aekl", "pretrain", "repr")
+NOTEBOOK = ROOT / "notebooks" / "tutorial.ipynb"
 
 
 @pytest.fixture
@@ -160,3 +161,23 @@ def test_the_embeddings_table_and_metrics_are_written(smoke):
     assert "reconstruction/autoencoder/ssim_mask" in metrics
     assert any(name.startswith("semantics/z0_error/own") for name in metrics)
     assert (folder / "report.html").exists()
+
+
+def cells(kind):
+    found = json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]
+    return [cell for cell in found if cell["cell_type"] == kind]
+
+
+def test_the_tutorial_runs_from_top_to_bottom(smoke, tmp_path):
+    """Its code cells, in order, in one fresh process, as a kernel would run them."""
+    code = "\n\n".join("".join(cell["source"]) for cell in cells("code"))
+    (tmp_path / "tutorial.py").write_text(code, encoding="utf-8")
+    environment = {"LDAE_RUN": "smoke", "MPLBACKEND": "Agg", "CUDA_VISIBLE_DEVICES": ""}
+    result = script(tmp_path / "tutorial.py", cwd=smoke, environment=environment)
+    for said in ("probes ['age', 'diagnosis']", "as it is ['AD"):
+        assert said in result.stdout
+
+
+def test_the_tutorial_holds_no_output():
+    assert all(cell["outputs"] == [] and cell["execution_count"] is None for cell in cells("code"))
+    assert NOTEBOOK.stat().st_size < 1_000_000
