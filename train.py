@@ -23,6 +23,6 @@ def main(config: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    if "--help" in sys.argv and not any(argument.startswith("stage=") for argument in sys.argv):
+    if {"-h", "--help"} & set(sys.argv) and not any(argument.startswith("stage=") for argument in sys.argv):
         sys.argv.append("stage=aekl")  # Hydra's help composes a config, and a stage has no default
     main()

@@ -5,6 +5,7 @@ import os
 # Two workers on two cores: more threads only wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HYDRA_FULL_ERROR", "0")
+os.environ.setdefault("MPLBACKEND", "Agg")  # before any process imports matplotlib
 
 from pathlib import Path
 

@@ -123,6 +123,7 @@ def test_wrong_input_is_one_clear_line_and_a_non_zero_exit(tmp_path, arguments, 
     assert not (tmp_path / "data").exists(), "nothing was made before the mistake was said"
 
 
+@pytest.mark.parametrize("flag", ["-h", "--help"])
 @pytest.mark.parametrize("name", ["train", "encode_latents", "evaluate"])
-def test_help_needs_no_other_argument(tmp_path, name):
-    assert "experiment" in script(name, "--help", cwd=tmp_path).stdout
+def test_help_needs_no_other_argument(tmp_path, name, flag):
+    assert "experiment" in script(name, flag, cwd=tmp_path).stdout

@@ -61,7 +61,7 @@ def test_the_regime_is_in_every_name_and_chooses_the_scans(judged, tmp_path):
     assert all(name.startswith("cv/transductive/") for name in metrics)
     assert metrics["cv/transductive/probe/age/scans"] == 72
     other = replace(context, out=tmp_path)
-    inductive = dict(evaluator("inductive", baselines=["mean"], repeats=1)(other))
+    inductive = dict(evaluator("inductive", repeats=1)(other))
     assert all(name.startswith("cv/inductive/") for name in inductive)
     assert inductive["cv/inductive/probe/age/scans"] == 18
     seen, unseen = (

@@ -157,10 +157,11 @@ class SemanticEncoder(nn.Module):
         # The bias changes nothing, but several processes wait for its gradient, which is 0.
         scores = (query @ self.key.weight) @ tokens.mT + (query @ self.key.bias)[..., None]
         weights = scores.softmax(dim=2)
-        kept = dropout(weights, attention.dropout, self.training)
-        values = linear(kept @ tokens, self.value.weight) + kept.sum(dim=2, keepdim=True) * self.value.bias
+        used = dropout(weights, attention.dropout, self.training)
+        total = used.sum(dim=2, keepdim=True)  # 1 but for dropout; what a bias adds to every value is added as often
+        values = linear(used @ tokens, self.value.weight) + total * self.value.bias
         values = torch.einsum("bhd,hkd->bhk", values, to_value.unflatten(0, (heads, size)))
-        values = values + kept.sum(dim=2, keepdim=True) * value_bias.unflatten(0, (heads, size))
+        values = values + total * value_bias.unflatten(0, (heads, size))
         return attention.out_proj(values.flatten(1)), weights
 
     def forward(self, x: Tensor) -> Tensor:
