@@ -8,7 +8,7 @@ from typing import Any
 
 __all__ = ["SHAPE", "SPACING", "Rendered", "draw_table", "make_cohort", "regions", "render"]
 
-SPACING, SHAPE = 4.5, (40, 48, 40)  # mm and voxels of a cohort, unless it says otherwise
+SPACING, SHAPE = 4.75, (32, 40, 32)  # mm and voxels of a cohort, unless it says otherwise
 
 _HOMES = {name: "rendering" for name in ("Rendered", "regions", "render")} | {
     "draw_table": "subjects",

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import grid_sample
 
-SQUARINGS = 5  # velocities reach 25 mm: the first step is less than a millimetre
+SQUARINGS = 3  # velocities reach 25 mm; by the midpoint rule within 0.1 mm of many more
 
 
 def sample(maps: Tensor, points: Tensor, extent: Tensor, outside: str = "zeros") -> Tensor:
@@ -19,7 +19,8 @@ def sample(maps: Tensor, points: Tensor, extent: Tensor, outside: str = "zeros")
 
 def exponential(velocity: Tensor, points: Tensor, extent: Tensor, squarings: int = SQUARINGS) -> Tensor:
     """The displacement u of exp(velocity): x -> x + u(x), (3, X, Y, Z) mm; `points` are the grid's own (X, Y, Z, 3)."""
-    displacement = velocity / 2**squarings
+    first = velocity / 2**squarings
+    displacement = sample(first, points + first.movedim(0, -1) / 2, extent, "border")
     for _ in range(squarings):
         displacement = displacement + sample(displacement, points + displacement.movedim(0, -1), extent, "border")
     return displacement

@@ -114,7 +114,7 @@ def _axes(spacing: float, shape: tuple[int, ...]) -> list[Tensor]:
 
 def _voxel_means(factors: Factors, spacing: float, shape: tuple[int, ...]) -> Tensor:
     """The deformed template maps as voxel means, (len(CHANNELS), X, Y, Z)."""
-    per_axis = ceil(spacing / 2.25 - 1e-6)
+    per_axis = ceil(spacing / 2.5 - 1e-6)
     base = load_base(1 if spacing / per_axis < 1.75 else 2)
     displacement, scale = deformation(factors)
 
