@@ -96,7 +96,7 @@ class Split:
 class Phantom:
     """Size of a generated cohort: subjects, voxel size in mm, volume in voxels."""
 
-    subjects: int = 260
+    subjects: int = 250
     seed: int = 7
     spacing: float = SPACING
     shape: list[int] = field(default_factory=lambda: list(SHAPE))

@@ -28,5 +28,5 @@ def _triple(text: str) -> tuple[int, int, int]:
     try:
         x, y, z = (int(part) for part in text.split(","))
     except ValueError:
-        raise UserError(f"--shape {text!r}: three whole numbers with commas are needed, as in 40,48,40") from None
+        raise UserError(f"--shape {text!r}: three whole numbers with commas are needed, as in 32,40,32") from None
     return x, y, z

@@ -26,7 +26,8 @@ class AutoencoderKL(nets.AutoencoderKL):
         tile: planes along x that are computed at a time where no gradient is asked for, so that a small GPU does
             full-size volumes (tiling.py; the same result up to rounding); None: all at once.
         initial_log_variance: what the posterior's log-variance starts near; None leaves it at about 0. A short run from
-            scratch would spend its first hundreds of steps on learning to be less noisy; -8 starts it there.
+            scratch would spend its first hundreds of steps on learning to be less noisy. What noise stays, the
+            diffusion learns too, and the codes of posterior means, which have none, are narrower for it.
         reference: shape (X, Y, Z) of the volumes whose mean latent `set_reference` stores; None: none, as published.
             With it, latents are differences from that mean: what all brains share need not be learned by the diffusion,
             and unit variance is the variance between people. Training itself (`forward`) does not see it.
