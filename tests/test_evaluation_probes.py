@@ -181,6 +181,55 @@ def test_pca_width_is_chosen_among_those_that_fit():
     assert width == 6
 
 
+class Scripted:
+    """A task whose losses are given: `losses` maps a strength to one number a subject."""
+
+    column, classes, bias_correction = "age", None, False
+
+    def __init__(self, losses):
+        self.found, self.strengths = losses, list(losses)
+        self.seeds = []
+
+    def estimator(self, strength):
+        from sklearn.linear_model import Ridge
+
+        return Ridge(alpha=strength)
+
+    def folds(self, truth, subjects, seed):
+        self.seeds.append(seed)
+        yield from Regression("age").folds(truth, subjects, seed)
+
+    def losses(self, model, features, truth):
+        return np.array([self.found[model.alpha][int(value)] for value in truth])
+
+
+@pytest.mark.parametrize(
+    ("strong", "weak", "expected"),
+    [
+        # Worse for one subject, better for another: within the error of the difference.
+        ([1.0] * 8 + [1.6, 0.8], [1.0] * 10, 100.0),
+        # A little worse, but for everyone: no doubt about it, although people differ far more.
+        ([i + 0.1 for i in range(10)], list(range(10)), 1.0),
+        # As good: the stronger penalty.
+        (list(range(10)), list(range(10)), 100.0),
+        # Better.
+        ([0.0] * 10, [1.0] * 10, 100.0),
+    ],
+)
+def test_the_strongest_penalty_that_is_as_good_as_the_best_is_chosen(strong, weak, expected):
+    task = Scripted({100.0: strong, 1.0: weak})
+    # A scan's truth is its subject's number; subjects with many scans count once.
+    subjects = np.repeat(np.arange(10), [1, 2, 1, 3, 1, 1, 2, 1, 1, 9])
+    features = np.random.default_rng(0).standard_normal((len(subjects), 2))
+    assert choose(task, features, subjects.astype(float), subjects.astype(str), 3, None) == (None, expected)
+    assert len(set(task.seeds)) == len(task.seeds) > 1  # folds are drawn anew
+
+
+def test_penalties_are_tried_from_the_strongest_on():
+    assert Classification("diagnosis", **DIAGNOSIS, strengths=[10.0, 0.1]).strengths == [0.1, 10.0]  # C
+    assert Regression("age", strengths=[1.0, 100.0]).strengths == [100.0, 1.0]  # alpha
+
+
 def test_another_cohort_is_judged_without_a_refit(judged, tmp_path):
     context, _ = judged
     other = cohort(tmp_path, subjects=80, seed=11, splits=(1.0, 0.0))

@@ -27,13 +27,13 @@ class Classification:
         column: str,
         positive: str,
         negative: str,
-        strengths: Sequence[float] = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0),
+        strengths: Sequence[float] = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 1e-1, 1.0),
         class_weight: str | None = None,
         age_window: float = 3.0,
     ):
         """`strengths` are values of scikit-learn's C; `age_window` (years) matches pairs in the age-adjusted AUC."""
         self.column, self.classes = column, (negative, positive)
-        self.strengths, self.class_weight, self.age_window = list(strengths), class_weight, age_window
+        self.strengths, self.class_weight, self.age_window = sorted(strengths), class_weight, age_window
 
     def target(self, table: pd.DataFrame) -> np.ndarray:
         """(N,): 1 positive, 0 negative, NaN left out. All NaN when the table has no such column."""
@@ -68,11 +68,10 @@ class Classification:
             if len(set(truth[inner])) == 2 and len(held):
                 yield inner, held
 
-    def loss(self, model: Any, features: np.ndarray, truth: np.ndarray) -> float:
-        """Mean negative log-likelihood: rewards order and calibration alike."""
-        from sklearn.metrics import log_loss
-
-        return float(log_loss(truth, model.predict_proba(features)[:, 1], labels=[0, 1]))
+    def losses(self, model: Any, features: np.ndarray, truth: np.ndarray) -> np.ndarray:
+        """Negative log-likelihoods, (N,): they reward order and calibration alike."""
+        log_odds = model.decision_function(features)
+        return np.logaddexp(0, np.where(truth == 1, -log_odds, log_odds))
 
     def scores(
         self, truth: np.ndarray, prediction: np.ndarray, age: np.ndarray, weights: np.ndarray
@@ -93,14 +92,15 @@ class Regression:
     def __init__(
         self,
         column: str,
-        strengths: Sequence[float] = (1.0, 10.0, 100.0, 1e3, 1e4, 1e5),
+        strengths: Sequence[float] = (10.0, 100.0, 300.0, 1e3, 3e3, 1e4, 1e5),
         bias_correction: bool = False,
     ):
         """`strengths` are values of ridge's alpha, for standardised features.
 
         `bias_correction` adds metrics of predictions without the regression's pull to the mean, see linear.py.
         """
-        self.column, self.strengths, self.bias_correction = column, list(strengths), bias_correction
+        self.column, self.bias_correction = column, bias_correction
+        self.strengths = sorted(strengths, reverse=True)
 
     def target(self, table: pd.DataFrame) -> np.ndarray:
         """(N,) float, NaN where missing. All NaN when the table has no such column."""
@@ -129,9 +129,9 @@ class Regression:
         splitter = GroupKFold(min(FOLDS, len(set(subjects))), shuffle=True, random_state=seed)
         yield from splitter.split(truth, truth, subjects)
 
-    def loss(self, model: Any, features: np.ndarray, truth: np.ndarray) -> float:
-        """Mean absolute error, the metric that is reported first."""
-        return float(np.abs(model.predict(features) - truth).mean())
+    def losses(self, model: Any, features: np.ndarray, truth: np.ndarray) -> np.ndarray:
+        """Absolute errors, (N,): their mean is the metric that is reported first."""
+        return np.abs(model.predict(features) - truth)
 
     def scores(
         self, truth: np.ndarray, prediction: np.ndarray, age: np.ndarray, weights: np.ndarray
