@@ -186,7 +186,8 @@ class Scripted:
 
     column, classes, bias_correction = "age", None, False
 
-    def __init__(self, losses):
+    def __init__(self, losses, tolerance=1.0):
+        self.tolerance = tolerance
         self.found, self.strengths = losses, list(losses)
         self.seeds = []
 
@@ -223,6 +224,14 @@ def test_the_strongest_penalty_that_is_as_good_as_the_best_is_chosen(strong, wea
     features = np.random.default_rng(0).standard_normal((len(subjects), 2))
     assert choose(task, features, subjects.astype(float), subjects.astype(str), 3, None) == (None, expected)
     assert len(set(task.seeds)) == len(task.seeds) > 1  # folds are drawn anew
+
+
+def test_without_tolerance_the_lowest_loss_decides():
+    subjects, features = np.arange(10), np.random.default_rng(0).standard_normal((10, 2))
+    found = {100.0: [1.0] * 8 + [1.6, 0.8], 1.0: [1.0] * 10}  # within one error, see above
+    for tolerance, expected in ((1.0, 100.0), (0.0, 1.0)):
+        task = Scripted(found, tolerance)
+        assert choose(task, features, subjects.astype(float), subjects.astype(str), 3, None) == (None, expected)
 
 
 def test_penalties_are_tried_from_the_strongest_on():

@@ -27,6 +27,7 @@ class Task(Protocol):
     column: str
     classes: tuple[str, str] | None
     strengths: Sequence[float]  # the strongest penalty first
+    tolerance: float  # standard errors of held-out loss that a stronger penalty may cost
     bias_correction: bool
 
     def estimator(self, strength: float) -> Any: ...
@@ -107,8 +108,8 @@ def choose(
     seed: int,
     widths: Sequence[int] | None,
 ) -> tuple[int | None, float]:
-    """The width with the lowest held-out loss and, for it, the strongest penalty that is as good: its loss lies less
-    than one standard error above the lowest.
+    """The width with the lowest held-out loss and, for it, the strongest penalty that is as good: its loss lies at most
+    `task.tolerance` standard errors above the lowest.
 
     The error is that of the difference over subjects (the rule of Breiman et al. 1984 takes the best's own, as if the
     two had been tried on different people). Folds are drawn `REPEATS` times: which subjects come to lie together moves
@@ -143,9 +144,8 @@ def choose(
         if folds[key] == max(folds.values())
     }
     best = min(complete, key=lambda key: complete[key].mean())
-    width, strength = next(
-        (best[0], strength) for strength in task.strengths if _as_good(complete[best[0], strength] - complete[best])
-    )
+    width, lowest = best[0], complete[best]
+    strength = next(s for s in task.strengths if _as_good(complete[width, s] - lowest, task.tolerance))
     log.debug("%s: width %s, strength %g chosen", task.column, width, strength)
     return width, strength
 
@@ -163,10 +163,10 @@ def _standardised(inner: np.ndarray, held: np.ndarray) -> tuple[np.ndarray, np.n
     return inner @ axes, held @ axes
 
 
-def _as_good(excess: np.ndarray) -> bool:
-    """Whether losses in excess of the best's, one a subject, are on average within one standard error of 0."""
+def _as_good(excess: np.ndarray, tolerance: float) -> bool:
+    """Whether losses in excess of the best's, one a subject, are on average within `tolerance` standard errors of 0."""
     error = excess.std(ddof=1) / np.sqrt(len(excess)) if len(excess) > 1 else 0.0
-    return bool(excess.mean() <= error)
+    return bool(excess.mean() <= tolerance * error)
 
 
 def _usable_widths(widths: Sequence[int] | None, rows: int, columns: int) -> list[int | None]:

@@ -20,6 +20,7 @@ class Classification:
 
     better = scores.BINARY
     primary = "auc"
+    tolerance = 1.0  # a stronger penalty keeps the order of people, which is what is asked for
     bias_correction = False
 
     def __init__(
@@ -87,6 +88,7 @@ class Regression:
 
     better = scores.NUMERIC
     primary = "mae"
+    tolerance = 0.0  # a stronger penalty pulls every number to the mean
     classes = None
 
     def __init__(
