@@ -181,6 +181,17 @@ def test_pca_width_is_chosen_among_those_that_fit():
     assert width == 6
 
 
+def test_features_that_say_nothing_give_a_constant():
+    """Of a collapsed encoder: more columns than rows, and no two rows differ."""
+    subjects = np.arange(40)
+    for task, truth in (
+        (Regression("age"), subjects + 50.0),
+        (Classification("diagnosis", **DIAGNOSIS), subjects % 2.0),
+    ):
+        model = fit(task, np.full((40, 60), 3.0), truth, subjects.astype(str), 0)
+        assert model.predict(np.full((5, 60), 3.0)) == pytest.approx([truth.mean()] * 5)
+
+
 class Scripted:
     """A task whose losses are given: `losses` maps a strength to one number a subject."""
 

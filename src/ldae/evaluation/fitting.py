@@ -75,8 +75,8 @@ def _in_own_span(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """
     features = np.asarray(features, np.float64)
     values, vectors = np.linalg.eigh(features @ features.T)
-    kept = values > 1e-10 * values[-1]
-    lengths = np.sqrt(values[kept])
+    kept = values >= 1e-10 * values[-1]  # all of them where nothing differs from 0
+    lengths = np.sqrt(np.maximum(values[kept], np.finfo(np.float64).tiny))
     return vectors[:, kept] * lengths, features.T @ (vectors[:, kept] / lengths)
 
 
@@ -118,7 +118,7 @@ def choose(
     from threadpoolctl import threadpool_limits
 
     losses: dict[tuple[int | None, float], np.ndarray] = {}
-    folds: Counter[tuple[int | None, float]] = Counter()
+    folds: Counter[int | None] = Counter()
     tries = np.zeros(len(truth))
     # Threads that wait for each other take longer than a small fit.
     with threadpool_limits(1 if features.size <= SMALL else None):
@@ -129,19 +129,19 @@ def choose(
                 # The leading components of one PCA are the PCA of every smaller width: one decomposition a fold.
                 reducer = _reducer(features[inner], usable[-1], seed)
                 fitted, tried = reducer.fit_transform(features[inner]), reducer.transform(features[held])
+                folds.update(usable)
                 for width in usable:
                     inside, outside = _standardised(fitted[:, :width], tried[:, :width])
                     for strength in task.strengths:
                         model = task.estimator(strength).fit(inside, truth[inner])
                         found = losses.setdefault((width, strength), np.zeros(len(truth)))
                         found[held] += task.losses(model, outside, truth[held])
-                        folds[width, strength] += 1
-    judged = tries > 0
+    judged, most = tries > 0, max(folds.values())
     _, subject = np.unique(subjects[judged], return_inverse=True)
     complete = {
         key: np.bincount(subject, found[judged] / tries[judged]) / np.bincount(subject)
         for key, found in losses.items()
-        if folds[key] == max(folds.values())
+        if folds[key[0]] == most
     }
     best = min(complete, key=lambda key: complete[key].mean())
     width, lowest = best[0], complete[best]
@@ -159,8 +159,8 @@ def _standardised(inner: np.ndarray, held: np.ndarray) -> tuple[np.ndarray, np.n
     inner, held = scaler.transform(inner), scaler.transform(held)
     if len(inner) >= inner.shape[1]:
         return inner, held
-    axes = np.linalg.svd(inner, full_matrices=False)[2].T
-    return inner @ axes, held @ axes
+    inner, axes = _in_own_span(inner)
+    return inner, held @ axes
 
 
 def _as_good(excess: np.ndarray, tolerance: float) -> bool:
