@@ -1,6 +1,7 @@
 """Proves that phantoms are diffeomorphic images of the template with the volumes they claim, and that a counterfactual
 changes the anatomy and nothing else."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from scipy.stats import norm
 
 from ldae.data.phantom import regions, render
-from ldae.data.phantom.anatomy import GRID, load_fields, random_shape
+from ldae.data.phantom.anatomy import GRID, load_fields, random_shape, region_maps
 from ldae.data.phantom.base import load_base
 from ldae.data.phantom.deform import exponential, jacobian, sample
 from ldae.data.phantom.rendering import deformation, find_factors
@@ -114,6 +115,32 @@ def test_counterfactuals_change_the_anatomy_alone():
     assert (regions(key, severity=1.0) == sick.labels).all()
     factors = find_factors(key)
     assert (render(key).image == render(key, severity=factors.severity, age=factors.age).image).all()
+
+
+def csf_behind_and_in_front(factors):
+    """Fluid outside the ventricles in mm3 behind and in front of the middle, of the deformed maps."""
+    displacement, scale = deformation(factors)
+    fields = load_fields()
+    ventricle, _, brain, head = sample(
+        region_maps(load_base(GRID)), fields.points + displacement.movedim(0, -1), fields.extent
+    )
+    fluid, behind = head - brain - ventricle, fields.points[..., 1] < 0
+    return (torch.stack([fluid[behind].sum(), fluid[~behind].sum()]) * GRID**3 * scale.prod()).numpy()
+
+
+def test_sulci_widen_in_front_with_age_and_behind_with_disease():
+    healthy = replace(draw_subject(SEED, 3)[0], age=65.0, severity=0.0)
+    start, older, sick = map(csf_behind_and_in_front, (healthy, healthy.changed(age=80.0), healthy.changed(1.0)))
+    behind, front = older - start
+    assert front > 1.5 * max(behind, 0)
+    behind, front = sick - start
+    assert behind > 1.5 * max(front, 0)
+    # Where sulci are wide says nothing of how wide they are.
+    other = replace(healthy, posterior=healthy.posterior + 1)
+    moved = csf_behind_and_in_front(other) - start
+    assert moved[0] > 500 > -500 > moved[1]
+    volumes = [render(factors, **COARSE).volumes for factors in (healthy, other)]
+    assert volumes[1] == pytest.approx(volumes[0], rel=0.02)
 
 
 def test_a_key_is_a_row_or_seed_subject_session():

@@ -1,8 +1,9 @@
 """The velocity fields that change the anatomy, and the strengths that reach given volumes.
 
 Three fields, each along the gradient of a smoothed map: the ventricles grow, the hippocampi shrink, the sulci widen
-(the tissue recedes from the CSF while the brain's edge stays where it is). Together with a random smooth field they
-are exponentiated once. What strength gives which volume is measured once per process on a small design and fitted.
+(the tissue recedes from the CSF while the brain's edge stays where it is). A fourth moves that widening from the front
+of the head to its back, and a random smooth field makes the individual; all of them are exponentiated once. What
+strength gives which volume is measured once per process on a small design and fitted.
 """
 
 from dataclasses import dataclass
@@ -23,15 +24,17 @@ SMOOTHING = {"ventricle": 10.0, "hippocampus": 5.0, "sulci": 4.0}  # mm
 DESIGN = ((-5, -2, 0, 4, 9, 15, 20, 26), (-4, -2, 0, 2, 4, 6), (-6, -3, 0, 4, 8, 12, 17))
 # (correlation, standard deviation of the displacement) in mm: what registration to a template leaves of an individual.
 SHAPE_SCALES = ((36.0, 1.4), (13.0, 0.4))
+BACK_TO_FRONT = 30.0  # mm over which the pattern of the sulci turns from widening to narrowing
 SYMMETRY = 0.85  # share of the random field's variance that is the same on both sides
 
 
 @dataclass(frozen=True)
 class Fields:
-    """`velocities` (3 effects, 3, X, Y, Z) of unit strength, grid `points` (X, Y, Z, 3) mm, `extent` (3,) mm,
-    `head` (X, Y, Z) the brain mask as fractions."""
+    """`velocities` (3 effects, 3, X, Y, Z) of unit strength, `pattern` (3, X, Y, Z) of the sulci's, grid `points`
+    (X, Y, Z, 3) mm, `extent` (3,) mm, `head` (X, Y, Z) the brain mask as fractions."""
 
     velocities: Tensor
+    pattern: Tensor
     points: Tensor
     extent: Tensor
     head: Tensor
@@ -62,7 +65,7 @@ def _gradient(volume: np.ndarray, sigma: float) -> np.ndarray:
 
 @lru_cache(maxsize=1)
 def load_fields() -> Fields:
-    """The three fields at unit strength (a largest velocity of 1 mm)."""
+    """The fields at unit strength (a largest velocity of 1 mm)."""
     base = load_base(GRID)
     ventricle, hippocampus, brain, _ = region_maps(base).numpy()
     inside = np.clip((base.depth[0].numpy() - 2) / 4, 0, 1)  # no effect may move the brain's edge
@@ -73,7 +76,16 @@ def load_fields() -> Fields:
         _gradient(hippocampus, SMOOTHING["hippocampus"]),
         -_gradient(sulci, SMOOTHING["sulci"]),
     ]) * inside  # fmt: skip
-    return Fields(torch.from_numpy(velocities).float(), base.points(), base.extent, base.channel("mask"))
+    pattern = _back_not_front(velocities[2], brain, base.points()[..., 1].numpy())
+    maps = (torch.from_numpy(field).float() for field in (velocities, pattern))
+    return Fields(*maps, base.points(), base.extent, base.channel("mask"))
+
+
+def _back_not_front(sulci: np.ndarray, brain: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """The sulci's velocities (3, X, Y, Z) behind and their opposite in front, balanced: the brain keeps its volume."""
+    loss = (sulci * np.stack(np.gradient(brain, GRID))).sum(0)
+    weight = -np.tanh(y / BACK_TO_FRONT)
+    return sulci * (weight - (weight * loss).sum() / loss.sum())
 
 
 def random_shape(seed: int) -> Tensor:

@@ -14,7 +14,7 @@ from ldae.files import read_json, replacing, write_json
 
 log = logging.getLogger(__name__)
 
-VERSION = 3  # of the generator: a cohort made by another one is refused
+VERSION = 4  # of the generator: a cohort made by another one is refused
 COLUMNS = (
     "subject", "session", "path", "diagnosis", "age", "sex", "scanner", "ventricle_mm3", "hippocampus_mm3", "brain_mm3",
     "head_mm3", "severity", "labels_path", "phantom_seed",

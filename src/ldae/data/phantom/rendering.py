@@ -18,7 +18,7 @@ from ldae.data.phantom import SHAPE, SPACING
 from ldae.data.phantom.anatomy import REGIONS, load_calibration, load_fields, random_shape, volumes
 from ldae.data.phantom.base import CHANNELS, CSF_LEVEL, GREY_LEVEL, LABELS, WHITE_LEVEL, Base, load_base
 from ldae.data.phantom.deform import sample
-from ldae.data.phantom.subjects import Factors, draw_subject, targets
+from ldae.data.phantom.subjects import Factors, draw_subject, pattern, targets
 
 ASPECT_SD = 0.02  # of the logarithm of length, width and height of the head at constant volume
 CORRECTIONS = 2
@@ -86,10 +86,11 @@ def _person(seed: int, subject: int) -> tuple[Tensor, np.ndarray, Tensor]:
     the head's proportions (3,)."""
     first = draw_subject(seed, subject)[0]
     shape = random_shape(first.key("shape"))
+    field = shape + pattern(first) * load_fields().pattern
     wanted, correction = _log_targets(first), np.zeros(len(REGIONS))
     for _ in range(CORRECTIONS):
         strengths, scale = load_calibration().solve(wanted, correction)
-        built = np.log(volumes(load_fields().displacement(strengths, shape))) + 3 * np.log(scale)
+        built = np.log(volumes(load_fields().displacement(strengths, field))) + 3 * np.log(scale)
         correction += built - wanted
     aspect = np.random.default_rng(first.key("aspect")).normal(0, ASPECT_SD, 3)
     return shape, correction, torch.from_numpy(np.exp(aspect - aspect.mean())).float()
@@ -104,7 +105,8 @@ def deformation(factors: Factors) -> tuple[Tensor, Tensor]:
     """A subject's displacement from head-scaled points to the template, (3, X, Y, Z) mm, and the head's scale (3,)."""
     shape, correction, aspect = _person(factors.seed, factors.subject)
     strengths, scale = load_calibration().solve(_log_targets(factors), correction)
-    return load_fields().displacement(strengths, shape), aspect * scale
+    fields = load_fields()
+    return fields.displacement(strengths, shape + pattern(factors) * fields.pattern), aspect * scale
 
 
 def _axes(spacing: float, shape: tuple[int, ...]) -> list[Tensor]:

@@ -2,7 +2,7 @@
 
 A subject is drawn from (seed, number) alone, so that cohorts of different sizes share their first subjects. Latent
 factors that know nothing of the labels (head size, own ventricles, hippocampi, sulci) meet the effects of age and of
-disease severity in `targets`: the volumes that the renderer then builds.
+disease severity in `targets`, the volumes that the renderer then builds, and in `pattern`, where the sulci are wide.
 """
 
 from dataclasses import dataclass, replace
@@ -41,11 +41,16 @@ VENTRICLE_SD, VENTRICLE_DISEASE, VENTRICLE_HEAD = 0.40, 0.55, 1.0
 VENTRICLE_LIMIT = 1e5  # mm3, approached smoothly: the deformation goes no further
 HIPPOCAMPUS_SD, HIPPOCAMPUS_DISEASE, HIPPOCAMPUS_HEAD = 0.084, -0.17, 0.5
 SULCI_SD, SULCI_DISEASE, SULCI_RANGE = 0.011, 0.021, (0.085, 0.185)
+# Where sulci are wide: mm of the field that widens them behind and narrows them in front. Ageing spares the precuneus
+# and inferior temporal regions, Alzheimer's disease does not (Lee et al. 2019, doi 10.3389/fnagi.2019.00147); either
+# effect is about two thirds of its effect on all sulci, so that the other side is touched, but less.
+POSTERIOR_SD, POSTERIOR_DISEASE, POSTERIOR_DECADE = 2.5, 3.5, -1.5
 
 
 @dataclass(frozen=True)
 class Factors:
-    """What makes a subject at one session. `head` in mm3; `ventricle`, `hippocampus`, `sulci` are standard normal."""
+    """What makes a subject at one session. `head` in mm3; `ventricle`, `hippocampus`, `sulci`, `posterior` are standard
+    normal."""
 
     seed: int
     subject: int
@@ -59,6 +64,7 @@ class Factors:
     ventricle: float
     hippocampus: float
     sulci: float
+    posterior: float
 
     def key(self, *what: str | int) -> int:
         """A seed for something random about this subject."""
@@ -90,7 +96,7 @@ def draw_subject(seed: int, subject: int) -> tuple[Factors, ...]:
     severity = _bounded(rng, *SEVERITY[baseline])
     later = sorted(rng.choice(SESSIONS[1:], size=rng.integers(0, 4), replace=False).tolist())
     rng = np.random.default_rng(derive(seed, "phantom", subject, "anatomy"))
-    head, ventricle, hippocampus, sulci = rng.standard_normal(4).clip(-2.4, 2.4).tolist()
+    head, ventricle, hippocampus, sulci, posterior = rng.standard_normal(5).clip(-2.4, 2.4).tolist()
     head = HEAD[sex] * float(np.exp(HEAD_SD * head))
     sessions = []
     for months in (0, *later):
@@ -100,7 +106,7 @@ def draw_subject(seed: int, subject: int) -> tuple[Factors, ...]:
             diagnosis = DIAGNOSES[DIAGNOSES.index(baseline) + 1]
         sessions.append(Factors(
             seed, subject, months, sex, scanner, round(age + months / 12, 2), now, diagnosis,
-            head, ventricle, hippocampus, sulci,
+            head, ventricle, hippocampus, sulci, posterior,
         ))  # fmt: skip
     return tuple(sessions)
 
@@ -119,6 +125,13 @@ def targets(factors: Factors) -> dict[str, float]:
     hippocampus *= np.exp(HIPPOCAMPUS_SD * factors.hippocampus + HIPPOCAMPUS_DISEASE * disease)
     brain = factors.head * (1 - float(np.clip(sulci, *SULCI_RANGE))) - ventricle
     return {"ventricle": ventricle, "hippocampus": hippocampus, "brain": brain, "head": factors.head}
+
+
+def pattern(factors: Factors) -> float:
+    """How far the sulci's widening lies behind rather than in front, in mm of the field of unit strength; volumes
+    hardly know of it."""
+    disease, decades = factors.severity - HEALTHY, (factors.age - 70) / 10
+    return POSTERIOR_SD * factors.posterior + POSTERIOR_DISEASE * disease + POSTERIOR_DECADE * decades
 
 
 def row(factors: Factors, volumes: dict[str, float]) -> dict[str, object]:
