@@ -136,13 +136,22 @@ def test_the_same_picture_at_another_height_gives_another_y_when_gated():
     )
 
 
-def test_the_slice_cnn_keeps_places_and_refuses_what_does_not_divide():
-    network = SliceCNN(size=(8, 16), widths=(4, 8), out_channels=6)
-    x = torch.zeros(2, 1, 8, 16)
-    x[0, 0, 1, 1] = x[1, 0, 5, 13] = 1.0
+def test_the_slice_cnn_begins_as_a_global_average_and_learns_where_to_look():
+    network = SliceCNN(size=(16, 32), widths=(4, 8), out_channels=6, looks=3)
+    x = torch.zeros(2, 1, 16, 32)
+    x[0, 0, 5, 5] = x[1, 0, 9, 21] = 4.0
     y = network(x)
     assert y.shape == (2, 6)
-    assert not torch.allclose(y[0], y[1], atol=1e-4)
+    assert torch.allclose(y[0], y[1], atol=1e-6)
+    assert not torch.allclose(y[0], network(torch.zeros_like(x))[0], atol=1e-3)
+    optimizer = torch.optim.Adam(network.parameters(), lr=1e-3)
+    for _ in range(60):
+        optimizer.zero_grad()
+        first, second = network(x)
+        ((first - second).sum() - 1).square().backward()
+        optimizer.step()
+    first, second = network(x)
+    assert float((first - second).sum()) == pytest.approx(1, abs=0.1)
     with pytest.raises(UserError, match="do not divide by 8"):
         SliceCNN(size=(40, 44), widths=(4, 8, 8))
 

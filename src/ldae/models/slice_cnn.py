@@ -1,5 +1,5 @@
-"""A small CNN for slices, for a few hundred scans of some dozen voxels: strided convolutions, then several weighted means
-over the grid that is left, whose weights are learned.
+"""A small CNN for slices, for a few hundred scans of some dozen voxels: strided convolutions, then weighted means over
+the grid that is left, whose weights are learned.
 """
 
 from collections.abc import Sequence
@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from ldae.errors import UserError
+
+GAIN = 4.0  # of what is learned about where to look: Adam's steps are as long for it as for any other weight
 
 
 class SliceCNN(nn.Module):
@@ -36,10 +38,11 @@ class SliceCNN(nn.Module):
             layers += [nn.Conv2d(before, width, 3, stride=2, padding=1), nn.GELU()]
         self.layers = nn.Sequential(*layers)
         grid = (size[0] // stride) * (size[1] // stride)
-        self.where = nn.Parameter(torch.full((looks, grid), 1 / grid))
+        self.where = nn.Parameter(torch.zeros(looks, grid))
         self.head = nn.Linear(looks * widths[-1], out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, 1, H, W) -> (N, C)."""
-        seen = self.layers(x).flatten(2) @ self.where.T  # (N, width, looks)
+        weights = 1 / self.where.shape[1] + GAIN * self.where
+        seen = self.layers(x).flatten(2) @ weights.T  # (N, width, looks)
         return self.head(seen.flatten(1))
