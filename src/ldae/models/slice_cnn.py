@@ -26,7 +26,7 @@ class SliceCNN(nn.Module):
     """
 
     def __init__(
-        self, size: Sequence[int], widths: Sequence[int] = (16, 32, 32), out_channels: int = 256, looks: int = 16
+        self, size: Sequence[int], widths: Sequence[int] = (16, 32), out_channels: int = 256, looks: int = 16
     ) -> None:
         super().__init__()
         stride = 2 ** len(widths)
