@@ -76,13 +76,15 @@ def load_fields() -> Fields:
         _gradient(hippocampus, SMOOTHING["hippocampus"]),
         -_gradient(sulci, SMOOTHING["sulci"]),
     ]) * inside  # fmt: skip
-    pattern = _back_not_front(velocities[2], brain, base.points()[..., 1].numpy())
+    points = base.points()
+    pattern = _back_not_front(velocities[2], brain, points[..., 1].numpy())
     maps = (torch.from_numpy(field).float() for field in (velocities, pattern))
-    return Fields(*maps, base.points(), base.extent, base.channel("mask"))
+    return Fields(*maps, points, base.extent, base.channel("mask"))
 
 
 def _back_not_front(sulci: np.ndarray, brain: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """The sulci's velocities (3, X, Y, Z) behind and their opposite in front, balanced: the brain keeps its volume."""
+    """The sulci's velocities (3, X, Y, Z) behind and their opposite in front, balanced: to first order the
+    brain keeps its volume."""
     loss = (sulci * np.stack(np.gradient(brain, GRID))).sum(0)
     weight = -np.tanh(y / BACK_TO_FRONT)
     return sulci * (weight - (weight * loss).sum() / loss.sum())

@@ -86,11 +86,10 @@ def _person(seed: int, subject: int) -> tuple[Tensor, np.ndarray, Tensor]:
     the head's proportions (3,)."""
     first = draw_subject(seed, subject)[0]
     shape = random_shape(first.key("shape"))
-    field = shape + pattern(first) * load_fields().pattern
     wanted, correction = _log_targets(first), np.zeros(len(REGIONS))
     for _ in range(CORRECTIONS):
         strengths, scale = load_calibration().solve(wanted, correction)
-        built = np.log(volumes(load_fields().displacement(strengths, field))) + 3 * np.log(scale)
+        built = np.log(volumes(_displacement(first, strengths, shape))) + 3 * np.log(scale)
         correction += built - wanted
     aspect = np.random.default_rng(first.key("aspect")).normal(0, ASPECT_SD, 3)
     return shape, correction, torch.from_numpy(np.exp(aspect - aspect.mean())).float()
@@ -105,8 +104,13 @@ def deformation(factors: Factors) -> tuple[Tensor, Tensor]:
     """A subject's displacement from head-scaled points to the template, (3, X, Y, Z) mm, and the head's scale (3,)."""
     shape, correction, aspect = _person(factors.seed, factors.subject)
     strengths, scale = load_calibration().solve(_log_targets(factors), correction)
+    return _displacement(factors, strengths, shape), aspect * scale
+
+
+def _displacement(factors: Factors, strengths: np.ndarray, shape: Tensor) -> Tensor:
+    """Of the effects' `strengths`, the sulci's pattern and the random field `shape` together, (3, X, Y, Z) mm."""
     fields = load_fields()
-    return fields.displacement(strengths, shape + pattern(factors) * fields.pattern), aspect * scale
+    return fields.displacement(strengths, shape + pattern(factors) * fields.pattern)
 
 
 def _axes(spacing: float, shape: tuple[int, ...]) -> list[Tensor]:
