@@ -1,17 +1,113 @@
-"""Proves that mixed precision follows what the hardware computes in."""
+"""Proves that precision follows what the hardware computes in, and that resuming compares what it comes to."""
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
+from ldae.errors import UserError
 from ldae.training import precision
+from ldae.training.changes import changed_keys
+
+WITHOUT, WITH = {"avx512_f": True}, {"avx512_bf16": True}
+
+
+@pytest.fixture
+def cpu(monkeypatch):
+    """A machine without a GPU, whose CPU has what is set with the returned function."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    return lambda capabilities: monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A machine with a GPU, as far as questions go, that has bfloat16 as set with the returned function."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    return lambda has: monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has)
 
 
 @pytest.mark.parametrize(
-    ("capabilities", "expected"),
-    [({"amx_bf16": True}, "bf16"), ({"avx512_bf16": True}, "bf16"), ({"avx512_f": True}, "no")],
+    ("capabilities", "expected"), [({"amx_bf16": True}, "bf16"), (WITH, "bf16"), (WITHOUT, "no"), ({}, "no")]
 )
-def test_bfloat16_only_where_the_cpu_has_it(monkeypatch, capabilities, expected):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
-    monkeypatch.setattr(precision, "Accelerator", lambda **options: options)  # a real one keeps its first precision
-    assert precision.fastest_accelerator(cpu=True) == {"mixed_precision": expected, "cpu": True}
+def test_fastest_is_bfloat16_only_where_the_cpu_has_it(cpu, capabilities, expected):
+    cpu(capabilities)
+    assert precision.choose_precision("fastest") == expected
+
+
+def test_fastest_on_a_gpu_asks_the_gpu_unless_the_cpu_is_wanted(gpu, monkeypatch):
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: WITHOUT)
+    gpu(True)
+    assert precision.choose_precision("fastest") == "bf16"
+    assert precision.choose_precision("fastest", cpu=True) == "no"
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    assert precision.choose_precision("fastest") == "no"
+    monkeypatch.delenv("ACCELERATE_USE_CPU")
+    gpu(False)
+    assert precision.choose_precision("fastest") == "no"
+    assert precision.choose_precision("fp16") == "fp16"
+
+
+@pytest.mark.parametrize("name", ["fp16", "fp8", "bfloat16"])
+def test_a_precision_that_is_not_there_is_one_line(cpu, name):
+    cpu(WITHOUT)
+    with pytest.raises(UserError, match=f"accelerator.mixed_precision={name}"):
+        precision.choose_precision(name)
+
+
+def test_the_accelerator_is_built_as_configured(cpu, monkeypatch):
+    cpu(WITH)
+    made = {}
+    monkeypatch.setattr("accelerate.Accelerator", lambda **options: made.update(options))
+    precision.build_accelerator("fastest", cpu=True, timeout=0.5)
+    group, ddp = made["kwargs_handlers"]
+    assert (made["mixed_precision"], made["cpu"], group.timeout.total_seconds()) == ("bf16", True, 30)
+    assert list(ddp.to_kwargs().values()) == [False]
+    with pytest.raises(UserError, match=r"accelerator\.timeout=0"):
+        precision.build_accelerator(timeout=0)
+
+
+def test_backends_are_set_on_a_gpu_and_left_on_a_cpu(cpu, monkeypatch):
+    before = (torch.get_float32_matmul_precision(), torch.backends.cudnn.benchmark)
+    cpu(WITHOUT)
+    precision.set_up_backends()
+    assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.benchmark) == before
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    try:
+        precision.set_up_backends()
+        assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.benchmark) == ("high", True)
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.benchmark = before[1]
+
+
+def test_inference_takes_the_accelerators_precision_where_the_hardware_has_it(cpu):
+    accelerator = type("Shared", (), {"mixed_precision": "bf16", "device": torch.device("cpu")})()
+    cpu(WITH)
+    assert precision.inference_dtype(accelerator) == torch.bfloat16
+    cpu(WITHOUT)
+    assert precision.inference_dtype(accelerator) == torch.float32
+
+
+def test_the_console_is_float32_on_a_cpu_and_bfloat16_on_a_gpu_that_has_it(cpu, gpu, monkeypatch):
+    cpu(WITH)
+    gpu(True)
+    assert precision.console_dtype("auto", "cpu") == torch.float32
+    assert precision.console_dtype("auto", None) == torch.bfloat16
+    assert precision.console_dtype("float32", None) == torch.float32
+    assert precision.console_dtype("bfloat16", "cpu") == torch.bfloat16
+    gpu(False)
+    assert precision.console_dtype("auto", "cuda:0") == torch.float32
+    for name, device in (("bfloat16", "cuda"), ("float16", "cpu")):
+        with pytest.raises(UserError, match=f"--precision {name}: {device}"):
+            precision.console_dtype(name, device)
+
+
+def test_resuming_compares_what_the_precision_comes_to(cpu):
+    old = OmegaConf.create({"accelerator": {"_target_": "accelerate.Accelerator", "mixed_precision": "no"}})
+    now = OmegaConf.create(
+        {"accelerator": {"_target_": "ours", "mixed_precision": "fastest", "cpu": False, "timeout": 30}}
+    )
+    cpu(WITHOUT)
+    assert changed_keys(old, now)[0] == []
+    cpu(WITH)
+    assert changed_keys(old, now)[0] == ["accelerator.mixed_precision: no -> fastest"]

@@ -154,6 +154,7 @@ def evaluate(config: DictConfig) -> None:
     """Embed every scan, then run each chosen evaluation; see ldae/evaluation/."""
     from ldae.evaluation.run import EXTERNAL, embed_together, run_evaluations
     from ldae.pipeline import LDAE
+    from ldae.training.precision import inference_dtype
 
     _check(config)
     accelerator = instantiate(config.accelerator)
@@ -165,7 +166,8 @@ def evaluate(config: DictConfig) -> None:
     main = accelerator.is_main_process
     if main:
         cohort.write_rejected(space.evaluation / "rejected.csv")
-    model = LDAE.load(space.root, device=accelerator.device, sampler=instantiate(config.sampler))
+    dtype = inference_dtype(accelerator)
+    model = LDAE.load(space.root, device=accelerator.device, sampler=instantiate(config.sampler), dtype=dtype)
     if accelerator.num_processes > 1:
         embed_together(model, cohort, evaluators, space, config, accelerator)
     # From here on the main process is alone: others that waited for it would give up after half an hour.

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 INPUT = "A scan, one 3-D volume: .nii, .nii.gz, .mgz. The same as naming it without -i."
 PATH = click.Path(path_type=Path)
+PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 
 
 def _together(*decorators: Callable) -> Callable:
@@ -31,6 +32,13 @@ model_options = _together(
     click.option("--runs", type=PATH, default="runs", show_default=True, help="Folder of runs."),
     click.option("--bundle", type=PATH, metavar="DIR", help="The model: a folder that `ldae export` wrote."),
     click.option("--device", metavar="NAME", help="cpu, cuda, cuda:1, ...; default: a GPU where there is one."),
+    click.option(
+        "--precision",
+        type=click.Choice(PRECISIONS),
+        default=PRECISIONS[0],
+        show_default=True,
+        help="Of the networks; auto: bfloat16 on a GPU that computes in it, otherwise float32.",
+    ),
 )
 steps_option = click.option(
     "--steps", type=click.IntRange(1), help="Of inversion and of decoding each; default: the model's."
@@ -76,21 +84,26 @@ def given(scans: Sequence[Path], inputs: Sequence[Path], count: int | None = Non
     return found
 
 
-def load_model(run: str | None, runs: Path, bundle: Path | None, device: str | None, **options: Any) -> "LDAE":
-    """The model that --run or --bundle names.
+def load_model(
+    run: str | None, runs: Path, bundle: Path | None, device: str | None, precision: str, **options: Any
+) -> "LDAE":
+    """The model that --run or --bundle names, in the precision that --precision asks for.
 
     Raises:
-        UserError: both or neither are given, or see LDAE.load; or there is no such device.
+        UserError: both or neither are given, or see LDAE.load; or there is no such device, or it lacks the precision.
     """
     if (run is None) == (bundle is None):
         raise UserError("name one model: --run NAME or --bundle DIR")
     from ldae.bundle_file import DESCRIPTION
     from ldae.pipeline import LDAE
+    from ldae.training.precision import console_dtype, set_up_backends
 
     if bundle is not None and not (bundle / DESCRIPTION).is_file():
         raise UserError(f"{bundle} is no bundle: it has no {DESCRIPTION}; for a run give --run NAME --runs DIR")
     _check_device(device)
-    return LDAE.load(bundle if bundle is not None else run, runs=runs, device=device, **options)
+    set_up_backends()
+    dtype = console_dtype(precision, device)
+    return LDAE.load(bundle if bundle is not None else run, runs=runs, device=device, dtype=dtype, **options)
 
 
 def _check_device(name: str | None) -> None:

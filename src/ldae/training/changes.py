@@ -8,19 +8,21 @@ from omegaconf import DictConfig, OmegaConf
 
 from ldae.errors import UserError
 from ldae.runs import Run
+from ldae.training.precision import FASTEST, choose_precision
 
 log = logging.getLogger(__name__)
 
 # All that reaches a training. What `stage` interpolates (networks, diffusion, loss weights) is in it by value.
 TRAINING = ("seed", "stage", "trainer", "optim", "data", "accelerator")
+PRECISION = "accelerator.mixed_precision"
 # Cadence, places, speed; and data, where the checkpoint itself knows which scans and samples it was trained on.
 HARMLESS = (
     "trainer.max_steps", "trainer.max_epochs", "trainer.batch_size", "trainer.accumulate", "trainer.log_every",
     "trainer.validate_every", "trainer.preview_every", "trainer.checkpoint_every", "trainer.keep_states",
     "trainer.patience", "trainer.checkpointing", "trainer.compile", "trainer.channels_last", "trainer.workers",
-    "trainer.max_skipped", "trainer.accept_changes", "accelerator.cpu", "stage.aekl", "stage.pretrain",
-    "stage.latents", "stage.initial_weights", "data.table", "data.workers", "data.on_bad_scan", "data.diagnoses",
-    "data.phantom", "data.split",
+    "trainer.max_skipped", "trainer.accept_changes", "accelerator.cpu", "accelerator.timeout", "accelerator._target_",
+    "stage.aekl", "stage.pretrain", "stage.latents", "stage.initial_weights", "data.table", "data.workers",
+    "data.on_bad_scan", "data.diagnoses", "data.phantom", "data.split",
 )  # fmt: skip
 
 
@@ -37,8 +39,16 @@ def changed_keys(before: DictConfig, now: DictConfig) -> tuple[list[str], list[s
     old, new = (dict(_leaves(OmegaConf.to_container(config, resolve=True))) for config in (before, now))
     changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
     matters = [key for key in changed if key.split(".")[0] in TRAINING and not _harmless(key, now)]
+    if PRECISION in matters and _precision(old) == _precision(new):
+        matters.remove(PRECISION)
     lines = [f"{key}: {old.get(key)} -> {new.get(key)}" for key in matters]
     return lines, [key for key in changed if key not in matters]
+
+
+def _precision(leaves: Mapping[str, Any]) -> str:
+    """What the accelerator's precision comes to on this machine; `fastest` had no key of its own in older runs."""
+    name = leaves.get(PRECISION, FASTEST)
+    return choose_precision(name, bool(leaves.get("accelerator.cpu", False))) if name == FASTEST else name
 
 
 def _harmless(key: str, now: DictConfig) -> bool:
