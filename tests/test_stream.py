@@ -1,16 +1,23 @@
-"""The sample stream is a function of position: resumable, complete, and the same for one process or several."""
+"""The sample stream is a function of position: resumable, complete, the same for one process, thread or several."""
 
+import subprocess
+import sys
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+import torch
 
 from ldae.data.stream import Batches, SampleStream
 from ldae.errors import UserError
 
+WAIT = 10  # seconds until a thread that should have come counts as missing
 
-def fetch(indices: np.ndarray) -> dict:
-    return {"x": indices * 10}
+
+def fetch(index: np.ndarray, position: np.ndarray, number: int) -> dict:
+    return {"x": index * 10, "drawn": position * 100 + number}
 
 
 def test_every_epoch_has_every_sample_once_in_its_own_order() -> None:
@@ -41,6 +48,14 @@ def test_the_order_is_pinned() -> None:
     assert SampleStream(8, seed=0).indices(0, 8).tolist() == [4, 2, 0, 7, 6, 5, 1, 3]
 
 
+def test_threads_share_a_stream() -> None:
+    stream, alone = SampleStream(50, 3), SampleStream(50, 3)
+    starts = [50 * (number * 7 % 40) for number in range(400)]
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda start: stream.indices(start, 50), starts))
+    np.testing.assert_array_equal(found, [alone.indices(start, 50) for start in starts])
+
+
 def test_steps_follow_the_stream() -> None:
     with Batches(fetch, SampleStream(11, 1), batch_size=3, accumulate=2) as batches:
         found = [batch for step in range(4) for batch in batches.at(step)]
@@ -48,6 +63,9 @@ def test_steps_follow_the_stream() -> None:
     np.testing.assert_array_equal(np.concatenate([b["position"] for b in found]), np.arange(24))
     np.testing.assert_array_equal(np.concatenate([b["index"] for b in found]), SampleStream(11, 1).indices(0, 24))
     np.testing.assert_array_equal(np.concatenate([b["x"] for b in found]), SampleStream(11, 1).indices(0, 24) * 10)
+    assert [batch["number"] for batch in found] == list(range(8))
+    for number, batch in enumerate(found):
+        np.testing.assert_array_equal(batch["drawn"], batch["position"] * 100 + number)
 
 
 @pytest.mark.parametrize("accumulate", [1, 3])
@@ -59,7 +77,8 @@ def test_processes_share_the_batch_of_one(accumulate: int) -> None:
     for step in (0, 1, 7):
         parts = [batches.at(step) for batches in two]
         for micro, whole in enumerate(one.at(step)):
-            for name in ("position", "index", "x"):
+            assert {part[micro]["number"] for part in parts} == {whole["number"]}
+            for name in ("position", "index", "x", "drawn"):
                 joined = np.concatenate([part[micro][name] for part in parts])
                 np.testing.assert_array_equal(joined, whole[name])
     for batches in (one, *two):
@@ -74,37 +93,103 @@ def test_a_resumed_run_sees_what_the_uninterrupted_one_sees() -> None:
     assert steps(0, 9) == steps(0, 4) + steps(4, 9)
 
 
-def test_the_next_step_is_fetched_meanwhile_and_only_once() -> None:
-    seen, main = [], threading.get_ident()
-    second = threading.Event()
+@pytest.mark.parametrize("workers", [None, 2, 5])
+def test_reader_threads_change_no_batch(workers: int | None) -> None:
+    """Whatever takes longest: the batches come in the order of the steps."""
 
-    def watched(indices: np.ndarray) -> dict:
-        assert threading.get_ident() != main
-        seen.append(indices.tolist())
-        if len(seen) == 2:
-            second.set()
+    def slow(index: np.ndarray, position: np.ndarray, number: int) -> dict:
+        time.sleep(0.01 * (number % 4 == 0))
+        return fetch(index, position, number)
+
+    def steps(batches: Batches) -> list[list[dict]]:
+        with batches:
+            return [[{k: np.array(v).tolist() for k, v in b.items()} for b in batches.at(step)] for step in range(12)]
+
+    stream = SampleStream(7, 2)
+    assert steps(Batches(slow, stream, 3, 2, workers=workers)) == steps(Batches(fetch, stream, 3, 2))
+
+
+class Gate:
+    """A fetch that notes the numbers it was called with and holds some of them until they are let go."""
+
+    def __init__(self, *held: int) -> None:
+        self.held, self.calls, self.threads = held, [], set()
+        self.called, self.open = threading.Condition(), threading.Event()
+
+    def __call__(self, index: np.ndarray, position: np.ndarray, number: int) -> dict:
+        with self.called:
+            self.calls.append(number)
+            self.threads.add(threading.get_ident())
+            self.called.notify_all()
+        if number in self.held:
+            assert self.open.wait(WAIT)
         return {}
 
-    stream = SampleStream(10, 0)
-    with Batches(watched, stream, 2) as batches:
+    def has(self, *numbers: int) -> bool:
+        """Whether all of these were called for, waiting for it."""
+        with self.called:
+            return self.called.wait_for(lambda: set(numbers) <= set(self.calls), WAIT)
+
+
+def test_the_next_two_steps_are_fetched_meanwhile_once_and_no_more() -> None:
+    gate = Gate()
+    with Batches(gate, SampleStream(10, 0), 2) as batches:
         batches.at(0)
-        assert second.wait(10)
+        assert gate.has(1, 2)
+        time.sleep(0.05)  # time enough to go further
+        assert gate.calls == [0, 1, 2]
         batches.at(1)
-        batches.at(5)
-    assert seen[:2] == [stream.indices(0, 2).tolist(), stream.indices(2, 2).tolist()]
-    assert seen.count(stream.indices(2, 2).tolist()) == 1
-    assert stream.indices(10, 2).tolist() in seen
+        assert gate.has(3)
+        assert gate.calls == [0, 1, 2, 3]
+    assert threading.get_ident() not in gate.threads
+    assert len(gate.threads) == 1
 
 
-def test_a_fault_in_the_thread_reaches_the_caller() -> None:
-    def faulty(indices: np.ndarray) -> dict:
-        if 3 in indices:
+def test_several_threads_fetch_several_steps_at_once() -> None:
+    gate = Gate(1, 2)
+    with Batches(gate, SampleStream(10, 0), 2, workers=3) as batches:
+        batches.at(0)
+        assert gate.has(1, 2, 3)  # 1 and 2 are under way at the same time, and 3 is not kept waiting by them
+        assert not gate.open.is_set()
+        assert len(gate.threads) >= 2
+        time.sleep(0.05)
+        assert sorted(gate.calls) == [0, 1, 2, 3]
+        gate.open.set()
+        assert [batch["number"] for step in (1, 2, 3) for batch in batches.at(step)] == [1, 2, 3]
+    assert len(gate.calls) == len(set(gate.calls))
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_any_step_may_be_asked_for(workers: int) -> None:
+    stream = SampleStream(11, 4)
+    with Batches(fetch, stream, 3, workers=workers) as batches:
+        for step in (0, 1, 9, 10, 8, 8, 0, 2, 100):
+            (batch,) = batches.at(step)
+            assert batch["index"].tolist() == stream.indices(3 * step, 3).tolist()
+            assert batch["number"] == step
+
+
+def test_after_a_jump_what_was_waiting_is_not_loaded() -> None:
+    gate = Gate(1)
+    with Batches(gate, SampleStream(10, 0), 2) as batches:
+        batches.at(0)
+        assert gate.has(1)
+        gate.held = ()
+        threading.Timer(0.05, gate.open.set).start()
+        batches.at(20)
+    assert 2 not in gate.calls
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_fault_in_a_thread_reaches_the_caller_at_its_step(workers: int) -> None:
+    def faulty(index: np.ndarray, position: np.ndarray, number: int) -> dict:
+        if 3 in index:
             raise UserError("scan 3 is gone")
         return {}
 
     stream = SampleStream(6, 0)
     step = int(np.flatnonzero(stream.indices(0, 6) == 3)[0])
-    with Batches(faulty, stream, 1) as batches:
+    with Batches(faulty, stream, 1, workers=workers) as batches:
         for number in range(step):
             batches.at(number)
         with pytest.raises(UserError, match="scan 3 is gone") as caught:
@@ -113,11 +198,31 @@ def test_a_fault_in_the_thread_reaches_the_caller() -> None:
         batches.at(step + 1)
 
 
+def test_tensors_are_pinned_in_the_thread_only_where_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: pinned.append(threading.get_ident()) or x + 1)
+
+    def tensors(index: np.ndarray, position: np.ndarray, number: int) -> dict:
+        return {"x": torch.tensor(index), "there": torch.empty(2, device="meta"), "names": ["a"]}
+
+    with Batches(tensors, SampleStream(4, 0), 2, pin=False) as batches:
+        batch = batches.at(0)[0]
+        assert batch["x"].tolist() == batch["index"].tolist()
+        assert not pinned
+    with Batches(tensors, SampleStream(4, 0), 2, pin=True) as batches:
+        batch = batches.at(0)[0]
+    assert batch["x"].tolist() == (batch["index"] + 1).tolist()
+    assert batch["there"].device.type == "meta"
+    assert batch["names"] == ["a"]
+    assert threading.get_ident() not in pinned
+
+
 def test_close_ends_the_thread_and_may_be_repeated() -> None:
     before = threading.active_count()
-    batches = Batches(fetch, SampleStream(4, 0), 2)
+    batches = Batches(fetch, SampleStream(4, 0), 2, workers=3)
     batches.close()
     batches.at(0)
+    assert threading.active_count() == before + 3
     batches.close()
     batches.close()
     assert threading.active_count() == before
@@ -125,7 +230,34 @@ def test_close_ends_the_thread_and_may_be_repeated() -> None:
     batches.close()
 
 
-@pytest.mark.parametrize("wrong", [{"batch_size": 0}, {"accumulate": 0}, {"rank": 1}, {"world": 0}])
+def test_close_does_not_wait_for_the_rest_of_a_step_nor_for_a_fetch_that_hangs(monkeypatch) -> None:
+    gate = Gate(4)
+    batches = Batches(gate, SampleStream(4, 0), 2, accumulate=4)
+    batches.at(0)
+    assert gate.has(4)
+    monkeypatch.setattr("ldae.data.stream.PATIENCE", 0.1)
+    start = time.monotonic()
+    batches.close()
+    assert time.monotonic() - start < 2
+    assert len(batches.at(3)) == 4  # by a new thread
+    batches.close()
+    gate.open.set()
+    time.sleep(0.05)
+    assert 5 not in gate.calls
+
+
+def test_a_fetch_that_hangs_does_not_keep_the_process_alive() -> None:
+    lines = [
+        "import threading, ldae.data.stream as stream",
+        "stream.PATIENCE = 0.1",
+        "hang = lambda index, position, number: threading.Event().wait() if number else {}",
+        "print(stream.Batches(hang, stream.SampleStream(4, 0), 2, workers=2).at(0)[0]['number'])",
+    ]
+    done = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "0\n"), done.stderr
+
+
+@pytest.mark.parametrize("wrong", [{"batch_size": 0}, {"accumulate": 0}, {"rank": 1}, {"world": 0}, {"workers": 0}])
 def test_sizes_without_meaning_are_refused(wrong: dict) -> None:
     with pytest.raises(ValueError, match="batch_size"):
         Batches(fetch, SampleStream(4, 0), **{"batch_size": 1, **wrong})

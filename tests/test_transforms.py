@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 
-from ldae.data.augmentation import Augmentation
 from ldae.data.scans import MAX_VOXELS, BadScan
 from ldae.data.transforms import MinMax, Percentiles, Transform
 from ldae.errors import UserError
@@ -402,52 +401,3 @@ def test_the_centred_crop_keeps_real_brains() -> None:
         volume = (data > 0).sum() * abs(np.linalg.det(labels.affine[:3, :3]))
         kept = transform.fraction(path, np.unique(data[data > 0]).tolist()).sum() * 4.5**3
         assert kept > 0.99 * volume
-
-
-def test_augmentation_is_off_by_default() -> None:
-    x = torch.rand(2, 1, 6, 7, 8)
-    assert Augmentation()(x, 0, [0, 1]) is x
-
-
-def test_augmentation_belongs_to_the_sample() -> None:
-    """Same key, same change, in whatever company."""
-    x = torch.rand(4, 1, 10, 12, 8)
-    change = Augmentation(flip=0.5, rotation=8, scaling=0.1, translation=2, shift=0.1, contrast=0.3)
-    found = change(x, 3, [10, 11, 12, 13])
-    assert found.shape == x.shape
-    assert 0 <= found.min() <= found.max() <= 1
-    assert torch.equal(found, change(x, 3, np.arange(10, 14)))
-    assert torch.equal(found[[2, 0]], change(x[[2, 0]], 3, [12, 10]))
-    same = change(x[:1].expand(4, -1, -1, -1, -1), 3, [10, 11, 12, 13])
-    assert len({tuple(volume.flatten().tolist()) for volume in same}) == 4
-    assert not torch.equal(found, change(x, 4, [10, 11, 12, 13]))
-
-
-def test_a_flip_reverses_x_and_an_unmoved_volume_is_itself() -> None:
-    x = torch.rand(3, 1, 5, 6, 7)
-    assert torch.equal(Augmentation(flip=1.0)(x, 0, range(3)), x.flip(2))
-    tiny = Augmentation(rotation=1e-7)(x, 0, range(3))
-    torch.testing.assert_close(tiny, x, atol=1e-5, rtol=0)
-
-
-def along(volume: torch.Tensor, axis: int) -> torch.Tensor:
-    """What lies in each plane across `axis` of (1, 1, X, Y, Z)."""
-    return volume.sum(tuple({0, 1, 2, 3, 4} - {axis + 2}))
-
-
-def test_moves_are_in_voxels_whatever_the_shape() -> None:
-    """A cube turned about its own centre stays a cube of the same size, though the axes differ in length."""
-    x = torch.zeros(1, 1, 40, 60, 30)
-    x[..., 15:25, 25:35, 10:20] = 1
-    for key in range(5):
-        turned = Augmentation(rotation=45)(x, 0, [key])
-        assert turned.sum() == pytest.approx(1000, rel=0.02)
-        spread = sum(
-            ((torch.arange(n) - (n - 1) / 2) ** 2 * along(turned, axis)).sum() for axis, n in enumerate((40, 60, 30))
-        )
-        assert spread / turned.sum() == pytest.approx(3 * 8.25, rel=0.1)  # (10^2 - 1) / 12 an axis: no shear
-        moved = Augmentation(translation=5)(x, 0, [key])
-        shifts = [float((torch.arange(n) * along(moved, axis)).sum() / 1000) for axis, n in enumerate((40, 60, 30))]
-        difference = np.array(shifts) - (19.5, 29.5, 14.5)
-        assert 0.1 < np.abs(difference).max() <= 5
-        assert moved.sum() == pytest.approx(1000, rel=1e-3)

@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 import torch
 
+from ldae.data.augmentation import Augmentation
 from ldae.data.cohort import Cohort, load_cohort
 from ldae.data.transforms import MinMax, Transform
 from ldae.data.volumes import VolumeCache
@@ -48,6 +49,39 @@ def test_volumes_are_the_transformed_scans(tmp_path: Path, scans: list[str], dty
     assert np.abs(batch.numpy() - expected).max() <= error * 1.001
     assert torch.equal(volumes[5], batch[0])
     assert volumes.batch([]).shape == (0, 1, *SHAPE)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "uint8"])
+def test_volumes_travel_as_they_are_stored(tmp_path: Path, scans: list[str], dtype: str) -> None:
+    """What is stored is the file's own bytes, and decoded to the last bit what the division in NumPy gives."""
+    cache = VolumeCache(tmp_path / "cache", transform(), dtype)
+    file = cache.file(scans[1])
+    file.parent.mkdir(parents=True)
+    whole = np.arange(640).reshape(SHAPE) % 256
+    np.save(file, (whole if dtype == "uint8" else whole / 255).astype(dtype))  # every value of uint8
+    cache.build(scans, progress=False)
+    volumes = cache.open(scans)
+    stored = volumes.stored(np.array([1, 4]))
+    assert stored.shape == (2, 1, *SHAPE)
+    assert stored.dtype == getattr(torch, dtype)
+    for volume, scan in zip(stored, (scans[1], scans[4]), strict=True):
+        np.testing.assert_array_equal(volume[0].numpy(), np.load(cache.file(scan)))
+    decoded = volumes.decoded(stored)
+    top = np.float32(255 if dtype == "uint8" else 1)
+    np.testing.assert_array_equal(decoded.numpy(), np.divide(stored.numpy(), top, dtype=np.float32))
+    assert torch.equal(decoded, volumes.batch([1, 4]))
+    assert stored.dtype == getattr(torch, dtype)  # and is left as it was
+    np.testing.assert_array_equal(stored[0, 0].numpy(), np.load(file))
+    there = volumes.decoded(stored.to("meta"))
+    assert (there.device.type, there.dtype, there.shape) == ("meta", torch.float32, stored.shape)
+
+
+def test_a_file_of_another_type_is_damaged(tmp_path: Path, scans: list[str]) -> None:
+    cache = VolumeCache(tmp_path / "cache", transform(), "uint8")
+    cache.build(scans, progress=False)
+    np.save(cache.file(scans[0]), np.zeros(SHAPE, np.float16))
+    with pytest.raises(UserError, match=r"0\.nii is gone or damaged .*it holds float16, not uint8"):
+        cache.open(scans).stored([0])
 
 
 def test_a_second_build_does_nothing_and_a_replaced_scan_is_done_again(tmp_path: Path, scans: list[str]) -> None:
@@ -152,7 +186,19 @@ def test_rows_of_table_and_volumes_are_the_same_scans(tmp_path: Path) -> None:
     assert sorted(rows) == list(range(9))
     assert set(cohort.table["split"][cohort.rows("val")]) == {"val"}
     x = cohort.volumes.batch([0])
-    assert cohort.augment(x, 0, [0]) is x
+    assert cohort.draw_augmentation(0, [0]) == {}
+    assert cohort.augmented(x, {"x": x, "position": np.array([0])}) is x
+
+
+def test_a_cohort_augments_as_drawn_into_the_batch(tmp_path: Path) -> None:
+    change = Augmentation(flip=1.0, translation=2.0)
+    cohort = load(write_cohort(tmp_path), augmentation=change)
+    x = cohort.volumes.batch([0, 1])
+    drawn = cohort.draw_augmentation(3, [20, 21])
+    assert set(drawn) == {"augment_flip", "augment_theta"}
+    expected = change.apply(x, change.draw(3, [20, 21], SHAPE))
+    assert torch.equal(cohort.augmented(x, {"x": x, "position": np.array([20, 21]), **drawn}), expected)
+    assert not torch.equal(expected, x)
 
 
 def test_bad_scans_are_set_aside_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -1,8 +1,9 @@
 """Augmentation of the published kind: left-right flip, small affine, intensity shift, contrast. Off by default."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,10 +11,15 @@ from torch.nn import functional
 
 from ldae.noise import generator
 
+# Names of what is drawn, in the batch that a stage fetches.
+FLIP, THETA, GAMMA, SHIFT = "augment_flip", "augment_theta", "augment_gamma", "augment_shift"
+
 
 @dataclass(frozen=True)
 class Augmentation:
     """Random changes of volumes in model space, drawn by sample: neither batch nor process changes them.
+
+    The numbers are drawn on the host, where the sample is fetched, and applied to whole batches on the device.
 
     Args:
         flip: probability of a left-right flip.
@@ -31,48 +37,93 @@ class Augmentation:
     shift: float = 0.0
     contrast: float = 0.0
 
-    def __call__(self, x: Tensor, seed: int, keys: Sequence[int]) -> Tensor:
-        """Augment (B, 1, X, Y, Z) in [0, 1]; sample i depends on (seed, keys[i]) and itself alone.
+    @property
+    def is_off(self) -> bool:
+        """Whether nothing is ever changed."""
+        return not any(astuple(self))
 
-        Returns `x` itself where everything is off.
+    def draw(self, seed: int, keys: Sequence[int], shape: Sequence[int]) -> dict[str, Tensor]:
+        """The changes of B samples; those of sample i depend on (seed, keys[i]) alone.
+
+        All numbers are drawn always: one change switched off leaves the others.
+
+        Args:
+            shape: voxels (X, Y, Z) of a volume.
+
+        Returns:
+            What is switched on of these, on the CPU: "augment_flip" (B,) bool, and in float32 "augment_theta"
+            (B, 3, 4), matrices in the convention of `torch.nn.functional.affine_grid` with align_corners=False,
+            "augment_gamma" and "augment_shift" (B,).
         """
-        if not any(astuple(self)):
-            return x
-        return torch.stack([self._one(volume, seed, int(key)) for volume, key in zip(x, keys, strict=True)])
-
-    def _one(self, volume: Tensor, seed: int, key: int) -> Tensor:
-        """Augment (1, X, Y, Z). All numbers are drawn always: one change switched off leaves the others."""
-        drawn = torch.rand(12, generator=generator(seed, "augmentation", key), dtype=torch.float64)
+        generators = [generator(seed, "augmentation", int(key)) for key in keys]
+        drawn = torch.stack([torch.rand(12, generator=source, dtype=torch.float64) for source in generators])
         even = 2 * drawn - 1
-        if drawn[0] < self.flip:
-            volume = volume.flip(1)
+        changes = {}
+        if self.flip:
+            changes[FLIP] = drawn[:, 0] < self.flip
         if self.rotation or self.scaling or self.translation:
-            volume = self._move(volume, even[1:4], even[4:7], even[7:10])
+            changes[THETA] = self._theta(even[:, 1:4], even[:, 4:7], even[:, 7:10], shape).float()
         if self.contrast:
-            volume = volume.clamp(0, 1) ** math.exp(float(even[10]) * math.log1p(self.contrast))
+            changes[GAMMA] = torch.exp(even[:, 10] * math.log1p(self.contrast)).float()
         if self.shift:
-            volume = (volume + self.shift * float(even[11])).clamp(0, 1)
-        return volume
+            changes[SHIFT] = (self.shift * even[:, 11]).float()
+        return changes
 
-    def _move(self, volume: Tensor, angles: Tensor, sizes: Tensor, moves: Tensor) -> Tensor:
-        """Resample (1, X, Y, Z) under rotation, scaling and translation about its centre; 0 flows in."""
-        matrix = _rotation(angles * math.radians(self.rotation)) @ torch.diag(1 + self.scaling * sizes)
+    @staticmethod
+    def apply(x: Tensor, drawn: Mapping[str, Any]) -> Tensor:
+        """Apply what `draw` gave, found in `drawn` on the device of `x`; other entries are passed over.
+
+        Reads no value back from the device.
+
+        Args:
+            x: (B, 1, X, Y, Z) float32 in [0, 1].
+
+        Returns:
+            As `x`; `x` itself where nothing was drawn.
+        """
+        if FLIP in drawn:
+            x = torch.where(_by_sample(drawn[FLIP]), x.flip(2), x)
+        if THETA in drawn:
+            grid = _grid(drawn[THETA], x.shape[2:])
+            x = functional.grid_sample(x, grid, mode="bilinear", align_corners=False)  # 0 flows in
+        if GAMMA in drawn:
+            x = x.clamp(0, 1) ** _by_sample(drawn[GAMMA])
+        if SHIFT in drawn:
+            x = (x + _by_sample(drawn[SHIFT])).clamp(0, 1)
+        return x
+
+    def _theta(self, angles: Tensor, sizes: Tensor, moves: Tensor, shape: Sequence[int]) -> Tensor:
+        """(B, 3, 4) of three numbers in [-1, 1] each, (B, 3): rotation, scaling and translation about the centre."""
+        matrix = _rotation(angles * math.radians(self.rotation)) @ torch.diag_embed(1 + self.scaling * sizes)
         # In torch's grid, axes run backwards and every axis from -1 to 1: the rotation is one of voxels.
-        half = torch.tensor(volume.shape[1:], dtype=torch.float64) / 2
+        half = torch.tensor(tuple(shape), dtype=angles.dtype) / 2
         matrix = matrix * half / half[:, None]
         move = self.translation * moves / half
-        theta = torch.cat([matrix.flip(0, 1), move.flip(0)[:, None]], dim=1).to(volume)
-        grid = functional.affine_grid(theta[None], [1, *volume.shape], align_corners=False)
-        return functional.grid_sample(volume[None], grid, mode="bilinear", align_corners=False)[0]
+        return torch.cat([matrix.flip(1, 2), move.flip(1)[:, :, None]], dim=2)
+
+
+def _by_sample(value: Tensor) -> Tensor:
+    """(B,) -> (B, 1, 1, 1, 1)."""
+    return value.view(-1, 1, 1, 1, 1)
+
+
+def _grid(theta: Tensor, shape: Sequence[int]) -> Tensor:
+    """What `affine_grid` gives, (B, X, Y, Z, 3), in float32 whatever autocast and TF32 do to its matrix product.
+
+    Rounded to bfloat16 or TF32, coordinates would be off by a noticeable part of a voxel.
+    """
+    x, y, z = ((2 * torch.arange(n, device=theta.device) + 1) / n - 1 for n in shape)
+    of_z, of_y, of_x, move = theta[:, None, None, None].unbind(-1)  # (B, 1, 1, 1, 3) each
+    return of_x * x[:, None, None, None] + (of_y * y[:, None, None] + (of_z * z[:, None] + move))
 
 
 def _rotation(angles: Tensor) -> Tensor:
-    """Rotation matrix from three angles about x, y, z, in this order, radians."""
+    """Rotation matrices (B, 3, 3) from angles (B, 3) about x, y, z, in this order, radians."""
     result = torch.eye(3, dtype=angles.dtype)
-    for axis, angle in enumerate(angles):
+    for axis, angle in enumerate(angles.unbind(1)):
         first, second = [i for i in range(3) if i != axis]
-        turn = torch.eye(3, dtype=angles.dtype)
-        turn[first, first] = turn[second, second] = torch.cos(angle)
-        turn[first, second], turn[second, first] = -torch.sin(angle), torch.sin(angle)
+        turn = torch.eye(3, dtype=angles.dtype).repeat(len(angles), 1, 1)
+        turn[:, first, first] = turn[:, second, second] = torch.cos(angle)
+        turn[:, first, second], turn[:, second, first] = -torch.sin(angle), torch.sin(angle)
         result = turn @ result
     return result

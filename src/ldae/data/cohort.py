@@ -2,8 +2,10 @@
 
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -41,9 +43,13 @@ class Cohort:
         """Row numbers of a split, int64."""
         return np.flatnonzero((self.table["split"] == split).to_numpy())
 
-    def augment(self, x: Tensor, seed: int, keys: Sequence[int]) -> Tensor:
-        """`x` augmented sample by sample, or `x` itself where augmentation is off."""
-        return self.augmentation(x, seed, keys)
+    def draw_augmentation(self, seed: int, keys: Sequence[int]) -> dict[str, Tensor]:
+        """How B samples are to be augmented, by name in the batch, on the CPU; empty where augmentation is off."""
+        return {} if self.augmentation.is_off else self.augmentation.draw(seed, keys, self.transform.shape)
+
+    def augmented(self, x: Tensor, batch: Mapping[str, Any]) -> Tensor:
+        """`x`, (B, 1, X, Y, Z), changed as was drawn into `batch`, on its device; `x` itself where nothing was."""
+        return self.augmentation.apply(x, batch)
 
     def write_rejected(self, path: Path | str) -> None:
         """Write which scans were set aside and why; a header alone where none was."""
@@ -64,6 +70,8 @@ def load_cohort(
     cache_dtype: str = "float16",
     progress: bool = True,
     fold: tuple[int, int] | None = None,
+    share: tuple[int, int] = (0, 1),
+    turn: AbstractContextManager[None] | None = None,
 ) -> Cohort:
     """Read the table, give it its split, transform and cache its scans.
 
@@ -79,6 +87,8 @@ def load_cohort(
         diagnoses: keep scans with these alone; None keeps all.
         workers: processes that transform scans.
         fold: (which, of how many) is the test split, see `ensure`.
+        share: this process and how many there are that load the same cohort at once, see `VolumeCache.build`.
+        turn: entered while the split is drawn and stored, which one of several processes must do before the others.
 
     Raises:
         UserError: a fault of the table or the split, no scan left in a split, or a bad scan under "stop".
@@ -86,12 +96,14 @@ def load_cohort(
     if on_bad_scan not in ON_BAD_SCAN:
         raise UserError(f"data.on_bad_scan={on_bad_scan}: one of {', '.join(ON_BAD_SCAN)} is needed")
     store = VolumeCache(cache, transform, cache_dtype)
-    rows = ensure(read_table(table), split_file, shares, seed, fold)
+    rows = read_table(table)
+    with turn or nullcontext():
+        rows = ensure(rows, split_file, shares, seed, fold)
     stored = read_split(split_file) if split_file is not None else rows
     if diagnoses is not None:
         rows = _choose(rows, diagnoses, table)
         check_not_empty(rows, shares, f"what data.diagnoses leaves of {table}")
-    bad = store.build(rows["path"], workers, progress)
+    bad = store.build(rows["path"], workers, progress, share)
     rows, rejected = _set_aside(rows, bad, on_bad_scan)
     check_not_empty(rows, shares, f"what the {len(rejected)} bad scans leave of {table}")
     volumes = store.open(rows["path"].tolist())

@@ -1,21 +1,30 @@
 """The order of training samples as a pure function of position: endless, shuffled, nothing to save for a resume."""
 
+import atexit
+import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future
+from queue import SimpleQueue
+from threading import Event, Lock, Thread
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from ldae.errors import UserError
 from ldae.noise import derive
 
 Batch = dict[str, Any]
+Fetch = Callable[[np.ndarray, np.ndarray, int], Mapping[str, Any]]
+Task = tuple[int, Future[list[Batch]]]
+
+PATIENCE = 5.0  # seconds that `close` waits for a fetch that is under way
 
 
 class SampleStream:
     """Position p of the stream is sample permutation(epoch)[p mod length], epoch = p // length.
 
-    Every epoch has its own permutation, drawn from (seed, epoch).
+    Every epoch has its own permutation, drawn from (seed, epoch). Threads may share a stream.
 
     Raises:
         UserError: no samples.
@@ -27,6 +36,7 @@ class SampleStream:
         self.length = length
         self.seed = seed
         self._permutations: dict[int, np.ndarray] = {}
+        self._lock = Lock()
 
     def indices(self, start: int, count: int) -> np.ndarray:
         """Samples at positions start ... start + count - 1, (count,) int64."""
@@ -41,12 +51,13 @@ class SampleStream:
         return result
 
     def _permutation(self, epoch: int) -> np.ndarray:
-        if epoch not in self._permutations:
-            if len(self._permutations) > 2:
-                self._permutations.clear()
-            rng = np.random.default_rng(derive(self.seed, "epoch", epoch))
-            self._permutations[epoch] = rng.permutation(self.length)
-        return self._permutations[epoch]
+        with self._lock:
+            if epoch not in self._permutations:
+                if len(self._permutations) > 2:
+                    self._permutations.clear()
+                rng = np.random.default_rng(derive(self.seed, "epoch", epoch))
+                self._permutations[epoch] = rng.permutation(self.length)
+            return self._permutations[epoch]
 
 
 class Batches:
@@ -56,31 +67,46 @@ class Batches:
     m-th run of batch_size * world positions, and process r the r-th run of batch_size within that. Two processes of
     batch b thus see, in each micro-batch, what one process of batch 2 b sees.
 
-    The next step is fetched by one background thread while the current one is computed.
+    Reader threads load the steps that come next while the current one is computed, each step in one thread: as many
+    steps as there are threads, and at least two. No more than these, and one a thread, are held in memory. How many
+    threads there are changes no batch.
 
     Args:
-        fetch: samples (B,) int64 to named tensors; called in the thread.
+        fetch: the samples (B,) int64, their positions (B,) int64 and the number of the micro-batch, step * accumulate
+            + m, to named values; called in the threads.
+        workers: reader threads; None is one.
+        pin: put CPU tensors into page-locked memory, from which a copy to a CUDA device does not block. Needs CUDA.
     """
 
     def __init__(
         self,
-        fetch: Callable[[np.ndarray], Mapping[str, Any]],
+        fetch: Fetch,
         stream: SampleStream,
         batch_size: int,
         accumulate: int = 1,
         rank: int = 0,
         world: int = 1,
+        workers: int | None = 1,
+        pin: bool = False,
     ) -> None:
-        if min(batch_size, accumulate, world) < 1 or not 0 <= rank < world:
-            raise ValueError(f"batch_size {batch_size}, accumulate {accumulate}, process {rank} of {world}")
+        workers = 1 if workers is None else workers
+        if min(batch_size, accumulate, world, workers) < 1 or not 0 <= rank < world:
+            raise ValueError(
+                f"batch_size {batch_size}, accumulate {accumulate}, process {rank} of {world}, {workers} workers"
+            )
         self.fetch = fetch
         self.stream = stream
         self.batch_size = batch_size
         self.accumulate = accumulate
         self.rank = rank
         self.world = world
-        self._thread: ThreadPoolExecutor | None = None
-        self._next: tuple[int, Future[list[Batch]]] | None = None
+        self.workers = workers
+        self.ahead = max(2, workers)
+        self.pin = pin
+        self._threads: list[Thread] = []
+        self._queue: SimpleQueue[Task | None] = SimpleQueue()
+        self._stopping = Event()
+        self._loading: dict[int, Future[list[Batch]]] = {}
 
     def positions(self, step: int) -> np.ndarray:
         """Global positions of this process's samples in `step`, (accumulate, batch_size) int64."""
@@ -92,24 +118,36 @@ class Batches:
         """The `accumulate` micro-batches of `step`.
 
         Each holds "index" and "position" (B,) int64, its global "number", the same on all processes, and what `fetch`
-        gives.
+        gives. Any step may be asked for; the one after the last is at hand soonest.
 
         Raises:
             Whatever `fetch` raised, with the samples noted.
         """
-        self._thread = self._thread or ThreadPoolExecutor(1, thread_name_prefix="batches")
-        ahead, self._next = self._next, None
-        if ahead is None or ahead[0] != step:
-            ahead = step, self._thread.submit(self._load, step)
-        batches = ahead[1].result()
-        self._next = step + 1, self._thread.submit(self._load, step + 1)
-        return batches
+        if not self._threads:
+            self._start()
+        wanted = range(step, step + 1 + self.ahead)
+        # After a jump, what still waits in the queue would only delay the step that is asked for.
+        stale = self._loading.keys() - set(wanted) if step in self._loading else set(self._loading)
+        for other in stale:
+            self._loading.pop(other).cancel()
+        for number in wanted:
+            if number not in self._loading:
+                self._loading[number] = Future()
+                self._queue.put((number, self._loading[number]))
+        return self._loading.pop(step).result()
 
     def close(self) -> None:
-        """Stop the thread; `at` may start it again."""
-        if self._thread is not None:
-            self._thread.shutdown(wait=True, cancel_futures=True)
-        self._thread = self._next = None
+        """Stop the threads, waiting at most PATIENCE for fetches under way; `at` may start new ones."""
+        self._stopping.set()
+        for future in self._loading.values():
+            future.cancel()
+        for _ in self._threads:
+            self._queue.put(None)
+        deadline = time.monotonic() + PATIENCE
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+        self._threads, self._loading = [], {}
+        atexit.unregister(self.close)
 
     def __enter__(self) -> "Batches":
         return self
@@ -117,14 +155,48 @@ class Batches:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _load(self, step: int) -> list[Batch]:
+    def _start(self) -> None:
+        # A thread that outlived `close` keeps its own queue and event. Daemons do not keep the process alive, but are
+        # better stopped before the interpreter is taken down around them.
+        self._queue, self._stopping = SimpleQueue(), Event()
+        for number in range(self.workers):
+            arguments = (self._queue, self._stopping)
+            self._threads.append(Thread(target=self._read, args=arguments, name=f"batches-{number}", daemon=True))
+            self._threads[-1].start()
+        atexit.register(self.close)
+
+    def _read(self, queue: "SimpleQueue[Task | None]", stopping: Event) -> None:
+        """Body of a thread: load one step after the other until None comes."""
+        while (task := queue.get()) is not None:
+            self._complete(*task, stopping)
+            del task  # and with it the batches, which belong to whoever asked for them
+
+    def _complete(self, step: int, future: Future[list[Batch]], stopping: Event) -> None:
+        if not future.set_running_or_notify_cancel():
+            return
+        try:
+            future.set_result(self._load(step, stopping))
+        except BaseException as error:  # noqa: BLE001 - raised again by `at`
+            future.set_exception(error)
+
+    def _load(self, step: int, stopping: Event) -> list[Batch]:
         batches = []
         for number, positions in enumerate(self.positions(step), step * self.accumulate):
+            if stopping.is_set():
+                raise CancelledError
             index = self.stream.at(positions)
             try:
-                fetched = self.fetch(index)
+                fetched = self.fetch(index, positions, number)
+                batch = {"index": index, "position": positions, "number": number, **fetched}
+                batches.append(_pinned(batch) if self.pin else batch)
             except Exception as error:
                 error.add_note(f"while fetching samples {index.tolist()} of step {step}")
                 raise
-            batches.append({"index": index, "position": positions, "number": number, **fetched})
         return batches
+
+
+def _pinned(batch: Batch) -> Batch:
+    return {
+        name: value.pin_memory() if isinstance(value, Tensor) and value.device.type == "cpu" else value
+        for name, value in batch.items()
+    }

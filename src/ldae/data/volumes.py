@@ -41,25 +41,47 @@ class Volumes:
         """Volume `index`, (1, X, Y, Z) float32 in [0, 1]."""
         return self.batch([index])[0]
 
+    @property
+    def dtype(self) -> str:
+        """What the files hold, one of DTYPES."""
+        return next(name for name, top in DTYPES.items() if top == self.top)
+
     def batch(self, indices: Iterable[int]) -> Tensor:
         """Volumes `indices`, (B, 1, X, Y, Z) float32 in [0, 1].
 
         Raises:
             UserError: a cached file is gone or damaged.
         """
+        return self.decoded(self.stored(indices))
+
+    def decoded(self, stored: Tensor) -> Tensor:
+        """What `stored` gave, (B, 1, X, Y, Z), on any device, as float32 in [0, 1] there."""
+        if self.top == 1:
+            return stored.float()
+        # By a tensor of the device: by a number, CUDA multiplies with its reciprocal, which rounds otherwise.
+        return stored.float().div_(torch.full((), self.top, device=stored.device))
+
+    def stored(self, indices: Iterable[int]) -> Tensor:
+        """Volumes `indices` as they lie in the cache, (B, 1, X, Y, Z) float16 or uint8: half or a quarter to move.
+
+        Raises:
+            UserError: a cached file is gone or damaged.
+        """
         indices = [int(index) for index in indices]
-        result = np.empty((len(indices), 1, *self.shape), dtype=np.float32)
+        result = np.empty((len(indices), 1, *self.shape), dtype=self.dtype)
         for volume, index in zip(result, indices, strict=True):
             try:
                 stored = np.load(self.files[index], mmap_mode="r", allow_pickle=False)
                 if stored.shape != self.shape:
                     raise ValueError(f"its shape is {stored.shape}, not {self.shape}")
+                if stored.dtype != self.dtype:
+                    raise ValueError(f"it holds {stored.dtype}, not {self.dtype}")
             except (OSError, ValueError, EOFError) as error:
                 raise UserError(
                     f"cached volume {self.files[index]} of {self.scans[index]} is gone or damaged ({error}): "
                     "delete it and run again"
                 ) from error
-            np.divide(stored, np.float32(self.top), out=volume[0], dtype=np.float32)
+            volume[0] = stored
         return torch.from_numpy(result)
 
 
@@ -99,18 +121,25 @@ class VolumeCache:
         key = hashlib.sha256(repr((path, status.st_size, status.st_mtime_ns)).encode()).hexdigest()
         return self.folder / key[:2] / f"{key[2:34]}.npy"
 
-    def build(self, scans: Iterable[str], workers: int | None = None, progress: bool = True) -> dict[str, str]:
+    def build(
+        self, scans: Iterable[str], workers: int | None = None, progress: bool = True, share: tuple[int, int] = (0, 1)
+    ) -> dict[str, str]:
         """Make what is not there yet.
 
+        Several processes that build the same scans at the same time help each other without a word: each begins with
+        its own share, goes on with what the others have not made yet, and returns once all is there.
+
         Args:
-            workers: processes; by default as many as there are CPUs for us.
+            workers: processes that this one starts; by default as many as there are CPUs for us.
+            share: this process, counted from 0, and how many build.
 
         Returns:
-            Bad scans and why they are bad. They are not remembered: the next build tries them again.
+            Bad scans and why they are bad. They are not remembered: the next build, and every process that takes part
+            in this one, tries them again.
         """
         bad: dict[str, str] = {}
         todo = []
-        for scan in dict.fromkeys(str(scan) for scan in scans):
+        for scan in _own_first(list(dict.fromkeys(str(scan) for scan in scans)), *share):
             try:
                 if not self.file(scan).exists():
                     todo.append(scan)
@@ -147,7 +176,9 @@ class VolumeCache:
         from joblib.externals.loky.process_executor import TerminatedWorkerError
 
         # Processes of one thread each; only names and reasons travel.
-        pool = Parallel(workers, return_as="generator_unordered", inner_max_num_threads=1, backend="loky")
+        # One scan a task: where other processes have made many, joblib would put ever more into one, and one of those
+        # that are left would then wait behind many others.
+        pool = Parallel(workers, return_as="generator_unordered", inner_max_num_threads=1, backend="loky", batch_size=1)
         done = set()
         try:
             for scan, reason in pool(delayed(_store_by_name)(self, scan) for scan in scans):
@@ -170,6 +201,12 @@ class VolumeCache:
                 yield scan, "the process that transformed it died"
         if pool is not None:
             pool.shutdown()
+
+
+def _own_first(scans: Sequence[str], rank: int, world: int) -> list[str]:
+    """Every `world`-th scan from `rank` on, then the rest in an order of its own: helpers seldom meet at one scan."""
+    rest = [scan for number, scan in enumerate(scans) if number % world != rank]
+    return [*scans[rank::world], *np.random.default_rng(rank).permutation(rest).tolist()]
 
 
 def _store_by_name(cache: VolumeCache, scan: str) -> tuple[str, str | None]:
