@@ -1,10 +1,12 @@
 """What the three scripts do with a composed config: build the parts, and call one thing."""
 
+import hashlib
 import logging
+import os
 from pathlib import Path
 
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import gather_object, set_seed
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
@@ -30,7 +32,8 @@ def ensure_phantoms(config: DictConfig, accelerator: Accelerator) -> None:
     """Make the phantom cohort of `data=phantom` on first use."""
     if config.data.phantom is None or Path(config.data.table).exists():
         return
-    from ldae.data.phantom import make_cohort
+    from ldae.data.phantom.cohort import make_cohort, wait_for_cohort
+    from ldae.training.precision import TIMEOUT
 
     phantom = config.data.phantom
     if accelerator.is_main_process:
@@ -38,35 +41,58 @@ def ensure_phantoms(config: DictConfig, accelerator: Accelerator) -> None:
             Path(config.data.table).parent, phantom.subjects, phantom.seed, phantom.spacing, tuple(phantom.shape),
             workers=config.data.workers,
         )  # fmt: skip
-    accelerator.wait_for_everyone()
+    else:
+        wait_for_cohort(Path(config.data.table), config.accelerator.get("timeout", TIMEOUT))
 
 
 def open_cohort(config: DictConfig, accelerator: Accelerator, space: Workspace, external: bool = False) -> Cohort:
-    """The table with its split, its volumes cached; made by the main process, then read by all.
+    """The table with its split, which the main process draws, and its volumes, which all processes make together.
 
-    An external cohort is all test.
+    An external cohort is all test. No process waits in a collective while others work for long: each returns from
+    making volumes once all are there.
+
+    Raises:
+        UserError: see `load_cohort`; or the processes do not find the same scans usable.
     """
     ensure_phantoms(config, accelerator)
     data = config.data
+    cohort = load_cohort(
+        table=data.table,
+        split_file=None if external else space.split_file,
+        transform=instantiate(data.transform),
+        cache=Path(config.paths.cache),
+        cache_dtype=data.cache_dtype,
+        shares={"test": 1.0} if external else {name: data.split[name] for name in ("train", "val", "test")},
+        seed=data.split.seed,
+        fold=None if external or data.split.fold is None else (data.split.fold, data.split.folds),
+        on_bad_scan=data.on_bad_scan,
+        diagnoses=data.diagnoses,
+        augmentation=instantiate(data.augmentation),
+        workers=_workers(data.workers, accelerator),
+        progress=accelerator.is_main_process,
+        share=(accelerator.process_index, accelerator.num_processes),
+        turn=accelerator.main_process_first(),
+    )
+    _check_agreement(cohort, accelerator)
+    return cohort
 
-    def load() -> Cohort:
-        return load_cohort(
-            table=data.table,
-            split_file=None if external else space.split_file,
-            transform=instantiate(data.transform),
-            cache=Path(config.paths.cache),
-            cache_dtype=data.cache_dtype,
-            shares={"test": 1.0} if external else {name: data.split[name] for name in ("train", "val", "test")},
-            seed=data.split.seed,
-            fold=None if external or data.split.fold is None else (data.split.fold, data.split.folds),
-            on_bad_scan=data.on_bad_scan,
-            diagnoses=data.diagnoses,
-            augmentation=instantiate(data.augmentation),
-            workers=data.workers,
+
+def _workers(wanted: int | None, accelerator: Accelerator) -> int:
+    """Worker processes for one of the processes on this machine, which share its CPUs."""
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
+    return max(1, (wanted or len(os.sched_getaffinity(0))) // here)
+
+
+def _check_agreement(cohort: Cohort, accelerator: Accelerator) -> None:
+    """All processes train on the same rows, or none does: a scan may have been unreadable for one of them alone."""
+    if accelerator.num_processes == 1:
+        return
+    counts = gather_object([(len(cohort), hashlib.sha256("\n".join(cohort.table["path"]).encode()).hexdigest())])
+    if len(set(counts)) > 1:
+        raise UserError(
+            f"the processes find different scans usable ({', '.join(str(count) for count, _ in counts)} of them): "
+            "look for a disk that not all of them can read, and run again"
         )
-
-    with accelerator.main_process_first():
-        return load()
 
 
 def train(config: DictConfig) -> None:

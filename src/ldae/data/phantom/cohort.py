@@ -1,6 +1,7 @@
 """A cohort of phantoms on disk: NIfTI scans, label maps and the table that lists them."""
 
 import logging
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,7 @@ COLUMNS = (
     "subject", "session", "path", "diagnosis", "age", "sex", "scanner", "ventricle_mm3", "hippocampus_mm3", "brain_mm3",
     "head_mm3", "severity", "labels_path", "phantom_seed",
 )  # fmt: skip
+POLL, SAY_EVERY = 0.5, 60.0  # seconds between two looks at what another process does, and between two lines about it
 SMALLEST_FIELD = (150.0, 185.0, 150.0)  # mm that an average head needs
 
 
@@ -47,6 +49,28 @@ def make_cohort(
     _render_all(todo, out, seed, float(spacing), shape, workers, progress)
     _write_table(table, [scan for subject in range(1, subjects + 1) for scan in read_json(_sidecar(out, subject))])
     return table
+
+
+def wait_for_cohort(table: Path, patience: float) -> None:
+    """Return once another process has written `table`, at whose folder it works with `make_cohort`.
+
+    Args:
+        patience: minutes without a new subject after which it is taken for dead.
+
+    Raises:
+        UserError: it is.
+    """
+    seen, changed, said = -1, time.monotonic(), time.monotonic()
+    while not table.exists():
+        time.sleep(POLL)
+        now, done = time.monotonic(), sum(1 for _ in table.parent.glob("sub-*/scans.json"))
+        if done != seen:
+            seen, changed = done, now
+        if now - changed > 60 * patience:
+            raise UserError(f"no phantom was added to {table.parent} for {patience:g} minutes: run again")
+        if now - said > SAY_EVERY:
+            said = now
+            log.info("the main process makes phantoms in %s: %d so far", table.parent, done)
 
 
 def _check(subjects: int, spacing: float, shape: tuple[int, ...]) -> None:
