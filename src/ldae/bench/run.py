@@ -53,7 +53,7 @@ def bench(config: DictConfig, compose: Compose) -> dict[str, float]:
 
 def measure(compose: Compose, variant: str, overrides: Sequence[str], folder: Path) -> tuple[dict[str, Cost], float]:
     """The costs of one variant, and the matrix rate beside them."""
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     subject = Subject(compose, overrides, folder)
     edge = subject.settings.matrix
     rates = [matrix_rate(edge, subject.device, subject.dtype)]

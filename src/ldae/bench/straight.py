@@ -14,7 +14,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from ldae.data.latents import LatentSet, read_latent
+from ldae.data.latent_npz import read_npz
+from ldae.data.latents import LatentSet
 from ldae.models.blocks import Attention
 from ldae.models.conv import Conv3d, EnlargingConv3d
 from ldae.training.ema import Ema
@@ -57,8 +58,10 @@ class PlainEma(Ema):
     """One tensor after the other."""
 
     @torch.no_grad()
-    def update(self, step: int) -> None:
+    def update(self, step: int, skipped: Tensor | None = None) -> None:
         """See Ema."""
+        if skipped is not None and bool(skipped):
+            return
         decay = min(self.decay, (1 + step) / (10 + step))
         for name, tensor in self.module.state_dict().items():
             if tensor.is_floating_point():
@@ -67,11 +70,24 @@ class PlainEma(Ema):
                 self.shadow[name].copy_(tensor)
 
 
+class PlainAdam(torch.optim.Adam):
+    """One tensor after the other, as PyTorch does by default; a step that is not finite is read back and left out."""
+
+    def step(self, closure: None = None) -> None:
+        """See torch.optim.Adam, whose fused form alone knows `found_inf`."""
+        found = vars(self).pop("found_inf", None)
+        vars(self).pop("grad_scale", None)
+        if found is None or not bool(found):
+            super().step(closure)
+
+
 def straighten_stage(stage: Stage) -> None:
     """After `prepare`: plain optimisers and averages."""
     for optimizer in stage.optimizers.values():
         for group in optimizer.param_groups:
             group["fused"] = None
+        optimizer.__class__ = PlainAdam
+        optimizer._step_supports_amp_scaling = False  # torch's sign for a scaler: it divides gradients itself
     stage.averages = {name: PlainEma(ema.module, ema.decay) for name, ema in stage.averages.items()}
 
 
@@ -97,6 +113,14 @@ class NpzVolumes:
 
     def batch(self, indices: Iterable[int]) -> Tensor:
         """(B, 1, X, Y, Z) float32."""
+        return self.stored(indices)
+
+    def decoded(self, stored: Tensor) -> Tensor:
+        """The files hold float32 already."""
+        return stored
+
+    def stored(self, indices: Iterable[int]) -> Tensor:
+        """(B, 1, X, Y, Z) float32."""
         with self.waiting:
             volumes = []
             for index in indices:
@@ -119,7 +143,7 @@ class NpzLatents(LatentSet):
     def sample(self, rows: Tensor | np.ndarray, noise: Tensor) -> Tensor:
         """See LatentSet."""
         with self.waiting:
-            pairs = [read_latent(self.table["latent_path"].iloc[int(row)]) for row in rows]
+            pairs = [read_npz(self.table["latent_path"].iloc[int(row)]) for row in rows]
             mean, std = (torch.from_numpy(np.stack(part)) for part in zip(*pairs, strict=True))
         device = self.scale.device
         scale = self.scale.view(1, -1, 1, 1, 1)
@@ -131,5 +155,7 @@ class NpzLatents(LatentSet):
 
 
 def port_accelerator() -> Accelerator:
-    """fp16 autocast on a GPU, as published; float32 on a CPU."""
+    """fp16 autocast on a GPU, as published; float32 on a CPU. PyTorch's backends as they are by default."""
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.benchmark = False
     return Accelerator(mixed_precision="fp16" if torch.cuda.is_available() else "no")

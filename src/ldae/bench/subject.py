@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +20,9 @@ from ldae.bench.settings import Bench
 from ldae.bench.straight import NpzLatents, NpzVolumes, Waiting, straighten, straighten_stage
 from ldae.data.augmentation import Augmentation
 from ldae.data.cohort import Cohort
-from ldae.data.latents import latent_name, write_about, write_latent
+from ldae.data.latent_file import FILE, row_digests, write_latents
+from ldae.data.latent_npz import npz_name, write_npz
+from ldae.data.latents import write_about
 from ldae.data.phantom import render
 from ldae.data.table import write_table
 from ldae.data.volumes import DTYPES, Volumes
@@ -49,6 +51,16 @@ class UntrainedRun:
     def module(self, name: str, node: Any) -> nn.Module:
         """Built, not loaded."""
         return instantiate(node).eval().requires_grad_(False)
+
+
+@cache
+def made_up_scan(spacing: float, shape: tuple[int, int, int]) -> np.ndarray:
+    """A phantom's volume, (X, Y, Z) float32 in [0, 1]; rendered at about 4 mm and enlarged, which takes a second."""
+    factor = max(1, round(4 / spacing))
+    coarse = tuple(-(-edge // factor) for edge in shape)
+    image = torch.from_numpy(render((0, 1, 0), spacing=factor * spacing, shape=coarse).image).float()
+    image = torch.nn.functional.interpolate(image[None, None], size=shape, mode="trilinear")[0, 0]
+    return (image / image.max()).numpy()
 
 
 class Subject:
@@ -95,8 +107,7 @@ class Subject:
     @cached_property
     def scan(self) -> np.ndarray:
         """A brain in air, (X, Y, Z) float32 in model space: what costs less in air must have the air of a scan."""
-        image = render((0, 1, 0), spacing=self.config.data.spacing, shape=self.shape).image
-        return image / image.max()
+        return made_up_scan(float(self.config.data.spacing), self.shape)
 
     @cached_property
     def cohort(self) -> Cohort:
@@ -106,11 +117,12 @@ class Subject:
         dtype, files = self.config.data.cache_dtype, []
         top = DTYPES[dtype]
         for number in range(self.settings.scans):
+            files.append(folder / f"{number}.{'npz' if self.settings.straight else 'npy'}")
+            if files[-1].exists():
+                continue
             if self.settings.straight:
-                files.append(folder / f"{number}.npz")
                 np.savez(files[-1], x=self.scan)
             else:
-                files.append(folder / f"{number}.npy")
                 np.save(files[-1], (self.scan * top).astype(dtype))
         plain = NpzVolumes(files, self.waiting)
         volumes = plain if self.settings.straight else Volumes(self.table["path"], files, self.shape, top)
@@ -118,13 +130,18 @@ class Subject:
         return Cohort(self.table, self.table[:0], volumes, transform, HASH, Augmentation())
 
     def write_latents(self, shape: Sequence[int]) -> Path:
-        """A finished folder of random latents of this shape."""
-        folder, rng = self.folder / "latents", np.random.default_rng(0)
-        names = [latent_name(row.subject, row.session) for row in self.table.itertuples()]
-        for name in names:
-            mean = rng.standard_normal(shape, dtype=np.float32)
-            write_latent(folder / name, mean, np.full_like(mean, 0.1), HASH)
-        write_table(self.table.assign(latent_path=[folder / name for name in names]), folder / "scans.csv")
+        """A finished folder of random latents of this shape: one file, or one NPZ a scan for the yardstick."""
+        folder, rng, row = self.folder / "latents", np.random.default_rng(0), row_digests(self.table)
+        mean = rng.standard_normal((len(row), *shape), dtype=np.float32)
+        std = np.full_like(mean, 0.1)
+        names = [FILE] * len(row)
+        if self.settings.straight:
+            names = [npz_name(scan.subject, scan.session) for scan in self.table.itertuples()]
+            for name, m, s in zip(names, mean, std, strict=True):
+                write_npz(folder / name, m, s, HASH)
+        else:
+            write_latents(folder / FILE, HASH, row, row, [(mean, std)])
+        write_table(self.table.assign(latent_path=names), folder / "scans.csv")
         about = {"table": "scans.csv", "scale": [1.0] * shape[0], "split_hash": HASH, "autoencoder_sha256": HASH}
         write_about(folder, about)
         return folder

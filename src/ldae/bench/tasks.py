@@ -1,9 +1,7 @@
 """What is measured of a variant: every function yields (name, cost)."""
 
 import gc
-import statistics
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,43 +10,18 @@ import numpy as np
 import torch
 from hydra.utils import instantiate
 
-from ldae.bench.measure import Cost, Peak, counted, synchronise, timed
+from ldae.bench.measure import Cost, timed
+from ldae.bench.steps import Steps, step_cost
 from ldae.bench.subject import Subject
-from ldae.data.stream import Batch, Batches, SampleStream
-from ldae.training.stage import Stage
 
 Costs = Iterator[tuple[str, Cost]]
 RAW = (182, 218, 182)  # voxels of 1 mm, as scanners make them
 
 
-def _straight_batch(stage: Stage, size: int, step: int) -> list[Batch]:
-    index = np.arange(step * size, (step + 1) * size) % stage.length
-    return [{"index": index, "position": index, "number": step, **stage.fetch(index)}]
-
-
 def _step(subject: Subject, name: str) -> Costs:
     """An optimiser step of a stage, its data included."""
-    stage = subject.stage(name)
-    size, repeats, device = subject.settings.batch[name], subject.settings.repeats, subject.device
-    batches = Batches(stage.fetch, SampleStream(stage.length, 0), size)
-    straight = subject.settings.straight
-    fetch = (lambda step: _straight_batch(stage, size, step)) if straight else batches.at
-    flop = counted(lambda: stage.run_step(fetch(0), 0))
-    seconds, waits, busy, peak = [], [], [], Peak(device)
-    for step in range(1, repeats + 1):
-        synchronise(device)
-        subject.waiting.seconds = 0.0
-        start, core = time.perf_counter(), time.process_time()
-        batch = fetch(step)
-        fetched = time.perf_counter()
-        stage.run_step(batch, step)
-        synchronise(device)
-        seconds.append(time.perf_counter() - start)
-        busy.append(time.process_time() - core)
-        waits.append(subject.waiting.seconds if straight else fetched - start)
-    batches.close()
-    wait = sum(waits) / sum(seconds)
-    yield f"train_{name}", Cost(statistics.median(seconds), size, flop, peak.bytes(), wait, statistics.median(busy))
+    with Steps(subject, name) as steps:
+        yield f"train_{name}", step_cost(steps, subject.settings.repeats, count=not subject.config.trainer.compile)
 
 
 def train_aekl(subject: Subject) -> Costs:

@@ -1,0 +1,40 @@
+"""`python -m ldae.bench.gpu_check [--budget SECONDS] [--parts A,B/ITEM*] [--out DIR] [--size full|smoke]`."""
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from ldae.bench.gpu_check.check import FULL, SMOKE
+from ldae.bench.gpu_check.parts import PARTS
+from ldae.bench.gpu_check.run import run
+from ldae.errors import EXIT_USER_ERROR, UserError
+
+log = logging.getLogger(__name__)
+SIZES = {"full": FULL, "smoke": SMOKE}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Parse, and run the check. A part that fails is told in the results and by exit code 1."""
+    parser = argparse.ArgumentParser(prog="python -m ldae.bench.gpu_check", description=__doc__)
+    parser.add_argument("--budget", type=float, default=480, metavar="SECONDS", help="in all (default: 480)")
+    parser.add_argument("--parts", default=",".join(PARTS), help="in this order; a part, or part/item with * in it")
+    parser.add_argument("--out", type=Path, default=Path("runs/gpu_check"), help="folder of the results")
+    parser.add_argument("--size", choices=SIZES, default="full", help="smoke: seconds on a CPU, to rehearse")
+    given = parser.parse_args(arguments)
+    # Lines come as they are measured; the trainings' own reports would hide them.
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout, force=True)
+    logging.getLogger("ldae.bench").setLevel(logging.INFO)
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+    try:
+        failed = run(SIZES[given.size], given.parts.split(","), given.out, given.budget)
+    except UserError as error:
+        log.error("%s", error)
+        sys.exit(EXIT_USER_ERROR)
+    sys.exit(1 if failed else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""The smoke chain (three stages and encoding) on the GPU, beside the CPU's of the same seed.
+
+Dropout is off, whose draws differ by device; all other draws are made on the CPU. What is left is rounding, which a few
+steps of training enlarge: hence tolerances, all of them relative to the CPU's value.
+"""
+
+import json
+import logging
+from pathlib import Path
+
+import numpy as np
+
+from ldae.bench.gpu_check.check import Check, Numbers
+
+log = logging.getLogger(__name__)
+
+STAGES = ("aekl", "pretrain", "repr")
+TOLERANCES = {"fp32": 0.01, "compiled": 0.01, "fp16": 0.05, "bf16": 0.05}
+OVERRIDES = {
+    "cpu": ["accelerator=cpu"],
+    "fp32": ["{auto}"],
+    "bf16": ["{bf16}"],
+    "fp16": ["{fp16}"],
+    "compiled": ["{auto}", "trainer.compile=true"],
+}
+NO_DROPOUT = (
+    "model.unet.dropout=0.0", "model.encoder.dropout=0.0", "model.encoder.slice_dropout=0.0",
+    "model.encoder.backbone.stochastic_depth=0.0",
+)  # fmt: skip
+Records = dict[tuple[str, int, str], float]  # (stage, step, name) to value
+
+
+def run_chain(check: Check, name: str) -> Path:
+    """Train, encode, train, train. Returns the folder of the runs."""
+    from ldae.experiment import encode, train
+
+    overrides = [text.format(**{p: check.accelerator(p) for p in ("auto", "bf16", "fp16")}) for text in OVERRIDES[name]]
+    folders = [f"paths.{kind}={check.scratch / 'chain' / kind}" for kind in ("runs", "data", "cache")]
+    given = ["experiment=smoke", *check.size.chain, *NO_DROPOUT, *overrides, *folders, f"name={name}"]
+    given += ["trainer.log_every=1", f"trainer.max_steps={check.size.steps}"]
+    of_stage = [text for text in given if not text.startswith("stage.")]
+    for stage in STAGES:
+        _fresh()
+        train(check.composer("train", f"stage={stage}", *(given if stage == "repr" else of_stage))([]))
+        if stage == "aekl":
+            _fresh()
+            encode(check.composer("encode_latents", *of_stage)([]))
+    return check.scratch / "chain" / "runs" / name
+
+
+def _fresh() -> None:
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def records(root: Path) -> Records:
+    """Everything that a run logged, but gradient norms."""
+    found: Records = {}
+    for stage in STAGES:
+        for line in (root / stage / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+            record = json.loads(line)
+            step = record.pop("step")
+            found |= {(stage, step, name): value for name, value in record.items() if "gradient_norm" not in name}
+    return found
+
+
+def differences(reference: Records, found: Records) -> dict[str, float]:
+    """By stage, the largest relative difference of its losses and of its validation metrics; and steps skipped.
+
+    A value that a run lacks is infinitely far.
+    """
+    numbers: dict[str, float] = {}
+    for (stage, step, name), value in reference.items():
+        kind = {"train/loss": "loss", "train/skipped": None}.get(name, "val" if name.startswith("val/") else None)
+        if kind is not None:
+            other = found.get((stage, step, name), float("inf"))
+            key = f"{stage}_{kind}"
+            numbers[key] = max(numbers.get(key, 0.0), abs(other - value) / max(abs(value), 1e-3))
+    return numbers
+
+
+def skipped_steps(found: Records) -> float:
+    """Of all stages together."""
+    last = {stage: value for (stage, _, name), value in found.items() if name == "train/skipped"}
+    return float(sum(last.values()))
+
+
+def latent_difference(reference: Path, found: Path) -> float:
+    """Root mean square of the difference of all latents, in standard deviations of the reference's."""
+    from ldae.data.latents import LatentSet
+
+    one, other = (LatentSet.open(root / "latents").mean.double() for root in (reference, found))
+    return float((one - other).square().mean().sqrt() / one.std())
+
+
+def compare_chain(check: Check, name: str) -> Numbers:
+    """Differences of a chain on the device from the CPU's, and whether they are within the tolerance."""
+    reference = check.scratch / "chain" / "runs" / "cpu"
+    if not (reference / "repr" / "weights").exists():
+        run_chain(check, "cpu")
+    root = run_chain(check, name)
+    found = records(root)
+    numbers = differences(records(reference), found) | {"latents": latent_difference(reference, root)}
+    tolerance = TOLERANCES[name]
+    worst = float(np.max(list(numbers.values())))
+    verdict = "passed" if worst <= tolerance else "FAILED"
+    return {**numbers, "skipped": skipped_steps(found), "worst": worst, "tolerance": tolerance, "verdict": verdict}

@@ -1,0 +1,113 @@
+"""What all measurements share: how large they are, where they write, and the budget."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+    from omegaconf import DictConfig
+
+Numbers = Mapping[str, float | str | list[str] | Mapping[str, float]]  # by name; of several things by their names
+
+
+@dataclass(frozen=True)
+class Size:
+    """How large the measurements are.
+
+    Args:
+        bench: conf/bench/*.yaml, which has sizes, batches and repeats.
+        chain: overrides of the chain, beside experiment=smoke.
+        steps: training steps of the chain's stages.
+        seconds: factor of the estimated costs.
+        watched: training steps whose synchronisations are counted.
+    """
+
+    bench: str
+    chain: Sequence[str]
+    steps: int
+    seconds: float
+    watched: int
+
+
+FULL = Size(bench="gpu", chain=(), steps=6, seconds=1.0, watched=10)
+SMOKE = Size(
+    bench="smoke",
+    chain=(
+        "data.phantom.subjects=8", "data.phantom.shape=[8,8,8]", "data.phantom.spacing=27.0", "data.shape=[8,8,8]",
+        "data.spacing=27.0", "model.autoencoder.channels=[8,8]", "model.unet.base=8", "model.unet.groups=4",
+        "model.encoder.dim=16", "model.encoder.backbone.widths=[8,16]", "model.encoder.backbone.depths=[1,1]",
+        "stage.sampler.steps=2",
+    ),
+    steps=2,
+    seconds=0.0,
+    watched=2,
+)  # fmt: skip
+
+
+class BudgetSpent(Exception):
+    """The seconds are over in the middle of a measurement."""
+
+
+@dataclass
+class Check:
+    """One call of the check.
+
+    Args:
+        out: folder of the results.
+        scratch: folder for made-up files, removed at the end.
+        budget: seconds.
+    """
+
+    size: Size
+    out: Path
+    scratch: Path
+    budget: float
+    started: float = field(default_factory=time.monotonic)
+    rates: dict[str, float] = field(default_factory=dict)  # FLOP/s of a matrix product by dtype
+    flop: dict[str, float] = field(default_factory=dict)  # of a training step by model and stage
+
+    @property
+    def left(self) -> float:
+        """Seconds of the budget."""
+        return self.budget - (time.monotonic() - self.started)
+
+    @property
+    def device(self) -> "torch.device":
+        """The GPU, or without one the CPU, where the same measurements are rehearsed."""
+        import torch
+
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    def accelerator(self, precision: str) -> str:
+        """The override that computes in `precision` (auto is float32) on a GPU; a CPU has float32 alone."""
+        return f"accelerator={precision if self.device.type == 'cuda' else 'cpu'}"
+
+    def composer(self, name: str, *given: str) -> "Callable[[Sequence[str]], DictConfig]":
+        """Further overrides to a config of conf/`name`.yaml with those `given`."""
+        from hydra import compose, initialize_config_dir
+
+        from ldae.config import conf_dir, register
+
+        register()
+
+        def composed(more: Sequence[str] = ()) -> "DictConfig":
+            with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+                return compose(name, [*given, *more])
+
+        return composed
+
+    def bench(self, *given: str) -> "Callable[[Sequence[str]], DictConfig]":
+        """As `composer`, of the bench at this size."""
+        return self.composer("bench", f"bench={self.size.bench}", *given)
+
+    def matrix_rate(self, dtype: "torch.dtype") -> float:
+        """FLOP/s of a large matrix product, measured once."""
+        from ldae.bench.measure import matrix_rate
+
+        if str(dtype) not in self.rates:
+            edge = self.bench()([]).bench.matrix
+            self.rates[str(dtype)] = matrix_rate(edge, self.device, dtype)
+        return self.rates[str(dtype)]

@@ -1,0 +1,95 @@
+"""One measurement: done, failed, or left out because it would not fit into what is left of the budget."""
+
+import contextlib
+import gc
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from types import FrameType
+from typing import Any
+
+from ldae.bench.gpu_check.check import BudgetSpent, Check, Numbers
+
+LIMIT = 1500  # characters of a traceback
+
+
+@dataclass(frozen=True)
+class Item:
+    """What is measured, and how many seconds that takes on a GPU of 2022 or later, about."""
+
+    name: str
+    seconds: float
+    work: Callable[[Check], Numbers]
+
+
+@dataclass
+class Outcome:
+    """What became of an item. `state` is "done", "failed" or "skipped"."""
+
+    state: str
+    seconds: float = 0.0
+    numbers: dict[str, Any] = field(default_factory=dict)
+    reason: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+def run_item(item: Item, check: Check) -> Outcome:
+    """Measure, whatever happens; what is not caught is the wish to stop."""
+    cost = item.seconds * check.size.seconds
+    if cost > check.left:
+        return Outcome("skipped", reason=f"takes about {cost:.0f} s, {max(check.left, 0):.0f} s were left of the budget")
+    start = time.monotonic()
+    try:
+        with _until(check.left):
+            numbers = dict(item.work(check))
+        return Outcome("done", time.monotonic() - start, numbers)
+    except BudgetSpent:
+        return Outcome("skipped", time.monotonic() - start, reason="the budget ended while it ran")
+    except Exception as error:  # noqa: BLE001 - the other measurements are worth as much
+        return Outcome("failed", time.monotonic() - start, reason=_tail(error))
+    finally:
+        _give_back()
+
+
+def _tail(error: BaseException) -> str:
+    """The end of the first cause's traceback: Hydra wraps what a constructor raises."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = "".join(traceback.format_exception(error, chain=False)).rstrip().splitlines()
+    return "\n".join(line for line in lines if line.strip(" ^~"))[-LIMIT:]
+
+
+@contextlib.contextmanager
+def _until(seconds: float) -> Iterator[None]:
+    """Raise BudgetSpent after that many seconds, once Python has its turn."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise BudgetSpent
+
+    previous = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-3))
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
+
+
+def _give_back() -> None:
+    """Memory, compiled code and Accelerate's state: the next measurement starts as if it were the first."""
+    gc.collect()
+    if "accelerate" in sys.modules:
+        from accelerate.state import AcceleratorState
+
+        AcceleratorState._reset_state(reset_partial_state=True)
+    if "torch._dynamo" in sys.modules:
+        sys.modules["torch._dynamo"].reset()
+    if "torch" in sys.modules and sys.modules["torch"].cuda.is_available():
+        with contextlib.suppress(RuntimeError):  # a device that is lost says so elsewhere
+            sys.modules["torch"].cuda.empty_cache()

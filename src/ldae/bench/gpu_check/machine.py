@@ -1,0 +1,73 @@
+"""Which machine it is, what its matrix products reach, and which packages it lacks."""
+
+import datetime
+import importlib.util
+import os
+import platform
+import shutil
+import subprocess
+
+from ldae.bench.gpu_check.check import Check, Numbers
+
+# What the measurements import, by the name under which pip has it.
+PACKAGES = {
+    "torch": "torch", "hydra": "hydra-core", "omegaconf": "omegaconf", "accelerate": "accelerate", "monai": "monai",
+    "nibabel": "nibabel", "nilearn": "nilearn", "numpy": "numpy", "scipy": "scipy", "pandas": "pandas",
+    "sklearn": "scikit-learn", "joblib": "joblib", "safetensors": "safetensors", "tensorboard": "tensorboard",
+    "tqdm": "tqdm",
+}  # fmt: skip
+
+
+def lacking() -> list[str]:
+    """Packages that are not installed, by pip's names."""
+    return [name for module, name in PACKAGES.items() if importlib.util.find_spec(module) is None]
+
+
+def describe() -> dict[str, str]:
+    """Card, driver, versions and date, in words."""
+    import torch
+
+    found = {
+        "card": torch.cuda.get_device_name() if torch.cuda.is_available() else f"none, CPU {platform.processor()}",
+        "driver": _driver(),
+        "torch": torch.__version__,
+        "CUDA": torch.version.cuda or "none",
+        "cuDNN": str(torch.backends.cudnn.version()),
+        "cores": str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()),
+        "Python": platform.python_version(),
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+    }
+    if torch.cuda.is_available():
+        found["memory"] = f"{torch.cuda.get_device_properties(0).total_memory / 2**30:.0f} GB"
+    return found
+
+
+def _driver() -> str:
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return "unknown"
+    command = [tool, "--query-gpu=driver_version", "--format=csv,noheader"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    return done.stdout.strip().splitlines()[0] if done.stdout.strip() else "unknown"
+
+
+def matrix_rates(check: Check) -> Numbers:
+    """TFLOP/s of a large matrix product in each precision."""
+    import torch
+
+    from ldae.bench.measure import matrix_rate
+
+    if check.device.type == "cpu":
+        return {"float32_tflops": check.matrix_rate(torch.float32) / 1e12}
+    edge = check.bench()([]).bench.matrix
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("highest")
+        rates = {"float32_tflops": matrix_rate(edge, check.device, torch.float32) / 1e12}
+        torch.set_float32_matmul_precision("high")
+        rates["tf32_tflops"] = matrix_rate(edge, check.device, torch.float32) / 1e12
+    finally:
+        torch.set_float32_matmul_precision(before)
+    for dtype in (torch.bfloat16, torch.float16):
+        rates[f"{str(dtype).removeprefix('torch.')}_tflops"] = check.matrix_rate(dtype) / 1e12
+    return rates

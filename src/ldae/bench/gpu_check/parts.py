@@ -1,0 +1,92 @@
+"""Which measurements there are, the most worthwhile first, with the seconds that each takes on an H100, about."""
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from ldae.bench.gpu_check.check import Check, Numbers
+from ldae.bench.gpu_check.items import Item
+
+STAGES = ("pretrain", "repr", "aekl")
+Training = Callable[..., Numbers]
+
+
+def _device(check: Check) -> Numbers:
+    from ldae.bench.gpu_check.machine import matrix_rates
+
+    return matrix_rates(check)
+
+
+def _chain(name: str, seconds: float) -> Item:
+    def work(check: Check) -> Numbers:
+        from ldae.bench.gpu_check.chain import compare_chain
+
+        return compare_chain(check, name)
+
+    return Item(name, seconds, work)
+
+
+def _training(measure: str, seconds: float, stage: str, **options: object) -> Item:
+    """An item of training.py; imported late, as torch is, to say first which packages are lacking."""
+    names = [options.get("model", "base"), stage, *(name for name in ("channels_last", "compile") if options.get(name))]
+
+    def work(check: Check) -> Numbers:
+        from ldae.bench.gpu_check import training
+
+        return getattr(training, measure)(check, training.Setting(stage, **options))
+
+    return Item("_".join(map(str, names)), seconds, work)
+
+
+def _bench(task: str, variant: str, seconds: float) -> Item:
+    def work(check: Check) -> Numbers:
+        from ldae.bench.gpu_check.speedups import measure_variant
+
+        return measure_variant(check, task, variant)
+
+    return Item(f"{variant} {task}", seconds, work)
+
+
+def _voxels(check: Check) -> Numbers:
+    from hydra.utils import instantiate
+
+    from ldae.bench.voxels import compare_spaces
+
+    composed = check.bench()
+    with tempfile.TemporaryDirectory(dir=check.scratch) as folder:
+        return compare_spaces(composed, instantiate(composed([]).bench).voxels, Path(folder))
+
+
+def _steps(*items: tuple[str, float, dict[str, object]]) -> list[Item]:
+    return [_training("measure_steps", seconds, stage, **options) for stage, seconds, options in items]
+
+
+PUBLISHED, LAST, COMPILED = {"model": "published"}, {"channels_last": True}, {"compile": True}
+YARDSTICK, KERNELS, ARCHITECTURE, OURS = "straight", "kernels", "architecture", "evaluations"
+PARTS: dict[str, list[Item]] = {
+    "device": [Item("matrix products", 5, _device)],
+    "chain": [_chain("fp32", 60), _chain("bf16", 20)],
+    "steps": _steps(
+        ("pretrain", 20, {}), ("repr", 15, {}), ("aekl", 15, {}),
+        ("pretrain", 15, LAST), ("repr", 12, LAST), ("aekl", 12, LAST),
+    ),
+    "syncs": [_training("measure_waits", 6, stage, model="small") for stage in STAGES],
+    "bench": [
+        _bench("inference", YARDSTICK, 20), _bench("inference", OURS, 10),
+        *(_bench(f"train_{stage}", name, 12) for stage in STAGES for name in (YARDSTICK, OURS)),
+    ],
+    "voxels": [Item("both spaces", 40, _voxels)],
+    "profile": [_training("profile_steps", 15, stage) for stage in STAGES],
+    "chain_more": [_chain("fp16", 20), _chain("compiled", 90)],
+    "steps_more": _steps(
+        ("pretrain", 25, PUBLISHED), ("repr", 20, PUBLISHED), ("aekl", 15, PUBLISHED),
+        ("pretrain", 90, COMPILED), ("repr", 90, COMPILED), ("aekl", 60, COMPILED),
+        ("pretrain", 25, PUBLISHED | LAST), ("repr", 20, PUBLISHED | LAST), ("aekl", 15, PUBLISHED | LAST),
+        ("pretrain", 90, LAST | COMPILED), ("repr", 90, LAST | COMPILED), ("pretrain", 120, PUBLISHED | COMPILED),
+    ),
+    "bench_more": [
+        _bench(task, name, 15)
+        for task in ("inference", *(f"train_{stage}" for stage in STAGES))
+        for name in (KERNELS, ARCHITECTURE)
+    ],
+}  # fmt: skip

@@ -1,0 +1,101 @@
+"""One measurement after the other, as long as the budget lasts."""
+
+import fnmatch
+import logging
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from ldae.bench.gpu_check.check import FULL, Check, Size
+from ldae.bench.gpu_check.items import Item, Outcome, run_item
+from ldae.bench.gpu_check.machine import describe, lacking
+from ldae.bench.gpu_check.parts import PARTS
+from ldae.bench.gpu_check.results import Results
+from ldae.errors import UserError
+
+log = logging.getLogger(__name__)
+Chosen = list[tuple[str, Item]]
+
+
+def choose(wanted: Sequence[str]) -> Chosen:
+    """(part, item) in the order of `wanted`: names of parts, or "part/item" with wildcards.
+
+    Raises:
+        UserError: a name fits nothing.
+    """
+    chosen: Chosen = []
+    for text in wanted:
+        part, _, pattern = text.partition("/")
+        found = [(part, item) for item in PARTS.get(part, []) if fnmatch.fnmatchcase(item.name, pattern or "*")]
+        if not found:
+            raise UserError(f"--parts: there is no {text!r}; parts are {', '.join(PARTS)}")
+        chosen += [pair for pair in found if pair not in chosen]
+    return chosen
+
+
+def run(size: Size, wanted: Sequence[str], out: Path, budget: float) -> int:
+    """Measure what is wanted; results go to `out` as they come. Returns how many measurements failed.
+
+    Raises:
+        UserError: a part that there is not, or PyTorch is not installed.
+    """
+    chosen = choose(wanted)
+    missing = lacking()
+    if missing:
+        log.warning("not installed: %s; `pip install %s`", ", ".join(missing), " ".join(missing))
+    if "torch" in missing:
+        raise UserError("without torch there is nothing to measure")
+    head = _head(describe(), missing)
+    log.info("%s", head)
+    out.mkdir(parents=True, exist_ok=True)
+    results = Results(out, list(PARTS), head)
+    failed = 0
+    with tempfile.TemporaryDirectory(prefix="ldae-gpu-check-") as scratch:
+        check = Check(size, out, Path(scratch), budget)
+        for number, (part, item) in enumerate(chosen):
+            outcome = run_item(item, check)
+            results.add(part, item.name, outcome)
+            log.info("%4.0f s  %s / %s: %s", budget - check.left, part, item.name, _line(outcome))
+            failed += outcome.state == "failed"
+            if outcome.state == "failed" and _device_is_lost():
+                return failed + _go_on(size, chosen[number + 1 :], out, check.left)
+    return failed
+
+
+def _head(machine: dict[str, str], missing: Sequence[str]) -> str:
+    lines = ["# gpu-check", "", *(f"- {name}: {value}" for name, value in machine.items())]
+    return "\n".join([*lines, *([f"- not installed: {', '.join(missing)}"] if missing else [])])
+
+
+def _line(outcome: Outcome) -> str:
+    if outcome.state != "done":
+        return f"{outcome.state}: {outcome.reason.splitlines()[-1]}"
+    shown = {name: value for name, value in outcome.numbers.items() if isinstance(value, str | int | float)}
+    cells = [f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in shown.items()]
+    return f"{outcome.seconds:.1f} s  {'  '.join(cells)}"
+
+
+def _device_is_lost() -> bool:
+    """After some errors of a kernel, a process cannot use the GPU any more."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return False
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
+
+
+def _go_on(size: Size, rest: Chosen, out: Path, left: float) -> int:
+    """What is left to measure, in a process of its own."""
+    if not rest:
+        return 0
+    log.warning("this process has lost the GPU: another one goes on")
+    parts = ",".join(f"{part}/{item.name}" for part, item in rest)
+    command = [sys.executable, "-m", "ldae.bench.gpu_check", "--parts", parts, "--out", str(out)]
+    command += ["--budget", str(left), "--size", "full" if size is FULL else "smoke"]
+    return subprocess.run(command, check=False).returncode

@@ -1,0 +1,160 @@
+"""One stage's training steps: what they cost, where the host waits for the device, and which kernels take the time."""
+
+import threading
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from ldae.bench.gpu_check.check import Check, Numbers
+from ldae.bench.steps import Steps, seconds_of, step_cost
+from ldae.bench.subject import Subject
+
+SYNCHRONISING = "called a synchronizing"  # how PyTorch's warning begins
+SOURCES = f"{Path(__file__).parents[2]}/"  # of this package
+PROFILED, KERNELS = 3, 10
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How a stage is trained."""
+
+    stage: str
+    model: str = "base"
+    precision: str = "bf16"
+    channels_last: bool = False
+    compile: bool = False
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        parts = [self.model, self.precision, self.stage, "channels_last" * self.channels_last, "compiled" * self.compile]
+        return " ".join(part for part in parts if part)
+
+
+def subject_of(check: Check, setting: Setting, checkpointing: bool = False) -> Subject:
+    """Made-up data and the config of a setting; volumes on disk are shared by all."""
+    overrides = [
+        f"model={setting.model}", check.accelerator(setting.precision), f"trainer.channels_last={setting.channels_last}",
+        f"trainer.compile={setting.compile}", f"trainer.checkpointing={checkpointing}",
+    ]  # fmt: skip
+    return Subject(check.bench(), overrides, check.scratch / "steps" / setting.model)
+
+
+def measure_steps(check: Check, setting: Setting) -> Numbers:
+    """Milliseconds, memory, operations and waits of a step; with checkpointing only where it does not fit without."""
+    try:
+        return _measure_steps(check, setting, checkpointing=False)
+    except torch.cuda.OutOfMemoryError:
+        pass  # what the failed try holds is freed with its exception
+    torch.cuda.empty_cache()
+    return _measure_steps(check, setting, checkpointing=True)
+
+
+def _measure_steps(check: Check, setting: Setting, checkpointing: bool) -> Numbers:
+    subject = subject_of(check, setting, checkpointing)
+    key = f"{setting.model} {setting.stage}"
+    extra: dict[str, float] = {}
+    with Steps(subject, setting.stage) as steps:
+        if setting.compile:
+            extra["compile_s"] = seconds_of(steps, steps.device)
+        # Compiled code hides its operations from the counter: they are those of the same step before.
+        cost = step_cost(steps, subject.settings.repeats, count=not setting.compile)
+    numbers = cost.numbers(check.matrix_rate(subject.dtype))
+    if setting.compile:
+        numbers["gflop"] = check.flop.get(key, float("nan")) / 1e9
+        numbers["matrix_share"] = check.flop.get(key, float("nan")) / cost.seconds / check.matrix_rate(subject.dtype)
+    elif not checkpointing:  # which computes twice
+        check.flop[key] = cost.flop
+    return {**numbers, **extra, "batch": float(cost.scans), "checkpointing": float(checkpointing)}
+
+
+@contextmanager
+def watched(device: torch.device) -> Iterator[Counter[str]]:
+    """Counts the waits of the host for the device inside, by the innermost line of this package that asked for one."""
+    found: Counter[str] = Counter()
+
+    def show(message: Warning | str, *details: Any) -> None:
+        if str(message).startswith(SYNCHRONISING):
+            found[_place(traceback.extract_stack())] += 1
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = show
+        if device.type == "cuda":
+            torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield found
+        finally:
+            if device.type == "cuda":
+                torch.cuda.set_sync_debug_mode("default")
+
+
+def _place(stack: traceback.StackSummary) -> str:
+    thread = threading.current_thread()
+    inside = "" if thread is threading.main_thread() else f" (thread {thread.name})"
+    ours = [frame for frame in stack if frame.filename.startswith(SOURCES) and frame.filename != __file__]
+    frame = ours[-1] if ours else stack[0]
+    called = next((other for other in reversed(stack) if other.filename != __file__ and other is not frame), frame)
+    via = "" if called in ours else f", in {Path(called.filename).name}:{called.lineno} {called.name}"
+    return f"{frame.filename.removeprefix(SOURCES)}:{frame.lineno} {frame.name}: {frame.line}{via}{inside}"
+
+
+def count_waits(steps: Callable[[], None], count: int, device: torch.device) -> Numbers:
+    """Waits of the host for the device a step, over `count` of them, and where."""
+    with watched(device) as found:
+        for _ in range(count):
+            steps()
+    lines = [f"{number / count:g} a step: {place}" for place, number in found.most_common()]
+    return {"synchronisations_a_step": sum(found.values()) / count, "steps": float(count), "places": lines}
+
+
+def measure_waits(check: Check, setting: Setting) -> Numbers:
+    """Of the real stage."""
+    subject = subject_of(check, setting)
+    with Steps(subject, setting.stage) as steps:
+        steps.warm_up(2)
+        return count_waits(steps, check.size.watched, steps.device)
+
+
+def profile_steps(check: Check, setting: Setting) -> Numbers:
+    """The kernels that take the most time, and how long the GPU has nothing to do; the long table goes into a file."""
+    subject = subject_of(check, setting)
+    on_gpu = subject.device.type == "cuda"
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+    with Steps(subject, setting.stage) as steps:
+        steps.warm_up(2)
+
+        def some() -> None:
+            for _ in range(PROFILED):
+                steps()
+
+        plain = seconds_of(some, steps.device)  # the profiler slows the host
+        with profile(activities=activities) as profiler:
+            seconds_of(some, steps.device)
+    averages = profiler.key_averages()
+    kernels = [event for event in averages if str(event.device_type).endswith("CUDA")] if on_gpu else list(averages)
+
+    def spent(event: Any) -> float:
+        return event.self_device_time_total if on_gpu else event.self_cpu_time_total
+
+    kernels.sort(key=spent, reverse=True)
+    total = sum(spent(event) for event in kernels) or float("nan")
+    order = "self_device_time_total" if on_gpu else "self_cpu_time_total"
+    path = check.out / f"profile_{setting.stage}.txt"
+    path.write_text(averages.table(sort_by=order, row_limit=4 * KERNELS, max_name_column_width=100), encoding="utf-8")
+    lines = [
+        f"{spent(event) / 1e3 / PROFILED:.2f} ms a step, {spent(event) / total:.0%}, {event.count // PROFILED} calls: "
+        f"`{event.key[:110]}`"
+        for event in kernels[:KERNELS]
+    ]
+    host = sum(event.self_cpu_time_total for event in averages) / 1e3 / PROFILED
+    numbers = {"ms": 1e3 * plain / PROFILED, "kernel_ms": total / 1e3 / PROFILED, "host_ms": host}
+    return {**numbers, "idle_share": max(0.0, 1 - total / 1e6 / plain), "kernels": lines, "file": path.name}

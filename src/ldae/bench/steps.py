@@ -1,0 +1,142 @@
+"""The training steps of a stage, one after the other as the trainer takes them, and what they cost."""
+
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ldae.bench.measure import Cost, Peak, counted, synchronise
+from ldae.bench.subject import Subject
+from ldae.data.stream import Batch, Batches, SampleStream
+from ldae.errors import UserError
+
+WARM_UP = 2  # steps after the one that counts operations: kernels are chosen by measuring, and memory is taken
+SCALING = 20  # further steps, at most: a scaler of float16 finds its factor by steps that do not count
+
+
+class Steps(AbstractContextManager["Steps"]):
+    """The real stage of a subject on made-up data. A call takes one step, its data included, and waits for nothing.
+
+    Attributes:
+        size: samples of a step.
+        number: the step to take next.
+    """
+
+    def __init__(self, subject: Subject, name: str) -> None:
+        self.subject = subject
+        self.stage = subject.stage(name)
+        self.size = subject.settings.batch[name]
+        self.device = subject.device
+        self.number = 0
+        self.skipped: list[Tensor] = []
+        workers = subject.config.trainer.workers or 2
+        on_gpu = self.device.type == "cuda"
+        stream = SampleStream(self.stage.length, 0)
+        self._batches = Batches(self.stage.fetch, stream, self.size, workers=workers, pin=on_gpu)
+
+    def fetch(self) -> list[Batch]:
+        """The micro-batch of the next step; the straight port reads it only now."""
+        if not self.subject.settings.straight:
+            return self._batches.at(self.number)
+        position = np.arange(self.number * self.size, (self.number + 1) * self.size)
+        index = position % self.stage.length
+        fetched = self.stage.fetch(index, position, self.number)
+        return [{"index": index, "position": position, "number": self.number, **fetched}]
+
+    def take(self, micro_batches: list[Batch]) -> None:
+        """One step on these."""
+        result = self.stage.run_step(micro_batches, self.number)
+        self.skipped.append(result.skipped)
+        self.number += 1
+
+    def __call__(self) -> None:
+        self.take(self.fetch())
+
+    def check(self) -> None:
+        """Wait for the device; what was timed must have been real steps.
+
+        Raises:
+            UserError: a step was skipped, for its loss or gradient was not finite.
+        """
+        synchronise(self.device)
+        skipped = sum(float(flag) for flag in self.skipped)
+        self.skipped.clear()
+        if skipped:
+            raise UserError(f"{self.stage.name}: {skipped:.0f} of the timed steps had no finite loss or gradient")
+
+    def warm_up(self, count: int) -> None:
+        """That many steps, then more until one is taken that counts."""
+        for _ in range(count):
+            self()
+        for _ in range(SCALING):
+            if not (self.skipped and float(self.skipped[-1])):
+                break
+            self()
+        synchronise(self.device)
+        self.skipped.clear()
+
+    def __exit__(self, *exception: object) -> None:
+        self._batches.close()
+
+
+def step_cost(steps: Steps, repeats: int, count: bool = True) -> Cost:
+    """What a step costs, after one that counts its operations (not where it is compiled: `count` off) and a warm-up."""
+    flop = counted(steps) if count else 0.0
+    on_gpu = steps.device.type == "cuda"
+    steps.warm_up(WARM_UP if on_gpu else int(not count))
+    seconds, waited, busy, peak = (_in_flight if on_gpu else _one_by_one)(steps, repeats)
+    steps.check()
+    return Cost(seconds, steps.size, flop, peak.bytes(), waited, busy)
+
+
+Timing = tuple[float, float, float, Peak]
+
+
+def _in_flight(steps: Steps, repeats: int) -> Timing:
+    """Steps that the host hands to a GPU without waiting, as in training: seconds of one is their mean.
+
+    The wait for data is what the GPU idles between the end of a step and the next one's batch: where the host is ahead,
+    a batch that takes long costs nothing.
+    """
+    done, fetched = ([torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)] for _ in range(2))
+    peak = Peak(steps.device)
+    start, core = time.perf_counter(), time.process_time()
+    done[0].record()
+    for number in range(repeats):
+        batch = steps.fetch()
+        fetched[number].record()
+        steps.take(batch)
+        done[number + 1].record()
+    synchronise(steps.device)
+    seconds, busy = time.perf_counter() - start, time.process_time() - core
+    waits = (done[number].elapsed_time(fetched[number]) for number in range(repeats))
+    return seconds / repeats, sum(waits) / 1e3 / seconds, busy / repeats, peak
+
+
+def _one_by_one(steps: Steps, repeats: int) -> Timing:
+    """On a CPU: the median step, and the share of all of them that went by before the batch was there."""
+    seconds, waits, busy, peak = [], [], [], Peak(steps.device)
+    waiting, straight = steps.subject.waiting, steps.subject.settings.straight
+    for _ in range(repeats):
+        waiting.seconds = 0.0
+        start, core = time.perf_counter(), time.process_time()
+        batch = steps.fetch()
+        fetched = time.perf_counter() - start
+        steps.take(batch)
+        seconds.append(time.perf_counter() - start)
+        busy.append(time.process_time() - core)
+        waits.append(waiting.seconds if straight else fetched)
+    return statistics.median(seconds), sum(waits) / sum(seconds), statistics.median(busy), peak
+
+
+def seconds_of(work: Callable[[], object], device: torch.device) -> float:
+    """Of one call of `work`, the device's part included."""
+    synchronise(device)
+    start = time.perf_counter()
+    work()
+    synchronise(device)
+    return time.perf_counter() - start
