@@ -12,7 +12,7 @@ import torch
 
 from ldae.errors import UserError
 from ldae.evaluation.context import Context, spread
-from ldae.evaluation.embeddings import cached_embeddings, embed_rows
+from ldae.evaluation.embeddings import cached_embeddings, embed_parts, embed_rows, parts_folder
 from ldae.evaluation.fitting import choose, fit
 from ldae.evaluation.frozen import read_frozen
 from ldae.evaluation.linear import LinearModel
@@ -338,17 +338,38 @@ def test_a_small_sample_of_rows_prefers_new_subjects():
     assert {subjects[row] for row in spread(np.arange(11), subjects, 3, seed=0)} == {"a", "b", "c"}
 
 
-def test_processes_share_the_scans_and_get_the_table_of_one(monkeypatch):
-    """20 scans in batches of 3 over 3 processes: none twice, none lost, in the order of the table."""
-    read, sent = [], []
+def test_processes_share_the_scans_and_give_the_table_of_one(tmp_path):
+    """20 scans in batches of 3 over 3 processes: none twice, none lost, in the order of the table, killed or not."""
+    read, met = [], []
 
-    def volumes(rows):
-        read.extend(rows)
+    def values(rows):
         return torch.tensor(rows)[:, None].float()
 
-    monkeypatch.setattr("ldae.evaluation.embeddings.gather_object", lambda parts: sent.extend(parts) or list(sent))
-    for rank in range(3):
-        shared = SimpleNamespace(num_processes=3, process_index=rank, is_main_process=rank == 0)
-        together = embed_rows(lambda x: x / 3, volumes, 20, 3, False, shared)
-    assert sorted(read) == list(range(20))
-    np.testing.assert_array_equal(together, embed_rows(lambda x: x / 3, volumes, 20, 3, False))
+    def together(rank, batches):
+        def volumes(rows):
+            if len(read) == batches:
+                raise KeyboardInterrupt
+            read.append(rows)
+            return values(rows)
+
+        shared = SimpleNamespace(
+            num_processes=3, process_index=rank, is_main_process=rank == 0, wait_for_everyone=lambda: met.append(rank)
+        )
+        embed_parts(lambda x: x / 3, volumes, 20, 3, tmp_path, shared)
+
+    with pytest.raises(KeyboardInterrupt):
+        together(2, batches=3)
+    assert read[:2] == [[6, 7, 8], [15, 16, 17]], "its own share comes first"
+    together(0, batches=7)
+    together(1, batches=7)
+    assert sorted(read) == [[*range(start, min(start + 3, 20))] for start in range(0, 20, 3)]
+    assert met == [0, 1]
+    alone = embed_rows(lambda x: x / 3, values, 20, 3, False)
+    np.testing.assert_array_equal(embed_rows(lambda x: x / 0, values, 20, 3, False, tmp_path), alone)
+
+
+def test_parts_of_other_weights_rows_or_cuts_are_elsewhere(tmp_path):
+    key, path = {"weights": "a", "rows": "b"}, tmp_path / "embeddings.csv"
+    folders = {parts_folder(path, key, 2), parts_folder(path, key, 3), parts_folder(path, {**key, "rows": "c"}, 2)}
+    assert len(folders) == 3
+    assert parts_folder(path, dict(reversed(key.items())), 2) in folders

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ldae.data.scans import BadScan
+from ldae.data.sharing import work_order
 from ldae.data.transforms import Transform
 from ldae.errors import UserError
 from ldae.files import replacing
@@ -139,7 +140,8 @@ class VolumeCache:
         """
         bad: dict[str, str] = {}
         todo = []
-        for scan in _own_first(list(dict.fromkeys(str(scan) for scan in scans)), *share):
+        scans = list(dict.fromkeys(str(scan) for scan in scans))
+        for scan in (scans[number] for number in work_order(len(scans), *share)):
             try:
                 if not self.file(scan).exists():
                     todo.append(scan)
@@ -201,12 +203,6 @@ class VolumeCache:
                 yield scan, "the process that transformed it died"
         if pool is not None:
             pool.shutdown()
-
-
-def _own_first(scans: Sequence[str], rank: int, world: int) -> list[str]:
-    """Every `world`-th scan from `rank` on, then the rest in an order of its own: helpers seldom meet at one scan."""
-    rest = [scan for number, scan in enumerate(scans) if number % world != rank]
-    return [*scans[rank::world], *np.random.default_rng(rank).permutation(rest).tolist()]
 
 
 def _store_by_name(cache: VolumeCache, scan: str) -> tuple[str, str | None]:

@@ -5,16 +5,17 @@ The key holds the hash of the encoder's weights and that of the rows; a table co
 
 import hashlib
 import logging
-from collections.abc import Callable, Sequence
+import shutil
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 
+from ldae.data.sharing import work_order
 from ldae.evaluation.context import batches
 from ldae.files import read_json, replacing, write_json
 
@@ -27,28 +28,67 @@ def embed_rows(
     count: int,
     batch_size: int = 8,
     progress: bool = True,
-    accelerator: Accelerator | None = None,
+    parts: Path | None = None,
 ) -> np.ndarray:
     """Embed scans 0 to count - 1 in batches; (count, dim) float32. `embed` maps (B, 1, X, Y, Z) to (B, dim).
 
     Args:
-        accelerator: of several processes, which then all call this: each takes every n-th batch, all get all. Batches
-            are cut before they are dealt out: in a batch of other company, sums round differently.
+        parts: a folder in which `embed_parts` has left batches; those that are missing there are computed.
     """
     from tqdm import tqdm
 
-    chunks, several = list(enumerate(batches(range(count), batch_size))), _several(accelerator)
-    if several:
-        chunks = chunks[accelerator.process_index :: accelerator.num_processes]
-        progress = progress and accelerator.is_main_process
-    with torch.no_grad(), tqdm(chunks, "embed", disable=not progress) as bar:
-        parts = [(number, embed(volumes(rows)).float().cpu().numpy()) for number, rows in bar]
-    parts = gather_object(parts) if several else parts
-    return np.concatenate([part for _, part in sorted(parts, key=lambda item: item[0])]).astype(np.float32)
+    found = []
+    for number, rows in enumerate(tqdm(list(batches(range(count), batch_size)), "embed", disable=not progress)):
+        part = None if parts is None else _part(parts, number)
+        stored = part is not None and part.exists()
+        found.append(np.load(part, allow_pickle=False) if stored else _embedded(embed, volumes(rows)))
+    return np.concatenate(found).astype(np.float32)
 
 
-def _several(accelerator: Accelerator | None) -> bool:
-    return accelerator is not None and accelerator.num_processes > 1
+def embed_parts(
+    embed: Callable[[Tensor], Tensor],
+    volumes: Callable[[Sequence[int]], Tensor],
+    count: int,
+    batch_size: int,
+    parts: Path,
+    accelerator: Accelerator,
+) -> None:
+    """Embed in several processes, which all call this: every batch as a file of `parts`, whoever computes it.
+
+    Nobody waits while others work, and what a killed run has left is used. Batches are cut before they are dealt out:
+    in a batch of other company, sums round differently.
+    """
+    from tqdm import tqdm
+
+    chunks = list(batches(range(count), batch_size))
+    order = work_order(len(chunks), accelerator.process_index, accelerator.num_processes)
+    for number in tqdm(order, "embed", disable=not accelerator.is_main_process):
+        path = _part(parts, int(number))
+        if not path.exists():
+            y = _embedded(embed, volumes(chunks[number]))
+            with replacing(path) as temporary:
+                np.save(temporary, y)
+    accelerator.wait_for_everyone()  # the main process then removes the folder
+
+
+def _part(parts: Path, number: int) -> Path:
+    return parts / f"{number:06d}.npy"
+
+
+def _embedded(embed: Callable[[Tensor], Tensor], x: Tensor) -> np.ndarray:
+    with torch.no_grad():
+        return embed(x).float().cpu().numpy()
+
+
+def parts_folder(path: Path, key: Mapping[str, str], batch_size: int) -> Path:
+    """Where batches of the table `path` lie while several processes compute it: another one for every key and cut."""
+    digest = hashlib.sha256(repr((sorted(key.items()), batch_size)).encode()).hexdigest()[:16]
+    return path.with_name(f"{path.stem}_parts") / digest
+
+
+def embeddings_key(table: pd.DataFrame, weights: str) -> dict[str, str]:
+    """What an embeddings table was computed from: the encoder, by the hash of its weights, and the rows."""
+    return {"weights": weights, "rows": rows_hash(table)}
 
 
 def rows_hash(table: pd.DataFrame) -> str:
@@ -82,28 +122,14 @@ def key_path(path: Path) -> Path:
     return path.with_suffix(".json")
 
 
-def cached_embeddings(
-    path: Path,
-    table: pd.DataFrame,
-    weights: str,
-    compute: Callable[[], np.ndarray],
-    accelerator: Accelerator | None = None,
-) -> np.ndarray:
-    """The embeddings of `table` by the encoder with hash `weights`: read when they fit, else computed and written.
-
-    Of several processes behind `accelerator`, which all call this, the main one alone reads and writes.
-    """
-    several = _several(accelerator)
-    main = not several or accelerator.is_main_process
-    key = {"weights": weights, "rows": rows_hash(table)}
-    stored = [read_embeddings(path, key) if main else None]
-    if several:
-        broadcast_object_list(stored)
-    found = stored[0]
+def cached_embeddings(path: Path, table: pd.DataFrame, weights: str, compute: Callable[[], np.ndarray]) -> np.ndarray:
+    """The embeddings of `table` by the encoder with hash `weights`: read when they fit, else computed and written."""
+    key = embeddings_key(table, weights)
+    found = read_embeddings(path, key)
     if found is not None and len(found) == len(table):
         log.info("embeddings of %d scans reused from %s", len(found), path)
         return found
     embeddings = compute()
-    if main:
-        write_embeddings(path, table, embeddings, key)
+    write_embeddings(path, table, embeddings, key)
+    shutil.rmtree(path.with_name(f"{path.stem}_parts"), ignore_errors=True)
     return embeddings

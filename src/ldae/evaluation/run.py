@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from accelerate import Accelerator
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 from torch import Tensor
@@ -17,7 +18,14 @@ from ldae.data.cohort import Cohort
 from ldae.data.latents import ABOUT, LatentSet
 from ldae.errors import UserError
 from ldae.evaluation.context import Context, Evaluator
-from ldae.evaluation.embeddings import cached_embeddings, embed_rows
+from ldae.evaluation.embeddings import (
+    cached_embeddings,
+    embed_parts,
+    embed_rows,
+    embeddings_key,
+    parts_folder,
+    read_embeddings,
+)
 from ldae.evaluation.page import write_report
 from ldae.evaluation.report import console_table, merge_metrics
 from ldae.runs import Run, Workspace
@@ -85,7 +93,7 @@ def embed_together(
     evaluators: Mapping[str, Evaluator],
     space: Workspace,
     config: DictConfig,
-    accelerator: Any,
+    accelerator: Accelerator,
 ) -> None:
     """Embed `cohort` in all processes of `accelerator`, so that `run_evaluations` finds it done. All call this.
 
@@ -93,28 +101,41 @@ def embed_together(
         UserError: as `run_evaluations`, on all processes.
     """
     _check_cohort(space.predecessor("repr"), cohort, EXTERNAL in evaluators)
-    _embeddings(model, cohort, space, config, _prefix(evaluators), accelerator)
+    path = _embeddings_path(space, _prefix(evaluators))
+    key, size = embeddings_key(cohort.table, _embedder(model, space)), int(config.trainer.batch_size)
+    if read_embeddings(path, key) is None:
+        parts = parts_folder(path, key, size)
+        embed_parts(_embed(model), cohort.volumes.batch, len(cohort), size, parts, accelerator)
 
 
-def _embeddings(
-    model: Any, cohort: Cohort, space: Workspace, config: DictConfig, prefix: str, accelerator: Any = None
-) -> np.ndarray:
-    """y of every scan, `<prefix>embeddings.csv`."""
+def _embeddings_path(space: Workspace, prefix: str) -> Path:
+    return space.evaluation / f"{prefix}embeddings.csv"
+
+
+def _embedder(model: Any, space: Workspace) -> str:
+    """What y comes from: the encoder's weights, and the precision where it is a reduced one."""
     weights = space.predecessor("repr").sha256("encoder")
-    embed, path = (lambda x: model.embed(x.to(model.device))), space.evaluation / f"{prefix}embeddings.csv"
-    return _embedded(path, weights, embed, cohort, config, accelerator)
+    return weights if model.dtype == torch.float32 else f"{weights}, {model.dtype}"
+
+
+def _embed(model: Any) -> Callable[[Tensor], Tensor]:
+    return lambda x: model.embed(x.to(model.device))
+
+
+def _embeddings(model: Any, cohort: Cohort, space: Workspace, config: DictConfig, prefix: str) -> np.ndarray:
+    """y of every scan, `<prefix>embeddings.csv`."""
+    return _embedded(_embeddings_path(space, prefix), _embedder(model, space), _embed(model), cohort, config)
 
 
 def _embedded(
-    path: Path, weights: str, embed: Callable[[Tensor], Tensor], cohort: Cohort, config: DictConfig, accelerator: Any
+    path: Path, weights: str, embed: Callable[[Tensor], Tensor], cohort: Cohort, config: DictConfig
 ) -> np.ndarray:
     """The embeddings at `path`, computed if they are not there."""
     size, count = int(config.trainer.batch_size), len(cohort)
-
-    def compute() -> np.ndarray:
-        return embed_rows(embed, cohort.volumes.batch, count, size, accelerator=accelerator)
-
-    return cached_embeddings(path, cohort.table, weights, compute, accelerator)
+    parts = parts_folder(path, embeddings_key(cohort.table, weights), size)
+    return cached_embeddings(
+        path, cohort.table, weights, lambda: embed_rows(embed, cohort.volumes.batch, count, size, parts=parts)
+    )
 
 
 def build_context(model: Any, cohort: Cohort, space: Workspace, config: DictConfig, prefix: str = "") -> Context:
@@ -125,7 +146,7 @@ def build_context(model: Any, cohort: Cohort, space: Workspace, config: DictConf
     def untrained() -> np.ndarray:
         node, seed = repr_run.config.model.encoder, int(repr_run.config.seed)
         path, weights = out / f"{prefix}embeddings_untrained.csv", f"seed {seed}, {encoder}"
-        return _embedded(path, weights, _fresh_encoder(node, seed, model.encoder), cohort, config, None)
+        return _embedded(path, weights, _fresh_encoder(node, seed, model.encoder), cohort, config)
 
     return Context(
         model=model,
