@@ -1,25 +1,28 @@
-"""Compress a cohort with a trained autoencoder: one NPZ a scan, a table, and latents.json.
+"""Compress a cohort with a trained autoencoder: one file of all latents, a table, and latents.json.
 
-Processes take every n-th batch; what is done already, by the same autoencoder, is skipped.
+Processes share the work without waiting for each other: what is done is seen on the disk (data/latent_shards.py).
 """
 
 import logging
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import nibabel as nib
 import numpy as np
-import pandas as pd
 import torch
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor
 from tqdm import tqdm
 
 from ldae.data.cohort import Cohort
-from ldae.data.latents import latent_name, read_latent, write_about, write_latent
+from ldae.data.latent_file import FILE, LatentFile, Posterior, digests
+from ldae.data.latent_shards import Encoded
+from ldae.data.latents import channel_scale, write_about
 from ldae.data.likeness import ENOUGH, Likeness
-from ldae.data.table import write_table
+from ldae.data.table import scan_names, write_table
 from ldae.data.transforms import Transform
 from ldae.errors import UserError
 from ldae.raw_scans import recorded
@@ -27,64 +30,115 @@ from ldae.runs import Run
 
 log = logging.getLogger(__name__)
 
+Encode = Callable[[np.ndarray, Tensor], Posterior]  # of rows and their volumes
+
 
 def encode_cohort(
     run: Run, cohort: Cohort, folder: Path, table: Path, accelerator: Accelerator, batch_size: int
 ) -> None:
-    """Encode `cohort` with the autoencoder of `run` into `folder`; the last thing written is latents.json."""
-    autoencoder = run.module("autoencoder", run.config.model.autoencoder).to(accelerator.device)
+    """Encode `cohort` with the autoencoder of `run` into `folder`; the last thing written is latents.json.
+
+    All processes encode, and come to an end within about a batch of each other; then the main process alone writes the
+    one file, while the others return.
+    """
+    encode = _encoder(run, cohort, accelerator)
     weights = run.sha256("autoencoder")
-    paths = [folder / latent_name(row.subject, row.session) for row in cohort.table.itertuples()]
+    encoded = Encoded.find(folder, weights, cohort.table, scan_digests(cohort))
     # Batches are cut from the whole table: in a batch of other company, sums round differently.
-    batches = list(_chunks(np.arange(len(paths)), batch_size))
-    mine = batches[accelerator.process_index :: accelerator.num_processes]
-    todo = [rows for rows in mine if not all(_done(paths[row], weights) for row in rows)]
-    if len(todo) < len(mine):
-        log.info("%d of %d batches of scans are encoded already", len(mine) - len(todo), len(mine))
-    show = not accelerator.is_main_process
-    with torch.inference_mode(), tqdm(todo, desc="encoding", unit="batch", disable=show) as bar:
-        for rows in bar:
-            mean, std = _posterior(autoencoder, cohort.volumes.batch(rows), accelerator)
-            for row, m, s in zip(rows, mean, std, strict=True):
-                write_latent(paths[row], m, s, weights)
+    rows = np.arange(len(cohort))
+    batches = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
+    _encode_missing(encode, cohort, encoded, batches, accelerator)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        _finish(run, cohort, folder, table, paths, weights)
-    accelerator.wait_for_everyone()
+        latents = encoded.merge(batches, lambda rows: encode(rows, cohort.volumes.batch(rows)))
+        _finish(run, cohort, folder, table, latents, weights)
+        encoded.remove_shards()
 
 
-def _done(path: Path, weights: str) -> bool:
-    if not path.exists():
-        return False
-    try:
-        read_latent(path, weights)
-    except UserError:
-        return False
-    return True
+def scan_digests(cohort: Cohort) -> np.ndarray:
+    """Which state of its file each volume was made from, and how, (N, 16) uint8.
+
+    Without the path, so that a folder of scans can move: the row's subject and session stand beside it.
+    """
+    how = (cohort.transform.key(), cohort.volumes.top)
+    states = map(os.stat, cohort.table["path"])
+    return digests(repr((state.st_size, state.st_mtime_ns, *how)).encode() for state in states)
 
 
-def _chunks(rows: np.ndarray, size: int) -> Iterator[np.ndarray]:
-    for start in range(0, len(rows), size):
-        yield rows[start : start + size]
+def _encoder(run: Run, cohort: Cohort, accelerator: Accelerator) -> Encode:
+    autoencoder = run.module("autoencoder", run.config.model.autoencoder).to(accelerator.device)
+
+    def encode(rows: np.ndarray, x: Tensor) -> Posterior:
+        with torch.inference_mode(), accelerator.autocast():
+            mean, std = autoencoder.encode(x.to(accelerator.device, non_blocking=True))
+            mean, std = torch.stack((mean.float(), std.float())).cpu().numpy()  # one transfer
+        finite = np.isfinite(mean) & np.isfinite(std)
+        if not finite.all():
+            bad = rows[~finite.reshape(len(rows), -1).all(axis=1)]
+            names = ", ".join(scan_names(cohort.table, bad))
+            raise UserError(f"{run.path} gives latents that are not finite for {names}: train it again, or in float32")
+        return mean, std
+
+    return encode
 
 
-def _posterior(autoencoder: nn.Module, x: torch.Tensor, accelerator: Accelerator) -> tuple[np.ndarray, np.ndarray]:
-    x = x.to(accelerator.device).to(memory_format=torch.channels_last_3d)
-    with accelerator.autocast():
-        mean, std = autoencoder.encode(x)
-    return mean.float().cpu().numpy(), std.float().cpu().numpy()
+def _encode_missing(
+    encode: Encode, cohort: Cohort, encoded: Encoded, batches: list[np.ndarray], accelerator: Accelerator
+) -> None:
+    """Encode until no batch is missing, whoever encodes it."""
+    done = sum(encoded.has(rows) for rows in batches)
+    if done:
+        log.info("%d of %d batches of scans are encoded already", done, len(batches))
+    order = work_order(len(batches), accelerator.process_index, accelerator.num_processes)
+    show = accelerator.is_main_process
+    with (
+        ThreadPoolExecutor(2) as threads,
+        tqdm(total=len(batches), initial=done, desc="encoding", unit="batch", disable=not show) as bar,
+    ):
+        writing: Future[None] | None = None
+        missing = (batches[number] for number in order if not encoded.has(batches[number]))
+        for rows, x in _read_ahead(threads, cohort, missing):
+            mean, std = encode(rows, x)
+            if writing is not None:
+                writing.result()
+            writing = threads.submit(encoded.write, rows, mean, std)
+            bar.update()
+        if writing is not None:
+            writing.result()
 
 
-def _finish(run: Run, cohort: Cohort, folder: Path, table: Path, paths: list[Path], weights: str) -> None:
-    encoded: pd.DataFrame = cohort.table.assign(latent_path=[path.name for path in paths])
+def work_order(count: int, process: int, processes: int) -> np.ndarray:
+    """The order in which a process looks for batches that nobody has encoded yet, a permutation of 0 to count - 1.
+
+    First every n-th, its own share; then those of the others at random: two that help a third one, or a helper and the
+    one that it helps, seldom take the same batch, and nothing but time is lost where they do.
+    """
+    own = np.arange(process, count, processes)
+    return np.concatenate([own, np.random.default_rng(process).permutation(np.setdiff1d(np.arange(count), own))])
+
+
+def _read_ahead(
+    threads: ThreadPoolExecutor, cohort: Cohort, batches: Iterable[np.ndarray]
+) -> Iterator[tuple[np.ndarray, Tensor]]:
+    """Batches and their volumes, (B, 1, X, Y, Z); the next one is read while one is at work."""
+    waiting: tuple[np.ndarray, Future[Tensor]] | None = None
+    for rows in batches:
+        following = (rows, threads.submit(cohort.volumes.batch, rows))
+        if waiting is not None:
+            yield waiting[0], waiting[1].result()
+        waiting = following
+    if waiting is not None:
+        yield waiting[0], waiting[1].result()
+
+
+def _finish(run: Run, cohort: Cohort, folder: Path, table: Path, latents: LatentFile, weights: str) -> None:
     name = f"{table.stem}_with_compressed_latent.csv"
-    write_table(encoded, folder / name)
+    write_table(cohort.table.assign(latent_path=FILE), folder / name)
     cohort.write_rejected(folder / "rejected.csv")
-    train = [path for path, split in zip(paths, cohort.table["split"], strict=True) if split == "train"]
-    scale, shape = channel_scale(train)
+    scale, shape = channel_scale(latents.mean, latents.std, cohort.rows("train")), list(latents.mean.shape[1:])
     about: dict[str, Any] = {
         "table": name,
-        "scans": len(paths),
+        "scans": len(latents),
         "rejected": len(cohort.rejected),
         "shape": shape,
         "scale": scale,
@@ -95,7 +149,7 @@ def _finish(run: Run, cohort: Cohort, folder: Path, table: Path, paths: list[Pat
         **_training_scans(cohort),
     }
     write_about(folder, about)
-    log.info("%d latents of shape %s in %s; scale %s", len(paths), shape, folder, [round(s, 4) for s in scale])
+    log.info("%d latents of shape %s in %s; scale %s", len(latents), shape, folder, [round(s, 4) for s in scale])
 
 
 def _training_scans(cohort: Cohort) -> dict[str, Any]:
@@ -118,21 +172,3 @@ def common_affine(paths: list[str], transform: Transform) -> list[list[float]] |
     if not all(other == shape and np.allclose(matrix, affine, atol=1e-3) for other, matrix in grids):
         return None
     return transform.prepare(paths[0]).affine.tolist()
-
-
-def channel_scale(paths: list[Path]) -> tuple[list[float], list[int]]:
-    """1 / standard deviation by channel of posterior samples over the given latents, and a latent's shape.
-
-    The variance of a sample is that of the means plus the mean of the posterior's own; sums run over one file at a
-    time, so that 100 000 scans need no memory.
-    """
-    count, first, second, shape = 0, 0.0, 0.0, []
-    for path in paths:
-        mean, std = (array.astype(np.float64) for array in read_latent(path))
-        shape = list(mean.shape)
-        axes = tuple(range(1, mean.ndim))
-        count += mean[0].size
-        first = first + mean.sum(axes)
-        second = second + (np.square(mean) + np.square(std)).sum(axes)
-    variance = second / count - np.square(first / count)
-    return [float(value) for value in 1 / np.sqrt(variance)], shape

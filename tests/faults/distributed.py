@@ -84,7 +84,7 @@ def same_tables(folder: Path) -> dict[str, int]:
         for script in ("encode_latents", "evaluate"):
             work.together(script, arguments, place, count)
         found = [place / "runs/smoke" / name for name in ("latents", "evaluation")]
-        files = [path for at in found for end in ("npz", "csv", "json") for path in sorted(at.glob(f"*.{end}"))]
+        files = [path for at in found for end in ("safetensors", "csv", "json") for path in sorted(at.glob(f"*.{end}"))]
         contents.append({str(path.relative_to(place)): path.read_bytes() for path in files})
     assert contents[0] == contents[1] == contents[2], "1, 2 and 3 processes encode or evaluate differently"
     assert any(name.endswith("evaluation/embeddings.csv") for name in contents[0])

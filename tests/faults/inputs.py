@@ -20,7 +20,9 @@ import torch
 import yaml
 from omegaconf import OmegaConf
 
-from ldae.data.latents import ABOUT, write_about, write_latent
+from ldae.data.latent_file import write_latents
+from ldae.data.latent_npz import write_npz
+from ldae.data.latents import ABOUT, write_about
 
 CANARY = "executed"  # a file that hostile content would make
 SHARED = "LDAE_SHARED"  # names a folder with real scans
@@ -103,7 +105,7 @@ def niftis(folder: Path, count: int, draw: random.Random) -> Iterator[Case]:
 def npzs(folder: Path, count: int, draw: random.Random) -> Iterator[Case]:
     """Pickles, arrays that claim terabytes, bombs, names outside, and damaged bytes."""
     good = folder / "good.npz"
-    write_latent(good, np.ones((3, 2, 2, 2)), np.ones((3, 2, 2, 2)), "hash")
+    write_npz(good, np.ones((3, 2, 2, 2)), np.ones((3, 2, 2, 2)), "hash")
     mean = zipfile.ZipFile(good).read("mean.npy")
     text = b"{'descr': '<f4', 'fortran_order': False, 'shape': (3, 9999999999999, 9), }\n"
     huge = b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text
@@ -129,13 +131,35 @@ def npzs(folder: Path, count: int, draw: random.Random) -> Iterator[Case]:
         yield "npz", path
 
 
+def latent_files(folder: Path, count: int, draw: random.Random) -> Iterator[Case]:
+    """Headers that claim terabytes, other types, holes and names, and damaged bytes."""
+    good, row = folder / "good.safetensors", np.zeros((2, 16), np.uint8)
+    write_latents(good, "hash", row, row, [(np.ones((2, 3, 2, 2, 2)), np.ones((2, 3, 2, 2, 2)))])
+    data = good.read_bytes()
+    fields = (
+        (b"[2,3,2,2,2]", (b"[2,3,9,9,9]", b"[99999999]", b"[2,24,1,1 ]", b"[0,3,2,2,2]", b"[2,3,2,2.2]")),
+        (b'"F32"', (b'"F64"', b'"I32"', b'"BF1"', b"12345")),
+        (b'"offset', (b'"offse\xff', b'"\0ffset')),
+        (b'"hash"', (b"[[[[[[", b'"evil"', b"[null]")),
+        (data[:8], ((2**63).to_bytes(8, "little"), bytes(8), (7).to_bytes(8, "little"))),
+    )
+    hostile = [(old, new) for old, several in fields for new in several]
+    draw.shuffle(hostile)
+    for number in range(count):
+        path = folder / f"latents{number}.safetensors"
+        path.write_bytes(
+            data.replace(*hostile[number // 2 % len(hostile)]) if number % 2 == 0 else _damaged(data, draw)
+        )
+        yield "safetensors", path
+
+
 def abouts(folder: Path, count: int, draw: random.Random) -> Iterator[Case]:
     """latents.json with hostile values, and damaged bytes."""
     good = {"table": "table.csv", "scale": [1.0, 1.0, 1.0], "split_hash": "0", "autoencoder_sha256": "hash"}
     for number in range(count):
         path = folder / f"latents{number}"
         path.mkdir()
-        write_latent(path / "a.npz", np.ones((3, 2, 2, 2)), np.ones((3, 2, 2, 2)), "hash")
+        write_npz(path / "a.npz", np.ones((3, 2, 2, 2)), np.ones((3, 2, 2, 2)), "hash")
         (path / "table.csv").write_text(
             "subject,session,path,diagnosis,age,split,latent_path\na,0,a,CN,70,train,a.npz\n"
         )

@@ -14,7 +14,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from ldae.allowed import check_targets
 from ldae.bundle import Bundle
-from ldae.data.latents import LatentSet, read_latent
+from ldae.data.latent_file import LatentFile
+from ldae.data.latent_npz import read_npz
+from ldae.data.latents import LatentSet
 from ldae.data.splits import read_split
 from ldae.data.table import read_table
 from ldae.data.transforms import Transform
@@ -40,8 +42,9 @@ def _read_run(path: Path) -> None:
 
 
 READ: dict[str, Callable[[Path], object]] = {
-    "nifti": Transform((8, 8, 8), 9.0), "npz": lambda path: read_latent(path, "hash"), "csv": read_table,
+    "nifti": Transform((8, 8, 8), 9.0), "npz": lambda path: read_npz(path, "hash"), "csv": read_table,
     "yaml": _read_run, "bundle": Bundle.open, "pt": read_tensors, "split": read_split, "latents.json": LatentSet.open,
+    "safetensors": lambda path: LatentFile.open(path, "hash"),
 }  # fmt: skip
 
 
@@ -69,7 +72,10 @@ def _judge(cases: list[Case], folder: Path) -> None:
 
 def _cases(folder: Path, run: Path, each: int, draw: random.Random) -> list[Case]:
     """`each` files of every kind."""
-    kinds = (inputs.niftis, inputs.npzs, inputs.csvs, inputs.bundles, inputs.checkpoints, inputs.splits, inputs.abouts)
+    kinds = (
+        inputs.niftis, inputs.npzs, inputs.csvs, inputs.bundles, inputs.checkpoints, inputs.splits, inputs.abouts,
+        inputs.latent_files,
+    )  # fmt: skip
     return [case for make in kinds for case in make(folder, each, draw)] + [*inputs.yamls(folder, each, draw, run)]
 
 

@@ -1,14 +1,11 @@
-"""The latents of a cohort: one NPZ a scan with the posterior's mean and std, and latents.json about all of them.
+"""The latents of a cohort: a folder with latents.safetensors (latent_file.py), a table, and latents.json about all.
 
 z = scale * (mean + std * noise), with one scale per channel measured on the training split (unit variance there).
 """
 
 import math
 import os
-import struct
-import tokenize
-import zipfile
-import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,78 +15,14 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from ldae.data.latent_file import FILE, LatentFile, row_digests
+from ldae.data.latent_npz import read_npz
+from ldae.data.table import read_table, scan_names
 from ldae.errors import UserError
-from ldae.files import read_json, replacing, write_json
+from ldae.files import read_json, write_json
 
 ABOUT = "latents.json"
-MAX_BYTES = 2**30  # of one array; at full size it is 60 kB
-
-# What zipfile and NumPy raise on torn, foreign and nonsensical files.
-_UNREADABLE = (
-    OSError,
-    EOFError,
-    ValueError,
-    OverflowError,
-    KeyError,
-    TypeError,
-    SyntaxError,
-    MemoryError,
-    NotImplementedError,
-    RuntimeError,
-    RecursionError,
-    struct.error,
-    tokenize.TokenError,
-    zipfile.BadZipFile,
-    zlib.error,
-)
-
-
-def latent_name(subject: str, session: str) -> str:
-    """File name of a scan's latent."""
-    return f"{subject}_{session}.npz"
-
-
-def write_latent(path: Path, mean: np.ndarray, std: np.ndarray, autoencoder: str) -> None:
-    """Write one scan's posterior, (C, X, Y, Z) float32, and the hash of the autoencoder that made it."""
-    with replacing(path) as temporary:
-        np.savez(temporary, mean=mean.astype(np.float32), std=std.astype(np.float32), autoencoder=np.str_(autoencoder))
-
-
-def read_latent(path: Path | str, autoencoder: str | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and std of one scan, (C, X, Y, Z) float32.
-
-    Raises:
-        UserError: the file is missing or damaged, or was made by an autoencoder with another hash than `autoencoder`.
-    """
-    try:
-        _check_sizes(path)
-        with np.load(path, allow_pickle=False) as archive:
-            if autoencoder is not None and str(archive["autoencoder"]) != autoencoder:
-                raise UserError(f"{path} was made by another autoencoder: run encode_latents.py again")
-            mean, std = archive["mean"], archive["std"]
-    except _UNREADABLE as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"cannot read latent {path} ({reason}): run encode_latents.py again") from error
-    if mean.dtype != np.float32 or std.dtype != np.float32:
-        raise UserError(f"latent {path} does not hold float32: run encode_latents.py again")
-    if mean.shape != std.shape or mean.ndim != 4 or not (np.isfinite(mean).all() and np.isfinite(std).all()):
-        raise UserError(f"latent {path} is damaged: run encode_latents.py again")
-    return mean, std
-
-
-def _check_sizes(path: Path | str) -> None:
-    """Refuse an archive that would unpack to much more than it should, before anything of it is unpacked."""
-    with zipfile.ZipFile(path) as archive:
-        for member in archive.infolist():
-            with archive.open(member) as data:
-                reader = np.lib.format
-                major, _ = reader.read_magic(data)
-                read_header = reader.read_array_header_1_0 if major == 1 else reader.read_array_header_2_0
-                shape, _, dtype = read_header(data)
-                need = dtype.itemsize * math.prod(shape)
-                # NumPy allocates what the header says; the header may say anything.
-                if member.file_size > MAX_BYTES or need != member.file_size - data.tell():
-                    raise ValueError(f"its '{member.filename}' claims {need} bytes")
+CHUNK = 256  # rows that are read at once; at full size 31 MB
 
 
 def check_latents(folder: Path) -> None:
@@ -100,7 +33,7 @@ def check_latents(folder: Path) -> None:
 
 @dataclass(frozen=True)
 class LatentSet:
-    """The latents of every encoded scan, in memory."""
+    """The latents of every encoded scan. On the CPU they are mapped from their file: never write to them."""
 
     table: pd.DataFrame  # subject, session, split, latent_path, ...
     mean: Tensor  # (N, C, X, Y, Z) float32, unscaled
@@ -111,31 +44,21 @@ class LatentSet:
 
     @classmethod
     def open(cls, folder: Path) -> "LatentSet":
-        """Read a folder that encode_latents.py wrote.
+        """Open a folder that encode_latents.py wrote, with one file of all latents, or with one NPZ a scan as of old.
+
+        Of the one file no value is read here; encode_latents.py compares all with their checksums.
 
         Raises:
             UserError: it is not there, not finished, or a latent is missing or foreign.
         """
-        from ldae.data.table import read_table
-
         check_latents(folder)
         about = _read_about(folder)
         table = read_table(folder / about["table"], require_files=False)
-        _check_places(table, folder)
-        pairs = [read_latent(path, about["autoencoder_sha256"]) for path in table["latent_path"]]
-        shapes = {mean.shape for mean, _ in pairs}
-        if len(shapes) != 1:
-            raise UserError(f"latents in {folder} differ in shape ({sorted(shapes)}): run encode_latents.py again")
-        if len(about["scale"]) != pairs[0][0].shape[0]:
+        mean, std = _read_latents(table, folder, about["autoencoder_sha256"])
+        if len(about["scale"]) != mean.shape[1]:
             raise UserError(f"{folder / ABOUT} has another number of channels than its latents: encode again")
-        return cls(
-            table=table,
-            mean=torch.from_numpy(np.stack([mean for mean, _ in pairs])),
-            std=torch.from_numpy(np.stack([std for _, std in pairs])),
-            scale=torch.tensor(about["scale"], dtype=torch.float32),
-            split_hash=about["split_hash"],
-            autoencoder=about["autoencoder_sha256"],
-        )
+        scale = torch.tensor(about["scale"], dtype=torch.float32)
+        return cls(table, mean, std, scale, about["split_hash"], about["autoencoder_sha256"])
 
     def rows(self, split: str) -> np.ndarray:
         """Row numbers of a split."""
@@ -151,9 +74,9 @@ class LatentSet:
         """Mean and variance of z over `rows`, the posterior's included, (C, X, Y, Z) float32."""
         scale = self.scale.view(-1, 1, 1, 1).double()
         total = squares = torch.zeros(self.mean.shape[1:], dtype=torch.float64, device=self.mean.device)
-        for row in rows:
-            mean = self.mean[row].double()
-            total, squares = total + mean, squares + mean.square() + self.std[row].double().square()
+        for chunk in chunks(rows):
+            mean, std = self.mean[chunk].double(), self.std[chunk].double()
+            total, squares = total + mean.sum(0), squares + mean.square().sum(0) + std.square().sum(0)
         mean = total / len(rows)
         return (scale * mean).float(), (scale.square() * (squares / len(rows) - mean.square())).float()
 
@@ -183,13 +106,57 @@ def _read_about(folder: Path) -> dict[str, Any]:
     return about
 
 
-def _check_places(table: pd.DataFrame, folder: Path) -> None:
-    """A latents' table, which may come with them from elsewhere, names files of its own folder."""
+def _read_latents(table: pd.DataFrame, folder: Path, autoencoder: str) -> tuple[Tensor, Tensor]:
+    """Mean and std of the rows of a table, (N, C, X, Y, Z), mapped from their file where it has the same order."""
     if "latent_path" not in table:
         raise UserError(f"the table in {folder} has no latent_path: run encode_latents.py again")
-    for path in table["latent_path"]:
+    paths = table["latent_path"]
+    # A latents' table, which may come with them from elsewhere, names files of its own folder.
+    for path in set(paths):
         if os.path.dirname(path) != os.path.abspath(folder):
             raise UserError(f"latent {path or '(empty)'} is not in {folder}: run encode_latents.py again")
+    if FILE in {os.path.basename(path) for path in set(paths)}:
+        return _read_file(table, folder, autoencoder)
+    pairs = [read_npz(path, autoencoder) for path in paths]
+    shapes = {mean.shape for mean, _ in pairs}
+    if len(shapes) != 1:
+        raise UserError(f"latents in {folder} differ in shape ({sorted(shapes)}): run encode_latents.py again")
+    mean, std = (torch.from_numpy(np.stack(part)) for part in zip(*pairs, strict=True))
+    return mean, std
+
+
+def _read_file(table: pd.DataFrame, folder: Path, autoencoder: str) -> tuple[Tensor, Tensor]:
+    if table["latent_path"].nunique() != 1:
+        raise UserError(f"the table in {folder} names other latents beside {FILE}: run encode_latents.py again")
+    file = LatentFile.open(folder / FILE, autoencoder)
+    places = file.places(row_digests(table))
+    if (places < 0).any():
+        name = scan_names(table, [int(np.argmin(places))])[0]
+        raise UserError(f"{file.path} has no latent of {name}: run encode_latents.py again")
+    if np.array_equal(places, np.arange(len(file))):
+        return file.mean, file.std
+    return file.mean[places], file.std[places]
+
+
+def chunks(rows: np.ndarray) -> Iterator[np.ndarray]:
+    """`rows` in runs that are read at once."""
+    for start in range(0, len(rows), CHUNK):
+        yield rows[start : start + CHUNK]
+
+
+def channel_scale(mean: Tensor, std: Tensor, rows: np.ndarray) -> list[float]:
+    """1 / standard deviation by channel of posterior samples over `rows` of (N, C, X, Y, Z), on the CPU.
+
+    The variance of a sample is that of the means plus the mean of the posterior's own. Chunk by chunk, in NumPy: memory
+    for one is enough, and the number of threads, which differs between one process and several, changes no bit.
+    """
+    first, second, axes = 0.0, 0.0, (0, 2, 3, 4)
+    for chunk in chunks(rows):
+        m, s = (part[chunk].numpy().astype(np.float64) for part in (mean, std))
+        first = first + m.sum(axes)
+        second = second + np.square(m).sum(axes) + np.square(s).sum(axes)
+    count = len(rows) * math.prod(mean.shape[2:])
+    return [float(value) for value in 1 / np.sqrt(second / count - np.square(first / count))]
 
 
 def write_about(folder: Path, about: dict) -> None:

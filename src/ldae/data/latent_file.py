@@ -1,0 +1,155 @@
+"""Many latents in one file: safetensors (huggingface.co/docs/safetensors), memory-mapped when it is opened.
+
+mean, std   (N, C, X, Y, Z) float32, the posterior of each scan
+row         (N, 16) uint8, digest of subject and session
+scan        (N, 16) uint8, digest of the scan's file and of how it was read
+checksum    (N, 16) uint8, digest of the row's mean and std
+metadata    autoencoder: the hash of the weights that made them
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import pandas as pd
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ldae.errors import UserError
+from ldae.files import replacing
+
+FILE = "latents.safetensors"
+DIGEST = 16  # bytes
+
+Posterior = tuple[np.ndarray, np.ndarray]  # mean and std, (B, C, X, Y, Z) float32
+
+
+def digests(values: Iterable[bytes]) -> np.ndarray:
+    """SHA-256 of each value, cut to 16 bytes, (N, 16) uint8."""
+    joined = b"".join(hashlib.sha256(value).digest()[:DIGEST] for value in values)
+    return np.frombuffer(joined, np.uint8).reshape(-1, DIGEST)
+
+
+def row_digests(table: pd.DataFrame) -> np.ndarray:
+    """Which subject and session each row of a table is, (N, 16) uint8."""
+    pairs = zip(table["subject"], table["session"], strict=True)
+    return digests(f"{subject}\t{session}".encode() for subject, session in pairs)
+
+
+def checksums(mean: np.ndarray, std: np.ndarray) -> np.ndarray:
+    """Of each row's values, (B, 16) uint8."""
+    return digests(m.tobytes() + s.tobytes() for m, s in zip(mean, std, strict=True))
+
+
+@dataclass(frozen=True)
+class LatentFile:
+    """An opened file of latents. Its means and deviations are read from the disk when they are used."""
+
+    path: Path
+    mean: Tensor  # (N, C, X, Y, Z) float32, unscaled
+    std: Tensor
+    row: np.ndarray  # (N, 16) uint8
+    scan: np.ndarray
+    checksum: np.ndarray
+
+    @classmethod
+    def open(cls, path: Path, autoencoder: str) -> "LatentFile":
+        """Map a file. Names, sizes and shapes are checked; values are not read (see `intact`).
+
+        Raises:
+            UserError: it is missing, damaged or something else, or another autoencoder made it.
+        """
+        try:
+            with safe_open(path, "pt") as file:
+                made_by = (file.metadata() or {}).get("autoencoder")
+                mean, std = file.get_tensor("mean"), file.get_tensor("std")
+                row, scan, checksum = (file.get_tensor(name).numpy() for name in ("row", "scan", "checksum"))
+        except (OSError, SafetensorError, RuntimeError, TypeError, ValueError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise UserError(f"cannot read latents {path} ({reason}): run encode_latents.py again") from error
+        if made_by != autoencoder:
+            raise UserError(f"{path} was made by another autoencoder: run encode_latents.py again")
+        if mean.ndim != 5 or len(mean) == 0 or std.shape != mean.shape or {mean.dtype, std.dtype} != {torch.float32}:
+            raise UserError(f"{path} does not hold float32 (N, C, X, Y, Z) alike: run encode_latents.py again")
+        if any(index.shape != (len(mean), DIGEST) or index.dtype != np.uint8 for index in (row, scan, checksum)):
+            raise UserError(f"{path} does not tell which scans its latents are of: run encode_latents.py again")
+        return cls(path, mean, std, row, scan, checksum)
+
+    def __len__(self) -> int:
+        return len(self.row)
+
+    def places(self, row: np.ndarray) -> np.ndarray:
+        """Where the latents of `row`, (N, 16) uint8, are, (N,) int64; -1 where there is none."""
+        places = {digest.tobytes(): place for place, digest in enumerate(self.row)}
+        return np.array([places.get(digest.tobytes(), -1) for digest in row], dtype=np.int64)
+
+    def read(self, places: np.ndarray) -> Posterior | None:
+        """Mean and std at `places`, (B, C, X, Y, Z) float32; None where they are not what was written."""
+        mean, std = self.mean[places].numpy(), self.std[places].numpy()
+        return (mean, std) if np.array_equal(checksums(mean, std), self.checksum[places]) else None
+
+    def intact(self) -> bool:
+        """Whether all values are what was written; reads the whole file."""
+        return all(self.read(np.array([place])) is not None for place in range(len(self)))
+
+
+def write_latents(
+    path: Path, autoencoder: str, row: np.ndarray, scan: np.ndarray, batches: Iterable[Posterior]
+) -> None:
+    """Write the latents of N rows atomically, batch by batch: memory for one batch is enough.
+
+    Args:
+        autoencoder: hash of the weights that made them.
+        row, scan: (N, 16) uint8, see the head of this file.
+        batches: mean and std, each (B, C, X, Y, Z), of all rows in order.
+
+    Raises:
+        UserError: batches differ in shape.
+    """
+    batches = iter(batches)
+    first = next(batches)
+    shape = first[0].shape[1:]
+    sizes = {"mean": (len(row), *shape), "std": (len(row), *shape)}
+    sizes |= {name: row.shape for name in ("row", "scan", "checksum")}
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        starts = _write_header(file, sizes, autoencoder)
+        found, done, each = [], 0, 4 * math.prod(shape)
+        for posterior in _chained(first, batches):
+            mean, std = (np.ascontiguousarray(part, dtype=np.float32) for part in posterior)
+            if not mean.shape == std.shape == (len(mean), *shape):
+                raise UserError(f"latents for {path} differ in shape: {mean.shape[1:]}, {std.shape[1:]}, {shape}")
+            for name, part in (("mean", mean), ("std", std)):
+                file.seek(starts[name] + done * each)
+                file.write(part.tobytes())
+            found.append(checksums(mean, std))
+            done += len(mean)
+        if done != len(row):
+            raise ValueError(f"{done} latents for {len(row)} rows")
+        for name, index in (("row", row), ("scan", scan), ("checksum", np.concatenate(found))):
+            file.seek(starts[name])
+            file.write(np.ascontiguousarray(index, dtype=np.uint8).tobytes())
+
+
+def _chained(first: Posterior, rest: Iterable[Posterior]) -> Iterable[Posterior]:
+    yield first
+    yield from rest
+
+
+def _write_header(file: BinaryIO, sizes: dict[str, tuple[int, ...]], autoencoder: str) -> dict[str, int]:
+    """Write the header of the safetensors format; where each tensor's bytes begin in the file."""
+    header: dict[str, dict] = {"__metadata__": {"autoencoder": autoencoder}}
+    starts, end = {}, 0
+    for name, shape in sizes.items():
+        kind, width = ("F32", 4) if name in ("mean", "std") else ("U8", 1)
+        starts[name], end = end, end + width * math.prod(shape)
+        header[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [starts[name], end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the format aligns the data that follow
+    file.write(len(text).to_bytes(8, "little") + text)
+    return {name: start + 8 + len(text) for name, start in starts.items()}

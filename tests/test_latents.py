@@ -1,0 +1,368 @@
+"""Proves that the latents of a cohort are one file with the same contents however they came about.
+
+One process or several, killed or not, from NPZ files of an earlier version; scans that changed and bytes that were
+damaged are encoded again, and what is foreign, cut or incomplete is refused in one line.
+"""
+
+import json
+import os
+import threading
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+
+import nibabel as nib
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from ldae.data.cohort import load_cohort
+from ldae.data.latent_file import FILE, LatentFile, row_digests, write_latents
+from ldae.data.latent_npz import npz_name, write_npz
+from ldae.data.latents import ABOUT, CHUNK, LatentSet, channel_scale, write_about
+from ldae.data.table import read_table, write_table
+from ldae.data.transforms import Transform
+from ldae.errors import UserError
+from ldae.latent_encoding import encode_cohort, work_order
+
+SCANS, BATCH = 10, 2
+WEIGHTS = "5" * 64
+
+
+class Encoder(torch.nn.Module):
+    """Stands for an autoencoder; counts batches, and fails at one where it is told to."""
+
+    def __init__(self, fail_at=None, factor=1.0):
+        super().__init__()
+        self.count, self.fail_at, self.factor = 0, fail_at, factor
+
+    def encode(self, x):
+        if self.count == self.fail_at:
+            raise KeyboardInterrupt
+        self.count += 1
+        mean = torch.nn.functional.avg_pool3d(x, 4) * torch.tensor([1.0, -2.0, 0.5]).view(1, 3, 1, 1, 1)
+        return mean * self.factor, mean.abs() / 3 + 0.01
+
+
+class Run(SimpleNamespace):
+    def module(self, name, node):
+        return self.encoder
+
+    def sha256(self, name):
+        return self.weights
+
+
+def run(encoder, weights=WEIGHTS):
+    config = SimpleNamespace(model=SimpleNamespace(autoencoder=None))
+    return Run(encoder=encoder, weights=weights, config=config, metadata={"step": 4}, path=Path("aekl"))
+
+
+def accelerator(index=0, count=1, barrier=None):
+    return SimpleNamespace(
+        device=torch.device("cpu"), process_index=index, num_processes=count, is_main_process=index == 0,
+        autocast=nullcontext, wait_for_everyone=barrier.wait if barrier else lambda: None,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def scans(tmp_path_factory):
+    """A folder with scans, their table and their cache."""
+    folder, rng, rows = tmp_path_factory.mktemp("scans"), np.random.default_rng(0), []
+    for number in range(SCANS):
+        image = nib.Nifti1Image(rng.random((8, 8, 8), np.float32), np.diag([2.0, 2, 2, 1]))
+        nib.save(image, folder / f"{number}.nii")
+        rows.append((f"s{number}", "M000", f"{number}.nii", "CN", 70, ("train", "val", "test")[number % 3]))
+    pd.DataFrame(rows, columns=["subject", "session", "path", "diagnosis", "age", "split"]).to_csv(
+        folder / "scans.csv", index=False
+    )
+    return folder
+
+
+def cohort(scans):
+    shares = {"train": 0.6, "val": 0.2, "test": 0.2}
+    return load_cohort(
+        scans / "scans.csv", None, Transform((8, 8, 8), 2.0), scans / "cache", shares, workers=1, progress=False
+    )
+
+
+def encode(scans, folder, encoder=None, weights=WEIGHTS, processes=1):
+    """Encode into `folder`, by threads that stand for processes; how many batches each encoded."""
+    encoders = [encoder or Encoder() for _ in range(processes)]
+    barrier, of_all = threading.Barrier(processes, timeout=60), cohort(scans)
+    arguments = [(run(e, weights), of_all, folder, Path("scans.csv")) for e in encoders]
+    threads = [
+        threading.Thread(target=encode_cohort, args=(*args, accelerator(index, processes, barrier), BATCH))
+        for index, args in enumerate(arguments[1:], 1)
+    ]
+    for thread in threads:
+        thread.start()
+    encode_cohort(*arguments[0], accelerator(0, processes, barrier), BATCH)
+    for thread in threads:
+        thread.join()
+    return [e.count for e in encoders]
+
+
+def contents(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+@pytest.fixture(scope="module")
+def whole(scans, tmp_path_factory):
+    """The latents of one process that was never disturbed."""
+    folder = tmp_path_factory.mktemp("whole")
+    assert encode(scans, folder) == [SCANS // BATCH]
+    return folder
+
+
+def expected(scans):
+    """Mean and std of all scans."""
+    parts = [Encoder().encode(cohort(scans).volumes.batch([row])) for row in range(SCANS)]
+    return tuple(torch.cat(part) for part in zip(*parts, strict=True))
+
+
+def npz_folder(scans, folder, weights=WEIGHTS):
+    """A folder as earlier versions left it."""
+    table = read_table(scans / "scans.csv")
+    names = [npz_name(row.subject, row.session) for row in table.itertuples()]
+    for name, mean, std in zip(names, *expected(scans), strict=True):
+        write_npz(folder / name, mean.numpy(), std.numpy(), weights)
+    write_table(table.assign(latent_path=names), folder / "old.csv")
+    about = {"table": "old.csv", "scale": [1.0, 1.0, 1.0], "split_hash": "0", "autoencoder_sha256": weights}
+    write_about(folder, about)
+
+
+def test_one_file_holds_what_npz_files_held_to_the_bit(scans, whole, tmp_path):
+    npz_folder(scans, tmp_path)
+    new, old = LatentSet.open(whole), LatentSet.open(tmp_path)
+    for mine, theirs, right in zip((new.mean, new.std), (old.mean, old.std), expected(scans), strict=True):
+        assert torch.equal(mine, right)
+        assert torch.equal(theirs, right)
+    assert sorted(p.name for p in whole.iterdir()) == [
+        ABOUT, FILE, "rejected.csv", "scans_with_compressed_latent.csv"
+    ]  # fmt: skip
+    assert set(pd.read_csv(whole / "scans_with_compressed_latent.csv")["latent_path"]) == {FILE}
+    assert new.table["subject"].tolist() == [f"s{number}" for number in range(SCANS)]
+    assert json.loads((whole / ABOUT).read_text())["shape"] == [3, 2, 2, 2]
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_several_processes_write_the_same_bytes(scans, whole, tmp_path, processes):
+    counts = encode(scans, tmp_path, processes=processes)
+    assert sum(counts) >= SCANS // BATCH
+    assert contents(tmp_path) == contents(whole)
+
+
+def test_processes_begin_with_their_share_and_look_for_all():
+    orders = [work_order(11, process, 3) for process in range(3)]
+    assert all(sorted(order) == list(range(11)) for order in orders)
+    assert [order[:4].tolist() for order in orders[:2]] == [[0, 3, 6, 9], [1, 4, 7, 10]]
+
+
+def test_a_fast_process_helps_a_slow_one(scans, whole, tmp_path):
+    class Slow(Encoder):
+        def encode(self, x):
+            time.sleep(0.5)
+            return super().encode(x)
+
+    encoders, barrier = [Slow(), Encoder()], threading.Barrier(2, timeout=60)
+    arguments = [
+        (run(e), cohort(scans), tmp_path, Path("scans.csv"), accelerator(i, 2, barrier), BATCH)
+        for i, e in enumerate(encoders)
+    ]
+    helper = threading.Thread(target=encode_cohort, args=arguments[1])
+    helper.start()
+    encode_cohort(*arguments[0])
+    helper.join()
+    assert encoders[0].count <= 2  # of its share of 3: one at work and one read ahead
+    assert contents(tmp_path) == contents(whole)
+
+
+def test_a_killed_run_goes_on_where_it_was(scans, whole, tmp_path, caplog):
+    with pytest.raises(KeyboardInterrupt):
+        encode(scans, tmp_path, Encoder(fail_at=3))
+    shards = sorted(tmp_path.rglob("shards/*.safetensors"))
+    assert len(shards) == 3
+    assert not (tmp_path / ABOUT).exists()
+    shards[0].write_bytes(shards[0].read_bytes()[:-5])  # torn by a disk that lost its power
+    (tmp_path / "shards" / ".tmp-00-x.safetensors").write_bytes(b"half")
+    caplog.set_level("INFO")
+    assert encode(scans, tmp_path) == [3]
+    assert "3 of 5 batches of scans are encoded already" in caplog.text
+    assert contents(tmp_path) == contents(whole)
+
+
+def test_what_is_finished_is_neither_encoded_nor_written_again(scans, tmp_path):
+    encode(scans, tmp_path)
+    before = (tmp_path / FILE).stat()
+    assert encode(scans, tmp_path) == [0]
+    after = (tmp_path / FILE).stat()
+    assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+
+
+def test_a_damaged_row_is_encoded_again(scans, whole, tmp_path):
+    encode(scans, tmp_path)
+    data = bytearray((tmp_path / FILE).read_bytes())
+    data[len(data) // 2] ^= 64  # within the deviations
+    (tmp_path / FILE).write_bytes(data)
+    assert encode(scans, tmp_path) == [1]
+    assert contents(tmp_path) == contents(whole)
+
+
+def test_a_scan_that_changed_is_encoded_again_and_no_other(scans, tmp_path):
+    encode(scans, tmp_path)
+    before = LatentSet.open(tmp_path)
+    path, times = scans / "4.nii", os.stat(scans / "4.nii")
+    old = path.read_bytes()
+    image = np.random.default_rng(1).random((8, 8, 8), np.float32)
+    nib.save(nib.Nifti1Image(image, np.diag([2.0, 2, 2, 1])), path)
+    assert encode(scans, tmp_path) == [1]
+    after = LatentSet.open(tmp_path)
+    changed = (before.mean != after.mean).flatten(1).any(1)
+    assert changed.nonzero().flatten().tolist() == [4]
+    path.write_bytes(old)
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+def test_npz_files_of_an_earlier_version_are_taken_over(scans, whole, tmp_path, caplog):
+    npz_folder(scans, tmp_path)
+    caplog.set_level("INFO")
+    damaged = tmp_path / npz_name("s3", "ses-M000")
+    damaged.write_bytes(damaged.read_bytes()[:200])
+    assert encode(scans, tmp_path) == [1]
+    assert "9 scans are taken from the NPZ files" in caplog.text
+    assert (tmp_path / FILE).read_bytes() == (whole / FILE).read_bytes()
+    assert LatentSet.open(tmp_path).table["latent_path"].tolist() == [str(tmp_path / FILE)] * SCANS
+
+
+@pytest.mark.parametrize("old", [npz_folder, lambda scans, folder, weights: encode(scans, folder, weights=weights)])
+def test_latents_of_another_autoencoder_are_never_taken(scans, tmp_path, caplog, old):
+    old(scans, tmp_path, "other")
+    assert encode(scans, tmp_path, Encoder(factor=3.0)) == [SCANS // BATCH]
+    assert "another autoencoder" in caplog.text
+    assert torch.equal(LatentSet.open(tmp_path).mean, expected(scans)[0] * 3)
+
+
+def test_latents_that_are_not_finite_name_their_scans(scans, tmp_path):
+    with pytest.raises(UserError, match="not finite for s0 ses-M000, s1 ses-M000") as caught:
+        encode(scans, tmp_path, Encoder(factor=float("inf")))
+    assert "\n" not in str(caught.value)
+
+
+def made_up(folder, count, shape=(2, 2, 1, 1), file_of=None, weights=WEIGHTS):
+    """A folder with `count` random latents, in a file of the rows `file_of` of its table."""
+    rows = [(f"s{n}", "ses-M000", f"{n}.nii", "CN", 70, ("train", "val")[n % 2], FILE) for n in range(count)]
+    columns = ["subject", "session", "path", "diagnosis", "age", "split", "latent_path"]
+    table = pd.DataFrame(rows, columns=columns)
+    row = row_digests(table)[slice(None) if file_of is None else file_of]
+    rng = np.random.default_rng(0)
+    mean, std = rng.standard_normal((2, len(row), *shape), dtype=np.float32)
+    # In batches of 7, to be written in pieces.
+    parts = [(mean[i : i + 7], std[i : i + 7]) for i in range(0, len(row), 7)]
+    write_latents(folder / FILE, weights, row, row, parts)
+    write_table(table, folder / "scans.csv")
+    about = {"table": "scans.csv", "scale": [1.0, 2.0], "split_hash": "0", "autoencoder_sha256": WEIGHTS}
+    write_about(folder, about)
+    return mean, std
+
+
+def test_thousands_are_opened_at_once_and_mapped_not_copied(tmp_path):
+    mean, std = made_up(tmp_path, 5000)
+    start = time.perf_counter()
+    latents = LatentSet.open(tmp_path)
+    assert time.perf_counter() - start < 3
+    np.testing.assert_array_equal(latents.mean.numpy(), mean)
+    np.testing.assert_array_equal(latents.std.numpy(), std)
+    assert latents.to(torch.device("cpu")).mean.data_ptr() == latents.mean.data_ptr()
+    address = latents.mean.data_ptr()
+    mapped = [line for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith(FILE)]
+    spans = [[int(end, 16) for end in line.split()[0].split("-")] for line in mapped]
+    assert any(begin <= address < end for begin, end in spans)
+
+
+def test_a_table_in_another_order_finds_its_rows(tmp_path):
+    mean, _ = made_up(tmp_path, 20)
+    table = read_table(tmp_path / "scans.csv", require_files=False)
+    write_table(table.iloc[[7, 3, 12]], tmp_path / "scans.csv")
+    np.testing.assert_array_equal(LatentSet.open(tmp_path).mean.numpy(), mean[[7, 3, 12]])
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def other_shape(path):
+    """The header tells of the same bytes as another grid in `std`."""
+    data = path.read_bytes()
+    std = data.index(b'"std"')
+    path.write_bytes(data[:std] + data[std:].replace(b"[9,2,2,1,1]", b"[9,2,1,2,1]", 1))
+
+
+def fewer_dimensions(path):
+    path.write_bytes(path.read_bytes().replace(b"[9,2,2,1,1]", b"[  9,2,2,1]"))
+
+
+def of_integers(path):
+    path.write_bytes(path.read_bytes().replace(b'"F32"', b'"I32"'))
+
+
+def without_index(path):
+    path.write_bytes(path.read_bytes().replace(b'"scan"', b'"scam"'))
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+@pytest.mark.parametrize("damage", [cut, other_shape, fewer_dimensions, of_integers, without_index, empty, Path.unlink])
+def test_a_damaged_file_is_refused_in_one_line(tmp_path, damage):
+    made_up(tmp_path, 9)
+    LatentSet.open(tmp_path)
+    before = contents(tmp_path)
+    damage(tmp_path / FILE)
+    assert contents(tmp_path) != before
+    with pytest.raises(UserError, match=r"encode_latents\.py again") as caught:
+        LatentSet.open(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_foreign_file_and_a_missing_row_are_refused(tmp_path):
+    made_up(tmp_path, 9, weights="other")
+    with pytest.raises(UserError, match="another autoencoder"):
+        LatentSet.open(tmp_path)
+    made_up(tmp_path, 9, file_of=slice(8))
+    with pytest.raises(UserError, match="no latent of s8 ses-M000"):
+        LatentSet.open(tmp_path)
+
+
+def test_batches_of_another_shape_and_number_write_nothing(tmp_path):
+    row, first = np.zeros((3, 16), np.uint8), np.zeros((2, 3, 2, 2, 2), np.float32)
+    with pytest.raises(UserError, match="differ in shape"):
+        write_latents(tmp_path / FILE, WEIGHTS, row, row, [(first, first), (first[:1, :2], first[:1, :2])])
+    with pytest.raises(ValueError, match="2 latents for 3 rows"):
+        write_latents(tmp_path / FILE, WEIGHTS, row, row, [(first, first)])
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_scale_of_channels_is_that_of_all_values_at_once(tmp_path):
+    count, rng = 2 * CHUNK + 9, np.random.default_rng(3)
+    mean = (rng.standard_normal((count, 2, 2, 3, 1)) * [[[[3]]], [[[0.2]]]] + 5).astype(np.float32)
+    std = rng.random((count, 2, 2, 3, 1), np.float32)
+    rows = np.arange(0, count, 2)
+    m, s = mean[rows].astype(np.float64), std[rows].astype(np.float64)
+    axes = (0, 2, 3, 4)
+    right = 1 / np.sqrt(m.var(axes) + np.square(s).mean(axes))
+    np.testing.assert_allclose(channel_scale(torch.from_numpy(mean), torch.from_numpy(std), rows), right, rtol=1e-9)
+
+
+def test_the_moments_are_those_of_all_rows_at_once(tmp_path):
+    mean, std = made_up(tmp_path, 2 * CHUNK + 3)
+    latents = LatentSet.open(tmp_path)
+    rows = latents.rows("train")
+    scale = np.array([1.0, 2.0]).reshape(2, 1, 1, 1)
+    m, v = latents.moments(rows)
+    np.testing.assert_allclose(m, scale * mean[rows].mean(0), atol=1e-6)
+    variance = mean[rows].astype(float).var(0) + np.square(std[rows].astype(float)).mean(0)
+    np.testing.assert_allclose(v, scale**2 * variance, rtol=1e-6)
+    assert LatentFile.open(tmp_path / FILE, WEIGHTS).intact()
