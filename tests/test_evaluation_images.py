@@ -108,6 +108,53 @@ def test_the_mask_holds_ventricles_and_not_specks():
     assert int(mask[1].sum()) == 20 * 10 * 20
 
 
+def test_a_mask_is_made_once_a_scan(monkeypatch):
+    """Ten rows asked for twice, in another order and other batches: ten masks, each that of its own scan."""
+    x = torch.nn.functional.interpolate(torch.rand(10, 1, 4, 4, 4), scale_factor=3, mode="trilinear") - 0.4
+    expected, made, make = metrics.brain_mask(x), [], metrics.brain_mask
+    assert len(expected.flatten(1).unique(dim=0)) == 10
+    monkeypatch.setattr(metrics, "brain_mask", lambda x: made.append(len(x)) or make(x))
+    masks = metrics.BrainMasks()
+    assert torch.equal(masks(x, range(10)), expected)
+    order = torch.tensor([7, 2, 2, 9])
+    unread = torch.full((4, 1, 12, 12, 12), torch.nan)
+    assert torch.equal(masks(unread, order.tolist()), expected[order])
+    assert sum(made) == 10
+
+
+def test_both_ssims_come_from_one_map(pair):
+    x, y = pair
+    mask = x > 0.5
+    whole, inside = metrics.ssims(y, x, mask)
+    assert torch.equal(whole, metrics.ssim(y, x))
+    assert torch.equal(inside, metrics.ssim(y, x, mask))
+
+
+def test_numbers_are_read_back_together_and_unchanged():
+    values = {
+        ("a", 1): torch.rand(3),
+        "b": torch.rand(3, requires_grad=True).bfloat16(),
+        "c": torch.ones(3).double() / 3,
+    }
+    found = metrics.read_back(values)
+    assert list(found) == list(values)
+    for name, value in values.items():
+        assert found[name].dtype == np.float64
+        assert found[name].tolist() == value.tolist()
+
+
+def test_no_metric_waits_for_a_value():
+    """Fake tensors have no values: whatever reads one raises."""
+    from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+
+    with FakeTensorMode():
+        x, y = torch.rand(2, 1, 16, 18, 16), torch.rand(2, 1, 16, 18, 16)
+        found = metrics.compare(x, y, x > 0.5, perceptual=lambda a, b: (a - b).abs().mean())
+        assert {tuple(values.shape) for values in found.values()} == {(2,)}
+        with pytest.raises(DataDependentOutputException):
+            float(found["ssim"].mean())
+
+
 def ball(radius, shape=(24, 24, 24), fine=3):
     """Share of each voxel inside a ball, (X, Y, Z)."""
     axes = [(np.arange(n * fine) + 0.5) / fine - n / 2 for n in shape]

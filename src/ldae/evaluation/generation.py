@@ -69,10 +69,10 @@ class Generation:
         yield f"generation/{space}/fid_real", frechet_distance(real["train"], real["test"])
         yield f"generation/{space}/mmd", cubic_mmd(generated, real["test"])
         yield f"generation/{space}/mmd_real", cubic_mmd(real["train"], real["test"])
-        yield "generation/ms_ssim", self._likeness(lambda rows: samples[rows], self.samples, context.seed)
+        yield "generation/ms_ssim", self._likeness(context, lambda rows: samples[rows], self.samples)
         yield (
             "generation/ms_ssim_real",
-            self._likeness(lambda rows: context.volumes(test[rows].tolist()), len(test), context.seed),
+            self._likeness(context, lambda rows: context.volumes(test[rows].tolist()), len(test)),
         )
         shown = [(f"sample {i + 1}", samples[i, 0].numpy()) for i in range(min(4, self.samples))]
         figures.montage(context.out / "generation.png", shown, "unconditional samples")
@@ -101,13 +101,14 @@ class Generation:
             [self._features(context, context.volumes(part)) for part in batches(rows, self.batch_size)]
         )
 
-    def _likeness(self, volumes: Callable[[np.ndarray], Tensor], count: int, seed: int) -> float:
-        """Mean MS-SSIM of random pairs of different scans."""
-        rng = np.random.default_rng(seed)
+    def _likeness(self, context: Context, volumes: Callable[[np.ndarray], Tensor], count: int) -> float:
+        """Mean MS-SSIM of random pairs of different scans, computed on the model's device."""
+        rng, device = np.random.default_rng(context.seed), context.model.device
         first = rng.integers(count, size=self.pairs)
         second = (first + rng.integers(1, count, size=self.pairs)) % count
         chunks = [np.array(part) for part in batches(range(self.pairs), self.batch_size)]
-        return float(torch.cat([ms_ssim(volumes(first[part]), volumes(second[part])) for part in chunks]).mean())
+        pairs = ((volumes(first[part]).to(device), volumes(second[part]).to(device)) for part in chunks)
+        return float(torch.cat([ms_ssim(x, y) for x, y in pairs]).mean())
 
 
 def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:

@@ -4,9 +4,13 @@ SSIM (Wang et al. 2004, doi 10.1109/TIP.2003.819861) with K1 = 0.01, K2 = 0.03 a
 of sigma 1.5 and width 11 in 3D. `published`: width 3, as LDAE (arXiv 2504.08635) reports it. A volume smaller than the
 window gets the largest odd width that fits. Whole-volume values average where the window lies inside the volume; values
 in the mask average the map over its voxels, with replicated borders. Background inflates the former: read the latter.
+
+Metrics stay on the device of the volumes and nothing here waits for them, but for `brain_mask` (SciPy works on the CPU)
+and `read_back`, with which a caller reads all its numbers at once.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -20,6 +24,7 @@ PUBLISHED_WIDTH = 3
 # volumes: MONAI's default needs over 160 voxels an axis.
 SCALES, MS_WIDTH = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333), 5
 MASK_THRESHOLD = 0.05
+Key = TypeVar("Key", bound=Hashable)
 
 
 def _inside(x: Tensor, width: int) -> Tensor:
@@ -42,6 +47,12 @@ def ssim(x: Tensor, y: Tensor, mask: Tensor | None = None, width: int = WIDTH) -
     return _mean(_inside(values, fitting_width(tuple(x.shape[2:]), width)) if mask is None else values, mask)
 
 
+def ssims(x: Tensor, y: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean SSIM of each pair over the whole volume and inside `mask`, (B,) each: `ssim` twice, from one map."""
+    values = ssim_map(x, y, WIDTH)
+    return _mean(_inside(values, fitting_width(tuple(x.shape[2:]), WIDTH)), None), _mean(values, mask)
+
+
 def published_ssim(x: Tensor, y: Tensor) -> Tensor:
     """Whole-volume SSIM with the published width of 3, (B,)."""
     return ssim(x, y, width=PUBLISHED_WIDTH)
@@ -55,7 +66,7 @@ def ms_ssim(x: Tensor, y: Tensor) -> Tensor:
     smallest, count = min(x.shape[2:]), 1
     while count < len(SCALES) and smallest // 2**count >= MS_WIDTH:
         count += 1
-    weights = torch.tensor(SCALES[:count]) / sum(SCALES[:count])
+    weights = np.array(SCALES[:count], np.float32) / np.float32(sum(SCALES[:count]))
     x, y, value = x.float(), y.float(), torch.ones(len(x), device=x.device)
     for scale, weight in enumerate(weights.tolist()):
         width = fitting_width(tuple(x.shape[2:]), MS_WIDTH)
@@ -80,7 +91,8 @@ def brain_mask(x: Tensor, threshold: float = MASK_THRESHOLD) -> Tensor:
     """The head of skull-stripped scans (B, 1, X, Y, Z) in [0, 1]: bool, same shape and device.
 
     Voxels above `threshold`, closed by one voxel, holes filled, largest component: ventricles belong to it. Of a whole
-    head it is the head.
+    head it is the head. SciPy computes it: scans on a device are copied to the CPU, so hand in the CPU's where they are
+    at hand, and see BrainMasks for scans that come again.
     """
     from scipy import ndimage
 
@@ -95,6 +107,31 @@ def brain_mask(x: Tensor, threshold: float = MASK_THRESHOLD) -> Tensor:
     return torch.from_numpy(np.stack(masks))[:, None].to(x.device)
 
 
+class BrainMasks:
+    """Brain masks of scans that come again and again, each computed once; they take one byte a voxel of their device.
+
+    Keep one object for one kind of image (the scans, or their reconstructions by one autoencoder) and for as long as
+    these stay what they are.
+    """
+
+    def __init__(self) -> None:
+        self._masks: dict[int, Tensor] = {}
+
+    def __call__(self, x: Tensor, rows: Sequence[int]) -> Tensor:
+        """`brain_mask(x)` of images (B, 1, X, Y, Z), the i-th of scan `rows[i]`; only those of new scans are read."""
+        rows = [int(row) for row in rows]
+        for image, row in zip(x.split(1), rows, strict=True):
+            if row not in self._masks:
+                self._masks[row] = brain_mask(image)
+        return torch.cat([self._masks[row] for row in rows]).to(x.device)
+
+
+def read_back(values: Mapping[Key, Tensor]) -> dict[Key, np.ndarray]:
+    """Tensors of one shape as float64 arrays, copied from their device together: the one wait for a batch's numbers."""
+    stacked = torch.stack([value.detach().double() for value in values.values()]).cpu().numpy()
+    return dict(zip(values, stacked, strict=True))
+
+
 def compare(
     x: Tensor,
     reference: Tensor,
@@ -107,9 +144,10 @@ def compare(
     a distance (x, y) -> scalar is given (called scan by scan).
     """
     mask = brain_mask(reference) if mask is None else mask
+    whole, inside = ssims(x, reference, mask)
     found = {
-        "ssim": ssim(x, reference),
-        "ssim_mask": ssim(x, reference, mask),
+        "ssim": whole,
+        "ssim_mask": inside,
         "ssim_published": published_ssim(x, reference),
         "ms_ssim": ms_ssim(x, reference),
         "psnr": psnr(x, reference),

@@ -64,9 +64,10 @@ class Independent:
 
         Both between the scans decoded at -alpha and +alpha and embedded anew.
         """
-        decisions = []
+        embedded = []
         for alpha in (-self.alpha, self.alpha):
             edited = editor.decode(context.model, opened.code, self.direction.edit(opened.y, alpha))
-            decisions.append(self.model.decision(context.model.embed(edited).float().cpu().numpy()))
-        rise = decisions[1] - decisions[0]
+            embedded.append(context.model.embed(edited))
+        below, above = torch.stack(embedded).float().cpu().numpy()
+        rise = self.model.decision(above) - self.model.decision(below)
         return {"independent_slope": rise / (2 * self.alpha), "independent_right": (rise > 0).astype(np.float64)}

@@ -15,6 +15,7 @@ levels between those of start and end (the nearest visit: its own), so that noth
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,7 @@ from ldae.evaluation.bootstrap import subject_weights, summarise
 from ldae.evaluation.context import Context
 from ldae.evaluation.counterfactuals import Counterfactuals
 from ldae.evaluation.editing import Anatomy, Editor, as_arrays, between, own_y
-from ldae.evaluation.image_metrics import brain_mask, mse, ssim
+from ldae.evaluation.image_metrics import BrainMasks, mse, read_back, ssims
 from ldae.files import replacing
 
 log = logging.getLogger(__name__)
@@ -87,12 +88,12 @@ class Interpolation:
         if not chosen:
             log.warning("interpolation is skipped: no test subject has three visits")
             return
-        anatomy, source = Anatomy(context), Counterfactuals(context)
+        anatomy, source, masks = Anatomy(context), Counterfactuals(context), BrainMasks()
         rows = []
         for number, triple in enumerate(tqdm(chosen, "interpolation")):
             if number < self.pictures:
                 self._draw(context, triple, context.out / f"interpolation_{number + 1}")
-            rows += self._judge(context, anatomy, source, triple)
+            rows += self._judge(context, anatomy, source, masks, triple)
         frame = pd.DataFrame(rows)
         with replacing(context.out / "interpolation.csv") as temporary:
             frame.to_csv(temporary, index=False)
@@ -103,14 +104,15 @@ class Interpolation:
 
     @torch.no_grad()
     def _judge(
-        self, context: Context, anatomy: Anatomy, source: Counterfactuals, triple: Triple
+        self, context: Context, anatomy: Anatomy, source: Counterfactuals, masks: BrainMasks, triple: Triple
     ) -> list[dict[str, object]]:
         """A row for each method and reference."""
         model = context.model
-        x = context.volumes([triple.start, triple.target, triple.end]).to(model.device)
-        reconstructed = model.decompress(model.compress(x))
         places = [triple.start, triple.target, triple.end]
-        raw, soft = anatomy.levels(places, x), anatomy.levels(places, reconstructed)
+        scans = context.volumes(places)
+        x, mask = scans.to(model.device), masks(scans[1:2], [triple.target]).to(model.device)
+        reconstructed = model.decompress(model.compress(x))
+        raw, soft = anatomy.levels(places, scans), anatomy.levels(places, reconstructed)
         predictions = {
             OURS: (self.predict(context, triple, [triple.share]), between(soft[0], soft[2], triple.share)),
             "latent": (_latent(model, x, triple.share), between(soft[0], soft[2], triple.share)),
@@ -121,16 +123,21 @@ class Interpolation:
         if source.available:
             clean = source.render(triple.target).volume[None].to(x)
             references["noise_free"] = (clean, anatomy.levels([triple.target], clean)[0])
-        mask, entry, found = brain_mask(x[1:2]), context.table.iloc[triple.target], []
+        entry = context.table.iloc[triple.target]
         about = {"subject": entry["subject"], "session": entry["session"], "gap": triple.gap, "share": triple.share}
-        for method, (image, levels) in predictions.items():
-            measured = anatomy.volumes(image, [levels])
-            for against, (reference, own) in references.items():
-                row = about | {"method": method, "against": against} | _compare(image, reference, mask)
-                if "ventricle" in measured:
-                    true = anatomy.volumes(reference, [own])["ventricle"]
-                    row["ventricle_error"] = float(np.abs(measured["ventricle"] - true)[0])
-                found.append(row)
+        numbers = _compare(
+            {method: image for method, (image, _) in predictions.items()},
+            {against: image for against, (image, _) in references.items()},
+            mask,
+        )
+        found = [about | {"method": method, "against": against} | values for (method, against), values in numbers]
+        if "ventricle" in anatomy.measures:
+            decoded, true = (
+                {name: anatomy.volumes(image, [levels])["ventricle"] for name, (image, levels) in images.items()}
+                for images in (predictions, references)
+            )
+            for row in found:
+                row["ventricle_error"] = float(np.abs(decoded[row["method"]] - true[row["against"]])[0])
         return found
 
     @torch.no_grad()
@@ -169,13 +176,19 @@ def _latent(model: object, x: Tensor, share: float) -> Tensor:
     return model.decompress(torch.lerp(ends[:1], ends[1:], share))
 
 
-def _compare(image: Tensor, reference: Tensor, mask: Tensor) -> dict[str, float]:
-    return {
-        "mse": float(mse(image, reference)),
-        "mse_mask": float(mse(image, reference, mask)),
-        "ssim": float(ssim(image, reference)),
-        "ssim_mask": float(ssim(image, reference, mask)),
-    }
+def _compare(
+    images: Mapping[str, Tensor], references: Mapping[str, Tensor], mask: Tensor
+) -> list[tuple[tuple[str, str], dict[str, float]]]:
+    """(name of image, name of reference) and the metrics of every pair of (1, 1, X, Y, Z) volumes, read together."""
+    pairs = list(product(images, references))
+    found: dict[tuple[str, str, str], Tensor] = {}
+    for pair in pairs:
+        image, reference = images[pair[0]], references[pair[1]]
+        found[*pair, "mse"], found[*pair, "mse_mask"] = mse(image, reference), mse(image, reference, mask)
+        found[*pair, "ssim"], found[*pair, "ssim_mask"] = ssims(image, reference, mask)
+    values = read_back(found)
+    metrics = ("mse", "mse_mask", "ssim", "ssim_mask")
+    return [(pair, {metric: float(values[*pair, metric][0]) for metric in metrics}) for pair in pairs]
 
 
 def summary(frame: pd.DataFrame, resamples: int, seed: int) -> Iterator[tuple[str, float]]:

@@ -24,7 +24,7 @@ from ldae.diffusion.diagnostics import gaussianity
 from ldae.evaluation import figures
 from ldae.evaluation.bootstrap import subject_weights, summarise
 from ldae.evaluation.context import Context, batches, spread
-from ldae.evaluation.image_metrics import compare
+from ldae.evaluation.image_metrics import brain_mask, compare, read_back
 from ldae.files import replacing
 from ldae.noise import normal
 
@@ -89,10 +89,11 @@ class Reconstruction:
 
         model, found = context.model, {}
         for part in tqdm(list(batches(rows, self.batch_size)), "autoencoder"):
-            x = context.volumes(part).to(model.device)
-            numbers = compare(model.decompress(model.compress(x)), x, perceptual=context.perceptual)
-            for name, values in numbers.items():
-                found.setdefault(name, []).append(values.double().cpu().numpy())
+            scans = context.volumes(part)
+            x, mask = scans.to(model.device), brain_mask(scans).to(model.device)
+            numbers = compare(model.decompress(model.compress(x)), x, mask, context.perceptual)
+            for name, values in read_back(numbers).items():
+                found.setdefault(name, []).append(values)
         return {name: np.concatenate(parts) for name, parts in found.items()}
 
 
@@ -101,16 +102,18 @@ class Trial:
 
     def __init__(self, context: Context, rows: list[int]):
         self.context, model = context, context.model
-        self.x = context.volumes(rows).to(model.device)
+        scans = context.volumes(rows)
+        self.x, self.mask = scans.to(model.device), brain_mask(scans).to(model.device)
         self.z = model.compress(self.x)
         self.y = torch.from_numpy(context.embeddings[rows]).to(model.device)
         self.noise = normal(self.z.shape[1:], context.seed, rows, STEM).to(self.z)
         self.decompressed = model.decompress(self.z)
-        self.ceiling = self._quality(self.decompressed)
+        self.ceiling = _read(self._quality(self.decompressed, "latent"))["latent"]
 
-    def _quality(self, volumes: Tensor) -> dict[str, float]:
-        found = compare(volumes, self.x, perceptual=self.context.perceptual)
-        return {name: float(values.mean()) for name, values in found.items()}
+    def _quality(self, volumes: Tensor, source: str) -> dict[tuple[str, str], Tensor]:
+        """Every metric's mean over the scans, under (source, metric)."""
+        found = compare(volumes, self.x, self.mask, self.context.perceptual)
+        return {(source, name): values.mean() for name, values in found.items()}
 
     def _timed(self, work: Callable[[], Any]) -> tuple[Any, float]:
         """Result and seconds a scan."""
@@ -142,24 +145,34 @@ class Trial:
         code, inverting = self._timed(lambda: model.invert(self.z, self.y))
         back, sampling = self._timed(lambda: model.generate(code, self.y))
         dreamt, dreaming = self._timed(lambda: model.generate(self.noise, self.y))
-        encoded, semantic = self._quality(model.decompress(back)), self._quality(model.decompress(dreamt))
-        encoded |= {
-            "ssim_drop": self.ceiling["ssim"] - encoded["ssim"],
-            "latent_error": _rms(back - self.z),
+        measured = self._quality(model.decompress(back), "encoded")
+        measured |= self._quality(model.decompress(dreamt), "semantic")
+        measured["encoded", "latent_error"] = _rms(back - self.z)
+        if reference is not None:
+            z_t, z_0 = reference
+            measured["code", "error"] = _rms(code.z[: len(z_t)] - z_t)
+            measured["semantic", "error"] = _rms(dreamt[: len(z_0)] - z_0)
+        found = {"code": {}} | _read(measured)
+        found["encoded"] |= {
+            "ssim_drop": self.ceiling["ssim"] - found["encoded"]["ssim"],
             "evaluations": 2.0 * sampler.evaluations,
             "seconds": inverting + sampling,
         }
-        semantic |= {"evaluations": float(sampler.evaluations), "seconds": dreaming}
-        shape = {name: float(value) for name, value in asdict(gaussianity(code.z)).items()}
-        if reference is not None:
-            z_t, z_0 = reference
-            shape["error"] = _rms(code.z[: len(z_t)] - z_t)
-            semantic["error"] = _rms(dreamt[: len(z_0)] - z_0)
-        return {"encoded": encoded, "semantic": semantic, "code": shape}
+        found["semantic"] |= {"evaluations": float(sampler.evaluations), "seconds": dreaming}
+        found["code"] |= {name: float(value) for name, value in asdict(gaussianity(code.z)).items()}
+        return found
 
 
-def _rms(difference: Tensor) -> float:
-    return float(difference.double().square().mean().sqrt())
+def _rms(difference: Tensor) -> Tensor:
+    return difference.double().square().mean().sqrt()
+
+
+def _read(measured: Mapping[tuple[str, str], Tensor]) -> dict[str, dict[str, float]]:
+    """Scalars under (source, metric) as numbers by source and metric."""
+    found: dict[str, dict[str, float]] = {}
+    for (source, name), value in read_back(measured).items():
+        found.setdefault(source, {})[name] = float(value)
+    return found
 
 
 def _draw(context: Context, table: pd.DataFrame, trial: Trial) -> None:

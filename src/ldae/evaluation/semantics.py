@@ -18,7 +18,7 @@ from ldae.evaluation import figures, scores
 from ldae.evaluation.anatomy import STRUCTURES, SoftVolume, soft_volume, true_volume
 from ldae.evaluation.bootstrap import subject_weights, summarise
 from ldae.evaluation.context import Context, batches, spread
-from ldae.evaluation.image_metrics import brain_mask, ssim
+from ldae.evaluation.image_metrics import brain_mask, read_back, ssims
 from ldae.noise import normal
 
 log = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ def band_name(kind: str, band: int) -> str:
 def z0_error_table(
     denoiser: Any, z0: Tensor, own: Tensor, other: Tensor, seed: int, keys: Sequence[int], points: int = 2
 ) -> dict[str, Tensor]:
-    """Error of z_0 of every scan by kind of y and band of t: names as `band_name`, (B,) each.
+    """Error of z_0 of every scan by kind of y and band of t: names as `band_name`, (B,) each on the device of z0.
 
     Args:
         denoiser: a Denoiser (`schedule`, `eps(z_t, t)`, `guided(y) -> eps_fn`).
@@ -47,7 +47,7 @@ def z0_error_table(
     """
     schedule, count = denoiser.schedule, BANDS * points
     times = [int((place + 0.5) * schedule.timesteps / count) for place in range(count)]
-    found = {band_name(kind, band): torch.zeros(len(z0)) for kind in KINDS for band in range(BANDS)}
+    found = {band_name(kind, band): torch.zeros(len(z0), device=z0.device) for kind in KINDS for band in range(BANDS)}
     for place, step in enumerate(times):
         t = torch.full((len(z0),), step, device=z0.device)
         noise = normal(z0.shape[1:], seed, keys, f"z0_error/{step}").to(z0)
@@ -55,14 +55,17 @@ def z0_error_table(
         twice = denoiser.guided(torch.cat([own, other]))(torch.cat([z_t, z_t]), torch.cat([t, t]).float())
         for kind, eps in zip(KINDS, (*twice.chunk(2), denoiser.eps(z_t, t.float())), strict=True):
             error = (eps_to_z0(schedule, eps.to(z_t.dtype), z_t, t) - z0).float().square().flatten(1).mean(1)
-            found[band_name(kind, place // points)] += error.cpu() / points
+            found[band_name(kind, place // points)] += error / points
     return found
 
 
-def z0_errors(denoiser: Any, z0: Tensor, own: Tensor, other: Tensor, seed: int, key: int) -> dict[str, float]:
-    """`z0_error/{own,other,none}_t{000,200,400,600,800}` of one scan (B = 1), for a training's validation."""
+def z0_errors(denoiser: Any, z0: Tensor, own: Tensor, other: Tensor, seed: int, key: int) -> dict[str, Tensor]:
+    """`z0_error/{own,other,none}_t{000,200,400,600,800}` of one scan (B = 1), for a training's validation.
+
+    Scalars on the device of z0; nothing is read back.
+    """
     table = z0_error_table(denoiser, z0, own, other, seed, [key])
-    return {f"z0_error/{name}": float(values.mean()) for name, values in table.items()}
+    return {f"z0_error/{name}": values.mean() for name, values in table.items()}
 
 
 def other_subjects(subjects: Sequence[str]) -> np.ndarray | None:
@@ -168,18 +171,13 @@ class Semantics:
     ) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
         """Numbers of these scans, their decodings from y alone, and the autoencoder's reconstructions, (B, X, Y, Z)."""
         model = context.model
-        x = context.volumes(rows.tolist()).to(model.device)
+        scans = context.volumes(rows.tolist())
+        x, mask = scans.to(model.device), brain_mask(scans).to(model.device)
         own, other = (torch.from_numpy(context.embeddings[part]).to(model.device) for part in (rows, others))
         z0 = model.compress(x)
         numbers = z0_error_table(model.denoiser, z0, own, other, context.seed, rows.tolist(), self.points)
         noise = normal(z0.shape[1:], context.seed, rows.tolist(), "semantics").to(z0)
         reconstruction, decoded = model.decompress(z0), model.decode(noise, own)
-        mask = brain_mask(x)
-        numbers |= {
-            "ssim": ssim(decoded, x),
-            "ssim_mask": ssim(decoded, x, mask),
-            "ssim_autoencoder": ssim(decoded, reconstruction),
-            "ssim_mask_autoencoder": ssim(decoded, reconstruction, mask),
-        }
-        arrays = {name: values.double().cpu().numpy() for name, values in numbers.items()}
-        return arrays, decoded[:, 0].float().cpu().numpy(), reconstruction[:, 0].float().cpu().numpy()
+        for against, reference in (("", x), ("_autoencoder", reconstruction)):
+            numbers[f"ssim{against}"], numbers[f"ssim_mask{against}"] = ssims(decoded, reference, mask)
+        return read_back(numbers), decoded[:, 0].float().cpu().numpy(), reconstruction[:, 0].float().cpu().numpy()

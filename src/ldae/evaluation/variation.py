@@ -78,15 +78,16 @@ class Variation:
         total, squares = 0.0, 0.0
         for row in tqdm(rows.tolist(), "variation"):
             reconstruction, variants = self._variants(context, row)
+            embedded = context.model.embed(variants).float().cpu().numpy()
+            reconstruction, variants = reconstruction.cpu(), variants.cpu()  # what follows is measured there
             deviation, image = as_arrays(variants).std(0, ddof=1), as_arrays(reconstruction)[0]
-            mask = brain_mask(reconstruction)[0, 0].cpu().numpy()
+            mask = brain_mask(reconstruction)[0, 0].numpy()
             total, squares = total + image, squares + image.astype(np.float64) ** 2
             levels = anatomy.levels([row], reconstruction) * self.variants
             numbers = {"std_mask": float(deviation[mask].mean())}
             for name, values in anatomy.volumes(variants, levels).items():
                 numbers[f"{name}_cv"] = float(values.std(ddof=1) / values.mean()) if values.mean() > 0 else float("nan")
             collected.append(numbers)
-            embedded = context.model.embed(variants).float().cpu().numpy()
             for name, model in models.items():
                 decisions[name].append(model.decision(embedded))
             if len(pictures) < self.pictures:
