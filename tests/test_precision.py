@@ -61,7 +61,7 @@ def test_the_accelerator_is_built_as_configured(cpu, monkeypatch):
     precision.build_accelerator("fastest", cpu=True, timeout=0.5)
     group, ddp = made["kwargs_handlers"]
     assert (made["mixed_precision"], made["cpu"], group.timeout.total_seconds()) == ("bf16", True, 30)
-    assert list(ddp.to_kwargs().values()) == [False]
+    assert ddp.to_kwargs() == {"broadcast_buffers": False}
     with pytest.raises(UserError, match=r"accelerator\.timeout=0"):
         precision.build_accelerator(timeout=0)
 

@@ -1,10 +1,10 @@
 """The one place that decides on precision, backends and process groups: what the hardware computes in, not imitates."""
 
-import inspect
 import logging
 import os
+import warnings
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -86,22 +86,17 @@ def build_accelerator(mixed_precision: str = FASTEST, cpu: bool = False, timeout
     from accelerate import Accelerator
     from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
-    class StaticBuffers(DistributedDataParallelKwargs):
-        """No buffer is sent at every forward: all are constant, or never read in training (running statistics)."""
-
-        def to_kwargs(self) -> dict[str, Any]:
-            # torch 2.13 renamed the argument.
-            arguments = inspect.signature(torch.nn.parallel.DistributedDataParallel).parameters
-            new = "forward_sync_buffers"
-            return {new if new in arguments else "broadcast_buffers": False}
-
     if not timeout > 0:
         raise UserError(f"accelerator.timeout={timeout}: minutes are needed, such as {TIMEOUT:g}")
     set_up_backends()
+    # torch 2.13 has another name for it, which Accelerate does not know; both mean the same where buffers start equal.
+    warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+    # No buffer is sent at every forward: all are constant, or never read in training (running statistics).
+    ddp = DistributedDataParallelKwargs(broadcast_buffers=False)
     return Accelerator(
         mixed_precision=choose_precision(mixed_precision, cpu),
         cpu=cpu,
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(minutes=timeout)), StaticBuffers()],
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(minutes=timeout)), ddp],
     )
 
 
