@@ -33,7 +33,6 @@ def ensure_phantoms(config: DictConfig, accelerator: Accelerator) -> None:
     if config.data.phantom is None or Path(config.data.table).exists():
         return
     from ldae.data.phantom.cohort import make_cohort, wait_for_cohort
-    from ldae.training.precision import TIMEOUT
 
     phantom = config.data.phantom
     if accelerator.is_main_process:
@@ -42,7 +41,7 @@ def ensure_phantoms(config: DictConfig, accelerator: Accelerator) -> None:
             workers=config.data.workers,
         )  # fmt: skip
     else:
-        wait_for_cohort(Path(config.data.table), config.accelerator.get("timeout", TIMEOUT))
+        wait_for_cohort(Path(config.data.table))
 
 
 def open_cohort(config: DictConfig, accelerator: Accelerator, space: Workspace, external: bool = False) -> Cohort:

@@ -36,7 +36,7 @@ def main() -> None:
         if options.steps:
             found |= as_one(folder, options.steps, tuple(options.stages))
         if set(work.STAGES) <= set(options.stages):
-            found |= same_tables(folder)
+            found |= same_tables(folder / "whole", folder)
         for seed in range(options.seed, options.seed + options.seeds):
             found[f"inputs, seed {seed}"] = mutated(folder / f"inputs{seed}", run, options.inputs, seed)
     found["seconds"] = round(time.monotonic() - begin)

@@ -19,28 +19,43 @@ EQUAL = (
 
 
 def distance(run: Path, other: Path) -> float:
-    """The larger of two relative differences: of all weights and averages together, and of any step's loss.
+    """The largest of relative differences: of all weights and averages together, of what is published, of any loss.
 
     Not of single weights: Adam turns the rounding of a gradient that should be 0 into a step of full size.
     """
-    states = [sorted((path / "state").glob("*.safetensors"))[-1] for path in (run, other)]
-    mine, theirs = (_effective(load_file(path)) for path in states)
-    apart = sum(float((mine[name] - theirs[name]).square().sum()) for name in theirs)
-    whole = sum(float(theirs[name].square().sum()) for name in theirs)
+    found = [_apart(*(_effective(load(path)) for path in (run, other))) for load in (_state, _published)]
     losses = zip(*(_losses(path) for path in (run, other)), strict=True)
-    return max((apart / whole) ** 0.5, *(abs(a - b) / abs(b) for a, b in losses))
+    return max(*found, *(abs(a - b) / abs(b) for a, b in losses))
 
 
-def _effective(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Weights and averages of a state, in float64, without those that no output depends on.
+def _apart(mine: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
+    assert mine.keys() == theirs.keys()
+    apart = sum(float((mine[name] - theirs[name]).square().sum()) for name in theirs)
+    return (apart / sum(float(tensor.square().sum()) for tensor in theirs.values())) ** 0.5
+
+
+def _state(run: Path) -> dict[str, Tensor]:
+    """Weights and averages of the newest state."""
+    whole = load_file(sorted((run / "state").glob("*.safetensors"))[-1])
+    return {name: tensor for name, tensor in whole.items() if name.startswith(("modules/", "averages/"))}
+
+
+def _published(run: Path) -> dict[str, Tensor]:
+    """The weights that later stages and users read."""
+    files = sorted((run / "weights").glob("*.safetensors"))
+    return {f"{path.stem}/{name}": tensor for path in files for name, tensor in load_file(path).items()}
+
+
+def _effective(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """In float64, without those that no output depends on.
 
     A softmax over slices does not see what is added to all scores or keys; and y, a difference of two means of values
     whose weights sum to 1, not what is added to all values. The gradient of these four biases is rounding alone, and
     Adam makes steps of the learning rate of it: in stage 3 nine tenths of the squared difference lie there.
     """
     kept = {}
-    for name, tensor in state.items():
-        if not name.startswith(("modules/", "averages/")) or name.endswith(WITHOUT_EFFECT):
+    for name, tensor in tensors.items():
+        if name.endswith(WITHOUT_EFFECT):
             continue
         if name.endswith("cross_attention.in_proj_bias"):
             tensor = tensor[: len(tensor) // 3]  # queries, keys, values
@@ -54,31 +69,38 @@ def _losses(run: Path) -> list[float]:
     return [record["train/loss"] for record in records if "train/loss" in record]
 
 
+def settings(steps: int, processes: int) -> tuple[str, ...]:
+    """Of a training of `steps` that is the same whatever the number of processes."""
+    return (*EQUAL, f"trainer.max_steps={steps}", f"trainer.batch_size={2 // processes}")
+
+
 def as_one(folder: Path, steps: int, stages: tuple[str, ...] = work.STAGES) -> dict[str, float]:
-    """Train each of `stages` for `steps` in 1 and in 2 processes on `folder`/whole; the relative distances."""
+    """Train each of `stages` for `steps` in 1 process, `folder`/one, and in 2; the relative distances.
+
+    In 2 processes each stage begins from what 1 process has left of the others.
+    """
+    one = folder / "one"
+    work.chain(one, stages, *settings(steps, 1))
     found = {}
     for stage in stages:
-        runs = []
-        for count in (1, 2):
-            place = folder / f"{stage}-{count}"
-            data = work.copied(folder / "whole", place, stage)
-            more = (*EQUAL, data, f"trainer.max_steps={steps}", f"trainer.batch_size={2 // count}")
-            work.together("train", work.overrides(stage, *more), place, count)
-            runs.append(place / "runs/smoke" / stage)
-        found[f"{stage}: 2 processes against 1"] = distance(runs[1], runs[0])
-        assert found[f"{stage}: 2 processes against 1"] <= TOLERANCE, found
+        place = folder / f"{stage}-2"
+        data = work.copied(one, place, stage)
+        work.together("train", work.overrides(stage, data, *settings(steps, 2)), place, 2)
+        name = f"{stage}: 2 processes against 1"
+        found[name] = distance(place / "runs/smoke" / stage, one / "runs/smoke" / stage)
+        assert found[name] <= TOLERANCE, found
     return found
 
 
-def same_tables(folder: Path) -> dict[str, int]:
-    """Encode and evaluate `folder`/whole in 1, 2 and 3 processes; how many files were the same to the bit in all.
+def same_tables(whole: Path, folder: Path, counts: tuple[int, ...] = (1, 2, 3)) -> dict[str, int]:
+    """Encode and evaluate the cohort of `whole` in each number of processes; how many files are the same to the bit.
 
     Batches of 2 and processes that do not divide their number: shares of different lengths.
     """
     contents = []
-    for count in (1, 2, 3):
+    for count in counts:
         place = folder / f"together-{count}"
-        data = work.copied(folder / "whole", place, "latents", "evaluation")
+        data = work.copied(whole, place, "latents", "evaluation")
         arguments = [text for text in work.SETTINGS if not text.startswith("stage.")]
         arguments += [data, "trainer.batch_size=2", "evaluation=attention"]
         for script in ("encode_latents", "evaluate"):
@@ -86,6 +108,11 @@ def same_tables(folder: Path) -> dict[str, int]:
         found = [place / "runs/smoke" / name for name in ("latents", "evaluation")]
         files = [path for at in found for end in ("safetensors", "csv", "json") for path in sorted(at.glob(f"*.{end}"))]
         contents.append({str(path.relative_to(place)): path.read_bytes() for path in files})
-    assert contents[0] == contents[1] == contents[2], "1, 2 and 3 processes encode or evaluate differently"
-    assert any(name.endswith("evaluation/embeddings.csv") for name in contents[0])
-    return {"files of encode_latents.py and evaluate.py, the same from 1, 2 and 3 processes": len(contents[0])}
+    for count, other in zip(counts, contents, strict=True):
+        assert other.keys() == contents[0].keys(), f"{counts[0]} and {count} processes write other files"
+        different = [name for name in other if other[name] != contents[0][name]]
+        assert not different, f"{counts[0]} and {count} processes differ in {different}"
+    ends = ("latents/latents.json", "evaluation/embeddings.csv", "evaluation/metrics.json")
+    assert all(any(name.endswith(end) for name in contents[0]) for end in ends), sorted(contents[0])
+    assert any(name.endswith(".safetensors") for name in contents[0]), sorted(contents[0])
+    return {f"files of encode_latents.py and evaluate.py, the same from {counts} processes": len(contents[0])}

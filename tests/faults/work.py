@@ -116,7 +116,7 @@ def chain(folder: Path, stages: tuple[str, ...] = STAGES, *more: str) -> None:
     for stage in stages:
         finish("train", overrides(stage, *more), folder)
         if stage == "aekl" and stages[-1] != "aekl":
-            finish("encode_latents", [text for text in SETTINGS if not text.startswith("stage.")], folder)
+            finish("encode_latents", [*(text for text in SETTINGS if not text.startswith("stage.")), *more], folder)
 
 
 def copied(whole: Path, place: Path, *removed: str) -> str:

@@ -51,7 +51,7 @@ def make_cohort(
     return table
 
 
-def wait_for_cohort(table: Path, patience: float) -> None:
+def wait_for_cohort(table: Path, patience: float = 10.0) -> None:
     """Return once another process has written `table`, at whose folder it works with `make_cohort`.
 
     Args:

@@ -1,0 +1,92 @@
+"""Two processes (gloo, CPU) do what one does, to the content; and nobody waits in a collective while others work.
+
+At length and with three processes: `make test-faults`.
+"""
+
+import threading
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pandas as pd
+import pytest
+
+from faults import distributed, work
+from ldae.data.phantom.cohort import wait_for_cohort
+from ldae.data.sharing import work_order
+from ldae.data.transforms import Source, Transform
+from ldae.data.volumes import VolumeCache
+from ldae.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which `one` process has trained all stages, and two have been compared with it on the way."""
+    folder = tmp_path_factory.mktemp("distributed")
+    assert len(distributed.as_one(folder, steps=2)) == 3
+    return folder
+
+
+def test_two_processes_train_all_stages_as_one_does(trained: Path) -> None:
+    for stage in work.STAGES:
+        one, two = (trained / name / "runs/smoke" / stage for name in ("one", f"{stage}-2"))
+        assert distributed.distance(two, one) <= distributed.TOLERANCE
+
+
+def test_two_processes_encode_and_evaluate_as_one_does(trained: Path) -> None:
+    distributed.same_tables(trained / "one", trained, counts=(1, 2))
+
+
+def test_a_cache_that_takes_longer_than_the_timeout_is_built_by_all(trained: Path, tmp_path: Path) -> None:
+    """One process alone would sleep for 16 s over the scans, and the other give up waiting after 6 s."""
+    whole, folder = trained / "one", tmp_path
+    data = [work.copied(whole, folder, "latents", "evaluation"), f"paths.cache={folder / 'cache'}"]
+    scans = len(pd.read_csv(next((whole / "data").rglob("scans.csv"))))
+    slow = ["data.transform._target_=faults.slow.SlowTransform", f"+data.transform.seconds={16 / scans}"]
+    arguments = [text for text in work.SETTINGS if not text.startswith("stage.")]
+    arguments += [*data, *slow, "accelerator.timeout=0.1", *distributed.settings(2, 1)]
+    work.together("encode_latents", arguments, folder, 2)
+    latents = [path / "runs/smoke/latents" for path in (whole, folder)]
+    names = [sorted(path.name for path in at.glob("*.*")) for at in latents]
+    assert names[0] == names[1]
+    assert [name for name in names[0] if (latents[0] / name).read_bytes() != (latents[1] / name).read_bytes()] == []
+
+
+def test_processes_make_each_volume_once_whoever_is_faster(tmp_path: Path) -> None:
+    """While the first is at its first scan, the second makes all, that one as well, from its own share on."""
+    scans, made = [str(tmp_path / f"{number}.nii") for number in range(6)], []
+    for number, scan in enumerate(scans):
+        data = np.random.default_rng(number).uniform(1, 100, (9, 9, 9)).astype(np.float32)
+        nib.save(nib.Nifti1Image(data, np.diag([2.0, 2, 2, 1])), scan)
+
+    class Recorded(Transform):
+        def __call__(self, source: Source) -> np.ndarray:
+            made.append(scans.index(str(source)))
+            if len(made) == 1:
+                assert VolumeCache(tmp_path / "cache", self).build(scans, 1, False, share=(1, 2)) == {}
+            return super().__call__(source)
+
+    cache = VolumeCache(tmp_path / "cache", Recorded((8, 8, 8), 2.0))
+    assert cache.build(scans, 1, False, share=(0, 2)) == {}
+    assert made[:4] == [0, 1, 3, 5]
+    assert sorted(made) == [0, 0, 1, 2, 3, 4, 5]
+    assert cache.open(scans).batch(range(6)).isfinite().all()
+
+
+def test_every_piece_is_somewhere_in_the_order_of_everyone() -> None:
+    for count, processes in ((10, 3), (3, 5), (0, 2), (7, 1)):
+        orders = [work_order(count, rank, processes) for rank in range(processes)]
+        assert all(sorted(order) == list(range(count)) for order in orders)
+        own = [order[: len(range(rank, count, processes))] for rank, order in enumerate(orders)]
+        assert sorted(np.concatenate(own)) == list(range(count)), "shares neither overlap nor leave anything"
+
+
+def test_a_process_that_waits_for_phantoms_ends_with_the_table_or_with_the_others_death(tmp_path: Path) -> None:
+    table = tmp_path / "scans.csv"
+    writer = threading.Timer(1.0, lambda: table.write_text("done"))
+    writer.start()
+    wait_for_cohort(table, patience=1.0)
+    assert table.read_text() == "done"
+    table.unlink()
+    with pytest.raises(UserError, match="no phantom was added"):
+        wait_for_cohort(table, patience=0.01)
