@@ -1,9 +1,12 @@
 """Proves that precision follows what the hardware computes in, and that resuming compares what it comes to."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from omegaconf import OmegaConf
 
+from ldae.commands.options import load_model
 from ldae.errors import UserError
 from ldae.training import precision
 from ldae.training.changes import changed_keys
@@ -100,6 +103,19 @@ def test_the_console_is_float32_on_a_cpu_and_bfloat16_on_a_gpu_that_has_it(cpu, 
     for name, device in (("bfloat16", "cuda"), ("float16", "cpu")):
         with pytest.raises(UserError, match=f"--precision {name}: {device}"):
             precision.console_dtype(name, device)
+
+
+def test_commands_hand_their_precision_to_the_model(cpu, monkeypatch):
+    cpu(WITHOUT)
+    made = []
+    monkeypatch.setattr("ldae.pipeline.LDAE.load", lambda path, **options: made.append(options["dtype"]))
+    load_model("demo", Path("runs"), None, "cpu", "auto")
+    assert made == [torch.float32]
+    with pytest.raises(UserError, match="--precision bfloat16: cpu does not compute in it"):
+        load_model("demo", Path("runs"), None, "cpu", "bfloat16")
+    cpu(WITH)
+    load_model("demo", Path("runs"), None, "cpu", "bfloat16")
+    assert made == [torch.float32, torch.bfloat16]
 
 
 def test_resuming_compares_what_the_precision_comes_to(cpu):
