@@ -103,7 +103,8 @@ def _in_flight(steps: Steps, repeats: int) -> Timing:
     a batch that takes long costs nothing.
     """
     done, fetched = ([torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)] for _ in range(2))
-    peak = Peak(steps.device)
+    peak, waiting = Peak(steps.device), steps.subject.waiting
+    waiting.seconds = 0.0
     start, core = time.perf_counter(), time.process_time()
     done[0].record()
     for number in range(repeats):
@@ -113,8 +114,9 @@ def _in_flight(steps: Steps, repeats: int) -> Timing:
         done[number + 1].record()
     synchronise(steps.device)
     seconds, busy = time.perf_counter() - start, time.process_time() - core
-    waits = (done[number].elapsed_time(fetched[number]) for number in range(repeats))
-    return seconds / repeats, sum(waits) / 1e3 / seconds, busy / repeats, peak
+    idle = sum(done[number].elapsed_time(fetched[number]) for number in range(repeats)) / 1e3
+    waited = waiting.seconds if steps.subject.settings.straight else idle
+    return seconds / repeats, waited / seconds, busy / repeats, peak
 
 
 def _one_by_one(steps: Steps, repeats: int) -> Timing:

@@ -110,6 +110,7 @@ class NpzVolumes:
 
     files: Sequence[Path]
     waiting: Waiting
+    shape: tuple[int, int, int]
 
     def batch(self, indices: Iterable[int]) -> Tensor:
         """(B, 1, X, Y, Z) float32."""

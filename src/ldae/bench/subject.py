@@ -124,7 +124,7 @@ class Subject:
                 np.savez(files[-1], x=self.scan)
             else:
                 np.save(files[-1], (self.scan * top).astype(dtype))
-        plain = NpzVolumes(files, self.waiting)
+        plain = NpzVolumes(files, self.waiting, self.shape)
         volumes = plain if self.settings.straight else Volumes(self.table["path"], files, self.shape, top)
         transform = SimpleNamespace(key=lambda: HASH)
         return Cohort(self.table, self.table[:0], volumes, transform, HASH, Augmentation())

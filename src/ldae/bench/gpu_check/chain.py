@@ -25,7 +25,6 @@ OVERRIDES = {
 }
 NO_DROPOUT = (
     "model.unet.dropout=0.0", "model.encoder.dropout=0.0", "model.encoder.slice_dropout=0.0",
-    "model.encoder.backbone.stochastic_depth=0.0",
 )  # fmt: skip
 Records = dict[tuple[str, int, str], float]  # (stage, step, name) to value
 

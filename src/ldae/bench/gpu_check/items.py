@@ -43,7 +43,8 @@ def run_item(item: Item, check: Check) -> Outcome:
     """Measure, whatever happens; what is not caught is the wish to stop."""
     cost = item.seconds * check.size.seconds
     if cost > check.left:
-        return Outcome("skipped", reason=f"takes about {cost:.0f} s, {max(check.left, 0):.0f} s were left of the budget")
+        left = max(check.left, 0)
+        return Outcome("skipped", reason=f"takes about {cost:.0f} s, and {left:.0f} s were left of the budget")
     start = time.monotonic()
     try:
         with _until(check.left):

@@ -32,19 +32,14 @@ class Setting:
     channels_last: bool = False
     compile: bool = False
 
-    @property
-    def name(self) -> str:
-        """For people."""
-        parts = [self.model, self.precision, self.stage, "channels_last" * self.channels_last, "compiled" * self.compile]
-        return " ".join(part for part in parts if part)
-
 
 def subject_of(check: Check, setting: Setting, checkpointing: bool = False) -> Subject:
     """Made-up data and the config of a setting; volumes on disk are shared by all."""
-    overrides = [
-        f"model={setting.model}", check.accelerator(setting.precision), f"trainer.channels_last={setting.channels_last}",
-        f"trainer.compile={setting.compile}", f"trainer.checkpointing={checkpointing}",
-    ]  # fmt: skip
+    options = {
+        "channels_last": setting.channels_last, "compile": setting.compile, "checkpointing": checkpointing
+    }  # fmt: skip
+    overrides = [f"model={setting.model}", check.accelerator(setting.precision)]
+    overrides += [f"trainer.{name}={value}" for name, value in options.items()]
     return Subject(check.bench(), overrides, check.scratch / "steps" / setting.model)
 
 
