@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import CancelledError, Future
 from queue import SimpleQueue
-from threading import Event, Lock, Thread
+from threading import Event, Thread
 from typing import Any
 
 import numpy as np
@@ -36,7 +36,6 @@ class SampleStream:
         self.length = length
         self.seed = seed
         self._permutations: dict[int, np.ndarray] = {}
-        self._lock = Lock()
 
     def indices(self, start: int, count: int) -> np.ndarray:
         """Samples at positions start ... start + count - 1, (count,) int64."""
@@ -51,13 +50,14 @@ class SampleStream:
         return result
 
     def _permutation(self, epoch: int) -> np.ndarray:
-        with self._lock:
-            if epoch not in self._permutations:
-                if len(self._permutations) > 2:
-                    self._permutations.clear()
-                rng = np.random.default_rng(derive(self.seed, "epoch", epoch))
-                self._permutations[epoch] = rng.permutation(self.length)
-            return self._permutations[epoch]
+        # Between any two of these lines another thread may clear what is kept: what is returned is held here.
+        permutation = self._permutations.get(epoch)
+        if permutation is None:
+            permutation = np.random.default_rng(derive(self.seed, "epoch", epoch)).permutation(self.length)
+            if len(self._permutations) > 2:
+                self._permutations.clear()
+            self._permutations[epoch] = permutation
+        return permutation
 
 
 class Batches:
@@ -126,9 +126,7 @@ class Batches:
         if not self._threads:
             self._start()
         wanted = range(step, step + 1 + self.ahead)
-        # After a jump, what still waits in the queue would only delay the step that is asked for.
-        stale = self._loading.keys() - set(wanted) if step in self._loading else set(self._loading)
-        for other in stale:
+        for other in self._loading.keys() - set(wanted):  # after a jump: what still waits in the queue is not loaded
             self._loading.pop(other).cancel()
         for number in wanted:
             if number not in self._loading:
