@@ -25,7 +25,7 @@ from ldae.data.latents import ABOUT, CHUNK, LatentSet, channel_scale, write_abou
 from ldae.data.table import read_table, write_table
 from ldae.data.transforms import Transform
 from ldae.errors import UserError
-from ldae.latent_encoding import encode_cohort, work_order
+from ldae.latent_encoding import encode_cohort
 
 SCANS, BATCH = 10, 2
 WEIGHTS = "5" * 64
@@ -152,12 +152,6 @@ def test_several_processes_write_the_same_bytes(scans, whole, tmp_path, processe
     counts = encode(scans, tmp_path, processes=processes)
     assert sum(counts) >= SCANS // BATCH
     assert contents(tmp_path) == contents(whole)
-
-
-def test_processes_begin_with_their_share_and_look_for_all():
-    orders = [work_order(11, process, 3) for process in range(3)]
-    assert all(sorted(order) == list(range(11)) for order in orders)
-    assert [order[:4].tolist() for order in orders[:2]] == [[0, 3, 6, 9], [1, 4, 7, 10]]
 
 
 def test_a_fast_process_helps_a_slow_one(scans, whole, tmp_path):

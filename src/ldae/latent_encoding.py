@@ -22,6 +22,7 @@ from ldae.data.latent_file import FILE, LatentFile, Posterior, digests
 from ldae.data.latent_shards import Encoded
 from ldae.data.latents import channel_scale, write_about
 from ldae.data.likeness import ENOUGH, Likeness
+from ldae.data.sharing import work_order
 from ldae.data.table import scan_names, write_table
 from ldae.data.transforms import Transform
 from ldae.errors import UserError
@@ -105,16 +106,6 @@ def _encode_missing(
             bar.update()
         if writing is not None:
             writing.result()
-
-
-def work_order(count: int, process: int, processes: int) -> np.ndarray:
-    """The order in which a process looks for batches that nobody has encoded yet, a permutation of 0 to count - 1.
-
-    First every n-th, its own share; then those of the others at random: two that help a third one, or a helper and the
-    one that it helps, seldom take the same batch, and nothing but time is lost where they do.
-    """
-    own = np.arange(process, count, processes)
-    return np.concatenate([own, np.random.default_rng(process).permutation(np.setdiff1d(np.arange(count), own))])
 
 
 def _read_ahead(

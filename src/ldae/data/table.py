@@ -34,6 +34,7 @@ class _Row:
     """One record, and where it stands."""
 
     table: Path
+    folder: str  # of the table; computed once, because tables have 100 000 rows
     line: int
     cells: dict[str, str]
 
@@ -148,10 +149,11 @@ def _rows(path: Path) -> Iterator[_Row]:
     for name in REQUIRED:
         if name not in header:
             raise UserError(f"{path}, line {line}, column '{name}': it is missing; the header has {', '.join(header)}")
+    folder = str(path.parent)
     for number, cells in records:
         if len(cells) != len(header):
             raise UserError(f"{path}, line {number}: {len(cells)} cells, but the header has {len(header)} columns")
-        yield _Row(path, number, dict(zip(header, cells, strict=True)))
+        yield _Row(path, folder, number, dict(zip(header, cells, strict=True)))
 
 
 def _record(row: _Row, require_files: bool) -> dict[str, str | int | float]:
@@ -171,7 +173,7 @@ def _record(row: _Row, require_files: bool) -> dict[str, str | int | float]:
         record["diagnosis"] = ""
     for name in PATHS:
         if cells.get(name):
-            record[name] = os.path.abspath(row.table.parent / cells[name])
+            record[name] = os.path.abspath(os.path.join(row.folder, cells[name]))
     if not cells["path"]:
         raise row.error("path", "it is empty")
     if require_files and not os.path.isfile(record["path"]):
