@@ -8,7 +8,7 @@ from ldae.data.scans import BadScan
 
 
 def cache_key(source: str | Path, *further: object) -> str:
-    """32 hex digits for a file's path, size and time of change, and for `further` values that tell apart by `repr`.
+    """34 hex digits for a file's path, size and time of change, and for `further` values that tell apart by `repr`.
 
     A file that is replaced gets another key, so that nothing old is ever read for it.
 
