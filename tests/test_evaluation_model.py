@@ -146,6 +146,19 @@ def test_z0_errors_by_hand():
     }
 
 
+def test_z0_errors_wait_for_no_value():
+    """On the meta device there are no values: whatever reads one, or mixes in a tensor of another device, raises."""
+    denoiser = SimpleNamespace(
+        schedule=linear(),
+        eps=lambda z_t, t: 0.5 * z_t,
+        guided=lambda y: lambda z_t, t: z_t * y[:, :1, None, None, None],
+    )
+    z, y = torch.empty(1, 2, 4, 4, 4, device="meta"), torch.empty(1, 3, device="meta")
+    found = z0_errors(denoiser, z, y, y, seed=0, key=1)
+    assert len(found) == 15
+    assert {(value.device.type, value.shape) for value in found.values()} == {("meta", ())}
+
+
 def test_a_model_that_uses_y_is_told_from_one_that_does_not(tmp_path):
     metrics = dict(Semantics(resamples=100)(context(tmp_path)))
     assert metrics["semantics/z0_error_ratio"] > 10
