@@ -6,7 +6,7 @@ STAMP := .venv/.installed
 DEMO := experiment=demo name=demo
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-faults lint train-aekl train-pretrain train-repr encode evaluate bench pictures
+.PHONY: help setup demo test test-faults lint train-aekl train-pretrain train-repr encode evaluate bench gpu-check pictures
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -42,6 +42,11 @@ evaluate: $(STAMP) ## embeddings, probes, and the chosen evaluations
 
 bench: $(STAMP) ## what costs what, beside a straight port: ARGS="bench=full", ARGS="--against runs/bench/bench.json"
 	$(BIN)/python -m ldae.bench $(ARGS)
+
+BUDGET ?= 480
+
+gpu-check: ## right and fast on this GPU? runs/gpu_check/gpu_check.md in BUDGET=480 seconds; ARGS="--parts steps,profile"
+	PYTHONPATH=src $(or $(wildcard $(BIN)/python),$(PYTHON)) -m ldae.bench.gpu_check --budget $(BUDGET) $(ARGS)
 
 PICTURES := manipulation_diagnosis_1 reconstruction_scan
 

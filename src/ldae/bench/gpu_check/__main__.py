@@ -27,7 +27,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # Lines come as they are measured; the trainings' own reports would hide them.
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout, force=True)
     logging.getLogger("ldae.bench").setLevel(logging.INFO)
-    os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     try:
         failed = run(SIZES[given.size], given.parts.split(","), given.out, given.budget)
     except UserError as error:
@@ -37,4 +36,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    os.environ.setdefault("TQDM_DISABLE", "1")
     main()

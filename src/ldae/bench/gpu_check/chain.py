@@ -1,18 +1,16 @@
-"""The smoke chain (three stages and encoding) on the GPU, beside the CPU's of the same seed.
+"""The smoke chain (three stages and encoding) on the GPU, beside the CPU's of the same seed, on scans of smooth noise.
 
 Dropout is off, whose draws differ by device; all other draws are made on the CPU. What is left is rounding, which a few
 steps of training enlarge: hence tolerances, all of them relative to the CPU's value.
 """
 
 import json
-import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from ldae.bench.gpu_check.check import Check, Numbers
-
-log = logging.getLogger(__name__)
 
 STAGES = ("aekl", "pretrain", "repr")
 TOLERANCES = {"fp32": 0.01, "compiled": 0.01, "fp16": 0.05, "bf16": 0.05}
@@ -29,22 +27,57 @@ NO_DROPOUT = (
 Records = dict[tuple[str, int, str], float]  # (stage, step, name) to value
 
 
+def made_up_scans(folder: Path, count: int, shape: Sequence[int], spacing: float) -> Path:
+    """A table of NIfTI files (X, Y, Z), one a subject: blurred noise in a ball, in air. Returns it."""
+    import nibabel as nib
+    import pandas as pd
+    from scipy.ndimage import gaussian_filter
+
+    folder.mkdir(parents=True, exist_ok=True)
+    rng, rows = np.random.default_rng(0), []
+    grid = np.stack(np.meshgrid(*(np.linspace(-1, 1, size) for size in shape), indexing="ij"))
+    ball = np.square(grid).sum(0) < 0.8
+    for number in range(count):
+        blurred = gaussian_filter(rng.standard_normal(tuple(shape)), 1.0)
+        image = nib.Nifti1Image(
+            (ball * (100 + 300 * blurred).clip(1, 999)).astype(np.int16), np.diag([spacing] * 3 + [1])
+        )
+        nib.save(image, folder / f"{number}.nii.gz")
+        about = {"diagnosis": ("CN", "AD")[number % 2], "age": 60 + number}
+        rows.append({"subject": f"s{number}", "session": "M000", "path": f"{number}.nii.gz", **about})
+    pd.DataFrame(rows).to_csv(folder / "scans.csv", index=False)
+    return folder / "scans.csv"
+
+
 def run_chain(check: Check, name: str) -> Path:
     """Train, encode, train, train. Returns the folder of the runs."""
     from ldae.experiment import encode, train
 
     overrides = [text.format(**{p: check.accelerator(p) for p in ("auto", "bf16", "fp16")}) for text in OVERRIDES[name]]
-    folders = [f"paths.{kind}={check.scratch / 'chain' / kind}" for kind in ("runs", "data", "cache")]
-    given = ["experiment=smoke", *check.size.chain, *NO_DROPOUT, *overrides, *folders, f"name={name}"]
+    given = ["experiment=smoke", *check.size.chain, *NO_DROPOUT, *overrides, f"name={name}"]
+    given += [f"paths.{kind}={check.scratch / 'chain' / kind}" for kind in ("runs", "cache")]
+    given.append(f"data.table={_table(check)}")
     given += ["trainer.log_every=1", f"trainer.max_steps={check.size.steps}"]
-    of_stage = [text for text in given if not text.startswith("stage.")]
     for stage in STAGES:
         _fresh()
-        train(check.composer("train", f"stage={stage}", *(given if stage == "repr" else of_stage))([]))
+        train(check.composer("train", f"stage={stage}", *(given if stage == "repr" else _shared(given)))([]))
         if stage == "aekl":
             _fresh()
-            encode(check.composer("encode_latents", *of_stage)([]))
+            encode(check.composer("encode_latents", *_shared(given))([]))
     return check.scratch / "chain" / "runs" / name
+
+
+def _table(check: Check) -> Path:
+    folder = check.scratch / "chain" / "data"
+    if not (folder / "scans.csv").exists():
+        data = check.composer("encode_latents", "experiment=smoke", *_shared(check.size.chain))([]).data
+        made_up_scans(folder, data.phantom.subjects, data.shape, data.spacing)
+    return folder / "scans.csv"
+
+
+def _shared(overrides: Sequence[str]) -> list[str]:
+    """Those that every script takes: `stage` is the trainings' alone."""
+    return [text for text in overrides if not text.startswith("stage.")]
 
 
 def _fresh() -> None:

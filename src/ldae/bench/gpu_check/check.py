@@ -36,8 +36,8 @@ FULL = Size(bench="gpu", chain=(), steps=6, seconds=1.0, watched=10)
 SMOKE = Size(
     bench="smoke",
     chain=(
-        "data.phantom.subjects=8", "data.phantom.shape=[8,12,8]", "data.phantom.spacing=19.0", "data.shape=[8,12,8]",
-        "data.spacing=19.0", "model.autoencoder.channels=[8,8]", "model.unet.base=8", "model.unet.groups=4",
+        "data.phantom.subjects=8", "data.shape=[8,8,8]",
+        "data.spacing=27.0", "model.autoencoder.channels=[8,8]", "model.unet.base=8", "model.unet.groups=4",
         "model.encoder.dim=16", "model.encoder.backbone.widths=[8,16]",
         "model.discriminator.num_layers_d=1", "stage.sampler.steps=2",
     ),
