@@ -13,8 +13,8 @@ WITHOUT_EFFECT = ("encoder/score.bias", "encoder/key.bias", "encoder/value.bias"
 # No dropout, whose masks belong to a process: stage 3 takes the U-Net's from stage 2, if the estimator has none of its
 # own. A discriminator whose norm does not see the batch. The learning rate is the usual one.
 EQUAL = (
-    "model.unet.dropout=0", "+model.estimator.dropout=0", "model.discriminator.norm=INSTANCE", "trainer.accumulate=2",
-    "trainer.ema=0.9",
+    "model.unet.dropout=0", "+model.estimator.dropout=0", "model.encoder.slice_dropout=0",
+    "model.discriminator.norm=INSTANCE", "trainer.accumulate=2", "trainer.ema=0.9",
 )  # fmt: skip
 
 
