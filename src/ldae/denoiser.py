@@ -1,19 +1,12 @@
 """U-Net, gradient estimator and diffusion put together: eps without and with y, the trunk computed once for both."""
 
-from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from ldae.diffusion.guidance import Guided
 from ldae.diffusion.process import Parameterisation
 from ldae.diffusion.schedule import Schedule
-
-EpsFn = Callable[[Tensor, Tensor], Tensor]
-
-
-def _broadcast(value: Tensor, like: Tensor) -> Tensor:
-    return value.to(like.device, like.dtype).view(-1, 1, 1, 1, 1)
 
 
 class Denoiser:
@@ -51,17 +44,12 @@ class Denoiser:
         """G(z_t, t, y), (B, C, X, Y, Z)."""
         return self.estimator(self.unet.features(z_t, t), y).to(z_t.dtype)
 
-    def guided(self, y: Tensor, strength: float = 1.0, stop: float = 0.0) -> EpsFn:
+    def guided(self, y: Tensor, strength: float = 1.0, stop: float = 0.0) -> Guided:
         """eps_fn conditioned on y (B, D): eps + strength k(t) G; below t = stop * T guidance is dropped."""
-        threshold = stop * self.schedule.timesteps
 
-        def eps_fn(z_t: Tensor, t: Tensor) -> Tensor:
+        def both(z_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
             features = self.unet.features(z_t, t)
             eps = self._eps(self.unet.head(features), z_t, t)
-            if float(t.max()) < threshold:
-                return eps
-            gradient = self.estimator(features, y).to(z_t.dtype)
-            shift = strength * _broadcast(self.form.coefficient(self.schedule, t), z_t) * gradient
-            return torch.where(t.view(-1, 1, 1, 1, 1) < threshold, eps, eps + shift)
+            return eps, self.estimator(features, y).to(z_t.dtype)
 
-        return eps_fn
+        return Guided(self.eps, both, self.form, self.schedule, strength, stop)

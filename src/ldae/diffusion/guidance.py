@@ -91,27 +91,37 @@ def stop_share(times: Sequence[float], share: float, timesteps: int) -> float:
     return float(ascending[dropped - 1] + upper) / 2 / timesteps
 
 
-def guided(
-    eps_fn: EpsFn,
-    gradient_fn: EpsFn,
-    form: Form,
-    schedule: Schedule,
-    strength: float = 1.0,
-    stop: float = 0.0,
-) -> EpsFn:
-    """eps_fn shifted by strength k(t) G; below t = stop * T neither shifted nor G evaluated.
+class Guided:
+    """eps_fn conditioned on y: eps + strength k(t) G; below t = stop * T, G is dropped.
+
+    A sampler knows the time of a node on the host and asks for what to evaluate there (`at`), so that nobody has to
+    read t back from the device to know whether G is needed.
 
     Args:
-        eps_fn, gradient_fn: (z_t (B, ...), t (B,)) -> (B, ...).
+        eps_fn: unconditional, (z_t (B, ...), t (B,)) -> (B, ...).
+        both_fn: eps and G of (z_t, t), where the two share work.
     """
-    threshold = stop * schedule.timesteps
 
-    def shifted(z_t: Tensor, t: Tensor) -> Tensor:
-        eps = eps_fn(z_t, t)
-        if strength == 0 or (threshold > 0 and bool((t < threshold).all())):
-            return eps
-        k = strength * form.coefficient(schedule, t)
-        k = torch.where(t < threshold, torch.zeros_like(k), k) if threshold > 0 else k
-        return eps + k.to(eps.dtype).view(-1, *[1] * (eps.ndim - 1)) * gradient_fn(z_t, t)
+    def __init__(
+        self,
+        eps_fn: EpsFn,
+        both_fn: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+        form: Form,
+        schedule: Schedule,
+        strength: float = 1.0,
+        stop: float = 0.0,
+    ) -> None:
+        self.eps_fn, self.both_fn = eps_fn, both_fn
+        self.form, self.schedule = form, schedule
+        self.strength, self.threshold = strength, stop * schedule.timesteps
 
-    return shifted
+    def at(self, time: float) -> EpsFn:
+        """What to evaluate where all samples are at t = `time`."""
+        return self.eps_fn if self.strength == 0 or time < self.threshold else self
+
+    def __call__(self, z_t: Tensor, t: Tensor) -> Tensor:
+        """eps of z_t (B, ...) at t (B,), which may differ between samples."""
+        eps, gradient = self.both_fn(z_t, t)
+        k = self.strength * self.form.coefficient(self.schedule, t)
+        k = torch.where(t < self.threshold, torch.zeros_like(k), k)
+        return eps + k.to(eps.dtype).view(-1, *[1] * (eps.ndim - 1)) * gradient

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ldae.diffusion.grids import Path
-from ldae.diffusion.guidance import EpsFn
+from ldae.diffusion.guidance import EpsFn, Guided
 
 
 def ask(eps_fn: EpsFn, z: Tensor, path: Path, node: int, clip: float | None = None) -> Tensor:
@@ -16,6 +16,8 @@ def ask(eps_fn: EpsFn, z: Tensor, path: Path, node: int, clip: float | None = No
     """
     precision = torch.float64 if z.dtype == torch.float64 else torch.float32  # bf16 would round t itself
     t = torch.full((len(z),), float(path.times[node]), dtype=precision, device=z.device)
+    if isinstance(eps_fn, Guided):
+        eps_fn = eps_fn.at(float(path.times[node]))
     eps = eps_fn(z, t).to(z.dtype)
     alpha, sigma = float(path.alpha[node]), float(path.sigma[node])
     if clip is None or sigma == 0:

@@ -36,6 +36,11 @@ class Schedule:
         """T."""
         return len(self.alpha_bar)
 
+    def to(self, device: torch.device) -> "Schedule":
+        """This schedule, with its table on `device` too: the first use there would otherwise wait for the copy."""
+        self.log_alpha_bar(torch.zeros((), device=device))
+        return self
+
     def log_alpha_bar(self, t: Tensor | float) -> Tensor:
         """log A_t in float64, of the shape and on the device of t in [-1, T-1]."""
         t = torch.as_tensor(t)

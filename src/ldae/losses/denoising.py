@@ -31,7 +31,7 @@ def gap_filling_loss(
 
     eps: w_t |eps - (eps_theta + c_t G)|^2;  v: |v - (v_theta + G)|^2. `output` is the frozen network's, (B, C, ...).
     """
-    coefficient = parameterisation.gap_coefficient(schedule, t).to(gradient.device, gradient.dtype).view(-1, 1, 1, 1, 1)
-    weight = parameterisation.gap_weight(schedule, t).to(gradient.device, gradient.dtype)
-    shifted = output + coefficient * gradient
+    coefficient = parameterisation.gap_coefficient(schedule, t).float().view(-1, 1, 1, 1, 1)
+    weight = parameterisation.gap_weight(schedule, t).float()
+    shifted = output.float() + coefficient * gradient.float()
     return (weight * per_sample_mse(shifted, parameterisation.target(schedule, z0, noise, t))).mean()

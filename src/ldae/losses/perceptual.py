@@ -4,7 +4,7 @@ LPIPS: arXiv 1801.03924, SqueezeNet 1.1 features with learned linear heads, on s
 features of a 3D ResNet trained on medical volumes (MONAI's network).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ FIRE_CHANNELS = (  # (in, squeeze, expand) of SqueezeNet 1.1's fire modules, arX
 FIRE_INDICES = (3, 4, 6, 7, 9, 10, 11, 12)  # their places in torchvision's `features`
 TAPS = (1, 4, 7, 9, 10, 11, 12)  # LPIPS reads the features behind these places
 HEAD_CHANNELS = (64, 128, 256, 384, 384, 512, 512)
+SLICES = ("slices_x", "slices_y", "slices_z")  # names of what `draw` draws
 SHIFT = (-0.030, -0.088, -0.188)
 SCALE = (0.458, 0.448, 0.450)
 
@@ -82,14 +83,21 @@ def lpips_network(backbone: str, heads: str) -> SqueezeLpips:
     return network.eval().requires_grad_(False)
 
 
-def plane_slices(volume: Tensor, axis: int, share: float, generator: torch.Generator | None) -> Tensor:
-    """Slices of (B, 1, X, Y, Z) along spatial `axis`, (B * S, 1, H, W); a random `share` of them, the same for all."""
-    count = volume.shape[2 + axis]
-    keep = torch.arange(count)
-    if share < 1:
-        keep = torch.randperm(count, generator=generator)[: max(1, round(share * count))].sort().values
-    chosen = volume.index_select(2 + axis, keep.to(volume.device))
+def plane_slices(volume: Tensor, axis: int, keep: Tensor | None = None) -> Tensor:
+    """Slices of (B, 1, X, Y, Z) along spatial `axis`, (B * S, 1, H, W): those numbered `keep` (S,), or all."""
+    chosen = volume if keep is None else volume.index_select(2 + axis, keep)
     return chosen.movedim(2 + axis, 1).flatten(0, 1)
+
+
+def draw_slices(shape: Sequence[int], share: float, generator: torch.Generator) -> dict[str, Tensor]:
+    """Numbers of a random `share` of the slices of each plane of (X, Y, Z), ascending int64, by `SLICES` name."""
+    drawn = {}
+    for name, count in zip(SLICES, shape, strict=True):
+        keep = torch.arange(count)
+        if share < 1:
+            keep = torch.randperm(count, generator=generator)[: max(1, round(share * count))].sort().values
+        drawn[name] = keep
+    return drawn
 
 
 class SliceLpips(nn.Module):
@@ -97,7 +105,7 @@ class SliceLpips(nn.Module):
 
     Args:
         backbone, heads: local files.
-        share: share of the slices of each plane, drawn with the caller's generator.
+        share: share of the slices of each plane that `draw` draws for a training step.
         total: the factor on the mean over planes; 3 gives the published sum.
         signed: whether [0, 1] voxels are brought to LPIPS's own [-1, 1] first; the published code does not.
     """
@@ -109,17 +117,18 @@ class SliceLpips(nn.Module):
         self.total = total
         self.signed = signed
 
-    def forward(self, a: Tensor, b: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Scalar distance of volumes (B, 1, X, Y, Z) in [0, 1]."""
+    def draw(self, shape: Sequence[int], generator: torch.Generator) -> dict[str, Tensor]:
+        """The slices of a training step, on the CPU; `shape` (X, Y, Z)."""
+        return draw_slices(shape, self.share, generator)
+
+    def forward(self, a: Tensor, b: Tensor, drawn: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Scalar distance of volumes (B, 1, X, Y, Z) in [0, 1], over the slices of `draw` (on their device), or all."""
         if self.signed:
             a, b = 2 * a - 1, 2 * b - 1
         planes = []
-        for axis in range(3):
-            state = generator.get_state() if generator is not None else None
-            first = plane_slices(a, axis, self.share, generator)
-            if generator is not None:
-                generator.set_state(state)
-            planes.append(self.network(first, plane_slices(b, axis, self.share, generator)).mean())
+        for axis, name in enumerate(SLICES):
+            keep = None if drawn is None else drawn[name]
+            planes.append(self.network(plane_slices(a, axis, keep), plane_slices(b, axis, keep)).mean())
         return self.total * torch.stack(planes).mean()
 
 
@@ -158,7 +167,11 @@ class MedicalNetDistance(nn.Module):
             taps.append(x / (x.square().sum(1, keepdim=True).sqrt() + 1e-10))
         return taps
 
-    def forward(self, a: Tensor, b: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    def draw(self, shape: Sequence[int], generator: torch.Generator) -> dict[str, Tensor]:
+        """Nothing: the whole volume is compared."""
+        return {}
+
+    def forward(self, a: Tensor, b: Tensor, drawn: Mapping[str, Tensor] | None = None) -> Tensor:
         """Scalar distance of volumes (B, 1, X, Y, Z), mean over the stages."""
         pairs = zip(self.features(a), self.features(b), strict=True)
         return torch.stack([(fa - fb).square().sum(1).mean() for fa, fb in pairs]).mean()

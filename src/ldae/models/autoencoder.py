@@ -7,7 +7,7 @@ from monai.networks import nets
 from monai.networks.blocks import UpSample
 from torch import Tensor, nn
 
-from ldae.models.blocks import run
+from ldae.models.blocks import GroupNorm, run
 from ldae.models.conv import EnlargingConv3d, with_onednn
 from ldae.models.sizes import check_divisible, latent_sizes
 from ldae.models.tiling import Slabs
@@ -67,6 +67,9 @@ class AutoencoderKL(nets.AutoencoderKL):
             reference = torch.zeros(1, latent_channels, *latent_sizes(reference, self.strides))
         self.register_buffer("reference", reference)
         with_onednn(self)
+        for module in self.modules():
+            if type(module) is nn.GroupNorm:
+                module.__class__ = GroupNorm
         for block in self.decoder.blocks:
             if isinstance(block, UpSample):
                 block.upsample_non_trainable = nn.Identity()

@@ -18,6 +18,11 @@ from ldae.models.conv import Conv3d, EnlargingConv3d
 MAX_PERIOD = 10_000.0
 
 
+def full_precision(x: Tensor) -> torch.autocast:
+    """A context without autocast on the device of `x`: operations compute in the dtype of what they are given."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
 def zeroed(module: nn.Module) -> nn.Module:
     """The module with zero parameters: a branch that starts as nothing, an output that starts at 0."""
     for parameter in module.parameters():
@@ -41,16 +46,20 @@ def run(module: nn.Module, checkpointing: bool, *inputs: Any) -> Any:
 
 
 class GroupNorm(nn.GroupNorm):
-    """nn.GroupNorm that can be trained on features which need no gradient, as the frozen trunk's.
+    """nn.GroupNorm whose output has the input's dtype.
 
-    PyTorch's CPU kernel (2.13) crashes in channels_last when it need not compute the input's gradient.
+    Under autocast on a GPU, PyTorch's own returns float32, so that all that follows up to the next convolution moves
+    twice the memory. The kernel sums in float32 in any case.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, ...) -> the same shape."""
-        if torch.is_grad_enabled() and self.weight.requires_grad and not x.requires_grad:
+        """(B, C, ...) -> the same shape and dtype."""
+        # PyTorch's CPU kernel (2.13) crashes in channels_last when it need not compute the input's gradient, as for
+        # features of the frozen trunk.
+        if x.device.type == "cpu" and torch.is_grad_enabled() and self.weight.requires_grad and not x.requires_grad:
             x = x.detach().requires_grad_()
-        return super().forward(x)
+        with full_precision(x):
+            return F.group_norm(x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
 
 class Modulation(nn.Module):

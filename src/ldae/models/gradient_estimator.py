@@ -12,18 +12,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ldae.models.blocks import zeroed
+from ldae.models.blocks import full_precision, zeroed
 from ldae.models.unet import Architecture, Features, UNet, UpPath
 
 
-def cosine_modes(shape: Sequence[int], count: int, like: Tensor) -> Tensor:
+def cosine_modes(shape: Sequence[int], count: int, device: torch.device) -> Tensor:
     """The `count`^3 lowest products of cosines on a grid, (count^3, X, Y, Z): cos(pi i x) cos(pi j y) cos(pi k z)."""
     axes = []
     for size in shape:
-        centres = (torch.arange(size, device=like.device, dtype=torch.float32) + 0.5) / size
-        axes.append(torch.cos(math.pi * torch.arange(count, device=like.device)[:, None] * centres))
+        centres = (torch.arange(size, device=device, dtype=torch.float32) + 0.5) / size
+        axes.append(torch.cos(math.pi * torch.arange(count, device=device)[:, None] * centres))
     x, y, z = axes
-    return torch.einsum("ix,jy,kz->ijkxyz", x, y, z).flatten(0, 2).to(like.dtype)
+    return torch.einsum("ix,jy,kz->ijkxyz", x, y, z).flatten(0, 2)
 
 
 class SpatialMap(nn.Module):
@@ -35,15 +35,26 @@ class SpatialMap(nn.Module):
     def __init__(self, semantic_dim: int, embedding: int, channels: int, modes: int) -> None:
         super().__init__()
         self.modes = modes
+        self._grids: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}
         self.coefficients = zeroed(nn.Linear(semantic_dim, channels * modes**3))
         self.gate = nn.Linear(embedding, channels)
 
     def forward(self, y: Tensor, time: Tensor, shape: Sequence[int]) -> Tensor:
         """y (B, D), embedding of t (B, E) and a grid (X, Y, Z) to (B, C, X, Y, Z)."""
-        gate = 1 + self.gate(F.silu(time))
-        # 768 numbers of size 1 that an optimiser's step all moves alike would throw the map far off.
-        coefficients = self.coefficients(y / math.sqrt(y.shape[1])).unflatten(1, (gate.shape[1], -1)) * gate[..., None]
-        return torch.einsum("bcm,mxyz->bcxyz", coefficients, cosine_modes(shape, self.modes, coefficients))
+        # In float32, as all that is added to the network's output.
+        with full_precision(y):
+            gate = 1 + self.gate(F.silu(time.float()))
+            # 768 numbers of size 1 that an optimiser's step all moves alike would throw the map far off.
+            coefficients = self.coefficients(y.float() / math.sqrt(y.shape[1])).unflatten(1, (gate.shape[1], -1))
+            modes = self._cosines(tuple(shape), y.device)
+            return torch.einsum("bcm,mxyz->bcxyz", coefficients * gate[..., None], modes)
+
+    def _cosines(self, shape: tuple[int, ...], device: torch.device) -> Tensor:
+        """The modes on this grid, computed once."""
+        if (shape, device) not in self._grids:
+            with torch.inference_mode(False), torch.no_grad():  # they may be part of a training step later
+                self._grids[shape, device] = cosine_modes(shape, self.modes, device)
+        return self._grids[shape, device]
 
 
 class Narrowing(nn.Module):
@@ -60,7 +71,8 @@ class Narrowing(nn.Module):
 
     def forward(self, z_t: Tensor, time: Tensor) -> Tensor:
         """z_t (B, C, X, Y, Z) and embedding of t (B, E) to (B, C, X, Y, Z)."""
-        return self.factor(F.silu(time))[..., None, None, None] * z_t
+        with full_precision(z_t):
+            return self.factor(F.silu(time.float()))[..., None, None, None] * z_t.float()
 
 
 class GradientEstimator(nn.Module):
@@ -99,5 +111,5 @@ class GradientEstimator(nn.Module):
         if self.map is not None:
             z_t = features.z_t if normal is None else normal.unit
             linear = self.map(y, features.time, gradient.shape[2:]) + self.narrowing(z_t, features.time)
-            gradient = gradient + linear.to(gradient.dtype)
+            gradient = gradient + linear
         return gradient if normal is None else normal.deviation * gradient

@@ -122,9 +122,9 @@ class SemanticEncoder(nn.Module):
         return self.widen(read).unflatten(0, slices.shape[:2])
 
     def _pictures(self, slices: Tensor) -> Tensor:
-        """(N, 1, H, W) -> (N, C). Where no gradient is asked for, all blank slices are read as one: a head leaves a
-        quarter of them empty."""
-        if self.training or torch.is_grad_enabled():
+        """(N, 1, H, W) -> (N, C). On a CPU, where no gradient is asked for, all blank slices are read as one: a head
+        leaves a quarter of them empty. A GPU would have to wait to know how many there are."""
+        if self.training or torch.is_grad_enabled() or slices.device.type != "cpu":
             return run(self.backbone, self.checkpointing, slices)
         blank = (slices == 0).flatten(1).all(dim=1)
         read = ~blank | (blank.cumsum(dim=0) == 1)  # the first blank one stands for the others

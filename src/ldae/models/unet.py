@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ldae.models.blocks import Attention, GroupNorm, ResidualBlock, run, time_features, zeroed
+from ldae.models.blocks import Attention, GroupNorm, ResidualBlock, full_precision, run, time_features, zeroed
 from ldae.models.conv import Conv3d
 from ldae.models.sizes import check_divisible
 from ldae.models.voxel_prior import Normal, VoxelPrior
@@ -141,7 +141,9 @@ class UpPath(nn.Module):
         h = run(self.middle, checkpointing, h, None, time, semantic)
         for stage, skip in zip(self.up, reversed(features.skips), strict=True):
             h = run(stage, checkpointing, h, skip, time, semantic)
-        return self.conv(F.silu(self.norm(h)))
+        # In float32: near t = T the rounding of a 16-bit output is several percent of what y can explain.
+        with full_precision(h):
+            return self.conv(F.silu(self.norm(h.float())))
 
 
 class UNet(nn.Module):

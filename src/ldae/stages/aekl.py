@@ -22,7 +22,10 @@ from ldae.losses.structural import structural_dissimilarity
 from ldae.models.sizes import latent_sizes
 from ldae.models.state import load_weights
 from ldae.noise import generator, normal
-from ldae.training.stage import Batch, Monitor, Stage, Updater, adam, memory_format
+from ldae.training.stage import (
+    Batch, Monitor, Stage, StepResult, Updater, adam, apply_together, arrange, arrange_module, on_device,
+    uses_channels_last,
+)  # fmt: skip
 from ldae.training.validation import mean_over_scans, spread
 
 REFERENCE_SCANS = 96
@@ -32,7 +35,7 @@ class AutoencoderStage(Stage):
     """Trains the autoencoder and the discriminator with two optimisers; the best by validation L1 is published.
 
     Args:
-        adversarial_start: optimiser step from which the discriminator plays along.
+        adversarial_start: optimiser step at which the discriminator is switched on.
         adversarial_weight: factor of both the generator's and the discriminator's adversarial loss, as published.
         initial_weights: local file of an AutoencoderKL to start from, loaded strictly.
     """
@@ -78,53 +81,63 @@ class AutoencoderStage(Stage):
         self.seed = seed
         subjects = self.cohort.table["subject"].tolist()
         self.validation_rows = of_all_subjects(self.cohort.rows("val"), subjects, trainer.validation_scans, seed)
-        self.memory_format = memory_format(trainer, accelerator, latents=False)
-        autoencoder, discriminator = (m.to(memory_format=self.memory_format) for m in self.modules.values())
+        self.masks: dict[int, Tensor] = {}  # brain masks of validation scans, by row
+        self.channels_last = uses_channels_last(trainer, accelerator, latents=False)
+        autoencoder, discriminator = (arrange_module(m, self.channels_last) for m in self.modules.values())
         if trainer.checkpointing:
             autoencoder.enable_checkpointing()
         self.optimizers = {
             "generator": adam(autoencoder.parameters(), optim.lr, optim),
             "discriminator": adam(discriminator.parameters(), optim.discriminator_lr, optim),
         }
-        self.autoencode, self.discriminator, *optimizers = accelerator.prepare(
-            torch.compile(autoencoder) if trainer.compile else autoencoder, discriminator, *self.optimizers.values()
+        self.autoencode, self.discriminator = accelerator.prepare(
+            torch.compile(autoencoder) if trainer.compile else autoencoder, discriminator
         )
-        self.update_generator = Updater(accelerator, self.autoencode, optimizers[0], trainer.clip)
-        self.update_discriminator = Updater(accelerator, self.discriminator, optimizers[1], trainer.clip)
+        self.update_generator = Updater(accelerator, self.autoencode, self.optimizers["generator"], trainer.clip)
+        self.update_discriminator = Updater(
+            accelerator, self.discriminator, self.optimizers["discriminator"], trainer.clip
+        )
         if isinstance(self.perceptual, nn.Module):
             self.perceptual.to(accelerator.device)
         autoencoder.train()
         discriminator.train()
 
-    def fetch(self, indices: np.ndarray) -> Batch:
-        """Volumes of training scans."""
-        return {"x": self.cohort.volumes.batch(self.train_rows[indices])}
+    def fetch(self, index: np.ndarray, position: np.ndarray, number: int) -> Batch:
+        """Volumes as they are stored, the posterior's noise, and what augmentation and the perceptual loss draw."""
+        volumes, autoencoder = self.cohort.volumes, self.modules["autoencoder"]
+        shape = (autoencoder.latent_channels, *latent_sizes(volumes.shape, autoencoder.strides))
+        batch = {
+            "x": volumes.stored(self.train_rows[index]),
+            "noise": normal(shape, self.seed, position, stream="posterior"),
+            **self.cohort.draw_augmentation(self.seed, position),
+        }
+        if self.perceptual is not None:
+            batch |= self.perceptual.draw(volumes.shape, generator(self.seed, "perceptual", number))
+        return batch
 
-    def _to_device(self, x: Tensor) -> Tensor:
-        return x.to(self.accelerator.device, non_blocking=True).to(memory_format=self.memory_format)
+    def _scans(self, rows: np.ndarray) -> Tensor:
+        """Volumes (B, 1, X, Y, Z) of table rows, on the device."""
+        x = self.cohort.volumes.stored(rows).to(self.accelerator.device, non_blocking=True)
+        return arrange(self.cohort.volumes.decoded(x), self.channels_last)
 
-    def _noise(self, batch: Batch) -> Tensor:
-        autoencoder = self.modules["autoencoder"]
-        shape = (autoencoder.latent_channels, *latent_sizes(batch["x"].shape[2:], autoencoder.strides))
-        return normal(shape, self.seed, batch["position"], stream="posterior").to(self.accelerator.device)
-
-    def run_step(self, micro_batches: Sequence[Batch], step: int) -> dict[str, Tensor | float]:
-        """The generator's update, then the discriminator's on the same reconstructions."""
+    def run_step(self, micro_batches: Sequence[Batch], step: int) -> StepResult:
+        """The generator's update, and the discriminator's on the same reconstructions: both are taken, or neither."""
         adversarial = self.adversarial_weight > 0 and step >= self.adversarial_start
         pairs: list[Batch] = []
         discriminator = self.modules["discriminator"]
 
         def generator_loss(batch: Batch) -> dict[str, Tensor]:
-            x = self._to_device(self.cohort.augment(batch["x"], self.seed, batch["position"]))
-            reconstruction, mean, std = self.autoencode(x, self._noise(batch))
+            batch = on_device(batch, self.accelerator.device)
+            x = self.cohort.augmented(self.cohort.volumes.decoded(batch["x"]), batch)
+            x = arrange(x, self.channels_last)
+            reconstruction, mean, std = self.autoencode(x, batch["noise"])
             terms = {"l1": losses.reconstruction_l1(reconstruction, x), "kl": losses.kl_divergence(mean, std)}
             total = terms["l1"] + self.kl_weight * terms["kl"]
             if self.ssim_weight:
                 terms["dissimilarity"] = structural_dissimilarity(reconstruction, x)
                 total = total + self.ssim_weight * terms["dissimilarity"]
             if self.perceptual is not None:
-                drawn = generator(self.seed, "perceptual", int(batch["number"]))
-                terms["perceptual"] = self.perceptual(reconstruction.float(), x, drawn)
+                terms["perceptual"] = self.perceptual(reconstruction.float(), x, batch)
                 total = total + self.perceptual_weight * terms["perceptual"]
             if adversarial:
                 with self.accelerator.autocast():
@@ -134,16 +147,18 @@ class AutoencoderStage(Stage):
                 pairs.append({"x": x, "reconstruction": reconstruction.detach()})
             return {"loss": total, **terms}
 
+        # The generator's forward passes move the statistics of the discriminator's norms, too.
+        self.update_discriminator.buffers.keep()
         # Frozen, the discriminator passes the gradient on and keeps none of it for its own update.
         discriminator.requires_grad_(False)
         try:
-            scalars = self.update_generator(micro_batches, generator_loss)
+            updates = [(self.update_generator, self.update_generator.accumulate(micro_batches, generator_loss))]
         finally:
             discriminator.requires_grad_(True)
         if adversarial:
-            found = self.update_discriminator(pairs, self._discriminator_loss)
-            scalars |= {"discriminator": found["discriminator"]}
-        return scalars
+            found = self.update_discriminator.accumulate(pairs, self._discriminator_loss)
+            updates.append((self.update_discriminator, found))
+        return apply_together(self.accelerator, *updates)
 
     def _discriminator_loss(self, pair: Batch) -> dict[str, Tensor]:
         # One forward for both halves: DistributedDataParallel allows one before a backward.
@@ -153,7 +168,7 @@ class AutoencoderStage(Stage):
         return {"loss": self.adversarial_weight * loss, "discriminator": loss.detach()}
 
     def _reconstruct(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
-        x = self._to_device(self.cohort.volumes.batch(rows))
+        x = self._scans(rows)
         autoencoder = self.modules["autoencoder"]
         with self.accelerator.autocast():
             mean, _ = autoencoder.encode(x)
@@ -162,9 +177,7 @@ class AutoencoderStage(Stage):
     def _set_reference(self) -> None:
         """From training scans spread evenly over the table, so that many subjects are among them."""
         chosen = np.linspace(0, self.length - 1, min(self.length, REFERENCE_SCANS)).round().astype(int)
-        self.modules["autoencoder"].set_reference(
-            self._to_device(self.cohort.volumes.batch(self.train_rows[[index]])) for index in chosen
-        )
+        self.modules["autoencoder"].set_reference(self._scans(self.train_rows[[index]]) for index in chosen)
 
     def validate(self) -> dict[str, float]:
         """L1, and SSIM over the volume and in the brain, of reconstructions from the posterior mean.
@@ -173,14 +186,15 @@ class AutoencoderStage(Stage):
         """
         if self.modules["autoencoder"].reference is not None:
             self._set_reference()
-        found: dict[int, dict[str, float]] = {}
+        found: dict[int, dict[str, Tensor]] = {}
         for row in spread(self.validation_rows, self.accelerator):
             x, reconstruction = self._reconstruct(np.array([row]))
-            mask = brain_mask(x)
+            if int(row) not in self.masks:
+                self.masks[int(row)] = brain_mask(x)
             found[int(row)] = {
-                "l1": float(losses.reconstruction_l1(reconstruction, x).detach()),
-                "ssim": float(ssim(reconstruction, x)),
-                "ssim_mask": float(ssim(reconstruction, x, mask=mask)),
+                "l1": losses.reconstruction_l1(reconstruction, x).detach(),
+                "ssim": ssim(reconstruction, x),
+                "ssim_mask": ssim(reconstruction, x, mask=self.masks[int(row)]),
             }
         return mean_over_scans(found, self.accelerator)
 

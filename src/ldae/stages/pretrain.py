@@ -19,11 +19,13 @@ from ldae.diffusion.process import Parameterisation, add_noise
 from ldae.diffusion.schedule import Schedule
 from ldae.errors import UserError
 from ldae.evaluation.context import spread as of_all_subjects
-from ldae.losses.denoising import denoising_loss, per_sample_mse
+from ldae.losses.denoising import denoising_loss
 from ldae.models.state import load_weights
 from ldae.noise import normal, timesteps
 from ldae.training.ema import Ema
-from ldae.training.stage import Batch, Stage, Updater, adam, memory_format
+from ldae.training.stage import (
+    Batch, Stage, StepResult, Updater, adam, apply_together, arrange, arrange_module, on_device, uses_channels_last,
+)  # fmt: skip
 from ldae.training.validation import mean_over_scans, spread
 
 
@@ -75,51 +77,61 @@ class PretrainStage(Stage):
         subjects = self.latents.table["subject"].tolist()
         self.validation_rows = of_all_subjects(self.latents.rows("val"), subjects, trainer.validation_scans, seed)
         self.latents = self.latents.to(accelerator.device)
-        self.memory_format = memory_format(trainer, accelerator)
-        unet = self.modules["unet"].to(memory_format=self.memory_format)
+        self.schedule.to(accelerator.device)
+        self.channels_last = uses_channels_last(trainer, accelerator)
+        unet = arrange_module(self.modules["unet"], self.channels_last)
         unet.checkpointing = trainer.checkpointing
         if unet.prior is not None:
             unet.prior.fit(*self.latents.moments(self.train_rows), self.schedule)
         self.optimizers = {"unet": adam(unet.parameters(), optim.lr, optim)}
-        self.unet, optimizer = accelerator.prepare(
-            torch.compile(unet) if trainer.compile else unet, self.optimizers["unet"]
-        )
-        self.update = Updater(accelerator, self.unet, optimizer, trainer.clip)
+        self.unet = accelerator.prepare(torch.compile(unet) if trainer.compile else unet)
+        self.update = Updater(accelerator, self.unet, self.optimizers["unet"], trainer.clip)
         self.averages = {"unet": Ema(unet, trainer.ema)} if trainer.ema else {}
         unet.train()
 
-    def _drawn(self, rows: np.ndarray, keys: Sequence[int], purpose: str) -> tuple[Tensor, Tensor, Tensor]:
-        """z_0 (B, C, X, Y, Z), noise and t of `rows`, each keyed by its sample's key."""
-        device, shape = self.accelerator.device, self.latents.mean.shape[1:]
-        z0 = self.latents.sample(rows, normal(shape, self.seed, keys, f"{purpose}/posterior"))
-        noise = normal(shape, self.seed, keys, f"{purpose}/noise").to(device)
-        t = timesteps(self.schedule.timesteps, self.seed, keys, f"{purpose}/t").to(device)
-        return z0.to(memory_format=self.memory_format), noise.to(memory_format=self.memory_format), t
+    def fetch(self, index: np.ndarray, position: np.ndarray, number: int) -> Batch:
+        """Rows of the latents, and what is drawn for them."""
+        return self._drawn(self.train_rows[index], position, "train")
+
+    def _drawn(self, rows: np.ndarray, keys: Sequence[int], purpose: str) -> Batch:
+        """`rows` with the posterior's noise, the noise and t (B,), each keyed by its sample's key."""
+        shape = self.latents.mean.shape[1:]
+        return {
+            "row": torch.from_numpy(np.asarray(rows)),
+            "posterior": normal(shape, self.seed, keys, f"{purpose}/posterior"),
+            "noise": normal(shape, self.seed, keys, f"{purpose}/noise"),
+            "t": timesteps(self.schedule.timesteps, self.seed, keys, f"{purpose}/t"),
+        }
+
+    def _noised(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """z_t, z_0 and the noise, (B, C, X, Y, Z) each, and t (B,), of a batch on the device."""
+        z0 = self.latents.sample(batch["row"], batch["posterior"])
+        z0, noise = (arrange(value, self.channels_last) for value in (z0, batch["noise"]))
+        return add_noise(self.schedule, z0, noise, batch["t"]), z0, noise, batch["t"]
 
     def _loss(self, batch: Batch) -> dict[str, Tensor]:
-        z0, noise, t = self._drawn(self.train_rows[batch["index"]], batch["position"], "train")
-        output = self.unet(add_noise(self.schedule, z0, noise, t), t)
+        z_t, z0, noise, t = self._noised(on_device(batch, self.accelerator.device))
+        output = self.unet(z_t, t)
         return {"loss": denoising_loss(self.parameterisation, self.schedule, output, z0, noise, t)}
 
-    def run_step(self, micro_batches: Sequence[Batch], step: int) -> dict[str, Tensor | float]:
+    def run_step(self, micro_batches: Sequence[Batch], step: int) -> StepResult:
         """One update of the U-Net, one of its average."""
-        scalars = self.update(micro_batches, self._loss)
+        result = apply_together(self.accelerator, (self.update, self.update.accumulate(micro_batches, self._loss)))
         for ema in self.averages.values():
-            ema.update(step)
-        return scalars
+            ema.update(step, result.skipped)
+        return result
 
     def validate(self) -> dict[str, float]:
         """The loss on validation scans at fixed noise, four timesteps each, one a quarter of the schedule."""
-        found: dict[int, dict[str, float]] = {}
+        found: dict[int, dict[str, Tensor]] = {}
         quarter = self.schedule.timesteps // 4
         for row in spread(self.validation_rows, self.accelerator):
-            keys = [int(row) * 4 + k for k in range(4)]
-            z0, noise, t = self._drawn(np.full(4, row), keys, "validation")
-            t = t // 4 + quarter * torch.arange(4, device=t.device)
+            batch = self._drawn(np.full(4, row), [int(row) * 4 + k for k in range(4)], "validation")
+            batch["t"] = batch["t"] // 4 + quarter * torch.arange(4)
+            z_t, z0, noise, t = self._noised(on_device(batch, self.accelerator.device))
             with self.accelerator.autocast():
-                output = self.modules["unet"](add_noise(self.schedule, z0, noise, t), t)
-            target = self.parameterisation.target(self.schedule, z0, noise, t)
-            found[int(row)] = {"loss": float(per_sample_mse(output, target).mean())}
+                output = self.modules["unet"](z_t, t)
+            found[int(row)] = {"loss": denoising_loss(self.parameterisation, self.schedule, output, z0, noise, t)}
         return mean_over_scans(found, self.accelerator)
 
     def metadata(self) -> dict[str, Any]:

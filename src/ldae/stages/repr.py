@@ -27,7 +27,10 @@ from ldae.noise import generator, normal, timesteps
 from ldae.runs import estimator_node
 from ldae.stages.pretrain import open_latents
 from ldae.training.ema import Ema
-from ldae.training.stage import Batch, Monitor, Stage, Updater, adam, memory_format
+from ldae.training.stage import (
+    Batch, Monitor, Stage, StepResult, Updater, adam, apply_together, arrange, arrange_module, on_device,
+    uses_channels_last,
+)  # fmt: skip
 from ldae.training.validation import mean_over_scans, spread
 
 REFERENCE_SCANS = 512
@@ -126,22 +129,22 @@ class ReprStage(Stage):
         self.validation_rows = of_all_subjects(validation, subjects, trainer.validation_scans, seed)
         subject = self.cohort.table["subject"].iloc[self.train_rows]
         self.visits = {name: self.train_rows[places] for name, places in subject.groupby(subject).indices.items()}
-        self.memory_format = memory_format(trainer, accelerator)
+        self.masks: dict[int, Tensor] = {}  # brain masks of what validation decodes, by row
+        self.schedule.to(accelerator.device)
         self.latents = self.latents.to(accelerator.device)
+        self.channels_last = uses_channels_last(trainer, accelerator)
         for module in (self.autoencoder, self.unet):
-            module.to(accelerator.device, memory_format=self.memory_format)
+            arrange_module(module.to(accelerator.device), self.channels_last)
         encoder, estimator = self.modules["encoder"], self.modules["estimator"]
         if encoder.reference is not None:
             encoder.set_reference(*self._mean_volume())
         encoder.checkpointing = estimator.checkpointing = trainer.checkpointing
-        conditioner = Conditioner(encoder, estimator).to(memory_format=self.memory_format)
+        conditioner = arrange_module(Conditioner(encoder, estimator), self.channels_last)
         rates = {encoder: optim.lr if optim.encoder_lr is None else optim.encoder_lr, estimator: optim.lr}
         groups = [{"params": list(module.parameters()), "lr": rate} for module, rate in rates.items()]
         self.optimizers = {"conditioner": adam(groups, optim.lr, optim)}
-        self.conditioner, optimizer = accelerator.prepare(
-            torch.compile(conditioner) if trainer.compile else conditioner, self.optimizers["conditioner"]
-        )
-        self.update = Updater(accelerator, self.conditioner, optimizer, trainer.clip)
+        self.conditioner = accelerator.prepare(torch.compile(conditioner) if trainer.compile else conditioner)
+        self.update = Updater(accelerator, self.conditioner, self.optimizers["conditioner"], trainer.clip)
         self.averages = {n: Ema(m, trainer.ema) for n, m in self.modules.items()} if trainer.ema else {}
         self.denoiser = Denoiser(self.unet, estimator, self.schedule, self.parameterisation)
         conditioner.train()
@@ -157,20 +160,26 @@ class ReprStage(Stage):
         mean = total / len(rows)
         return mean.float(), (squares / len(rows) - mean**2).mean().clamp(min=1e-12).sqrt().float()
 
-    def fetch(self, indices: np.ndarray) -> Batch:
-        """Volumes of training scans."""
-        return {"x": self.cohort.volumes.batch(self.train_rows[indices])}
+    def fetch(self, index: np.ndarray, position: np.ndarray, number: int) -> Batch:
+        """Volumes as they are stored, the rows of the latents that y must explain, and what is drawn for them."""
+        rows, shape = self.train_rows[index], self.latents.mean.shape[1:]
+        return {
+            "x": self.cohort.volumes.stored(rows),
+            "row": torch.from_numpy(self.pairs[self._explained(rows, position)]),
+            "posterior": normal(shape, self.seed, position, "train/posterior"),
+            "noise": normal(shape, self.seed, position, "train/noise"),
+            "t": self._times(position),
+            **self.cohort.draw_augmentation(self.seed, position),
+        }
 
-    def _to_device(self, x: Tensor) -> Tensor:
-        return x.to(self.accelerator.device, non_blocking=True).to(memory_format=self.memory_format)
+    def _scans(self, rows: np.ndarray) -> Tensor:
+        """Volumes (B, 1, X, Y, Z) of table rows, on the device."""
+        x = self.cohort.volumes.stored(rows).to(self.accelerator.device, non_blocking=True)
+        return self.cohort.volumes.decoded(x)
 
-    def _latent(self, rows: np.ndarray, keys: Sequence[int], purpose: str) -> Tensor:
-        noise = normal(self.latents.mean.shape[1:], self.seed, keys, f"{purpose}/posterior")
-        return self.latents.sample(self.pairs[rows], noise).to(memory_format=self.memory_format)
-
-    def _noise(self, keys: Sequence[int], purpose: str) -> Tensor:
-        noise = normal(self.latents.mean.shape[1:], self.seed, keys, f"{purpose}/noise")
-        return noise.to(self.accelerator.device, memory_format=self.memory_format)
+    def _validation_noise(self, keys: Sequence[int], purpose: str) -> Tensor:
+        noise = normal(self.latents.mean.shape[1:], self.seed, keys, f"validation/{purpose}")
+        return arrange(noise.to(self.accelerator.device, non_blocking=True), self.channels_last)
 
     def _times(self, keys: Sequence[int]) -> Tensor:
         """Timesteps (B,) of `time_power`'s density."""
@@ -192,11 +201,11 @@ class ReprStage(Stage):
         return chosen
 
     def _loss(self, batch: Batch) -> dict[str, Tensor]:
-        keys, rows = batch["position"], self.train_rows[batch["index"]]
+        batch = on_device(batch, self.accelerator.device)
         # The encoder may see an augmented scan; what it must explain is the unchanged latent, or another visit's.
-        x = self._to_device(self.cohort.augment(batch["x"], self.seed, keys))
-        z0, noise = self._latent(self._explained(rows, keys), keys, "train"), self._noise(keys, "train")
-        t = self._times(keys).to(z0.device)
+        x = self.cohort.augmented(self.cohort.volumes.decoded(batch["x"]), batch)
+        z0 = self.latents.sample(batch["row"], batch["posterior"])
+        z0, noise, t = arrange(z0, self.channels_last), arrange(batch["noise"], self.channels_last), batch["t"]
         z_t = add_noise(self.schedule, z0, noise, t)
         with torch.no_grad(), self.accelerator.autocast():
             features = self.unet.features(z_t, t)
@@ -204,16 +213,16 @@ class ReprStage(Stage):
         gradient = self.conditioner(x, features)
         return {"loss": gap_filling_loss(self.parameterisation, self.schedule, output, gradient, z0, noise, t)}
 
-    def run_step(self, micro_batches: Sequence[Batch], step: int) -> dict[str, Tensor | float]:
+    def run_step(self, micro_batches: Sequence[Batch], step: int) -> StepResult:
         """One update of encoder and estimator, one of their averages."""
-        scalars = self.update(micro_batches, self._loss)
+        result = apply_together(self.accelerator, (self.update, self.update.accumulate(micro_batches, self._loss)))
         for ema in self.averages.values():
-            ema.update(step)
-        return scalars
+            ema.update(step, result.skipped)
+        return result
 
     def _decode_from_y(self, y: Tensor, keys: Sequence[int]) -> Tensor:
         """Volumes from y alone, z_T fixed by `keys`."""
-        z0 = self.sampler.sample(self.denoiser.guided(y), self._noise(keys, "validation"), self.schedule)
+        z0 = self.sampler.sample(self.denoiser.guided(y), self._validation_noise(keys, "noise"), self.schedule)
         return self._decompress(z0)
 
     def _decompress(self, z0: Tensor) -> Tensor:
@@ -225,20 +234,24 @@ class ReprStage(Stage):
         rows = self.validation_rows
         if len(rows) < 2:
             return {}
-        found: dict[int, dict[str, float]] = {}
+        found: dict[int, dict[str, Tensor]] = {}
         partner = other_subjects(self.cohort.table["subject"].to_numpy()[rows])
         others = dict(zip(rows.tolist(), rows if partner is None else rows[partner], strict=True))
         for row in spread(rows, self.accelerator):
-            both = np.array([row, others[int(row)]])
+            both, key = np.array([row, others[int(row)]]), int(row)
             with self.accelerator.autocast():
-                y = self.modules["encoder"](self._to_device(self.cohort.volumes.batch(both))).float()
-                z0 = self._latent(both[:1], [int(row)], "validation")
+                y = self.modules["encoder"](self._scans(both)).float()
+                latent = torch.from_numpy(self.pairs[both[:1]]).to(self.accelerator.device, non_blocking=True)
+                z0 = arrange(
+                    self.latents.sample(latent, self._validation_noise([key], "posterior")), self.channels_last
+                )
                 target = self._decompress(z0)
-                decoded = self._decode_from_y(y[:1], [int(row)])
-                errors = z0_errors(self.denoiser, z0, y[:1], y[1:], self.seed, int(row))
-            mask = brain_mask(target)
-            found[int(row)] = {
-                "ssim": float(ssim(decoded, target)), "ssim_mask": float(ssim(decoded, target, mask=mask)), **errors
+                decoded = self._decode_from_y(y[:1], [key])
+                errors = z0_errors(self.denoiser, z0, y[:1], y[1:], self.seed, key)
+            if key not in self.masks:
+                self.masks[key] = brain_mask(target)
+            found[key] = {
+                "ssim": ssim(decoded, target), "ssim_mask": ssim(decoded, target, mask=self.masks[key]), **errors
             }  # fmt: skip
         return mean_over_scans(found, self.accelerator)
 
@@ -247,7 +260,7 @@ class ReprStage(Stage):
         rows = self.validation_rows[:2]
         if not len(rows):
             return {}
-        x = self._to_device(self.cohort.volumes.batch(rows))
+        x = self._scans(rows)
         with self.accelerator.autocast():
             y = self.modules["encoder"](x).float()
             decoded = self._decode_from_y(y, [int(row) for row in rows])

@@ -35,6 +35,12 @@ class Progress:
     previewed: int = -1
     skipped: int = 0  # steps without a finite loss and gradient
     skipped_in_a_row: int = 0
+    overflowed: int = 0  # steps that fp16's gradient scaler refused while it looked for its scale
+
+    @property
+    def updates(self) -> int:
+        """Optimiser steps that were taken: what the learning rate counts."""
+        return self.step - self.skipped - self.overflowed
 
 
 def _flatten(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:

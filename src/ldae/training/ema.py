@@ -16,17 +16,25 @@ class Ema:
     def __init__(self, module: nn.Module, decay: float) -> None:
         self.module = module
         self.decay = decay
-        self.shadow = {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
+        # Aliases of the module's tensors, taken once: a step need not walk the module.
+        current = module.state_dict()
+        self.shadow = {name: tensor.detach().clone() for name, tensor in current.items()}
+        averaged = [name for name, tensor in current.items() if tensor.is_floating_point()]
+        self._current = [current[name] for name in averaged]
+        self._averaged = [self.shadow[name] for name in averaged]
+        self._copied = [(self.shadow[name], current[name]) for name in current.keys() - set(averaged)]
 
     @torch.no_grad()
-    def update(self, step: int) -> None:
-        """Move the average towards the module, after optimiser step number `step`."""
-        decay = min(self.decay, (1 + step) / (10 + step))
-        current = self.module.state_dict()
-        averaged = [name for name, tensor in self.shadow.items() if tensor.is_floating_point()]
-        torch._foreach_lerp_([self.shadow[n] for n in averaged], [current[n] for n in averaged], 1 - decay)
-        for name in self.shadow.keys() - set(averaged):
-            self.shadow[name].copy_(current[name])
+    def update(self, step: int, skipped: Tensor | None = None) -> None:
+        """Move the average towards the module, after optimiser step number `step`; not where `skipped` (0-d) is 1."""
+        share = 1 - min(self.decay, (1 + step) / (10 + step))
+        if skipped is None:
+            torch._foreach_lerp_(self._averaged, self._current, share)
+        else:
+            weight = (1 - skipped) * share
+            torch._foreach_lerp_(self._averaged, self._current, [weight] * len(self._averaged))
+        for shadow, current in self._copied:
+            shadow.copy_(current)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The averaged tensors, under the module's names."""

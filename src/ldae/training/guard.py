@@ -1,70 +1,149 @@
-"""Around each step: a bad one leaves no trace in the weights, is counted, and names its scans."""
+"""What the host learns of the steps: it reads their reports one step late, so that it never waits for the newest one.
+
+A step whose loss or gradient is not finite is not taken (stage.py decides on the device). Here it is counted, its scans
+are named, and a run that only skips is ended.
+"""
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
+import torch
+from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
 from ldae.errors import UserError
 from ldae.training.checkpoint import Progress
-from ldae.training.health import Batch, LossWatch, NonFiniteStep, kept_buffers, suspects
-from ldae.training.stage import Stage
+from ldae.training.health import Batch, LossWatch, suspects
+from ldae.training.stage import Stage, StepResult
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Report:
+    """One step on its way to the host.
+
+    Attributes:
+        step: its number.
+        micro_batches: what it was computed from.
+        values: skipped, told to stop, gradient scale, loss, then whether each micro-batch's loss was finite; float32 on
+            the host. Valid once `copied` has happened.
+        copied: event behind the copy; None where there was nothing to copy.
+    """
+
+    step: int
+    micro_batches: Sequence[Batch]
+    values: Tensor
+    copied: torch.cuda.Event | None
+
+    def read(self) -> list[float]:
+        """The values, after waiting for this step, not for later ones."""
+        if self.copied is not None:
+            self.copied.synchronize()
+        return self.values.tolist()
 
 
 class StepGuard:
     """Runs the steps of `stage`.
 
     Args:
+        accelerator: of the stage.
         progress: where the run stands; skipped steps are counted there.
         limit: skipped steps in a row that end the run.
         kept: says which state is on disk.
+        told: whether this process was told to stop.
     """
 
-    def __init__(self, stage: Stage, progress: Progress, limit: int, kept: Callable[[], str]) -> None:
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        stage: Stage,
+        progress: Progress,
+        limit: int,
+        kept: Callable[[], str],
+        told: Callable[[], bool],
+    ) -> None:
+        self.accelerator = accelerator
         self.stage = stage
         self.progress = progress
         self.limit = limit
         self.kept = kept
+        self.told = told
         self.watch = LossWatch()
         self.suspects: set[str] = set()
+        self.stopping = False  # some process was told to stop; all processes read this at the same step
+        self.last_skipped = False  # of the last step whose report was read
+        self._pending: list[Report] = []
 
-    def __call__(self, micro_batches: Sequence[Batch]) -> dict[str, Tensor | float]:
-        """The stage's scalars; none of a step that was skipped.
+    def __call__(self, micro_batches: Sequence[Batch]) -> dict[str, Tensor]:
+        """Take the next step; returns its scalars, on the device. Reads the report of the step before.
 
         Raises:
-            UserError: too many were skipped in a row.
+            UserError: too many steps were skipped in a row.
         """
-        buffers = kept_buffers(self.stage.modules)
-        try:
-            scalars = self.stage.run_step(micro_batches, self.progress.step)
-        except NonFiniteStep as error:
-            for buffer, before in buffers:
-                buffer.copy_(before)
-            self._skip(error)
-            return {}
-        self.progress.skipped_in_a_row = 0
-        self.suspects.clear()
-        usual, loss = self.watch.usual(), float(scalars.get("loss", 0.0))
-        if self.watch.spike(loss):
-            scans = [self.stage.name_of(int(index)) for batch in micro_batches for index in batch["index"]]
-            log.warning(
-                "step %d: loss %.4g where %.4g is usual; its scans: %s", self.progress.step, loss, usual, _list(scans)
-            )
-        return scalars
+        result = self.stage.run_step(micro_batches, self.progress.step)
+        self._pending.append(self._report(micro_batches, result))
+        while len(self._pending) > 1:
+            self._read(self._pending.pop(0))
+        return result.scalars
 
-    def _skip(self, error: NonFiniteStep) -> None:
+    def settle(self) -> None:
+        """Read all reports: the host waits for the device. Before anything that is written or decided by them."""
+        while self._pending:
+            self._read(self._pending.pop(0))
+
+    def _report(self, micro_batches: Sequence[Batch], result: StepResult) -> Report:
+        told = torch.full_like(result.skipped, float(self.told()))
+        if self.accelerator.num_processes > 1:
+            told = self.accelerator.reduce(told, "sum")
+        scaler = self.accelerator.scaler
+        scale = torch.ones_like(result.skipped) if scaler is None else scaler.scale(torch.ones_like(result.skipped))
+        head = torch.stack([result.skipped, told, scale, result.scalars["loss"].float()])
+        values = torch.cat([head, result.finite.float()])
+        copied = None
+        if values.device.type == "cuda":
+            host = torch.empty(values.shape, pin_memory=True)
+            values = host.copy_(values, non_blocking=True)
+            copied = torch.cuda.Event()
+            copied.record()
+        return Report(self.progress.step, micro_batches, values, copied)
+
+    def _read(self, report: Report) -> None:
+        skipped, told, scale, loss, *finite = report.read()
+        self.stopping = self.stopping or told > 0
+        self.last_skipped = skipped > 0
+        if not self.last_skipped:
+            self.progress.skipped_in_a_row = 0
+            self.suspects.clear()
+            self._watch(report, loss)
+        elif self.accelerator.scaler is not None and scale >= 1:
+            # fp16 overflows by design: the scaler lowers its scale, until nothing is left to lower.
+            self.progress.overflowed += 1
+        else:
+            self._skip(report, [bool(fine) for fine in finite])
+
+    def _watch(self, report: Report, loss: float) -> None:
+        usual = self.watch.usual()
+        if self.watch.spike(loss):
+            scans = [self.stage.name_of(int(index)) for batch in report.micro_batches for index in batch["index"]]
+            log.warning("step %d: loss %.4g where %.4g is usual; its scans: %s", report.step, loss, usual, _list(scans))
+
+    def _skip(self, report: Report, finite: Sequence[bool]) -> None:
         progress = self.progress
         progress.skipped += 1
         progress.skipped_in_a_row += 1
-        scans = gather_object([self.stage.name_of(index) for index in suspects(error.micro_batches)])
+        bad = [batch for batch, fine in zip(report.micro_batches, finite, strict=True) if not fine]
+        # Where all losses of all processes are finite, the gradient is at fault, and any scan may be.
+        everywhere = gather_object([not bad])
+        bad = list(report.micro_batches) if all(everywhere) else bad
+        scans = gather_object([self.stage.name_of(index) for index in suspects(bad)])
         self.suspects |= set(scans)
-        log.warning("step %d skipped: its loss or gradient is not finite; its scans: %s", progress.step, _list(scans))
+        log.warning("step %d skipped: its loss or gradient is not finite; its scans: %s", report.step, _list(scans))
         if progress.skipped_in_a_row >= self.limit:
             raise UserError(
-                f"{progress.skipped_in_a_row} steps in a row, up to step {progress.step}, had no finite loss or "
+                f"{progress.skipped_in_a_row} steps in a row, up to step {report.step}, had no finite loss or "
                 f"gradient; {self.kept()}. Lower optim.lr, use accelerator=bf16, or look at these scans: "
                 f"{_list(self.suspects)}"
             )

@@ -13,18 +13,6 @@ from ldae.errors import UserError
 Batch = dict[str, Any]
 
 
-class NonFiniteStep(Exception):
-    """The loss or the gradient of a step is NaN or infinite, in any process; no weight has moved.
-
-    Attributes:
-        micro_batches: those of this process that had such a loss; all of them where no loss but the gradient is bad.
-    """
-
-    def __init__(self, micro_batches: Sequence[Batch]) -> None:
-        super().__init__("non-finite loss or gradient")
-        self.micro_batches = micro_batches
-
-
 def suspects(micro_batches: Sequence[Batch]) -> list[int]:
     """Training samples that may be at fault: those that hold NaN themselves, or else all."""
     found: list[int] = []
@@ -32,14 +20,14 @@ def suspects(micro_batches: Sequence[Batch]) -> list[int]:
         index = np.asarray(batch["index"])
         bad = np.zeros(len(index), dtype=bool)
         for value in batch.values():
-            if isinstance(value, Tensor) and value.is_floating_point():
-                bad |= ~torch.isfinite(value).flatten(1).all(1).cpu().numpy()
+            if isinstance(value, Tensor) and value.is_floating_point() and len(value) == len(index):
+                bad |= ~torch.isfinite(value).reshape(len(index), -1).all(dim=1).cpu().numpy()
         found += index[bad if bad.any() else slice(None)].tolist()
     return sorted(set(found))
 
 
 def refuse_non_finite(tensors: dict[str, Tensor], where: str, step: int, kept: str) -> None:
-    """The last net: what would be written holds no NaN and no infinity.
+    """Refuse to write tensors that hold NaN or infinity.
 
     Raises:
         UserError: it does.
@@ -52,9 +40,32 @@ def refuse_non_finite(tensors: dict[str, Tensor], where: str, step: int, kept: s
             )
 
 
-def kept_buffers(modules: dict[str, nn.Module]) -> list[tuple[Tensor, Tensor]]:
-    """Buffers and copies of them: a forward pass moves the statistics of norms before its loss is known to be bad."""
-    return [(buffer, buffer.clone()) for module in modules.values() for buffer in module.buffers()]
+class KeptBuffers:
+    """Puts a module's buffers back after a skipped step: norms move their statistics before a loss is known to be bad.
+
+    The copies are made once and overwritten at every step; what is put back is decided on the device.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.buffers = list(module.buffers())
+        self.copies = [buffer.clone() for buffer in self.buffers]
+        self.kept = False
+
+    @torch.no_grad()
+    def keep(self) -> None:
+        """Remember the buffers as they are now, once until `restore`."""
+        if self.kept:
+            return
+        self.kept = True
+        for copy, buffer in zip(self.copies, self.buffers, strict=True):
+            copy.copy_(buffer)
+
+    @torch.no_grad()
+    def restore(self, skipped: Tensor) -> None:
+        """Put them back where `skipped` (0-d) is 1."""
+        self.kept = False
+        for copy, buffer in zip(self.copies, self.buffers, strict=True):
+            buffer.copy_(torch.where(skipped > 0, copy, buffer))
 
 
 class LossWatch:

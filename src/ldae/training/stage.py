@@ -1,4 +1,8 @@
-"""What a stage is to the trainer, and the one optimiser step that all stages share."""
+"""What a stage is to the trainer, and the one optimiser step that all stages share.
+
+A step never reads a value back from the device. Whether it is taken is decided there, from the losses and the gradient
+norm; the host learns of it one step later (guard.py).
+"""
 
 import contextlib
 from abc import ABC, abstractmethod
@@ -13,7 +17,7 @@ from torch import Tensor, nn
 
 from ldae.config import Optim, Trainer
 from ldae.training.ema import Ema
-from ldae.training.health import Batch, NonFiniteStep
+from ldae.training.health import Batch, KeptBuffers
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,22 @@ class Monitor:
         if best is None:
             return True
         return value > best if self.higher_is_better else value < best
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What an optimiser step leaves on the device. Nothing of it has been read back to the host.
+
+    Attributes:
+        scalars: 0-d tensors to log by name, means over the micro-batches; 'loss' and 'gradient_norm' among them.
+        skipped: 0-d float32, the same on all processes: 1 if a loss or gradient was not finite, so that no weight,
+            moment or average has moved; else 0.
+        finite: (micro-batches,) bool, whether each loss of this process was finite.
+    """
+
+    scalars: dict[str, Tensor]
+    skipped: Tensor
+    finite: Tensor
 
 
 class Stage(ABC):
@@ -51,13 +71,19 @@ class Stage(ABC):
     def prepare(self, accelerator: Accelerator, trainer: Trainer, optim: Optim, seed: int) -> None:
         """Place the modules on the device, wrap what is trained, and build the optimisers and averages."""
 
-    def fetch(self, indices: np.ndarray) -> Batch:
-        """The tensors of the training samples `indices`, besides their index and position."""
+    def fetch(self, index: np.ndarray, position: np.ndarray, number: int) -> Batch:
+        """CPU tensors of a micro-batch: what is read, and what is drawn. Called in threads, ahead of the step.
+
+        Args:
+            index: (B,) training samples.
+            position: (B,) their global places in the sample stream, which key the draws.
+            number: of the micro-batch, the same on all processes.
+        """
         return {}
 
     @abstractmethod
-    def run_step(self, micro_batches: Sequence[Batch], step: int) -> dict[str, Tensor | float]:
-        """One optimiser step over `micro_batches`; returns scalars to log."""
+    def run_step(self, micro_batches: Sequence[Batch], step: int) -> StepResult:
+        """One optimiser step over `micro_batches`. No value is read back: the host runs ahead of the device."""
 
     @abstractmethod
     def validate(self) -> dict[str, float]:
@@ -95,8 +121,17 @@ class Stage(ABC):
                     module.train(modes[name])
 
 
+@dataclass(frozen=True)
+class Accumulated:
+    """One optimiser's gradients of a step, clipped and not yet applied; all tensors are on the device."""
+
+    scalars: dict[str, Tensor]
+    finite: Tensor  # (micro-batches,) bool, of the losses
+    usable: Tensor  # 0-d bool, whether losses and gradient are finite
+
+
 class Updater:
-    """Backward over micro-batches, clipping and one step of one optimiser; or none, if the loss or gradient is bad."""
+    """Accumulates the gradients of one optimiser over the micro-batches of a step, and applies them."""
 
     def __init__(
         self, accelerator: Accelerator, module: nn.Module, optimizer: torch.optim.Optimizer, clip: float | None
@@ -106,14 +141,11 @@ class Updater:
         self.optimizer = optimizer
         self.parameters = [p for p in module.parameters() if p.requires_grad]
         self.clip = clip if clip is not None else float("inf")
-        self.skipped = 0
+        self.buffers = KeptBuffers(module)
 
-    def __call__(self, micro_batches: Sequence[Batch], loss: Callable[[Batch], dict[str, Tensor]]) -> dict[str, Tensor]:
-        """`loss(batch)` returns scalars, of which 'loss' is minimised. Returns their means over the micro-batches.
-
-        Raises:
-            NonFiniteStep: on all processes alike; nothing has moved.
-        """
+    def accumulate(self, micro_batches: Sequence[Batch], loss: Callable[[Batch], dict[str, Tensor]]) -> Accumulated:
+        """Backward over the micro-batches, then clipping. `loss(batch)` returns scalars, of which 'loss' is minimised."""
+        self.buffers.keep()
         totals: dict[str, Tensor] = {}
         losses: list[Tensor] = []
         for index, batch in enumerate(micro_batches):
@@ -125,44 +157,73 @@ class Updater:
             losses.append(scalars["loss"].detach())
             for name, value in scalars.items():
                 totals[name] = totals.get(name, 0) + value.detach() / len(micro_batches)
-        norm = self.accelerator.clip_grad_norm_(self.parameters, self.clip)
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.unscale_(self.optimizer)
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.clip).detach()
         finite = torch.isfinite(torch.stack(losses))
-        good = self._agree(bool(finite.all()) and self._usable(norm))
-        if good:
-            self.optimizer.step()
-        elif self.accelerator.scaler is not None:
-            self.accelerator.scaler.update()
+        return Accumulated({**totals, "gradient_norm": norm}, finite, finite.all() & torch.isfinite(norm))
+
+    def apply(self, skipped: Tensor) -> None:
+        """Take the optimiser's step, or leave everything as it is where `skipped` (0-d float32) is 1.
+
+        The fused optimisers decide on the device (their `found_inf`), so that the host need not wait for the answer.
+        """
+        self.optimizer.found_inf = skipped
+        self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        if not good:
-            self.skipped += 1
-            bad = [batch for batch, fine in zip(micro_batches, finite.tolist(), strict=True) if not fine]
-            gradient_alone = self._agree(bool(finite.all()))
-            raise NonFiniteStep(micro_batches if gradient_alone else bad)
-        return {**totals, "gradient_norm": norm.detach()}
-
-    def _usable(self, norm: Tensor) -> bool:
-        """fp16 overflows by design: its scaler skips such a step itself and lowers the scale, until nothing is left."""
-        scaler = self.accelerator.scaler
-        return bool(torch.isfinite(norm)) or (scaler is not None and scaler.get_scale() >= 1)
-
-    def _agree(self, good: bool) -> bool:
-        """Whether all processes say so."""
-        if self.accelerator.num_processes == 1:
-            return good
-        bad = torch.tensor([float(not good)], device=self.accelerator.device)
-        return self.accelerator.reduce(bad, "sum").item() == 0
+        self.buffers.restore(skipped)
 
 
-def memory_format(trainer: Trainer, accelerator: Accelerator, latents: bool = True) -> torch.memory_format:
-    """Channels-last where it is asked for, safe and faster.
+def apply_together(accelerator: Accelerator, *updates: tuple[Updater, Accumulated]) -> StepResult:
+    """Take the step of all optimisers, or of none if any of them, in any process, met a non-finite loss or gradient."""
+    usable = torch.stack([accumulated.usable for _, accumulated in updates]).all()
+    skipped = 1 - usable.float()
+    if accelerator.num_processes > 1:
+        skipped = accelerator.reduce(skipped, "sum").clamp(max=1)
+    for updater, _ in updates:
+        updater.apply(skipped)
+    if accelerator.scaler is not None:
+        accelerator.scaler.update()
+    scalars: dict[str, Tensor] = {}
+    for _, accumulated in reversed(updates):  # the first one's 'loss' and 'gradient_norm' are the step's
+        scalars |= accumulated.scalars
+    finite = torch.stack([accumulated.finite for _, accumulated in updates]).all(dim=0)
+    return StepResult(scalars, skipped, finite)
+
+
+def on_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch with its tensors on `device`; from pinned memory, the copies do not hold up the host."""
+    return {
+        name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+        for name, value in batch.items()
+    }
+
+
+def uses_channels_last(trainer: Trainer, accelerator: Accelerator, latents: bool = True) -> bool:
+    """Whether networks and their inputs lie channels-last in memory.
 
     On CPUs, volumes alone: the backward pass of PyTorch's GroupNorm crashes in that layout when its input needs no
     gradient, as the frozen trunk's features (seen with 2.13, bf16), and small grids gain nothing.
     """
-    fits = trainer.channels_last and not (latents and accelerator.device.type == "cpu")
-    return torch.channels_last_3d if fits else torch.contiguous_format
+    return trainer.channels_last and not (latents and accelerator.device.type == "cpu")
+
+
+def arrange(tensor: Tensor, channels_last: bool) -> Tensor:
+    """A tensor of channels-last layout, if asked for: 3-D convolutions' tensors have five axes, 2-D ones' have four."""
+    if channels_last and tensor.ndim == 5:
+        return tensor.contiguous(memory_format=torch.channels_last_3d)
+    if channels_last and tensor.ndim == 4:
+        return tensor.contiguous(memory_format=torch.channels_last)
+    return tensor
+
+
+def arrange_module(module: nn.Module, channels_last: bool) -> nn.Module:
+    """The module with its convolutions' weights in that layout, each by its own number of axes."""
+    for parameter in module.parameters():
+        parameter.data = arrange(parameter.data, channels_last)
+    return module
 
 
 def adam(parameters: Iterable[nn.Parameter] | list[dict[str, Any]], lr: float, optim: Optim) -> torch.optim.Adam:
-    """Adam with the config's betas; fused, so that one pass over memory updates all tensors."""
+    """Adam with the config's betas; fused: one pass over memory updates all tensors, and can be told to skip."""
     return torch.optim.Adam(parameters, lr=lr, betas=tuple(optim.betas), weight_decay=optim.weight_decay, fused=True)

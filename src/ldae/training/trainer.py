@@ -77,19 +77,27 @@ class Trainer:
         tracker = Tracker(self.run.path, stage.name, progress.step, total) if main else None
         stream = SampleStream(stage.length, self.seed)
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
-        batches = Batches(stage.fetch, stream, self.settings.batch_size, self.settings.accumulate, rank, world)
+        settings = self.settings
+        batches = Batches(
+            stage.fetch, stream, settings.batch_size, settings.accumulate, rank, world,
+            workers=settings.workers or 1, pin=self.accelerator.device.type == "cuda",
+        )  # fmt: skip
         if progress.step:
             log.info("resuming %s at step %d of %d", stage.name, progress.step, total)
-        guard = StepGuard(stage, progress, self.settings.max_skipped, self.checkpoints.last)
+        guard = StepGuard(
+            self.accelerator, stage, progress, settings.max_skipped, self.checkpoints.last,
+            told=lambda: self.signals.received is not None,
+        )  # fmt: skip
         with self.signals:
             try:
-                while self._housekeeping(stage, progress, total, metadata, tracker):
-                    self._set_learning_rates(stage, base_lrs, progress.step, total)
+                while self._housekeeping(stage, guard, total, metadata, tracker):
+                    self._set_learning_rates(stage, base_lrs, progress.updates, total)
                     torch.manual_seed(derive(self.seed, "dropout", progress.step, rank))
                     scalars = guard(batches.at(progress.step))
                     progress.step += 1
-                    if progress.step % self.settings.log_every == 0 or progress.step == total:
-                        self._log(progress, scalars, tracker)
+                    if progress.step % settings.log_every == 0 or progress.step == total:
+                        guard.settle()
+                        self._log(progress, {} if guard.last_skipped else scalars, tracker)
             finally:
                 batches.close()
                 if tracker:
@@ -122,15 +130,17 @@ class Trainer:
             )
         return progress
 
-    def _log(self, progress: Progress, scalars: dict[str, Tensor | float], tracker: Tracker | None) -> None:
-        """Means over processes to the tracker; how many steps were skipped, where any was."""
-        values = {name: torch.as_tensor(value, dtype=torch.float32) for name, value in scalars.items()}
-        if values and self.accelerator.num_processes > 1:
-            stacked = torch.stack([value.to(self.accelerator.device) for value in values.values()])
-            values = dict(zip(values, self.accelerator.reduce(stacked, "mean"), strict=True))
+    def _log(self, progress: Progress, scalars: dict[str, Tensor], tracker: Tracker | None) -> None:
+        """Means over processes to the tracker, read back together; how many steps were skipped, where any was."""
+        numbers: dict[str, float] = {}
+        if scalars:
+            stacked = torch.stack([value.float() for value in scalars.values()])
+            if self.accelerator.num_processes > 1:
+                stacked = self.accelerator.reduce(stacked, "mean")
+            numbers = dict(zip(scalars, stacked.tolist(), strict=True))
         if tracker:
-            numbers = {name: float(value) for name, value in values.items()}
             numbers |= {"skipped": progress.skipped} if progress.skipped else {}
+            numbers |= {"overflowed": progress.overflowed} if progress.overflowed else {}
             tracker.scalars(progress.step, {f"train/{name}": value for name, value in numbers.items()})
             tracker.progress(progress.step, numbers)
 
@@ -141,15 +151,18 @@ class Trainer:
                 group["lr"] = lr * factor
 
     def _housekeeping(
-        self, stage: Stage, progress: Progress, total: int, metadata: dict[str, Any], tracker: Tracker | None
+        self, stage: Stage, guard: StepGuard, total: int, metadata: dict[str, Any], tracker: Tracker | None
     ) -> bool:
         """Validate, preview and save where due. False when there is no step to do."""
-        step, settings = progress.step, self.settings
+        progress, settings = guard.progress, self.settings
+        step = progress.step
         last = step >= total
 
         def due(every: int | None) -> bool:
             return every is not None and step > 0 and (last or step % every == 0)
 
+        if last or any(map(due, (settings.validate_every, settings.preview_every, settings.checkpoint_every))):
+            guard.settle()
         if due(settings.validate_every) and progress.validated != step:
             self._validate(stage, progress, metadata, tracker)
         last = last or (settings.patience is not None and progress.stale > settings.patience)
@@ -157,8 +170,9 @@ class Trainer:
             with torch.no_grad(), stage.averaged():
                 tracker.volumes(step, stage.preview())
             progress.previewed = step
-        stopping = self._stop_requested()
+        stopping = self._stopping(guard)
         if due(settings.checkpoint_every) or stopping or last:
+            guard.settle()
             self._save(stage, progress, metadata, tracker)
         if stopping:
             # A launcher that sees one process leave stops the others: not before the state is written.
@@ -166,6 +180,11 @@ class Trainer:
             log.warning("stopped by signal at step %d; the same command resumes", step)
             self.signals.leave()
         return not last
+
+    def _stopping(self, guard: StepGuard) -> bool:
+        """Whether to leave now. Of several processes all must leave at the same step, as the reports tell them."""
+        alone = self.accelerator.num_processes == 1
+        return self.signals.received is not None if alone else guard.stopping
 
     def _save(self, stage: Stage, progress: Progress, metadata: dict[str, Any], tracker: Tracker | None) -> None:
         if not self.accelerator.is_main_process:
@@ -181,14 +200,6 @@ class Trainer:
                 f"cannot save step {progress.step} ({error.strerror or error}: {error.filename or self.run.path}); "
                 f"{self.checkpoints.last()}: make room or writable, and run the same command again"
             ) from error
-
-    def _stop_requested(self) -> bool:
-        """Whether any process was told to stop: all must leave at the same step."""
-        told = self.signals.received is not None
-        if self.accelerator.num_processes == 1:
-            return told
-        flag = torch.tensor([float(told)], device=self.accelerator.device)
-        return bool(self.accelerator.reduce(flag, "sum").item() > 0)
 
     def _validate(self, stage: Stage, progress: Progress, metadata: dict[str, Any], tracker: Tracker | None) -> None:
         with torch.no_grad(), stage.averaged():

@@ -3,8 +3,10 @@
 from collections.abc import Mapping
 
 import numpy as np
+import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from torch import Tensor
 
 
 def spread(rows: np.ndarray, accelerator: Accelerator) -> np.ndarray:
@@ -12,10 +14,25 @@ def spread(rows: np.ndarray, accelerator: Accelerator) -> np.ndarray:
     return rows[accelerator.process_index :: accelerator.num_processes]
 
 
-def mean_over_scans(found: Mapping[int, Mapping[str, float]], accelerator: Accelerator) -> dict[str, float]:
-    """Mean of each metric over the scans of all processes, in the order of their row numbers (sums depend on order)."""
-    everything = gather_object(list(found.items())) if accelerator.num_processes > 1 else list(found.items())
+def mean_over_scans(found: Mapping[int, Mapping[str, Tensor]], accelerator: Accelerator) -> dict[str, float]:
+    """Mean of each metric over the scans of all processes, in the order of their row numbers (sums depend on order).
+
+    Args:
+        found: one-element tensors on the device by row and by name of the metric; every row has the same names.
+    """
+    rows = list(read_back(found).items())
+    everything = gather_object(rows) if accelerator.num_processes > 1 else rows
     ordered = [metrics for _, metrics in sorted(everything, key=lambda item: item[0])]
     if not ordered:
         return {}
     return {name: float(np.mean([metrics[name] for metrics in ordered])) for name in ordered[0]}
+
+
+def read_back(found: Mapping[int, Mapping[str, Tensor]]) -> dict[int, dict[str, float]]:
+    """The values of one-element tensors, read from the device together: the one place where a validation waits for it."""
+    if not found:
+        return {}
+    names = list(next(iter(found.values())))
+    values = torch.stack([metrics[name].float().reshape(()) for metrics in found.values() for name in names]).tolist()
+    each = len(names)
+    return {row: dict(zip(names, values[i * each : (i + 1) * each], strict=True)) for i, row in enumerate(found)}
