@@ -34,7 +34,8 @@ class Cohort:
 
     def __init__(self):
         self.x = torch.rand(8, 1, *SHAPE, generator=generator(0, "x"))
-        self.volumes = SimpleNamespace(batch=lambda rows: self.x[torch.as_tensor(np.array(rows))])
+        take = lambda rows: self.x[torch.as_tensor(np.array(rows))]  # noqa: E731
+        self.volumes = SimpleNamespace(batch=take, stored=take, decoded=lambda x: x, shape=SHAPE)
         subjects = ["a", "a", "b", "c", "d", "e", "f", "f"]
         self.table = pd.DataFrame(
             {"subject": subjects, "session": ["ses-M000", "ses-M006"] * 4, "split": ["train"] * 4 + ["val"] * 4}
@@ -43,13 +44,16 @@ class Cohort:
     def rows(self, split):
         return np.flatnonzero((self.table["split"] == split).to_numpy())
 
-    def augment(self, x, seed, keys):
+    def draw_augmentation(self, seed, keys):
+        return {}
+
+    def augmented(self, x, batch):
         return x
 
 
 def batch(stage, indices):
     indices = np.array(indices)
-    return {"index": indices, "position": indices, **stage.fetch(indices)}
+    return {"index": indices, "position": indices, **stage.fetch(indices, indices, 0)}
 
 
 def prepared(stage, **settings):
@@ -79,10 +83,13 @@ def test_the_generators_backward_leaves_no_gradient_in_the_discriminator(aekl, m
     """Published defect: what the generator's backward left there was added to the discriminator's own."""
     discriminator = aekl.modules["discriminator"]
     seen = []
-    monkeypatch.setattr(
-        aekl, "update_discriminator", lambda *_: seen.append([p.grad for p in discriminator.parameters()]) or
-        {"discriminator": torch.zeros(())},
-    )  # fmt: skip
+    accumulate = aekl.update_discriminator.accumulate
+
+    def watched(*arguments):
+        seen.append([p.grad for p in discriminator.parameters()])
+        return accumulate(*arguments)
+
+    monkeypatch.setattr(aekl.update_discriminator, "accumulate", watched)
     aekl.run_step([batch(aekl, [0, 1])], step=1)
     assert seen, "the discriminator had its turn"
     assert all(gradient is None for gradient in seen[0])
@@ -90,10 +97,10 @@ def test_the_generators_backward_leaves_no_gradient_in_the_discriminator(aekl, m
 
 def test_the_discriminator_plays_along_from_its_start_only(aekl):
     before = tensors(aekl.modules["discriminator"])
-    scalars = aekl.run_step([batch(aekl, [0, 1])], step=0)
+    scalars = aekl.run_step([batch(aekl, [0, 1])], step=0).scalars
     assert "adversarial" not in scalars
     assert not moved(before, aekl.modules["discriminator"])
-    scalars = aekl.run_step([batch(aekl, [0, 1]), batch(aekl, [2, 3])], step=1)
+    scalars = aekl.run_step([batch(aekl, [0, 1]), batch(aekl, [2, 3])], step=1).scalars
     assert {"adversarial", "discriminator"} <= scalars.keys()
     assert moved(before, aekl.modules["discriminator"])
 
@@ -168,7 +175,7 @@ def test_a_time_power_moves_the_draw_towards_high_noise():
     """Mean of T u^(1/p) is T p / (p + 1): a half for 1, two thirds for 2; never beyond the schedule."""
     stage = prepared(repr_stage())
     for stage.time_power, mean in ((1.0, 500), (2.0, 667)):
-        t = stage._times(range(4000))
+        t = stage.fetch(np.zeros(4000, dtype=int), np.arange(4000), 0)["t"]
         assert float(t.double().mean()) == pytest.approx(mean, abs=15)
         assert int(t.min()) >= 0
         assert int(t.max()) < 1000
@@ -211,6 +218,7 @@ def test_noise_and_time_of_a_sample_do_not_depend_on_the_micro_batches():
     stage.train_rows, stage.length = cohort.rows("train"), 4
     stage.modules = {"unet": UNet(**UNET)}
     prepared(stage)
-    whole = stage._drawn(np.array([0, 1, 2]), [5, 6, 7], "train")
-    part = stage._drawn(np.array([2]), [7], "train")
-    assert all(torch.equal(a[2:], b) for a, b in zip(whole, part, strict=True))
+    whole = stage.fetch(np.array([0, 1, 2]), np.array([5, 6, 7]), 0)
+    part = stage.fetch(np.array([2]), np.array([7]), 1)
+    assert {"row", "posterior", "noise", "t"} == whole.keys() == part.keys()
+    assert all(torch.equal(whole[name][2:], part[name]) for name in whole)

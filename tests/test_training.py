@@ -20,7 +20,7 @@ from ldae.runs import Run
 from ldae.training.checkpoint import _flatten, _unflatten
 from ldae.training.ema import Ema
 from ldae.training.health import LossWatch
-from ldae.training.stage import Monitor, Stage, Updater, adam
+from ldae.training.stage import Monitor, Stage, Updater, adam, apply_together
 from ldae.training.trainer import Trainer, learning_rate_factor
 
 DATA = torch.randn(11, 5, generator=torch.Generator().manual_seed(3))
@@ -43,8 +43,9 @@ class Toy(Stage):
         net = self.modules["net"]
         self.seed = seed
         self.optimizers = {"net": adam(net.parameters(), optim.lr, optim)}
-        self.net, optimizer = accelerator.prepare(net, self.optimizers["net"])
-        self.update = Updater(accelerator, self.net, optimizer, trainer.clip)
+        self.accelerator = accelerator
+        self.net = accelerator.prepare(net)
+        self.update = Updater(accelerator, self.net, self.optimizers["net"], trainer.clip)
         self.averages = {"net": Ema(net, trainer.ema)}
 
     def loss(self, batch):
@@ -54,9 +55,9 @@ class Toy(Stage):
 
     def run_step(self, micro_batches, step):
         self.on_step(step)
-        scalars = self.update(micro_batches, self.loss)
-        self.averages["net"].update(step)
-        return scalars
+        result = apply_together(self.accelerator, (self.update, self.update.accumulate(micro_batches, self.loss)))
+        self.averages["net"].update(step, result.skipped)
+        return result
 
     def validate(self):
         return {"error": float((self.modules["net"](DATA) - DATA).square().mean())}
@@ -108,10 +109,10 @@ def test_a_torn_state_is_skipped_for_the_one_before(tmp_path, caplog):
 def test_average_and_clip_happen_once_an_optimiser_step(tmp_path, monkeypatch):
     updates = []
     original = Ema.update
-    monkeypatch.setattr(Ema, "update", lambda self, step: (updates.append(step), original(self, step)))
+    monkeypatch.setattr(Ema, "update", lambda self, step, *more: (updates.append(step), original(self, step, *more)))
     clips = []
-    clip = Accelerator.clip_grad_norm_
-    monkeypatch.setattr(Accelerator, "clip_grad_norm_", lambda *a, **k: (clips.append(1), clip(*a, **k))[1])
+    clip = nn.utils.clip_grad_norm_
+    monkeypatch.setattr(nn.utils, "clip_grad_norm_", lambda *a, **k: (clips.append(1), clip(*a, **k))[1])
     fit(tmp_path, 3, accumulate=4)
     assert updates == [0, 1, 2]
     assert len(clips) == 3
@@ -145,7 +146,7 @@ def test_a_non_finite_gradient_never_reaches_the_weights(tmp_path):
 
     stage, progress = fit(tmp_path, 2, Poisoned())
     assert all(torch.isfinite(p).all() for p in stage.modules["net"].parameters())
-    assert stage.update.skipped == progress.skipped == 2
+    assert progress.skipped == 2
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert {"step": 2, "train/skipped": 2} in records
 
@@ -159,9 +160,9 @@ class Spoilt(Toy):
         super().__init__()
         self.modules["net"].insert(0, nn.BatchNorm1d(5))
 
-    def fetch(self, indices):
-        x = DATA[torch.as_tensor(indices)].clone()
-        x[torch.as_tensor(indices) == 4] = float("nan")
+    def fetch(self, index, position, number):
+        x = DATA[torch.as_tensor(index)].clone()
+        x[torch.as_tensor(index) == 4] = float("nan")
         return {"x": x}
 
     def loss(self, batch):

@@ -23,7 +23,16 @@ from ldae.models.sizes import latent_sizes
 from ldae.models.state import load_weights
 from ldae.noise import generator, normal
 from ldae.training.stage import (
-    Batch, Monitor, Stage, StepResult, Updater, adam, apply_together, arrange, arrange_module, on_device,
+    Batch,
+    Monitor,
+    Stage,
+    StepResult,
+    Updater,
+    adam,
+    apply_together,
+    arrange,
+    arrange_module,
+    on_device,
     uses_channels_last,
 )  # fmt: skip
 from ldae.training.validation import mean_over_scans, spread

@@ -24,7 +24,16 @@ from ldae.models.state import load_weights
 from ldae.noise import normal, timesteps
 from ldae.training.ema import Ema
 from ldae.training.stage import (
-    Batch, Stage, StepResult, Updater, adam, apply_together, arrange, arrange_module, on_device, uses_channels_last,
+    Batch,
+    Stage,
+    StepResult,
+    Updater,
+    adam,
+    apply_together,
+    arrange,
+    arrange_module,
+    on_device,
+    uses_channels_last,
 )  # fmt: skip
 from ldae.training.validation import mean_over_scans, spread
 

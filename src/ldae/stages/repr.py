@@ -28,7 +28,16 @@ from ldae.runs import estimator_node
 from ldae.stages.pretrain import open_latents
 from ldae.training.ema import Ema
 from ldae.training.stage import (
-    Batch, Monitor, Stage, StepResult, Updater, adam, apply_together, arrange, arrange_module, on_device,
+    Batch,
+    Monitor,
+    Stage,
+    StepResult,
+    Updater,
+    adam,
+    apply_together,
+    arrange,
+    arrange_module,
+    on_device,
     uses_channels_last,
 )  # fmt: skip
 from ldae.training.validation import mean_over_scans, spread

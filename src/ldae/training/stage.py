@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ldae.config import Optim, Trainer
+from ldae.training.bf16_check import guard_bf16
 from ldae.training.ema import Ema
 from ldae.training.health import Batch, KeptBuffers
 
@@ -142,9 +143,11 @@ class Updater:
         self.parameters = [p for p in module.parameters() if p.requires_grad]
         self.clip = clip if clip is not None else float("inf")
         self.buffers = KeptBuffers(module)
+        if accelerator.device.type == "cpu" and accelerator.mixed_precision == "bf16":
+            guard_bf16(module)
 
     def accumulate(self, micro_batches: Sequence[Batch], loss: Callable[[Batch], dict[str, Tensor]]) -> Accumulated:
-        """Backward over the micro-batches, then clipping. `loss(batch)` returns scalars, of which 'loss' is minimised."""
+        """Backward over the micro-batches, then clipping. `loss(batch)` returns scalars; 'loss' is minimised."""
         self.buffers.keep()
         totals: dict[str, Tensor] = {}
         losses: list[Tensor] = []

@@ -29,7 +29,7 @@ def mean_over_scans(found: Mapping[int, Mapping[str, Tensor]], accelerator: Acce
 
 
 def read_back(found: Mapping[int, Mapping[str, Tensor]]) -> dict[int, dict[str, float]]:
-    """The values of one-element tensors, read from the device together: the one place where a validation waits for it."""
+    """The values of one-element tensors, read together: the one place where a validation waits for the device."""
     if not found:
         return {}
     names = list(next(iter(found.values())))
