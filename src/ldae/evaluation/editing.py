@@ -14,7 +14,7 @@ from ldae.diffusion.code import Code
 from ldae.diffusion.guidance import Guidance
 from ldae.evaluation.anatomy import STRUCTURES, Levels, SoftVolume, soft_volume
 from ldae.evaluation.context import Context
-from ldae.evaluation.image_metrics import brain_mask
+from ldae.evaluation.image_metrics import BrainMasks
 from ldae.noise import normal
 
 log = logging.getLogger(__name__)
@@ -55,10 +55,12 @@ class Editor:
 
 
 class Anatomy:
-    """Soft volumes of the structures that the table's label maps show."""
+    """Soft volumes of the structures that the table's label maps show, and `brains`, the masks of the scans' own
+    reconstructions, which every editor and direction asks for anew.
+    """
 
     def __init__(self, context: Context):
-        self.context = context
+        self.context, self.brains = context, BrainMasks()
         found = {name: soft_volume(context, labels) for name, labels in STRUCTURES.items()}
         self.measures: dict[str, SoftVolume] = {name: measure for name, measure in found.items() if measure}
         if not self.measures:
@@ -135,4 +137,5 @@ def open_scans(context: Context, editor: Editor, anatomy: Anatomy, rows: Sequenc
     z, y = model.compress(context.volumes(rows).to(model.device)), own_y(context, rows)
     reconstruction = model.decompress(z)
     code = editor.code(model, z, y, context.seed, rows)
-    return Opened(rows, z, y, reconstruction, brain_mask(reconstruction), code, anatomy.levels(rows, reconstruction))
+    mask, levels = anatomy.brains(reconstruction, rows), anatomy.levels(rows, reconstruction)
+    return Opened(rows, z, y, reconstruction, mask, code, levels)

@@ -56,7 +56,7 @@ def climb(
     decoded = [editor.decode(context.model, opened.code, direction.edit(opened.y, alpha)) for alpha in alphas]
     images = torch.stack(decoded)
     middle = images[alphas.index(0.0)]
-    identity = np.stack([ssim(image, middle, opened.mask).double().cpu().numpy() for image in images], 1)
+    identity = torch.stack([ssim(image, middle, opened.mask) for image in images], 1).double().cpu().numpy()
     measured = [anatomy.volumes(image, opened.levels) for image in images]
     volumes = {name: np.stack([values[name] for values in measured], 1) for name in anatomy.measures}
     return Ladder(alphas, opened, images, volumes, identity)

@@ -15,8 +15,10 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from ldae.data.cohort import Cohort
+from ldae.data.labels import RegionCache
 from ldae.data.latents import ABOUT, LatentSet
 from ldae.errors import UserError
+from ldae.evaluation.anatomy import STRUCTURES
 from ldae.evaluation.context import Context, Evaluator
 from ldae.evaluation.embeddings import (
     cached_embeddings,
@@ -159,7 +161,7 @@ def build_context(model: Any, cohort: Cohort, space: Workspace, config: DictConf
         spacing=_spacing(cohort),
         seed=int(config.seed),
         weights=hashlib.sha256(f"{encoder}{aekl_run.sha256('autoencoder')}".encode()).hexdigest(),
-        regions=_regions(cohort),
+        regions=_regions(cohort, Path(config.paths.cache)),
         perceptual=_perceptual(config, model.device),
     )
 
@@ -204,8 +206,8 @@ def _spacing(cohort: Cohort) -> tuple[float, float, float]:
     return float(sizes[0]), float(sizes[1]), float(sizes[2])
 
 
-def _regions(cohort: Cohort) -> Callable[[Sequence[int], Sequence[int]], np.ndarray] | None:
-    """Label maps through the cohort's transform, if every scan has one."""
+def _regions(cohort: Cohort, cache: Path) -> Callable[[Sequence[int], Sequence[int]], np.ndarray] | None:
+    """Label maps through the cohort's transform, if every scan has one; each is read once and kept in `cache`."""
     if "labels_path" not in cohort.table:
         return None
     paths = cohort.table["labels_path"]
@@ -213,7 +215,8 @@ def _regions(cohort: Cohort) -> Callable[[Sequence[int], Sequence[int]], np.ndar
         missing = int(sum(pd.isna(paths) | (paths == "")))
         log.warning("label maps are left out: labels_path names no file for some scans (%d are empty)", missing)
         return None
-    return lambda rows, labels: np.stack([cohort.transform.fraction(paths.iloc[row], labels) for row in rows])
+    stored = RegionCache(cache, cohort.transform, STRUCTURES.values())
+    return lambda rows, labels: stored.shares([paths.iloc[row] for row in rows], labels)
 
 
 def _perceptual(config: DictConfig, device: torch.device) -> Callable[[Tensor, Tensor], Tensor] | None:

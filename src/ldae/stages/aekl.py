@@ -16,7 +16,7 @@ from ldae.config import Optim, Trainer
 from ldae.data.table import scan_names
 from ldae.errors import UserError
 from ldae.evaluation.context import spread as of_all_subjects
-from ldae.evaluation.image_metrics import brain_mask, ssim
+from ldae.evaluation.image_metrics import BrainMasks, ssims
 from ldae.losses import autoencoder as losses
 from ldae.losses.structural import structural_dissimilarity
 from ldae.models.sizes import latent_sizes
@@ -90,7 +90,7 @@ class AutoencoderStage(Stage):
         self.seed = seed
         subjects = self.cohort.table["subject"].tolist()
         self.validation_rows = of_all_subjects(self.cohort.rows("val"), subjects, trainer.validation_scans, seed)
-        self.masks: dict[int, Tensor] = {}  # brain masks of validation scans, by row
+        self.masks = BrainMasks()  # of validation scans
         self.channels_last = uses_channels_last(trainer, accelerator, latents=False)
         autoencoder, discriminator = (arrange_module(m, self.channels_last) for m in self.modules.values())
         if trainer.checkpointing:
@@ -198,13 +198,9 @@ class AutoencoderStage(Stage):
         found: dict[int, dict[str, Tensor]] = {}
         for row in spread(self.validation_rows, self.accelerator):
             x, reconstruction = self._reconstruct(np.array([row]))
-            if int(row) not in self.masks:
-                self.masks[int(row)] = brain_mask(x)
-            found[int(row)] = {
-                "l1": losses.reconstruction_l1(reconstruction, x).detach(),
-                "ssim": ssim(reconstruction, x),
-                "ssim_mask": ssim(reconstruction, x, mask=self.masks[int(row)]),
-            }
+            whole, brain = ssims(reconstruction, x, self.masks(x, [row]))
+            l1 = losses.reconstruction_l1(reconstruction, x).detach()
+            found[int(row)] = {"l1": l1, "ssim": whole, "ssim_mask": brain}
         return mean_over_scans(found, self.accelerator)
 
     def preview(self) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ from ldae.denoiser import Denoiser
 from ldae.diffusion.process import add_noise
 from ldae.errors import UserError
 from ldae.evaluation.context import spread as of_all_subjects
-from ldae.evaluation.image_metrics import brain_mask, ssim
+from ldae.evaluation.image_metrics import BrainMasks, ssims
 from ldae.evaluation.semantics import other_subjects, z0_errors
 from ldae.losses.denoising import gap_filling_loss
 from ldae.models.state import load_weights
@@ -138,7 +138,7 @@ class ReprStage(Stage):
         self.validation_rows = of_all_subjects(validation, subjects, trainer.validation_scans, seed)
         subject = self.cohort.table["subject"].iloc[self.train_rows]
         self.visits = {name: self.train_rows[places] for name, places in subject.groupby(subject).indices.items()}
-        self.masks: dict[int, Tensor] = {}  # brain masks of what validation decodes, by row
+        self.masks = BrainMasks()  # of what validation decodes from z, which is the same every time
         self.schedule.to(accelerator.device)
         self.latents = self.latents.to(accelerator.device)
         self.channels_last = uses_channels_last(trainer, accelerator)
@@ -257,11 +257,8 @@ class ReprStage(Stage):
                 target = self._decompress(z0)
                 decoded = self._decode_from_y(y[:1], [key])
                 errors = z0_errors(self.denoiser, z0, y[:1], y[1:], self.seed, key)
-            if key not in self.masks:
-                self.masks[key] = brain_mask(target)
-            found[key] = {
-                "ssim": ssim(decoded, target), "ssim_mask": ssim(decoded, target, mask=self.masks[key]), **errors
-            }  # fmt: skip
+            whole, brain = ssims(decoded, target, self.masks(target, [row]))
+            found[key] = {"ssim": whole, "ssim_mask": brain, **errors}
         return mean_over_scans(found, self.accelerator)
 
     def preview(self) -> dict[str, Tensor]:
