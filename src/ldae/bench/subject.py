@@ -23,7 +23,6 @@ from ldae.data.cohort import Cohort
 from ldae.data.latent_file import FILE, row_digests, write_latents
 from ldae.data.latent_npz import npz_name, write_npz
 from ldae.data.latents import write_about
-from ldae.data.phantom import render
 from ldae.data.table import write_table
 from ldae.data.volumes import DTYPES, Volumes
 from ldae.denoiser import Denoiser
@@ -33,6 +32,7 @@ from ldae.runs import estimator_node
 from ldae.training.stage import Stage
 
 HASH = "made up"
+BRAIN = (70.0, 88.0, 74.0)  # mm, half of its extent from left to right, back to front, bottom to top
 PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -55,12 +55,11 @@ class UntrainedRun:
 
 @cache
 def made_up_scan(spacing: float, shape: tuple[int, int, int]) -> np.ndarray:
-    """A phantom's volume, (X, Y, Z) float32 in [0, 1]; rendered at about 4 mm and enlarged, which takes a second."""
-    factor = max(1, round(4 / spacing))
-    coarse = tuple(-(-edge // factor) for edge in shape)
-    image = torch.from_numpy(render((0, 1, 0), spacing=factor * spacing, shape=coarse).image).float()
-    image = torch.nn.functional.interpolate(image[None, None], size=shape, mode="trilinear")[0, 0]
-    return (image / image.max()).numpy()
+    """Noise in an ellipsoid as large as a brain, in air, (X, Y, Z) float32 in [0, 1]; `spacing` in mm."""
+    axes = [spacing * (np.arange(size) - (size - 1) / 2) / half for size, half in zip(shape, BRAIN, strict=True)]
+    inside = sum(np.square(axis) for axis in np.meshgrid(*axes, indexing="ij", sparse=True)) < 1
+    noise = np.random.default_rng(0).random(shape, dtype=np.float32)
+    return np.where(inside, 0.2 + 0.8 * noise, np.float32(0)).astype(np.float32)
 
 
 class Subject:
@@ -106,7 +105,7 @@ class Subject:
 
     @cached_property
     def scan(self) -> np.ndarray:
-        """A brain in air, (X, Y, Z) float32 in model space: what costs less in air must have the air of a scan."""
+        """A head in air, (X, Y, Z) float32 in model space: what costs less in air must have the air of a scan."""
         return made_up_scan(float(self.config.data.spacing), self.shape)
 
     @cached_property

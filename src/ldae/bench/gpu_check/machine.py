@@ -12,7 +12,7 @@ from ldae.bench.gpu_check.check import Check, Numbers
 # What the measurements import, by the name under which pip has it.
 PACKAGES = {
     "torch": "torch", "hydra": "hydra-core", "omegaconf": "omegaconf", "accelerate": "accelerate", "monai": "monai",
-    "nibabel": "nibabel", "nilearn": "nilearn", "numpy": "numpy", "scipy": "scipy", "pandas": "pandas",
+    "nibabel": "nibabel", "numpy": "numpy", "scipy": "scipy", "pandas": "pandas",
     "sklearn": "scikit-learn", "joblib": "joblib", "safetensors": "safetensors", "tensorboard": "tensorboard",
     "tqdm": "tqdm",
 }  # fmt: skip
