@@ -13,7 +13,7 @@ import torch
 from ldae.bench.gpu_check import parts as parts_module
 from ldae.bench.gpu_check import run as run_module
 from ldae.bench.gpu_check.__main__ import main
-from ldae.bench.gpu_check.chain import differences, records, skipped_steps
+from ldae.bench.gpu_check.chain import differences, left_out, records
 from ldae.bench.gpu_check.check import FULL, SMOKE, Check
 from ldae.bench.gpu_check.items import Item, run_item
 from ldae.bench.gpu_check.parts import PARTS
@@ -31,7 +31,8 @@ def read(out, part):
 def test_every_kind_of_part_measures_something_at_smoke_size(tmp_path):
     """One item of each kind, through the command line; the chain on this device is the CPU's own, bit for bit."""
     wanted = [
-        "device", "chain/fp32", "steps/base_repr", "syncs/small_pretrain", "bench/*train_pretrain", "profile/base_aekl"
+        "device", "chain/fp32", "steps/base_repr", "syncs/small_pretrain", "bench/*train_pretrain",
+        "profile/base_pretrain",
     ]  # fmt: skip
     with pytest.raises(SystemExit) as left:
         main(["--size", "smoke", "--out", str(tmp_path), "--parts", ",".join(wanted), "--budget", "600"])
@@ -49,7 +50,7 @@ def test_every_kind_of_part_measures_something_at_smoke_size(tmp_path):
     names = ("straight", "evaluations")
     straight, ours = (bench[f"{name} train_pretrain"]["numbers"]["train_pretrain"] for name in names)
     assert ours["times_faster"] == pytest.approx(straight["ms"] / ours["ms"])
-    profiled = read(tmp_path, "profile")["base_aekl"]["numbers"]
+    profiled = read(tmp_path, "profile")["base_pretrain"]["numbers"]
     assert len(profiled["kernels"]) == 10
     assert "convolution" in (tmp_path / profiled["file"]).read_text()
     table = (tmp_path / "gpu_check.md").read_text()
@@ -153,6 +154,8 @@ def test_chains_are_compared_by_their_largest_relative_difference(tmp_path):
     found = differences(reference, other)
     assert found["repr_loss"] == pytest.approx(0.1)
     assert found["repr_val"] == 0
-    assert skipped_steps(other) == 3
+    assert left_out(other) == {"skipped": 3, "overflowed": 0}
     del other["aekl", 2, "train/loss"]
     assert differences(reference, other)["aekl_loss"] == float("inf")
+    other["aekl", 2, "train/overflowed"] = 1.0
+    assert differences(reference, other)["aekl_loss"] == 0
