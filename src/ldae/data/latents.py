@@ -150,11 +150,11 @@ def channel_scale(mean: Tensor, std: Tensor, rows: np.ndarray) -> list[float]:
     The variance of a sample is that of the means plus the mean of the posterior's own. Chunk by chunk, in NumPy: memory
     for one is enough, and the number of threads, which differs between one process and several, changes no bit.
     """
-    first, second, axes = 0.0, 0.0, (0, 2, 3, 4)
+    first = second = 0.0
     for chunk in chunks(rows):
-        m, s = (part[chunk].numpy().astype(np.float64) for part in (mean, std))
-        first = first + m.sum(axes)
-        second = second + np.square(m).sum(axes) + np.square(s).sum(axes)
+        m, s = (part[chunk].flatten(2).numpy().astype(np.float64) for part in (mean, std))
+        first = first + m.sum((0, 2))
+        second = second + np.einsum("ncv,ncv->c", m, m) + np.einsum("ncv,ncv->c", s, s)
     count = len(rows) * math.prod(mean.shape[2:])
     return [float(value) for value in 1 / np.sqrt(second / count - np.square(first / count))]
 
