@@ -38,13 +38,13 @@ def test_two_processes_encode_and_evaluate_as_one_does(trained: Path) -> None:
 
 
 def test_a_cache_that_takes_longer_than_the_timeout_is_built_by_all(trained: Path, tmp_path: Path) -> None:
-    """One process alone would sleep for 16 s over the scans, and the other give up waiting after 6 s."""
+    """One process alone would sleep for 24 s over the scans, and the other give up waiting after 10 s."""
     whole, folder = trained / "one", tmp_path
     data = [work.copied(whole, folder, "latents", "evaluation"), f"paths.cache={folder / 'cache'}"]
     scans = len(pd.read_csv(next((whole / "data").rglob("scans.csv"))))
-    slow = ["data.transform._target_=faults.slow.SlowTransform", f"+data.transform.seconds={16 / scans}"]
+    slow = ["data.transform._target_=faults.slow.SlowTransform", f"+data.transform.seconds={24 / scans}"]
     arguments = [text for text in work.SETTINGS if not text.startswith("stage.")]
-    arguments += [*data, *slow, "accelerator.timeout=0.1", *distributed.settings(2, 1)]
+    arguments += [*data, *slow, f"accelerator.timeout={10 / 60}", *distributed.settings(2, 1)]
     work.together("encode_latents", arguments, folder, 2)
     latents = [path / "runs/smoke/latents" for path in (whole, folder)]
     names = [*(path.name for path in latents[0].glob("*.safetensors")), "latents.json"]
