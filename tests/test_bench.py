@@ -20,7 +20,7 @@ from ldae.bench.measure import Cost, counted
 from ldae.bench.memory import footprint
 from ldae.bench.results import compare, flat
 from ldae.bench.run import bench
-from ldae.bench.straight import PlainAttention, PlainEma, straighten
+from ldae.bench.straight import PlainAdam, PlainAttention, PlainEma, straighten
 from ldae.bench.voxels import counts
 from ldae.config import check_targets, conf_dir, register
 from ldae.errors import UserError
@@ -47,7 +47,7 @@ def composer(name, *overrides):
     return composed
 
 
-@pytest.mark.parametrize("size", ["small", "full", "gpu", "memory"])
+@pytest.mark.parametrize("size", ["small", "full", "gpu", "memory", "smoke"])
 def test_every_size_composes_and_so_do_its_variants(size):
     composed = composer("bench", f"bench={size}")
     config = composed()
@@ -77,6 +77,17 @@ def test_the_plain_average_is_the_fused_one():
         average.update(3)
     for name, value in averages[0].state_dict().items():
         torch.testing.assert_close(value, averages[1].state_dict()[name])
+
+
+def test_the_plain_optimiser_leaves_out_a_step_that_is_not_finite():
+    """As the fused one does, which alone knows the sign for it."""
+    weight = torch.nn.Parameter(torch.ones(2))
+    optimizer = PlainAdam([weight], lr=0.5)
+    for skipped, expected in ((1.0, 1.0), (0.0, 0.5)):
+        weight.grad = torch.ones(2)
+        optimizer.found_inf = torch.tensor(skipped)
+        optimizer.step()
+        torch.testing.assert_close(weight.detach(), torch.full((2,), expected))
 
 
 def test_flops_of_a_product_and_of_attention_are_counted_as_on_paper():
