@@ -31,7 +31,7 @@ from ldae.runs import Run
 
 log = logging.getLogger(__name__)
 
-Encode = Callable[[np.ndarray, Tensor], Posterior]  # of rows and their volumes
+Encode = Callable[[np.ndarray, Tensor], Posterior]  # of rows and their volumes as they lie in the cache
 
 
 def encode_cohort(
@@ -51,7 +51,7 @@ def encode_cohort(
     _encode_missing(encode, cohort, encoded, batches, accelerator)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        latents = encoded.merge(batches, lambda rows: encode(rows, cohort.volumes.batch(rows)))
+        latents = encoded.merge(batches, lambda rows: encode(rows, cohort.volumes.stored(rows)))
         _finish(run, cohort, folder, table, latents, weights)
         encoded.remove_shards()
 
@@ -71,7 +71,8 @@ def _encoder(run: Run, cohort: Cohort, accelerator: Accelerator) -> Encode:
 
     def encode(rows: np.ndarray, x: Tensor) -> Posterior:
         with torch.inference_mode(), accelerator.autocast():
-            mean, std = autoencoder.encode(x.to(accelerator.device, non_blocking=True))
+            x = cohort.volumes.decoded(x.to(accelerator.device, non_blocking=True))
+            mean, std = autoencoder.encode(x)
             mean, std = torch.stack((mean.float(), std.float())).cpu().numpy()  # one transfer
         finite = np.isfinite(mean) & np.isfinite(std)
         if not finite.all():
@@ -111,10 +112,10 @@ def _encode_missing(
 def _read_ahead(
     threads: ThreadPoolExecutor, cohort: Cohort, batches: Iterable[np.ndarray]
 ) -> Iterator[tuple[np.ndarray, Tensor]]:
-    """Batches and their volumes, (B, 1, X, Y, Z); the next one is read while one is at work."""
+    """Batches and their volumes as stored, (B, 1, X, Y, Z); the next one is read while one is at work."""
     waiting: tuple[np.ndarray, Future[Tensor]] | None = None
     for rows in batches:
-        following = (rows, threads.submit(cohort.volumes.batch, rows))
+        following = (rows, threads.submit(cohort.volumes.stored, rows))
         if waiting is not None:
             yield waiting[0], waiting[1].result()
         waiting = following
