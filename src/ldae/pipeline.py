@@ -81,6 +81,7 @@ class LDAE(Inputs, Uses):
         self.autoencoder, self.encoder, self.denoiser = autoencoder, encoder, denoiser
         for module in (autoencoder, encoder, denoiser.unet, denoiser.estimator):
             module.to(self.device).eval().requires_grad_(False)
+        denoiser.schedule.to(self.device)
         self.scale = torch.as_tensor(scale, dtype=torch.float32, device=self.device).view(1, -1, 1, 1, 1)
         self.sampler = sampler
         self.shape = tuple(shape)

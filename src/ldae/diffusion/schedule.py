@@ -23,13 +23,14 @@ class Schedule:
     """
 
     def __init__(self, alpha_bar: Tensor) -> None:
-        alpha_bar = torch.as_tensor(alpha_bar, dtype=torch.float64).cpu()
+        alpha_bar = torch.as_tensor(alpha_bar, dtype=torch.float64, device="cpu")
         valid = alpha_bar.ndim == 1 and len(alpha_bar) > 1 and bool((alpha_bar.diff() < 0).all())
         if not (valid and alpha_bar[-1] > 0 and alpha_bar[0] < 1):
             raise UserError("schedule: A_t must decrease strictly inside (0, 1); check its betas")
         self.alpha_bar = alpha_bar
         # Entry i belongs to t = i - 1, so that the noise-free end is an ordinary entry.
-        self._tables = {torch.device("cpu"): torch.cat([torch.zeros(1, dtype=torch.float64), alpha_bar.log()])}
+        start = torch.zeros(1, dtype=torch.float64, device="cpu")
+        self._tables = {torch.device("cpu"): torch.cat([start, alpha_bar.log()])}
 
     @property
     def timesteps(self) -> int:
@@ -49,7 +50,8 @@ class Schedule:
         table = self._tables[t.device]
         position = (t.to(torch.float64) + 1).clamp(0, self.timesteps)
         lower = position.floor().long().clamp(max=self.timesteps - 1)
-        return torch.lerp(table[lower], table[lower + 1], position - lower)
+        # `take`, because indexing by a tensor without axes would read it back.
+        return torch.lerp(table.take(lower), table.take(lower + 1), position - lower)
 
     def alpha_bar_at(self, t: Tensor | float) -> Tensor:
         """A_t in float64; A = 1 at t = -1."""
@@ -77,19 +79,23 @@ def _from_betas(betas: Tensor) -> Schedule:
     return Schedule(torch.exp(torch.cumsum(torch.log1p(-betas), 0)))
 
 
+def _evenly(start: float, end: float, count: int) -> Tensor:
+    # On the CPU whatever the default device: a schedule has values on the meta device too.
+    return torch.linspace(start, end, count, dtype=torch.float64, device="cpu")
+
+
 def linear(timesteps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> Schedule:
     """beta_t evenly spaced (DDPM; the published one)."""
-    return _from_betas(torch.linspace(beta_start, beta_end, timesteps, dtype=torch.float64))
+    return _from_betas(_evenly(beta_start, beta_end, timesteps))
 
 
 def scaled_linear(timesteps: int = 1000, beta_start: float = 0.0015, beta_end: float = 0.0205) -> Schedule:
     """sqrt(beta_t) evenly spaced (latent diffusion, arXiv 2112.10752; values of the brain LDM, arXiv 2209.07162)."""
-    roots = torch.linspace(beta_start**0.5, beta_end**0.5, timesteps, dtype=torch.float64)
-    return _from_betas(roots.square())
+    return _from_betas(_evenly(beta_start**0.5, beta_end**0.5, timesteps).square())
 
 
 def cosine(timesteps: int = 1000, offset: float = 0.008, max_beta: float = 0.999) -> Schedule:
     """A_t proportional to cos^2 (improved DDPM, arXiv 2102.09672, equation 17), beta_t at most `max_beta`."""
-    t = torch.arange(timesteps + 1, dtype=torch.float64) / timesteps
+    t = torch.arange(timesteps + 1, dtype=torch.float64, device="cpu") / timesteps
     curve = torch.cos((t + offset) / (1 + offset) * math.pi / 2).square()
     return _from_betas((1 - curve[1:] / curve[:-1]).clamp(max=max_beta))

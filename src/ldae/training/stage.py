@@ -214,9 +214,9 @@ def uses_channels_last(trainer: Trainer, accelerator: Accelerator, latents: bool
 def arrange(tensor: Tensor, channels_last: bool) -> Tensor:
     """A tensor of channels-last layout, if asked for: 3-D convolutions' tensors have five axes, 2-D ones' have four."""
     if channels_last and tensor.ndim == 5:
-        return tensor.contiguous(memory_format=torch.channels_last_3d)
+        return tensor.to(memory_format=torch.channels_last_3d)
     if channels_last and tensor.ndim == 4:
-        return tensor.contiguous(memory_format=torch.channels_last)
+        return tensor.to(memory_format=torch.channels_last)
     return tensor
 
 
