@@ -16,6 +16,9 @@ from faults.forked import script
 # The slowest files begin first, so that no worker is left with one of them at the end.
 SLOWEST = (
     "test_chain",
+    "test_distributed",
+    "test_rehearsal",
+    "test_gpu_check",
     "test_official",
     "test_faults",
     "test_cross_validation",

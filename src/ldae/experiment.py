@@ -111,8 +111,10 @@ def train(config: DictConfig) -> None:
 
 
 def _train(config: DictConfig, accelerator: Accelerator, space: Workspace, run: Run) -> None:
+    from ldae.training.precision import set_up_backends
     from ldae.training.trainer import Trainer
 
+    set_up_backends(autotune=True)
     cohort = open_cohort(config, accelerator, space)
     # A run that is killed before its first checkpoint starts again from the same weights.
     set_seed(derive(config.seed, "weights", config.stage._target_) % 2**32)

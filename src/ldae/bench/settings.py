@@ -53,6 +53,7 @@ class Bench:
             None: all.
         matrix: edge of the matrix product that gives the machine's rate.
         straight: plain attention, contiguous layout, files read at every step, plain loops; set by the yardstick.
+        autotune: training steps choose convolution algorithms by trying them, as training does.
         against: bench.json of an earlier run to compare with.
         tolerance: slower by more than this share is a loss.
         output: folder of bench.json.
@@ -68,6 +69,7 @@ class Bench:
     timed_steps: int | None
     matrix: int
     straight: bool
+    autotune: bool
     against: str | None
     tolerance: float
     output: str

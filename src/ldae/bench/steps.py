@@ -13,6 +13,7 @@ from ldae.bench.measure import Cost, Peak, counted, synchronise
 from ldae.bench.subject import Subject
 from ldae.data.stream import Batch, Batches, SampleStream
 from ldae.errors import UserError
+from ldae.training.precision import set_up_backends
 
 WARM_UP = 2  # steps after the one that counts operations: kernels are chosen by measuring, and memory is taken
 SCALING = 20  # further steps, at most: a scaler of float16 finds its factor by steps that do not count
@@ -28,6 +29,8 @@ class Steps(AbstractContextManager["Steps"]):
 
     def __init__(self, subject: Subject, name: str) -> None:
         self.subject = subject
+        if not subject.settings.straight:
+            set_up_backends(autotune=subject.settings.autotune)
         self.stage = subject.stage(name)
         self.size = subject.settings.batch[name]
         self.device = subject.device

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ldae.models.conv import Conv3d, EnlargingConv3d
+from ldae.models.group_norm import has_few_large_groups, split_group_norm
 
 MAX_PERIOD = 10_000.0
 
@@ -59,6 +60,8 @@ class GroupNorm(nn.GroupNorm):
         if x.device.type == "cpu" and torch.is_grad_enabled() and self.weight.requires_grad and not x.requires_grad:
             x = x.detach().requires_grad_()
         with full_precision(x):
+            if has_few_large_groups(x, self.num_groups):
+                return split_group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
             return F.group_norm(x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
 

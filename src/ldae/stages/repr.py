@@ -23,6 +23,7 @@ from ldae.evaluation.image_metrics import BrainMasks, ssims
 from ldae.evaluation.semantics import other_subjects, z0_errors
 from ldae.losses.denoising import gap_filling_loss
 from ldae.models.state import load_weights
+from ldae.models.unet import Features, UNet
 from ldae.noise import generator, normal, timesteps
 from ldae.runs import estimator_node
 from ldae.stages.pretrain import open_latents
@@ -45,6 +46,19 @@ from ldae.training.validation import mean_over_scans, spread
 REFERENCE_SCANS = 512
 
 
+class Trunk(nn.Module):
+    """The frozen U-Net in one call: its features, for the estimator, and its own output."""
+
+    def __init__(self, unet: UNet) -> None:
+        super().__init__()
+        self.unet = unet
+
+    def forward(self, z_t: Tensor, t: Tensor) -> tuple[Features, Tensor]:
+        """z_t (B, C, X', Y', Z') and t (B,) to features and output (B, C, X', Y', Z')."""
+        features = self.unet.features(z_t, t)
+        return features, self.unet.head(features)
+
+
 class Conditioner(nn.Module):
     """Encoder and estimator in one call: all that is trained, wrapped once."""
 
@@ -53,7 +67,7 @@ class Conditioner(nn.Module):
         self.encoder = encoder
         self.estimator = estimator
 
-    def forward(self, x: Tensor, features: Any) -> Tensor:
+    def forward(self, x: Tensor, features: Features) -> Tensor:
         """Scan (B, 1, X, Y, Z) and the trunk's features of z_t to G (B, C, X', Y', Z')."""
         return self.estimator(features, self.encoder(x))
 
@@ -152,6 +166,8 @@ class ReprStage(Stage):
         rates = {encoder: optim.lr if optim.encoder_lr is None else optim.encoder_lr, estimator: optim.lr}
         groups = [{"params": list(module.parameters()), "lr": rate} for module, rate in rates.items()]
         self.optimizers = {"conditioner": adam(groups, optim.lr, optim)}
+        trunk = Trunk(self.unet)
+        self.trunk = torch.compile(trunk) if trainer.compile else trunk
         self.conditioner = accelerator.prepare(torch.compile(conditioner) if trainer.compile else conditioner)
         self.update = Updater(accelerator, self.conditioner, self.optimizers["conditioner"], trainer.clip)
         self.averages = {n: Ema(m, trainer.ema) for n, m in self.modules.items()} if trainer.ema else {}
@@ -217,8 +233,7 @@ class ReprStage(Stage):
         z0, noise, t = arrange(z0, self.channels_last), arrange(batch["noise"], self.channels_last), batch["t"]
         z_t = add_noise(self.schedule, z0, noise, t)
         with torch.no_grad(), self.accelerator.autocast():
-            features = self.unet.features(z_t, t)
-            output = self.unet.head(features)
+            features, output = self.trunk(z_t, t)
         gradient = self.conditioner(x, features)
         return {"loss": gap_filling_loss(self.parameterisation, self.schedule, output, gradient, z0, noise, t)}
 

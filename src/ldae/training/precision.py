@@ -41,13 +41,18 @@ def computes_in(dtype: torch.dtype, device: torch.device | str | None = None) ->
     return dtype == torch.float32 or (dtype == torch.float16 and _device(device).type == "cuda")
 
 
-def set_up_backends() -> None:
-    """Let CUDA use TF32 in float32 products and choose convolution algorithms by trying them. Nothing on a CPU."""
+def set_up_backends(autotune: bool = False) -> None:
+    """Let CUDA use TF32 in float32 products. Nothing on a CPU.
+
+    Args:
+        autotune: choose convolution algorithms by trying them: for training, which meets the same shapes at every step.
+            It takes half a minute for a large network, which one scan to embed would wait for in vain.
+    """
     if not torch.cuda.is_available():
         return
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.allow_tf32 = True
-    torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.benchmark = autotune
 
 
 def choose_precision(name: str, cpu: bool = False) -> str:

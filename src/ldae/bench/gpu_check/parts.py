@@ -17,6 +17,12 @@ def _device(check: Check) -> Numbers:
     return matrix_rates(check)
 
 
+def _norms(check: Check) -> Numbers:
+    from ldae.bench.gpu_check.norms import compare_norms
+
+    return compare_norms(check)
+
+
 def _chain(name: str, seconds: float) -> Item:
     def work(check: Check) -> Numbers:
         from ldae.bench.gpu_check.chain import compare_chain
@@ -29,6 +35,7 @@ def _chain(name: str, seconds: float) -> Item:
 def _training(measure: str, seconds: float, stage: str, **options: object) -> Item:
     """An item of training.py; imported late, as torch is, to say first which packages are lacking."""
     names = [options.get("model", "base"), stage, *(name for name in ("channels_last", "compile") if options.get(name))]
+    names += ["as_cudnn_guesses"] if not options.get("autotune", True) else []
 
     def work(check: Check) -> Numbers:
         from ldae.bench.gpu_check import training
@@ -67,13 +74,15 @@ def _steps(*items: tuple[str, float, dict[str, object]]) -> list[Item]:
 
 
 PUBLISHED, LAST, COMPILED = {"model": "published"}, {"channels_last": True}, {"compile": True}
+GUESSED = {"autotune": False}
 YARDSTICK, KERNELS, ARCHITECTURE, OURS = "straight", "kernels", "architecture", "evaluations"
 PARTS: dict[str, list[Item]] = {
-    "device": [Item("matrix products", 5, _device)],
+    "device": [Item("matrix products", 5, _device), Item("group norm", 6, _norms)],
     "chain": [_chain("fp32", 60), _chain("bf16", 20)],
     "steps": _steps(
-        ("pretrain", 20, {}), ("repr", 15, {}), ("aekl", 15, {}),
-        ("pretrain", 15, LAST), ("repr", 12, LAST), ("aekl", 12, LAST),
+        ("pretrain", 36, {}), ("repr", 36, {}), ("aekl", 12, {}),
+        ("pretrain", 30, LAST), ("repr", 20, LAST), ("aekl", 20, LAST),
+        ("pretrain", 15, GUESSED), ("repr", 15, GUESSED), ("aekl", 10, GUESSED),
     ),
     "syncs": [_training("measure_waits", 6, stage, model="small") for stage in STAGES],
     "bench": [

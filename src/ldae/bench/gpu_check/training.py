@@ -33,6 +33,7 @@ class Setting:
     precision: str = "bf16"
     channels_last: bool = False
     compile: bool = False
+    autotune: bool = True
 
 
 def subject_of(check: Check, setting: Setting, checkpointing: bool = False) -> Subject:
@@ -40,7 +41,7 @@ def subject_of(check: Check, setting: Setting, checkpointing: bool = False) -> S
     options = {
         "channels_last": setting.channels_last, "compile": setting.compile, "checkpointing": checkpointing
     }  # fmt: skip
-    overrides = [f"model={setting.model}", check.accelerator(setting.precision)]
+    overrides = [f"model={setting.model}", check.accelerator(setting.precision), f"bench.autotune={setting.autotune}"]
     overrides += [f"trainer.{name}={value}" for name, value in options.items()]
     return Subject(check.bench(), overrides, check.scratch / "steps" / setting.model)
 

@@ -1,0 +1,52 @@
+"""Proves the algebra of the split group norm: with stand-ins for the four CUDA kernels that it calls, written from
+their definitions, its values and gradients are those of PyTorch's own. `make gpu-check` compares the kernels."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from ldae.models.group_norm import has_few_large_groups, split_group_norm
+
+
+def per_channel(value):
+    return value[None, :, None]
+
+
+def elemt(x, weight, bias, mean, invstd, eps):
+    return ((x - per_channel(mean)) * per_channel(invstd * weight) + per_channel(bias)).to(x.dtype)
+
+
+def backward_reduce(dy, x, mean, invstd, weight, input_g, weight_g, bias_g):
+    return dy.sum((0, 2)), (dy * (x - per_channel(mean))).sum((0, 2)), None, None
+
+
+def backward_elemt(dy, x, mean, invstd, weight, sum_dy, sum_dy_xmu, count):
+    factor = invstd.square() * sum_dy_xmu / count.sum()
+    centred = dy - per_channel(sum_dy / count.sum()) - (x - per_channel(mean)) * per_channel(factor)
+    return centred * per_channel(invstd * weight)
+
+
+@pytest.fixture(autouse=True)
+def kernels(monkeypatch):
+    monkeypatch.setattr(torch, "batch_norm_elemt", elemt)
+    monkeypatch.setattr(torch, "batch_norm_backward_reduce", backward_reduce)
+    monkeypatch.setattr(torch, "batch_norm_backward_elemt", backward_elemt)
+
+
+@pytest.mark.parametrize(("shape", "groups"), [((1, 8, 4, 6, 8), 4), ((2, 6, 3, 5, 2), 2), ((3, 4, 2, 2, 2), 4)])
+def test_values_and_gradients_are_those_of_group_norm(shape, groups):
+    torch.manual_seed(0)
+    x = (3 * torch.randn(shape) + 1).requires_grad_()
+    weight, bias = torch.randn(shape[1]).requires_grad_(), torch.randn(shape[1]).requires_grad_()
+    with torch.no_grad():
+        weight[0] = 0  # nothing passes this channel, but its group's sums still reach its input
+    found, expected = split_group_norm(x, groups, weight, bias, 1e-5), F.group_norm(x, groups, weight, bias, 1e-5)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    dy = torch.randn(shape)
+    pairs = zip(*(torch.autograd.grad(y, (x, weight, bias), dy) for y in (found, expected)), strict=True)
+    for own, reference in pairs:
+        torch.testing.assert_close(own, reference, rtol=1e-4, atol=1e-4)
+
+
+def test_it_is_for_gpus_alone():
+    assert not has_few_large_groups(torch.zeros(1, 32, 64, 64, 64), 32)
