@@ -5,8 +5,6 @@ Files, resume, skipping, refusal of what does not fit, two processes, and the tu
 
 import json
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pandas as pd
@@ -144,29 +142,6 @@ def test_a_sweep_keeps_its_runs_apart(copied):
     assert len(runs) == 2
     first, second = (load_file(copied / "runs/smoke" / r / "weights/unet.safetensors") for r in runs)
     assert any(not torch.equal(first[name], second[name]) for name in first)
-
-
-def test_two_processes_train_encode_and_agree(copied):
-    """On 2 CPU processes: uneven shards, one table, the same validation on both.
-
-    By torchrun: without MPI, `accelerate launch --cpu` starts a single process whatever number it is given.
-    """
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    single = latents_of(copied)
-    shutil.rmtree(copied / "runs/smoke/latents")
-    for arguments in (
-        ["encode_latents.py", "experiment=smoke"],
-        ["train.py", "experiment=smoke", "stage=repr", "trainer.max_steps=6", "trainer.batch_size=1"],
-    ):
-        command = [*launch, str(ROOT / arguments[0]), *arguments[1:]]
-        result = subprocess.run(command, cwd=copied, capture_output=True, text=True, timeout=300, check=False)
-        assert result.returncode == 0, result.stderr[-3000:]
-    again = latents_of(copied)
-    assert again.keys() == single.keys()
-    for name in ("mean", "std"):
-        np.testing.assert_allclose(again[name], single[name], rtol=1e-4, atol=1e-5)
-    metrics = [json.loads(s) for s in (copied / "runs/smoke/repr/metrics.jsonl").read_text().splitlines()]
-    assert max(m["step"] for m in metrics) == 6
 
 
 def test_the_embeddings_table_and_metrics_are_written(smoke):

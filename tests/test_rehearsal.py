@@ -88,7 +88,8 @@ def stage_of(monkeypatch):
     )
 
     def build(size, name, precision="bf16", *more):
-        config = composed(size, name, *more)
+        quick = ["trainer.validation_scans=2", *(["stage.sampler.steps=1"] if name == "repr" else [])]
+        config = composed(size, name, *quick, *more)
         scans = cohort(config)
         known = latents(config, scans)
         monkeypatch.setattr("ldae.stages.pretrain.open_latents", lambda *_: known)
@@ -169,7 +170,7 @@ def model_of(size, dtype):
         encoder=encoder,
         denoiser=Denoiser(unet, estimator, *diffusion),
         scale=torch.ones(autoencoder.latent_channels, device=META),
-        sampler=instantiate(config.sampler).with_steps(3),
+        sampler=instantiate(config.sampler).with_steps(1),
         shape=config.data.shape,
         device=META,
         dtype=dtype,

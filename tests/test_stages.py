@@ -1,5 +1,6 @@
 """Proves what a step of each stage may and may not touch: discriminator, trunk, averages, the reference."""
 
+import copy
 from types import SimpleNamespace
 
 import numpy as np
@@ -103,6 +104,26 @@ def test_the_discriminator_plays_along_from_its_start_only(aekl):
     scalars = aekl.run_step([batch(aekl, [0, 1]), batch(aekl, [2, 3])], step=1).scalars
     assert {"adversarial", "discriminator"} <= scalars.keys()
     assert moved(before, aekl.modules["discriminator"])
+
+
+@pytest.mark.parametrize("culprit", ["generator_adversarial", "discriminator_adversarial"])
+def test_generator_and_discriminator_move_both_or_neither(aekl, monkeypatch, culprit):
+    """A loss of either that is not finite leaves weights, moments and the norms' statistics of both as they were."""
+    aekl.run_step([batch(aekl, [0, 1])], step=1)
+    before = {name: tensors(module) for name, module in aekl.modules.items()}
+    first = {name: copy.deepcopy(optimizer.state_dict()["state"]) for name, optimizer in aekl.optimizers.items()}
+    monkeypatch.setattr(f"ldae.stages.aekl.losses.{culprit}", lambda *scores: sum(s.mean() for s in scores) * np.nan)
+    result = aekl.run_step([batch(aekl, [0, 1]), batch(aekl, [2, 3])], step=2)
+    assert float(result.skipped) == 1
+    assert result.finite.tolist() == [False, False]
+    for name, module in aekl.modules.items():
+        assert not moved(before[name], module)
+        state = aekl.optimizers[name.replace("autoencoder", "generator")].state_dict()["state"]
+        reference = first[name.replace("autoencoder", "generator")]
+        assert all(torch.equal(state[i][key], reference[i][key]) for i in reference for key in reference[i])
+    monkeypatch.undo()
+    assert float(aekl.run_step([batch(aekl, [0, 1])], step=3).skipped) == 0
+    assert all(moved(before[name], module) for name, module in aekl.modules.items())
 
 
 def test_the_autoencoders_validation_is_better_for_a_better_reconstruction(aekl):

@@ -63,11 +63,11 @@ class Toy(Stage):
         return {"error": float((self.modules["net"](DATA) - DATA).square().mean())}
 
 
-def fit(path, steps, stage=None, **settings):
+def fit(path, steps, stage=None, optim=None, **settings):
     stage = stage or Toy()
     values = {"max_steps": steps, "batch_size": 3, "accumulate": 2, "log_every": 1, "validate_every": 2, "ema": 0.9}
     values |= {"checkpoint_every": 2, **settings}
-    trainer = Trainer(Accelerator(cpu=True), Run(path), Settings(**values), Optim(lr=1e-2), seed=5)
+    trainer = Trainer(Accelerator(cpu=True), Run(path), Settings(**values), Optim(lr=1e-2, **(optim or {})), seed=5)
     progress = trainer.fit(stage, {"split_hash": "x"})
     return stage, progress
 
@@ -149,6 +149,67 @@ def test_a_non_finite_gradient_never_reaches_the_weights(tmp_path):
     assert progress.skipped == 2
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert {"step": 2, "train/skipped": 2} in records
+
+
+def test_a_skipped_step_is_known_one_step_later(tmp_path, caplog):
+    """The host reads what the device said of a step when the next one is on its way."""
+    known = {}
+
+    class Once(Toy):
+        def loss(self, batch):
+            scalars = super().loss(batch)
+            return {"loss": scalars["loss"] * (float("nan") if self.now == 1 else 1.0)}
+
+    def on_step(step):
+        stage.now = step
+        known[step] = "step 1 skipped" in caplog.text
+
+    stage = Once(on_step=on_step)
+    fit(tmp_path, 6, stage, log_every=100, validate_every=None, checkpoint_every=100)
+    assert known == {0: False, 1: False, 2: False, 3: True, 4: True, 5: True}
+
+
+class Overflowing(Toy):
+    """In float16's manner: the loss is scaled by a factor that is far too large at first."""
+
+    def prepare(self, accelerator, trainer, optim, seed):
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, growth_interval=10**6)
+        super().prepare(accelerator, trainer, optim, seed)
+        self.rates = []
+
+    def loss(self, batch):
+        return {"loss": 30 * super().loss(batch)["loss"]}
+
+    def run_step(self, micro_batches, step):
+        self.rates.append(self.optimizers["net"].param_groups[0]["lr"])
+        return super().run_step(micro_batches, step)
+
+
+def test_steps_that_overflow_float16_count_as_none(tmp_path, caplog):
+    stage, progress = fit(tmp_path, 12, Overflowing(), optim={"warmup_steps": 12}, validate_every=None)
+    assert 2 <= progress.overflowed <= 11
+    assert progress.skipped == progress.skipped_in_a_row == 0
+    assert "skipped" not in caplog.text
+    adam_steps = {int(state["step"]) for state in stage.optimizers["net"].state.values()}
+    assert adam_steps == {12 - progress.overflowed} == {progress.updates}
+    # The rate rises with the steps that were taken; the host knows of an overflow one step late.
+    assert stage.rates[-1] == pytest.approx(1e-2 * (12 - progress.overflowed) / 12, rel=1e-6)
+    text = (tmp_path / "metrics.jsonl").read_text()
+    assert "Infinity" not in text
+    assert "NaN" not in text
+    assert json.loads(text.splitlines()[-1])["train/overflowed"] == progress.overflowed
+
+
+def test_an_average_does_not_move_with_a_skipped_step():
+    net = nn.Linear(3, 2)
+    ema = Ema(net, 0.9)
+    with torch.no_grad():
+        net.weight.add_(1.0)
+    before = ema.shadow["weight"].clone()
+    ema.update(5, torch.ones(()))
+    assert torch.equal(ema.shadow["weight"], before)
+    ema.update(5, torch.zeros(()))
+    torch.testing.assert_close(ema.shadow["weight"], before + 1 - 6 / 15)
 
 
 class Spoilt(Toy):

@@ -45,7 +45,7 @@ class Trainer:
     keep_states: int = 2
     patience: int | None = None  # validations without improvement
     validation_scans: int | None = None
-    channels_last: bool = True
+    channels_last: bool | None = None  # layout of convolutions; None: where it was measured to be faster
     checkpointing: bool = False
     compile: bool = False
     workers: int | None = None

@@ -24,16 +24,17 @@ from ldae.data.latent_file import FILE, row_digests, write_latents
 from ldae.data.latent_npz import npz_name, write_npz
 from ldae.data.latents import write_about
 from ldae.data.table import write_table
-from ldae.data.volumes import DTYPES, Volumes
+from ldae.data.volumes import DTYPES as STORED
+from ldae.data.volumes import Volumes
 from ldae.denoiser import Denoiser
 from ldae.models.sizes import latent_sizes
 from ldae.pipeline import LDAE
 from ldae.runs import estimator_node
+from ldae.training.precision import DTYPES
 from ldae.training.stage import Stage
 
 HASH = "made up"
 BRAIN = (70.0, 88.0, 74.0)  # mm, half of its extent from left to right, back to front, bottom to top
-PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ class Subject:
         AcceleratorState._reset_state(reset_partial_state=True)
         self.accelerator: Accelerator = instantiate(self.config.accelerator)
         self.device = self.accelerator.device
-        self.dtype = PRECISIONS[self.accelerator.mixed_precision]
+        self.dtype = DTYPES[self.accelerator.mixed_precision]
         self.folder = folder
         self.waiting = Waiting()
 
@@ -114,7 +115,7 @@ class Subject:
         folder = self.folder / "volumes"
         folder.mkdir(parents=True, exist_ok=True)
         dtype, files = self.config.data.cache_dtype, []
-        top = DTYPES[dtype]
+        top = STORED[dtype]
         for number in range(self.settings.scans):
             files.append(folder / f"{number}.{'npz' if self.settings.straight else 'npy'}")
             if files[-1].exists():

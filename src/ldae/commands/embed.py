@@ -41,6 +41,8 @@ def embed(
     from ldae.growing_table import GrowingTable, content_key
 
     identity = f"{ldae.bundle.weights}{ldae.transform.key()}"
+    if str(ldae.dtype) != "torch.float32":  # whose last digits are others
+        identity += str(ldae.dtype)
     if force or preprocess is not None:  # another y, where the scan is unlike the training scans
         identity += f"{force}{preprocess}"
     columns = [f"y{index:03d}" for index in range(ldae.encoder.dim)]

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 MANY_GROUPS = 512  # in a batch: enough for PyTorch's own kernels
-LARGE = 2**16  # numbers in a group from which its own kernels are slow
+LARGE = 2**20  # numbers in a group from which its own kernels are slow (measured: docs/bench.md)
 MANY_PARTS = 1024  # that a backward reduction is split into, at least
 SMALLEST_WEIGHT = 1e-12
 

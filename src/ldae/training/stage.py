@@ -203,12 +203,15 @@ def on_device(batch: Batch, device: torch.device) -> Batch:
 
 
 def uses_channels_last(trainer: Trainer, accelerator: Accelerator, latents: bool = True) -> bool:
-    """Whether networks and their inputs lie channels-last in memory.
+    """Whether networks and their inputs lie channels-last in memory: as the config says, or as was measured.
 
-    On CPUs, volumes alone: the backward pass of PyTorch's GroupNorm crashes in that layout when its input needs no
-    gradient, as the frozen trunk's features (seen with 2.13, bf16), and small grids gain nothing.
+    Measured (docs/bench.md): on CPUs it is faster for volumes; on a GPU a step of stage 2 takes a fifth longer, as
+    PyTorch's group norm there goes back and forth between the layouts. On CPUs never for latents: the backward pass of
+    PyTorch's GroupNorm crashes in that layout when its input needs no gradient (seen with 2.13, bf16).
     """
-    return trainer.channels_last and not (latents and accelerator.device.type == "cpu")
+    on_cpu = accelerator.device.type == "cpu"
+    wanted = on_cpu if trainer.channels_last is None else trainer.channels_last
+    return wanted and not (latents and on_cpu)
 
 
 def arrange(tensor: Tensor, channels_last: bool) -> Tensor:
