@@ -76,8 +76,9 @@ def test_backends_are_set_on_a_gpu_and_left_on_a_cpu(cpu, monkeypatch):
     assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.benchmark) == before
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     try:
-        precision.set_up_backends()
-        assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.benchmark) == ("high", True)
+        for autotune in (True, False):  # training tries algorithms; a single scan would wait for that in vain
+            precision.set_up_backends(autotune)
+            assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.benchmark) == ("high", autotune)
     finally:
         torch.set_float32_matmul_precision(before[0])
         torch.backends.cudnn.benchmark = before[1]
