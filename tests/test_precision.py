@@ -134,8 +134,8 @@ def test_resuming_compares_what_the_precision_comes_to(cpu):
 
 
 def test_outputs_near_the_end_of_the_schedule_are_not_rounded_to_16_bits():
-    """At t >= 950, z_0 = (z_t - sigma eps) / alpha with alpha near 0.01: rounding eps to bfloat16 moves z_0 by a tenth of
-    its standard deviation, several percent of what y can explain. The network's last convolution is float32."""
+    """At t >= 950, z_0 = (z_t - sigma eps) / alpha with alpha near 0.01: rounding eps to bfloat16 moves z_0 by a tenth
+    of its standard deviation, several percent of what y can explain. The network's last convolution is float32."""
     torch.manual_seed(0)
     schedule, t = linear(), torch.arange(950, 1000, 7)
     z0, noise = torch.randn(len(t), 3, 8, 8, 8), torch.randn(len(t), 3, 8, 8, 8)
