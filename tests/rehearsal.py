@@ -5,8 +5,10 @@ boolean index) raises, and so does an operation between it and a tensor that was
 `meta` lacks: autocast as CUDA's lists have it, the mix of devices in operations that do not check it, and, inside a
 training step, copies that wait for the device.
 
-What this cannot see: values (whether a kernel is right), memory, speed, what cuDNN supports, streams, and code that
-asks for `device.type == "cuda"` by name. `make gpu-check` shows these where there is a GPU.
+What this cannot see: values (whether a kernel is right), memory, speed, what cuDNN supports, streams, whether memory is
+pinned, the report that the trainer's guard copies to the host (tests/test_training.py has it on a CPU), checkpointing
+under autocast, and code that asks for `device.type == "cuda"` by name (the split group norm, pinning). `make
+gpu-check` shows these where there is a GPU.
 """
 
 import contextlib

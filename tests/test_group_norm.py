@@ -1,6 +1,8 @@
 """Proves the algebra of the split group norm: with stand-ins for the four CUDA kernels that it calls, written from
 their definitions, its values and gradients are those of PyTorch's own. `make gpu-check` compares the kernels."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -49,4 +51,22 @@ def test_values_and_gradients_are_those_of_group_norm(shape, groups):
 
 
 def test_it_is_for_gpus_alone():
-    assert not has_few_large_groups(torch.zeros(1, 32, 64, 64, 64), 32)
+    large = torch.zeros(1, dtype=torch.bfloat16).expand(1, 32, 128, 128, 128)
+    on_gpu = SimpleNamespace(device=SimpleNamespace(type="cuda"), dtype=large.dtype)
+    assert not has_few_large_groups(large, 32)
+    assert has_few_large_groups(Pretended(large, on_gpu), 32)
+    assert not has_few_large_groups(Pretended(large[..., :32], on_gpu), 32), "small groups"
+    assert not has_few_large_groups(Pretended(large.expand(16, -1, -1, -1, -1), on_gpu), 32), "many groups"
+
+
+class Pretended:
+    """A tensor that says that it lies on a GPU."""
+
+    def __init__(self, tensor, place):
+        self.tensor, self.device, self.dtype = tensor, place.device, place.dtype
+
+    def __len__(self):
+        return len(self.tensor)
+
+    def __getitem__(self, index):
+        return self.tensor[index]

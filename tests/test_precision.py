@@ -81,7 +81,7 @@ def test_backends_are_set_on_a_gpu_and_left_on_a_cpu(cpu, monkeypatch):
     try:
         for autotune in (True, False):  # training tries algorithms; a single scan would wait for that in vain
             precision.set_up_backends(autotune)
-            assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.benchmark) == ("high", autotune)
+            assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.benchmark) == ("highest", autotune)
     finally:
         torch.set_float32_matmul_precision(before[0])
         torch.backends.cudnn.benchmark = before[1]

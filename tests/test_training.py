@@ -200,6 +200,43 @@ def test_steps_that_overflow_float16_count_as_none(tmp_path, caplog):
     assert json.loads(text.splitlines()[-1])["train/overflowed"] == progress.overflowed
 
 
+def test_a_loss_that_is_no_number_is_no_overflow(tmp_path, caplog):
+    """Its scans are named, and the gradients' scale is left alone: lowering it would not help."""
+
+    class Bad(Overflowing):
+        def prepare(self, accelerator, *rest):
+            super().prepare(accelerator, *rest)
+            accelerator.scaler = self.scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+
+        def loss(self, batch):
+            bad = 4 in batch["index"]
+            return {"loss": super().loss(batch)["loss"] * (float("nan") if bad else 1.0)}
+
+    stage, progress = fit(tmp_path, 8, Bad(), validate_every=None)
+    assert progress.overflowed == 0
+    assert progress.skipped >= 1
+    assert "its scans: sample" in caplog.text
+    assert stage.scaler.get_scale() == 64
+
+
+@pytest.mark.parametrize("options", [{"log_every": 1}, {"log_every": 100, "checkpoint_every": 3}])
+def test_rates_after_a_skipped_step_do_not_depend_on_when_the_host_heard_of_it(tmp_path, options):
+    class Once(Toy):
+        def loss(self, batch):
+            return {"loss": super().loss(batch)["loss"] * (float("nan") if self.now == 2 else 1.0)}
+
+        def run_step(self, micro_batches, step):
+            self.now = step
+            return super().run_step(micro_batches, step)
+
+    warm = {"validate_every": None, "optim": {"warmup_steps": 12}}
+    whole, _ = fit(tmp_path / "whole", 8, Once(), log_every=100, checkpoint_every=100, **warm)
+    fit(tmp_path / "parts", 3, Once(), **options, **warm)  # stopped right behind the skipped step
+    resumed, _ = fit(tmp_path / "parts", 8, Once(), **options, **warm)
+    weights = whole.modules["net"].state_dict()
+    assert all(torch.equal(t, weights[n]) for n, t in resumed.modules["net"].state_dict().items())
+
+
 def test_an_average_does_not_move_with_a_skipped_step():
     net = nn.Linear(3, 2)
     ema = Ema(net, 0.9)

@@ -44,7 +44,7 @@ def encode_cohort(
     """
     encode = _encoder(run, cohort, accelerator)
     weights = run.sha256("autoencoder")
-    encoded = Encoded.find(folder, weights, cohort.table, scan_digests(cohort))
+    encoded = Encoded.find(folder, weights, cohort.table, scan_digests(cohort, accelerator.mixed_precision))
     # Batches are cut from the whole table: in a batch of other company, sums round differently.
     rows = np.arange(len(cohort))
     batches = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
@@ -56,12 +56,15 @@ def encode_cohort(
         encoded.remove_shards()
 
 
-def scan_digests(cohort: Cohort) -> np.ndarray:
-    """Which state of its file each volume was made from, and how, (N, 16) uint8.
+def scan_digests(cohort: Cohort, precision: str = "no") -> np.ndarray:
+    """Which state of its file each latent was made from, and how, (N, 16) uint8.
 
     Without the path, so that a folder of scans can move: the row's subject and session stand beside it.
+
+    Args:
+        precision: of the networks, as Accelerate names it; other last digits are other latents.
     """
-    how = (cohort.transform.key(), cohort.volumes.top)
+    how = (cohort.transform.key(), cohort.volumes.top, *([] if precision == "no" else [precision]))
     states = map(os.stat, cohort.table["path"])
     return digests(repr((state.st_size, state.st_mtime_ns, *how)).encode() for state in states)
 

@@ -108,7 +108,7 @@ def brain_mask(x: Tensor, threshold: float = MASK_THRESHOLD) -> Tensor:
 
 
 class BrainMasks:
-    """Brain masks of scans that come again and again, each computed once; they take one byte a voxel of their device.
+    """Brain masks of scans that come again and again, each computed once; they take one byte a voxel of host memory.
 
     Keep one object for one kind of image (the scans, or their reconstructions by one autoencoder) and for as long as
     these stay what they are.
@@ -122,7 +122,7 @@ class BrainMasks:
         rows = [int(row) for row in rows]
         for image, row in zip(x.split(1), rows, strict=True):
             if row not in self._masks:
-                self._masks[row] = brain_mask(image)
+                self._masks[row] = brain_mask(image).cpu()
         return torch.cat([self._masks[row] for row in rows]).to(x.device)
 
 

@@ -37,10 +37,21 @@ class Progress:
     skipped_in_a_row: int = 0
     overflowed: int = 0  # steps that fp16's gradient scaler refused while it looked for its scale
 
+    last_not_taken: int = -1  # the newest step that was skipped or overflowed
+
     @property
     def updates(self) -> int:
-        """Optimiser steps that were taken: what the learning rate counts."""
+        """Optimiser steps that are known to have been taken."""
         return self.step - self.skipped - self.overflowed
+
+    @property
+    def schedule_step(self) -> int:
+        """What the learning rate counts: all steps but those not taken up to the last but one.
+
+        The host hears of a step while the next one runs. Where it knows the last one already, as after a checkpoint,
+        that is left out, so that neither a resume nor the cadence of log lines changes a rate.
+        """
+        return self.updates + (self.last_not_taken == self.step - 1)
 
 
 def _flatten(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -28,8 +28,8 @@ class Report:
     Attributes:
         step: its number.
         micro_batches: what it was computed from.
-        values: skipped, told to stop, gradient scale, loss, then whether each micro-batch's loss was finite; float32 on
-            the host. Valid once `copied` has happened.
+        values: skipped, a loss was not finite, told to stop, gradient scale, loss, then whether each micro-batch's loss
+            was finite; float32 on the host. Valid once `copied` has happened.
         copied: event behind the copy; None where there was nothing to copy.
     """
 
@@ -75,6 +75,7 @@ class StepGuard:
         self.suspects: set[str] = set()
         self.stopping = False  # some process was told to stop; all processes read this at the same step
         self.last_skipped = False  # of the last step whose report was read
+        self._scale = float("inf")  # of the gradients in the last report, as a scaler has it; 1 without one
         self._pending: list[Report] = []
 
     def __call__(self, micro_batches: Sequence[Batch]) -> dict[str, Tensor]:
@@ -100,7 +101,7 @@ class StepGuard:
             told = self.accelerator.reduce(told, "sum")
         scaler = self.accelerator.scaler
         scale = torch.ones_like(result.skipped) if scaler is None else scaler.scale(torch.ones_like(result.skipped))
-        head = torch.stack([result.skipped, told, scale, result.scalars["loss"].float()])
+        head = torch.stack([result.skipped, result.bad_loss, told, scale, result.scalars["loss"].float()])
         values = torch.cat([head, result.finite.float()])
         copied = None
         if values.device.type == "cuda":
@@ -111,18 +112,20 @@ class StepGuard:
         return Report(self.progress.step, micro_batches, values, copied)
 
     def _read(self, report: Report) -> None:
-        skipped, told, scale, loss, *finite = report.read()
+        skipped, bad_loss, told, scale, loss, *finite = report.read()
         self.stopping = self.stopping or told > 0
         self.last_skipped = skipped > 0
         if not self.last_skipped:
             self.progress.skipped_in_a_row = 0
             self.suspects.clear()
             self._watch(report, loss)
-        elif self.accelerator.scaler is not None and scale >= 1:
+        elif self.accelerator.scaler is not None and not bad_loss and 1 <= scale < self._scale:
             # fp16 overflows by design: the scaler lowers its scale, until nothing is left to lower.
             self.progress.overflowed += 1
+            self.progress.last_not_taken = report.step
         else:
-            self._skip(report, [bool(fine) for fine in finite])
+            self._skip(report, bool(bad_loss), [bool(fine) for fine in finite])
+        self._scale = scale
 
     def _watch(self, report: Report, loss: float) -> None:
         usual = self.watch.usual()
@@ -130,14 +133,13 @@ class StepGuard:
             scans = [self.stage.name_of(int(index)) for batch in report.micro_batches for index in batch["index"]]
             log.warning("step %d: loss %.4g where %.4g is usual; its scans: %s", report.step, loss, usual, _list(scans))
 
-    def _skip(self, report: Report, finite: Sequence[bool]) -> None:
+    def _skip(self, report: Report, bad_loss: bool, finite: Sequence[bool]) -> None:
         progress = self.progress
+        progress.last_not_taken = report.step
         progress.skipped += 1
         progress.skipped_in_a_row += 1
-        bad = [batch for batch, fine in zip(report.micro_batches, finite, strict=True) if not fine]
         # Where all losses of all processes are finite, the gradient is at fault, and any scan may be.
-        everywhere = gather_object([not bad])
-        bad = list(report.micro_batches) if all(everywhere) else bad
+        bad = [batch for batch, fine in zip(report.micro_batches, finite, strict=True) if not (bad_loss and fine)]
         scans = gather_object([self.stage.name_of(index) for index in suspects(bad)])
         self.suspects |= set(scans)
         log.warning("step %d skipped: its loss or gradient is not finite; its scans: %s", report.step, _list(scans))

@@ -42,7 +42,9 @@ def computes_in(dtype: torch.dtype, device: torch.device | str | None = None) ->
 
 
 def set_up_backends(autotune: bool = False) -> None:
-    """Let CUDA use TF32 in float32 products. Nothing on a CPU.
+    """How CUDA computes float32: convolutions in TF32, as PyTorch has it; matrix products in full. Nothing on a CPU.
+
+    TF32 products would round the sums of squares whose small differences SSIM and the semantic encoder are after.
 
     Args:
         autotune: choose convolution algorithms by trying them: for training, which meets the same shapes at every step.
@@ -50,7 +52,7 @@ def set_up_backends(autotune: bool = False) -> None:
     """
     if not torch.cuda.is_available():
         return
-    torch.set_float32_matmul_precision("high")
+    torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = True
     torch.backends.cudnn.benchmark = autotune
 

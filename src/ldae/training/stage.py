@@ -43,11 +43,13 @@ class StepResult:
         scalars: 0-d tensors to log by name, means over the micro-batches; 'loss' and 'gradient_norm' among them.
         skipped: 0-d float32, the same on all processes: 1 if a loss or gradient was not finite, so that no weight,
             moment or average has moved; else 0.
+        bad_loss: 0-d float32, the same on all processes: 1 if a loss was not finite, 0 if at most the gradient was.
         finite: (micro-batches,) bool, whether each loss of this process was finite.
     """
 
     scalars: dict[str, Tensor]
     skipped: Tensor
+    bad_loss: Tensor
     finite: Tensor
 
 
@@ -179,19 +181,28 @@ class Updater:
 
 def apply_together(accelerator: Accelerator, *updates: tuple[Updater, Accumulated]) -> StepResult:
     """Take the step of all optimisers, or of none if any of them, in any process, met a non-finite loss or gradient."""
+    finite = torch.stack([accumulated.finite for _, accumulated in updates]).all(dim=0)
     usable = torch.stack([accumulated.usable for _, accumulated in updates]).all()
-    skipped = 1 - usable.float()
+    flags = 1 - torch.stack([usable, finite.all()]).float()
     if accelerator.num_processes > 1:
-        skipped = accelerator.reduce(skipped, "sum").clamp(max=1)
+        flags = accelerator.reduce(flags, "sum").clamp(max=1)
+    skipped, bad_loss = flags.unbind()
     for updater, _ in updates:
         updater.apply(skipped)
     if accelerator.scaler is not None:
-        accelerator.scaler.update()
+        _rescale(accelerator.scaler, bad_loss)
     scalars: dict[str, Tensor] = {}
     for _, accumulated in reversed(updates):  # the first one's 'loss' and 'gradient_norm' are the step's
         scalars |= accumulated.scalars
-    finite = torch.stack([accumulated.finite for _, accumulated in updates]).all(dim=0)
-    return StepResult(scalars, skipped, finite)
+    return StepResult(scalars, skipped, bad_loss, finite)
+
+
+def _rescale(scaler: torch.amp.GradScaler, bad_loss: Tensor) -> None:
+    """The scaler's step after a step; a loss that is no number leaves the scale alone: lowering it would not help."""
+    one = torch.ones_like(bad_loss)
+    before = scaler.scale(one)
+    scaler.update()
+    scaler.update(torch.where(bad_loss > 0, before, scaler.scale(one)))
 
 
 def on_device(batch: Batch, device: torch.device) -> Batch:

@@ -91,7 +91,7 @@ class Trainer:
         with self.signals:
             try:
                 while self._housekeeping(stage, guard, total, metadata, tracker):
-                    self._set_learning_rates(stage, base_lrs, progress.updates, total)
+                    self._set_learning_rates(stage, base_lrs, progress.schedule_step, total)
                     torch.manual_seed(derive(self.seed, "dropout", progress.step, rank))
                     scalars = guard(batches.at(progress.step))
                     progress.step += 1
