@@ -25,7 +25,7 @@ from ldae.data.latents import ABOUT, CHUNK, LatentSet, channel_scale, write_abou
 from ldae.data.table import read_table, write_table
 from ldae.data.transforms import Transform
 from ldae.errors import UserError
-from ldae.latent_encoding import encode_cohort
+from ldae.latent_encoding import encode_cohort, scan_digests
 
 SCANS, BATCH = 10, 2
 WEIGHTS = "5" * 64
@@ -62,7 +62,7 @@ def run(encoder, weights=WEIGHTS):
 def accelerator(index=0, count=1, barrier=None):
     return SimpleNamespace(
         device=torch.device("cpu"), process_index=index, num_processes=count, is_main_process=index == 0,
-        autocast=nullcontext, wait_for_everyone=barrier.wait if barrier else lambda: None,
+        mixed_precision="no", autocast=nullcontext, wait_for_everyone=barrier.wait if barrier else lambda: None,
     )  # fmt: skip
 
 
@@ -360,3 +360,9 @@ def test_the_moments_are_those_of_all_rows_at_once(tmp_path):
     variance = mean[rows].astype(float).var(0) + np.square(std[rows].astype(float)).mean(0)
     np.testing.assert_allclose(v, scale**2 * variance, rtol=1e-6)
     assert LatentFile.open(tmp_path / FILE, WEIGHTS).intact()
+
+
+def test_latents_of_another_precision_are_other_latents(scans):
+    read = cohort(scans)
+    assert (scan_digests(read, "no") == scan_digests(read)).all()
+    assert not (scan_digests(read, "bf16") == scan_digests(read)).all(axis=1).any()
