@@ -20,7 +20,7 @@ from ldae.runs import Run
 from ldae.training.checkpoint import _flatten, _unflatten
 from ldae.training.ema import Ema
 from ldae.training.health import LossWatch
-from ldae.training.stage import Monitor, Stage, Updater, adam, apply_together
+from ldae.training.stage import Monitor, Stage, Updater, adam
 from ldae.training.trainer import Trainer, learning_rate_factor
 
 DATA = torch.randn(11, 5, generator=torch.Generator().manual_seed(3))
@@ -55,9 +55,7 @@ class Toy(Stage):
 
     def run_step(self, micro_batches, step):
         self.on_step(step)
-        result = apply_together(self.accelerator, (self.update, self.update.accumulate(micro_batches, self.loss)))
-        self.averages["net"].update(step, result.skipped)
-        return result
+        return self.take_step(step, (self.update, self.update.accumulate(micro_batches, self.loss)))
 
     def validate(self):
         return {"error": float((self.modules["net"](DATA) - DATA).square().mean())}

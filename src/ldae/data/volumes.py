@@ -1,6 +1,5 @@
 """Scans in model space on disk: made once, in parallel, under a key of file and transform; read memory-mapped."""
 
-import hashlib
 import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ldae.data.cache_key import cache_key
 from ldae.data.scans import BadScan
 from ldae.data.sharing import work_order
 from ldae.data.transforms import Transform
@@ -114,13 +114,8 @@ class VolumeCache:
         Raises:
             BadScan: there is no such scan.
         """
-        path = os.path.abspath(scan)
-        try:
-            status = os.stat(path)
-        except OSError as error:
-            raise BadScan("no such file", path) from error
-        key = hashlib.sha256(repr((path, status.st_size, status.st_mtime_ns)).encode()).hexdigest()
-        return self.folder / key[:2] / f"{key[2:34]}.npy"
+        key = cache_key(scan)
+        return self.folder / key[:2] / f"{key[2:]}.npy"
 
     def build(
         self, scans: Iterable[str], workers: int | None = None, progress: bool = True, share: tuple[int, int] = (0, 1)

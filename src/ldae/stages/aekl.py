@@ -29,12 +29,11 @@ from ldae.training.stage import (
     StepResult,
     Updater,
     adam,
-    apply_together,
     arrange,
     arrange_module,
     on_device,
     uses_channels_last,
-)  # fmt: skip
+)
 from ldae.training.validation import mean_over_scans, spread
 
 REFERENCE_SCANS = 96
@@ -167,7 +166,7 @@ class AutoencoderStage(Stage):
         if adversarial:
             found = self.update_discriminator.accumulate(pairs, self._discriminator_loss)
             updates.append((self.update_discriminator, found))
-        return apply_together(self.accelerator, *updates)
+        return self.take_step(step, *updates)
 
     def _discriminator_loss(self, pair: Batch) -> dict[str, Tensor]:
         # One forward for both halves: DistributedDataParallel allows one before a backward.

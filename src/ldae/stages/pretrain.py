@@ -29,12 +29,11 @@ from ldae.training.stage import (
     StepResult,
     Updater,
     adam,
-    apply_together,
     arrange,
     arrange_module,
     on_device,
     uses_channels_last,
-)  # fmt: skip
+)
 from ldae.training.validation import mean_over_scans, spread
 
 
@@ -125,10 +124,7 @@ class PretrainStage(Stage):
 
     def run_step(self, micro_batches: Sequence[Batch], step: int) -> StepResult:
         """One update of the U-Net, one of its average."""
-        result = apply_together(self.accelerator, (self.update, self.update.accumulate(micro_batches, self._loss)))
-        for ema in self.averages.values():
-            ema.update(step, result.skipped)
-        return result
+        return self.take_step(step, (self.update, self.update.accumulate(micro_batches, self._loss)))
 
     def validate(self) -> dict[str, float]:
         """The loss on validation scans at fixed noise, four timesteps each, one a quarter of the schedule."""

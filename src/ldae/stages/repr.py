@@ -35,12 +35,11 @@ from ldae.training.stage import (
     StepResult,
     Updater,
     adam,
-    apply_together,
     arrange,
     arrange_module,
     on_device,
     uses_channels_last,
-)  # fmt: skip
+)
 from ldae.training.validation import mean_over_scans, spread
 
 REFERENCE_SCANS = 512
@@ -239,10 +238,7 @@ class ReprStage(Stage):
 
     def run_step(self, micro_batches: Sequence[Batch], step: int) -> StepResult:
         """One update of encoder and estimator, one of their averages."""
-        result = apply_together(self.accelerator, (self.update, self.update.accumulate(micro_batches, self._loss)))
-        for ema in self.averages.values():
-            ema.update(step, result.skipped)
-        return result
+        return self.take_step(step, (self.update, self.update.accumulate(micro_batches, self._loss)))
 
     def _decode_from_y(self, y: Tensor, keys: Sequence[int]) -> Tensor:
         """Volumes from y alone, z_T fixed by `keys`."""

@@ -63,6 +63,7 @@ class Stage(ABC):
     name: ClassVar[str]
     monitor: Monitor | None = None  # None: the last weights are published
 
+    accelerator: Accelerator  # from `prepare` on
     modules: dict[str, nn.Module]  # trained; what a checkpoint holds
     published: tuple[str, ...]  # the modules that later stages need
     optimizers: dict[str, torch.optim.Optimizer]
@@ -91,6 +92,13 @@ class Stage(ABC):
     @abstractmethod
     def validate(self) -> dict[str, float]:
         """Validation metrics with the weights that would be published, the same on every process."""
+
+    def take_step(self, step: int, *updates: tuple["Updater", "Accumulated"]) -> StepResult:
+        """Apply the gradients of optimiser step `step`, of all optimisers or of none, then move the averages."""
+        result = apply_together(self.accelerator, *updates)
+        for ema in self.averages.values():
+            ema.update(step, result.skipped)
+        return result
 
     def preview(self) -> dict[str, Tensor]:
         """Volumes (N, 1, X, Y, Z) to look at, by title."""
