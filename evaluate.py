@@ -7,7 +7,7 @@ import hydra
 from omegaconf import DictConfig
 
 from ldae.config import conf_dir, register
-from ldae.main import one_line_errors
+from ldae.utils.entrypoint import one_line_errors
 
 register()
 

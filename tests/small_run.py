@@ -9,13 +9,13 @@ from hydra.utils import instantiate
 from omegaconf import open_dict
 from torch import nn
 
-from ldae.bundle import Bundle
+from ldae.bundle.bundle import Bundle
 from ldae.config import conf_dir, register
 from ldae.data.latents import write_about
-from ldae.data.likeness import Likeness
-from ldae.evaluation.frozen import OURS, Frozen, write_frozen
-from ldae.evaluation.linear import LinearModel
+from ldae.editing.frozen_probes import OURS, Frozen, write_frozen
+from ldae.editing.linear_model import LinearModel
 from ldae.runs import Workspace, estimator_node
+from ldae.scans.ood_check import Likeness
 
 SMALL = [
     "experiment=smoke", "stage=repr", "model/encoder=small", "data.shape=[8,8,8]", "model.autoencoder.channels=[8,8]",

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ldae.data.augmentation import Augmentation
-from ldae.noise import generator
+from ldae.utils.seeding import generator
 
 ALL = {"flip": 0.5, "rotation": 8, "scaling": 0.1, "translation": 2, "shift": 0.1, "contrast": 0.3}
 

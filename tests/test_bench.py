@@ -23,10 +23,10 @@ from ldae.bench.run import bench
 from ldae.bench.straight import PlainAdam, PlainAttention, PlainEma, straighten
 from ldae.bench.voxels import counts
 from ldae.config import check_targets, conf_dir, register
-from ldae.errors import UserError
 from ldae.models.autoencoder import AutoencoderKL
 from ldae.models.unet import UNet
 from ldae.training.ema import Ema
+from ldae.utils.errors import UserError
 
 register()
 UNET = {"base": 8, "multipliers": (1, 2), "residual_blocks": 1, "attention_at": (2,), "groups": 4}

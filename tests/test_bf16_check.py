@@ -9,13 +9,13 @@ from monai.networks.nets import PatchDiscriminator
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ldae.errors import UserError
 from ldae.models.autoencoder import AutoencoderKL
-from ldae.models.conv import Conv3d, EnlargingConv3d
 from ldae.models.convnext import ConvNeXt
+from ldae.models.cpu_kernels import Conv3d, EnlargingConv3d
 from ldae.models.slice_cnn import SliceCNN
 from ldae.models.unet import UNet
 from ldae.training.bf16_check import bf16_errors, guard_bf16, relative_error
+from ldae.utils.errors import UserError
 
 
 class Spoiled(torch.autograd.Function):

@@ -13,8 +13,8 @@ from click.testing import CliRunner
 from ldae.cli import COMMANDS, main
 from ldae.commands.options import numbers
 from ldae.data.transforms import Transform
-from ldae.errors import UserError
-from ldae.growing_table import GrowingTable
+from ldae.utils.errors import UserError
+from ldae.utils.resumable_csv import GrowingTable
 from small_run import small_run
 from test_native import brain, likeness_of_brains, reoriented
 

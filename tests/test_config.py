@@ -7,7 +7,7 @@ from omegaconf import OmegaConf
 
 from faults.forked import script
 from ldae.config import check_targets, conf_dir, register
-from ldae.errors import UserError
+from ldae.utils.errors import UserError
 
 STAGES = ("aekl", "pretrain", "repr")
 register()

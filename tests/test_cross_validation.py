@@ -10,15 +10,15 @@ import pytest
 import torch
 
 from ldae.data.splits import ensure, fold_members
-from ldae.errors import UserError
-from ldae.evaluation.baselines import Features, table_features
+from ldae.editing.linear_model import LinearModel
 from ldae.evaluation.context import Context
-from ldae.evaluation.cross_validation import CrossValidation, Folds
-from ldae.evaluation.fitting import fit
-from ldae.evaluation.linear import LinearModel
-from ldae.evaluation.page import write_report
-from ldae.evaluation.probes import Classification, Regression
-from ldae.evaluation.probing import Probes
+from ldae.evaluation.html_report import write_report
+from ldae.evaluation.probes.baselines import Features, table_features
+from ldae.evaluation.probes.cross_validation import CrossValidation, Folds
+from ldae.evaluation.probes.evaluator import Probes
+from ldae.evaluation.probes.fitting import fit
+from ldae.evaluation.probes.targets import Classification, Regression
+from ldae.utils.errors import UserError
 
 SEX = Classification("sex", positive="F", negative="M")
 

@@ -15,7 +15,7 @@ from ldae.diffusion.diagnostics import gaussianity, posterior_mean_gap
 from ldae.diffusion.samplers import DDIM, Exact, Multistep
 from ldae.diffusion.schedule import linear
 from ldae.diffusion.slerp import slerp
-from ldae.errors import UserError
+from ldae.utils.errors import UserError
 
 CONF = Path(__file__).parents[1] / "conf"
 

@@ -8,7 +8,7 @@ import torch
 
 from ldae.diffusion import guidance, process
 from ldae.diffusion.schedule import Schedule, cosine, linear, scaled_linear
-from ldae.errors import UserError
+from ldae.utils.errors import UserError
 
 SCHEDULES = [linear(), scaled_linear(), cosine()]
 

@@ -13,7 +13,7 @@ from ldae.diffusion.grids import GRIDS, Path, make_path
 from ldae.diffusion.guidance import Guided, Posterior
 from ldae.diffusion.samplers import DDIM, DDPM, Exact, Multistep
 from ldae.diffusion.schedule import cosine, linear, scaled_linear
-from ldae.errors import UserError
+from ldae.utils.errors import UserError
 
 LINEAR = linear()
 STEPS = (40, 80, 160)

@@ -16,7 +16,7 @@ from ldae.data.phantom.cohort import wait_for_cohort
 from ldae.data.sharing import work_order
 from ldae.data.transforms import Source, Transform
 from ldae.data.volumes import VolumeCache
-from ldae.errors import UserError
+from ldae.utils.errors import UserError
 
 
 @pytest.fixture(scope="module")

@@ -17,19 +17,21 @@ from hydra.utils import instantiate
 from ldae.config import check_targets, conf_dir, register
 from ldae.diffusion.code import Code
 from ldae.diffusion.samplers import DDIM
-from ldae.errors import UserError
-from ldae.evaluation import counterfactuals, directions, edit_figures, selection
+from ldae.editing import directions
+from ldae.editing.directions import Direction, HeldFixed, MeanDifference, Pattern, ProjectedOut, Shrunken, Weights
+from ldae.editing.editor import Anatomy, Editor, open_scans
 from ldae.evaluation.context import Context
-from ldae.evaluation.counterfactuals import Counterfactuals, Exchange, Truth, compare
-from ldae.evaluation.directions import Direction, HeldFixed, MeanDifference, Pattern, ProjectedOut, Shrunken, Weights
-from ldae.evaluation.editing import Anatomy, Editor, open_scans
-from ldae.evaluation.effects import correlation, slope, spearman, weighted_median
-from ldae.evaluation.independent import halves
-from ldae.evaluation.interpolation import Interpolation, triples
-from ldae.evaluation.ladder import climb, outside_share
-from ldae.evaluation.manipulation import Manipulation
-from ldae.evaluation.probes import Classification, Regression
-from ldae.evaluation.variation import Variation
+from ldae.evaluation.edits import counterfactuals, selection
+from ldae.evaluation.edits import figures as edit_figures
+from ldae.evaluation.edits.alpha_sweep import climb, outside_share
+from ldae.evaluation.edits.counterfactuals import Counterfactuals, Exchange, Truth, compare
+from ldae.evaluation.edits.effects import correlation, slope, spearman, weighted_median
+from ldae.evaluation.edits.heldout_probe import halves
+from ldae.evaluation.edits.interpolation import Interpolation, triples
+from ldae.evaluation.edits.manipulation import Manipulation
+from ldae.evaluation.images.variation import Variation
+from ldae.evaluation.probes.targets import Classification, Regression
+from ldae.utils.errors import UserError
 
 SHAPE, DIM, VOXEL = (10, 12, 10), 6, 8.0
 VENTRICLE, HIPPOCAMPUS = (slice(4, 6), slice(5, 7), slice(4, 7)), (slice(2, 3), slice(3, 5), slice(3, 4))

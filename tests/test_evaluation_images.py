@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from ldae.evaluation import image_metrics as metrics
-from ldae.evaluation.anatomy import Levels, SoftVolume
+from ldae.evaluation.edits.anatomy import Levels, SoftVolume
+from ldae.evaluation.images import image_metrics as metrics
 
 
 @pytest.fixture

@@ -16,12 +16,14 @@ import torch
 
 from ldae.diffusion.samplers import DDIM, Exact, Multistep
 from ldae.diffusion.schedule import linear
-from ldae.evaluation import figures, generation, page, report
-from ldae.evaluation.attention import Attention
+from ldae.evaluation import figures, report
+from ldae.evaluation import html_report as page
 from ldae.evaluation.context import Context
-from ldae.evaluation.gap import Gap
-from ldae.evaluation.reconstruction import Reconstruction
-from ldae.evaluation.semantics import Semantics, other_subjects, z0_error_table, z0_errors
+from ldae.evaluation.images import generation
+from ldae.evaluation.images.attention import Attention
+from ldae.evaluation.images.posterior_gap import Gap
+from ldae.evaluation.images.reconstruction import Reconstruction
+from ldae.evaluation.images.semantics import Semantics, other_subjects, z0_error_table, z0_errors
 
 SIZE = 16
 

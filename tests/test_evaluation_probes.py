@@ -10,14 +10,14 @@ import pandas as pd
 import pytest
 import torch
 
-from ldae.errors import UserError
+from ldae.editing.frozen_probes import read_frozen
+from ldae.editing.linear_model import LinearModel
 from ldae.evaluation.context import Context, spread
 from ldae.evaluation.embeddings import cached_embeddings, embed_parts, embed_rows, parts_folder
-from ldae.evaluation.fitting import choose, fit
-from ldae.evaluation.frozen import read_frozen
-from ldae.evaluation.linear import LinearModel
-from ldae.evaluation.probes import Classification, Regression
-from ldae.evaluation.probing import External, Probes, first_visits
+from ldae.evaluation.probes.evaluator import External, Probes, first_visits
+from ldae.evaluation.probes.fitting import choose, fit
+from ldae.evaluation.probes.targets import Classification, Regression
+from ldae.utils.errors import UserError
 
 DIAGNOSIS = {"positive": "AD", "negative": "CN"}
 
@@ -139,7 +139,7 @@ def test_no_subject_is_on_both_sides_of_a_fold(task):
 @pytest.mark.parametrize("task", [Classification("diagnosis", **DIAGNOSIS), Regression("age")])
 def test_stored_arrays_predict_what_the_pipeline_does(task, widths):
     """Imputation, PCA and scaling folded into four arrays, through JSON, to 1e-10."""
-    from ldae.evaluation.fitting import _predictor, _reducer
+    from ldae.evaluation.probes.fitting import _predictor, _reducer
 
     rng = np.random.default_rng(5)
     x = 3 + rng.standard_normal((90, 12)) * np.arange(1, 13)
@@ -159,7 +159,7 @@ def test_stored_arrays_predict_what_the_pipeline_does(task, widths):
 
 def test_more_voxels_than_scans_are_rotated_into_fewer_numbers_without_a_change():
     """Through the rows' own span or in all voxels: the same choice, the same predictions, of new scans too."""
-    from ldae.evaluation.fitting import _predictor, _reducer
+    from ldae.evaluation.probes.fitting import _predictor, _reducer
 
     rng = np.random.default_rng(7)
     x, new = 5 + rng.standard_normal((40, 300)) * np.linspace(0.1, 3, 300), 5 + rng.standard_normal((9, 300))

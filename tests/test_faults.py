@@ -21,10 +21,10 @@ from faults.kills import differences, kills
 from faults.mutate import mutated
 from ldae.data.transforms import Transform
 from ldae.data.volumes import VolumeCache
-from ldae.errors import EXIT_REQUEUE, EXIT_USER_ERROR, UserError
-from ldae.locks import only_writer
-from ldae.main import explain
 from ldae.training.signals import StopSignals
+from ldae.utils.entrypoint import explain
+from ldae.utils.errors import EXIT_REQUEUE, EXIT_USER_ERROR, UserError
+from ldae.utils.locks import only_writer
 
 
 @pytest.fixture(scope="module")
@@ -141,12 +141,12 @@ def test_a_folder_has_one_writer(tmp_path: Path) -> None:
 
 
 def test_a_dead_holder_on_another_host_is_waited_for_and_a_living_one_refused(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("ldae.locks.DEAD", 0.2)
+    monkeypatch.setattr("ldae.utils.locks.DEAD", 0.2)
     (tmp_path / ".lock").write_text("elsewhere 17")
     with only_writer(tmp_path):
         pass
-    monkeypatch.setattr("ldae.locks.DEAD", 60.0)
-    monkeypatch.setattr("ldae.locks.BEAT", 0.05)
+    monkeypatch.setattr("ldae.utils.locks.DEAD", 60.0)
+    monkeypatch.setattr("ldae.utils.locks.BEAT", 0.05)
     (tmp_path / ".lock").write_text("elsewhere 17")
     monkeypatch.setattr("time.sleep", lambda _: (tmp_path / ".lock").touch())
     with pytest.raises(UserError, match="process 17 on elsewhere"), only_writer(tmp_path):

@@ -19,7 +19,7 @@ from ldae.bench.gpu_check.items import Item, run_item
 from ldae.bench.gpu_check.parts import PARTS
 from ldae.bench.gpu_check.run import choose, run
 from ldae.bench.gpu_check.training import count_waits
-from ldae.errors import UserError
+from ldae.utils.errors import UserError
 
 CPU = torch.device("cpu")
 

@@ -15,7 +15,6 @@ FORBIDDEN = {
     "data": {"diffusion", "models", "losses", "training", "evaluation", "stages", "pipeline", "experiment", "cli"},
     "preprocessing": {
         "diffusion", "models", "losses", "training", "evaluation", "stages", "pipeline", "experiment", "cli", "config",
-        "preprocess",
     },
     "losses": {"data", "training", "evaluation", "stages", "pipeline", "experiment", "cli"},
     "training": {"evaluation", "stages", "pipeline", "experiment", "cli", "models.unet"},

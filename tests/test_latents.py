@@ -24,8 +24,8 @@ from ldae.data.latent_npz import npz_name, write_npz
 from ldae.data.latents import ABOUT, CHUNK, LatentSet, channel_scale, write_about
 from ldae.data.table import read_table, write_table
 from ldae.data.transforms import Transform
-from ldae.errors import UserError
-from ldae.latent_encoding import encode_cohort, scan_digests
+from ldae.stages.encode_latents import encode_cohort, scan_digests
+from ldae.utils.errors import UserError
 
 SCANS, BATCH = 10, 2
 WEIGHTS = "5" * 64

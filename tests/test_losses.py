@@ -5,12 +5,12 @@ import torch
 
 from ldae.diffusion.process import Epsilon, Velocity, add_noise
 from ldae.diffusion.schedule import linear
-from ldae.errors import UserError
 from ldae.losses import autoencoder as losses
 from ldae.losses.denoising import denoising_loss, gap_filling_loss
 from ldae.losses.perceptual import MedicalNetDistance, SliceLpips, SqueezeLpips, plane_slices
 from ldae.losses.structural import _gaussian_mean, ssim_map, structural_dissimilarity
-from ldae.noise import generator, normal
+from ldae.utils.errors import UserError
+from ldae.utils.seeding import generator, normal
 
 
 def drawn(*shape, key=0):

@@ -7,9 +7,9 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from ldae.config import check_targets, conf_dir
-from ldae.errors import UserError
 from ldae.models.sizes import check_strides, check_volume_shape
 from ldae.runs import estimator_node
+from ldae.utils.errors import UserError
 
 PUBLISHED = {"autoencoder": 13_766_248, "unet": 486_927_363, "estimator": 378_411_779, "encoder": 53_588_065}
 

@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ldae.models.autoencoder import AutoencoderKL
-from ldae.models.conv import FEWEST, SMALLEST, Conv3d, EnlargingConv3d, with_onednn
+from ldae.models.cpu_kernels import FEWEST, SMALLEST, Conv3d, EnlargingConv3d, with_onednn
 
 
 @pytest.mark.parametrize(

@@ -7,11 +7,11 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from ldae.errors import UserError
 from ldae.models.autoencoder import AutoencoderKL, IdentityAutoencoder
 from ldae.models.convnext import ConvNeXt
 from ldae.models.semantic_encoder import SemanticEncoder, sinusoidal_positions
 from ldae.models.slice_cnn import SliceCNN
+from ldae.utils.errors import UserError
 
 X = torch.rand(2, 1, 8, 16, 12)
 

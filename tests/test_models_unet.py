@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from ldae.errors import UserError
 from ldae.models.blocks import Attention, ResidualBlock, time_features
 from ldae.models.gradient_estimator import GradientEstimator
 from ldae.models.unet import UNet
+from ldae.utils.errors import UserError
 
 SHAPE = {"base": 8, "multipliers": (1, 2), "residual_blocks": 1, "attention_at": (2,), "groups": 4}
 

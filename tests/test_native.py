@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from ldae import LDAE
-from ldae.data.likeness import Likeness
 from ldae.data.scans import BadScan
 from ldae.data.transforms import Transform
-from ldae.errors import UserError
-from ldae.native import in_model_space, in_ras, open_scan, stem
-from ldae.raw_scans import Made, RawScans
+from ldae.scans.ood_check import Likeness
+from ldae.scans.raw_scan import Made, RawScans
+from ldae.scans.scan import in_model_space, in_ras, open_scan, stem
+from ldae.utils.errors import UserError
 from small_run import small_run
 
 SHAPE = (20, 24, 22)

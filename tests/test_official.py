@@ -14,13 +14,13 @@ import torch
 from hydra.utils import instantiate
 
 from ldae import LDAE
+from ldae.bundle.bundle import official_weights as official
+from ldae.bundle.import_official import SCALE, SHAPE, published_configs
 from ldae.denoiser import Denoiser
 from ldae.diffusion.process import Epsilon
 from ldae.diffusion.samplers import DDIM
 from ldae.diffusion.schedule import linear
-from ldae.models import official
 from ldae.models.state import load_strictly
-from ldae.official_bundle import SCALE, SHAPE, published_configs
 
 FIXTURES = Path(__file__).parents[2] / "shared" / "fixtures" / "official"
 with_fixtures = pytest.mark.skipif(not FIXTURES.exists(), reason=f"the stand-in checkpoints are not at {FIXTURES}")

@@ -11,11 +11,12 @@ import pytest
 import torch
 from hydra.utils import instantiate
 
-from ldae import LDAE, official_bundle
+from ldae import LDAE
+from ldae.bundle.bundle import import_official as official_bundle
+from ldae.bundle.bundle import official_weights as official
+from ldae.bundle.import_official import import_official, published_configs
 from ldae.diffusion.guidance import Score
-from ldae.errors import UserError
-from ldae.models import official
-from ldae.official_bundle import import_official, published_configs
+from ldae.utils.errors import UserError
 
 DIM = 768
 

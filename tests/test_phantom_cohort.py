@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 from ldae.data.phantom import draw_table, make_cohort, render
-from ldae.errors import UserError
+from ldae.utils.errors import UserError
 
 SIZE = {"subjects": 5, "seed": 3, "spacing": 9.0, "shape": (24, 24, 24)}
 

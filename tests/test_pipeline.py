@@ -9,8 +9,8 @@ import torch
 from omegaconf import OmegaConf
 
 from ldae import LDAE
-from ldae.allowed import check_targets
-from ldae.errors import UserError
+from ldae.bundle.allowlist import check_targets
+from ldae.utils.errors import UserError
 from small_run import small_run
 
 
@@ -124,7 +124,7 @@ def altered(bundle, tmp_path, change):
         (lambda about, folder: about["modules"]["unet"]["config"].update(residual_blocks=4000), "asks for .* blocks"),
         (lambda about, folder: about["modules"]["unet"]["config"].update(multipliers=[1] * 900), "asks for .* blocks"),
         (lambda about, folder: about["modules"]["unet"]["config"].update(_target_="os.system"), "may not be built"),
-        (lambda about, folder: about["sampler"].update(_target_="ldae.files.write_text"), "may not be built"),
+        (lambda about, folder: about["sampler"].update(_target_="ldae.utils.files.write_text"), "may not be built"),
         (
             lambda about, folder: about["transform"].update(_target_="ldae.data.transforms.load_scan"),
             "nothing that a bundle may build",

@@ -9,10 +9,10 @@ from omegaconf import OmegaConf
 from ldae.commands.options import load_model
 from ldae.diffusion.process import add_noise, eps_to_z0
 from ldae.diffusion.schedule import linear
-from ldae.errors import UserError
 from ldae.models.unet import UNet
 from ldae.training import precision
 from ldae.training.changes import changed_keys
+from ldae.utils.errors import UserError
 
 WITHOUT, WITH = {"avx512_f": True}, {"avx512_bf16": True}
 

@@ -12,12 +12,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from ldae.commands.preprocess import compose_steps
 from ldae.data.scans import BadScan
 from ldae.data.table import read_table
-from ldae.errors import UserError
-from ldae.files import read_json
-from ldae.preprocess import settings
-from ldae.preprocessing import pool
 from ldae.preprocessing.brain import Stripped, closed, looks_stripped
 from ldae.preprocessing.cohort import preprocess
 from ldae.preprocessing.intensity import Tissues, WhiteMatter
@@ -30,6 +27,9 @@ from ldae.preprocessing.regions import Regions, label_maps
 from ldae.preprocessing.sources import Scan, find_scans
 from ldae.preprocessing.template import resampled
 from ldae.preprocessing.volume import Volume
+from ldae.utils import process_pool as pool
+from ldae.utils.errors import UserError
+from ldae.utils.files import read_json
 
 REAL_POOL = pool.run
 OFF = Pipeline(bias=None, brain=Stripped(), registration=None, spacing=4.0)
@@ -288,7 +288,7 @@ def test_steps_that_do_not_go_together_and_unknown_ones_are_refused():
         Pipeline(brain=None, registration=None, intensity=WhiteMatter())
     for wrong in ("preprocess/registration=nonlinear", "preprocess.spacingg=2", "+preprocess.brain.thresh=1"):
         with pytest.raises(UserError, match=wrong.split("=")[0].split(".")[-1].split("/")[-1]):
-            settings([wrong])
+            compose_steps([wrong])
 
 
 def test_the_scan_of_a_person_that_no_table_knows_is_kept(tmp_path):

@@ -17,11 +17,11 @@ from click.testing import CliRunner
 
 from ldae.cli import main
 from ldae.data.table import read_table
-from ldae.files import read_json
 from ldae.preprocessing.check import compare, dice
 from ldae.preprocessing.registration import Transforms
 from ldae.preprocessing.template import Icbm152, at_spacing, inside
 from ldae.preprocessing.volume import Volume
+from ldae.utils.files import read_json
 
 pytest.importorskip("ants", reason="antspyx is not installed: pip install 'ldae[preprocess]'")
 pytest.importorskip("deepbet", reason="deepbet is not installed: pip install 'ldae[preprocess]'")

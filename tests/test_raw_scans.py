@@ -17,12 +17,9 @@ import pytest
 import torch
 from scipy.ndimage import binary_erosion
 
-from ldae.bundle import Bundle
+from ldae.bundle.bundle import Bundle
 from ldae.data.scans import BadScan
 from ldae.data.transforms import Transform
-from ldae.errors import UserError
-from ldae.latent_encoding import common_affine
-from ldae.native import open_scan
 from ldae.preprocessing.bias import N4
 from ldae.preprocessing.brain import Stripped
 from ldae.preprocessing.intensity import Tissues
@@ -31,7 +28,10 @@ from ldae.preprocessing.pipeline import Pipeline
 from ldae.preprocessing.registration import Registration
 from ldae.preprocessing.template import Icbm152, TemplateFile, onto
 from ldae.preprocessing.volume import Volume
-from ldae.raw_scans import RawScans, recorded
+from ldae.scans.raw_scan import RawScans, recorded
+from ldae.scans.scan import open_scan
+from ldae.stages.encode_latents import common_affine
+from ldae.utils.errors import UserError
 from small_run import small_run
 from test_native import brain
 
@@ -187,7 +187,7 @@ def test_the_steps_and_the_grid_travel_with_the_model(tmp_path):
 
 
 def test_a_missing_package_is_named_with_what_to_type(monkeypatch):
-    monkeypatch.setattr("ldae.raw_scans.find_spec", lambda name: None)
+    monkeypatch.setattr("ldae.scans.raw_scan.find_spec", lambda name: None)
     with pytest.raises(BadScan, match=r"antspyx and deepbet not installed: pip install 'ldae\[preprocess\]'"):
         RawScans(Transform((8, 8, 8), 9.0))(brain())
 

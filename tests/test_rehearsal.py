@@ -81,7 +81,9 @@ def stage_of(monkeypatch):
     monkeypatch.setattr(torch, "autocast", rehearsal.Autocast)
     for name in ("aekl", "pretrain", "repr"):
         monkeypatch.setattr(f"ldae.stages.{name}.adam", rehearsal.FusedAdam)
-    monkeypatch.setattr("ldae.evaluation.image_metrics.brain_mask", lambda x: torch.ones(x.shape, dtype=torch.bool))
+    monkeypatch.setattr(
+        "ldae.evaluation.images.image_metrics.brain_mask", lambda x: torch.ones(x.shape, dtype=torch.bool)
+    )
     monkeypatch.setattr(
         "ldae.training.validation.read_back",
         lambda found: {row: {name: check_scalar(value) for name, value in m.items()} for row, m in found.items()},

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from ldae.data.splits import assign, ensure, read_split, split_hash
-from ldae.errors import UserError
+from ldae.utils.errors import UserError
 
 SHARES = {"train": 0.8, "val": 0.05, "test": 0.15}
 

@@ -19,10 +19,10 @@ from ldae.models.convnext import ConvNeXt
 from ldae.models.gradient_estimator import GradientEstimator
 from ldae.models.semantic_encoder import SemanticEncoder
 from ldae.models.unet import UNet
-from ldae.noise import generator
 from ldae.stages.aekl import AutoencoderStage
 from ldae.stages.pretrain import PretrainStage
 from ldae.stages.repr import ReprStage
+from ldae.utils.seeding import generator
 
 SHAPE = (16, 16, 16)
 UNET = {"base": 8, "multipliers": (1, 2), "residual_blocks": 1, "attention_at": (2,), "groups": 4, "dropout": 0.0}

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from ldae.data.stream import Batches, SampleStream
-from ldae.errors import UserError
+from ldae.utils.errors import UserError
 
 WAIT = 10  # seconds until a thread that should have come counts as missing
 

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from ldae.data.table import parse_session, read_table, session_label, write_table
-from ldae.errors import UserError
+from ldae.utils.errors import UserError
 
 HEADER = "subject,session,path,diagnosis,age"
 

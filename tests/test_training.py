@@ -14,14 +14,14 @@ from torch import nn
 
 from ldae.config import Optim
 from ldae.config import Trainer as Settings
-from ldae.errors import EXIT_REQUEUE, UserError
-from ldae.noise import normal
 from ldae.runs import Run
 from ldae.training.checkpoint import _flatten, _unflatten
 from ldae.training.ema import Ema
 from ldae.training.health import LossWatch
 from ldae.training.stage import Monitor, Stage, Updater, adam
 from ldae.training.trainer import Trainer, learning_rate_factor
+from ldae.utils.errors import EXIT_REQUEUE, UserError
+from ldae.utils.seeding import normal
 
 DATA = torch.randn(11, 5, generator=torch.Generator().manual_seed(3))
 

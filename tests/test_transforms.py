@@ -11,7 +11,7 @@ import torch
 
 from ldae.data.scans import MAX_VOXELS, BadScan
 from ldae.data.transforms import MinMax, Percentiles, Transform
-from ldae.errors import UserError
+from ldae.utils.errors import UserError
 
 REAL = Path(__file__).parents[2] / "shared" / "data"
 

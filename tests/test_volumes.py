@@ -15,7 +15,7 @@ from ldae.data.augmentation import Augmentation
 from ldae.data.cohort import Cohort, load_cohort
 from ldae.data.transforms import MinMax, Transform
 from ldae.data.volumes import VolumeCache
-from ldae.errors import UserError
+from ldae.utils.errors import UserError
 
 SHAPE = (8, 10, 8)
 SHARES = {"train": 0.6, "val": 0.2, "test": 0.2}

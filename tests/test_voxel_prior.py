@@ -8,11 +8,11 @@ from ldae.denoiser import Denoiser
 from ldae.diffusion import schedule
 from ldae.diffusion.process import Epsilon, Velocity, add_noise
 from ldae.diffusion.samplers import Multistep
-from ldae.errors import UserError
 from ldae.models.gradient_estimator import GradientEstimator
 from ldae.models.unet import UNet
 from ldae.models.voxel_prior import LEAST, VoxelPrior
-from ldae.noise import normal
+from ldae.utils.errors import UserError
+from ldae.utils.seeding import normal
 
 SHAPE = {"in_channels": 2, "base": 8, "multipliers": (1, 2), "residual_blocks": 1, "groups": 4}
 LINEAR = schedule.linear()

@@ -16,7 +16,7 @@ from ldae.commands.preprocess import preprocess
 from ldae.commands.reconstruct import reconstruct
 from ldae.commands.sample import sample
 from ldae.commands.vary import vary
-from ldae.errors import UserError
+from ldae.utils.errors import UserError
 
 SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 COMMANDS = (

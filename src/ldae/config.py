@@ -14,7 +14,8 @@ from hydra.utils import get_object
 from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 
 from ldae.data.phantom import SHAPE, SPACING
-from ldae.errors import UserError
+from ldae.utils.errors import UserError
+from ldae.utils.renamed import present_name
 
 _INSTANTIATE_KEYS = {"_target_", "_partial_", "_args_", "_recursive_", "_convert_"}
 
@@ -224,7 +225,9 @@ def _check_signature(node: DictConfig, key: str) -> None:
     try:
         target = get_object(node["_target_"])
     except Exception as error:
-        raise UserError(f"{key}._target_: cannot import {node['_target_']!r} ({error})") from error
+        now = present_name(node["_target_"])
+        hint = f"it is now {now}" if now != node["_target_"] else error
+        raise UserError(f"{key}._target_: cannot import {node['_target_']!r} ({hint})") from error
     parameters = inspect.signature(target).parameters.values()
     if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
         return

@@ -12,10 +12,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from ldae.config import check_targets
 from ldae.data.cohort import Cohort, load_cohort
-from ldae.errors import UserError
-from ldae.locks import only_writer
-from ldae.noise import derive
 from ldae.runs import Run, Workspace, workspace
+from ldae.utils.errors import UserError
+from ldae.utils.locks import only_writer
+from ldae.utils.seeding import derive
 
 log = logging.getLogger(__name__)
 
@@ -141,7 +141,7 @@ def _check_predecessors(config: DictConfig, space: Workspace) -> None:
 
 def encode(config: DictConfig) -> None:
     """Compress every scan of the table with the trained autoencoder."""
-    from ldae.latent_encoding import encode_cohort
+    from ldae.stages.encode_latents import encode_cohort
 
     _check(config)
     accelerator = instantiate(config.accelerator)

@@ -10,11 +10,11 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ldae.data.likeness import Likeness
 from ldae.data.transforms import Source
-from ldae.errors import UserError
-from ldae.native import Scan, open_scan
-from ldae.raw_scans import RawScans
+from ldae.scans.ood_check import Likeness
+from ldae.scans.raw_scan import RawScans
+from ldae.scans.scan import Scan, open_scan
+from ldae.utils.errors import UserError
 
 Scans = Tensor | Scan | Source | Sequence[Scan | Source]
 

@@ -14,18 +14,18 @@ import torch
 from hydra.utils import instantiate
 from torch import Tensor, nn
 
-from ldae.bundle import Bundle
+from ldae.bundle.bundle import Bundle
 from ldae.denoiser import Denoiser
 from ldae.diffusion.code import Code
 from ldae.diffusion.samplers import Sampler
-from ldae.errors import UserError
+from ldae.editing.readouts import Knowledge
 from ldae.inputs import Inputs, Scans
-from ldae.knowledge import Knowledge
 from ldae.models.sizes import latent_sizes
-from ldae.native import Preprocess
-from ldae.noise import normal
-from ldae.raw_scans import RawScans
+from ldae.scans.raw_scan import RawScans
+from ldae.scans.scan import Preprocess
 from ldae.uses import Edit, Uses
+from ldae.utils.errors import UserError
+from ldae.utils.seeding import normal
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -19,9 +19,10 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ldae.errors import UserError
-from ldae.files import file_sha256, read_json, replacing, write_json, write_text
 from ldae.models.state import check_depth, check_tensors, load_strictly, read_tensors
+from ldae.utils.errors import UserError
+from ldae.utils.files import file_sha256, read_json, replacing, write_json, write_text
+from ldae.utils.renamed import with_present_names
 
 MAX_BRACKETS = 500  # in a stored config
 MAX_NAME = 200  # file names end at 255 bytes
@@ -122,7 +123,8 @@ class Run:
                 raise ValueError("too many brackets")
             if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
                 raise ValueError("an alias, which may hold itself")
-            loaded = OmegaConf.create(text)
+            stored = OmegaConf.to_container(OmegaConf.create(text))
+            loaded = OmegaConf.create(with_present_names(stored))
         except (OSError, yaml.YAMLError, UnicodeError, OmegaConfBaseException, ValueError, RecursionError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise UserError(f"cannot read {path} ({reason}): restore it") from error

@@ -6,7 +6,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ldae.evaluation.editing import Editor
+from ldae.editing.editor import Editor
 from ldae.inputs import Scans
 
 

@@ -238,7 +238,13 @@ def yamls(folder: Path, count: int, draw: random.Random, run: Path) -> Iterator[
         yield "yaml", path
 
 
-TARGETS = ("os.system", "subprocess.run", "ldae.files.write_text", "builtins.eval", "ldae.models.state.read_tensors")
+TARGETS = (
+    "os.system",
+    "subprocess.run",
+    "ldae.utils.files.write_text",
+    "builtins.eval",
+    "ldae.models.state.read_tensors",
+)
 
 
 def bundles(folder: Path, count: int, draw: random.Random) -> Iterator[Case]:

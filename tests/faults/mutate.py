@@ -12,17 +12,17 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from ldae.allowed import check_targets
-from ldae.bundle import Bundle
+from ldae.bundle.allowlist import check_targets
+from ldae.bundle.bundle import Bundle
 from ldae.data.latent_file import LatentFile
 from ldae.data.latent_npz import read_npz
 from ldae.data.latents import LatentSet
 from ldae.data.splits import read_split
 from ldae.data.table import read_table
 from ldae.data.transforms import Transform
-from ldae.main import explain
 from ldae.models.state import read_tensors
 from ldae.runs import Run
+from ldae.utils.entrypoint import explain
 
 from . import inputs
 from .inputs import CANARY, Case

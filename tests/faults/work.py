@@ -16,7 +16,7 @@ from omegaconf import DictConfig
 
 from ldae.config import conf_dir, register
 from ldae.experiment import encode, evaluate, train
-from ldae.main import one_line_errors
+from ldae.utils.entrypoint import one_line_errors
 
 from . import forked
 

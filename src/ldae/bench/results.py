@@ -6,8 +6,8 @@ from itertools import pairwise
 from pathlib import Path
 
 from ldae.bench.measure import Cost
-from ldae.errors import UserError
-from ldae.files import read_json
+from ldae.utils.errors import UserError
+from ldae.utils.files import read_json
 
 log = logging.getLogger(__name__)
 

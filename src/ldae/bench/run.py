@@ -17,8 +17,8 @@ from ldae.bench.subject import Subject
 from ldae.bench.tasks import TASKS, run_tasks
 from ldae.bench.voxels import compare_spaces
 from ldae.config import check_targets
-from ldae.errors import UserError
-from ldae.files import write_json
+from ldae.utils.errors import UserError
+from ldae.utils.files import write_json
 
 log = logging.getLogger(__name__)
 Compose = Callable[[Sequence[str]], DictConfig]

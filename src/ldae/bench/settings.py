@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ldae.errors import UserError
+from ldae.utils.errors import UserError
 
 
 @dataclass(frozen=True)

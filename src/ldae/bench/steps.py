@@ -12,8 +12,8 @@ from torch import Tensor
 from ldae.bench.measure import Cost, Peak, counted, synchronise
 from ldae.bench.subject import Subject
 from ldae.data.stream import Batch, Batches, SampleStream
-from ldae.errors import UserError
 from ldae.training.precision import set_up_backends
+from ldae.utils.errors import UserError
 
 WARM_UP = 2  # steps after the one that counts operations: kernels are chosen by measuring, and memory is taken
 SCALING = 20  # further steps, at most: a scaler of float16 finds its factor by steps that do not count

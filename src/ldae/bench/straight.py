@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ldae.data.latent_npz import read_npz
 from ldae.data.latents import LatentSet
 from ldae.models.blocks import Attention
-from ldae.models.conv import Conv3d, EnlargingConv3d
+from ldae.models.cpu_kernels import Conv3d, EnlargingConv3d
 from ldae.training.ema import Ema
 from ldae.training.stage import Stage
 

@@ -14,7 +14,7 @@ from ldae.commands.options import (
     table_path,
     unlike_options,
 )
-from ldae.errors import UserError
+from ldae.utils.errors import UserError
 
 SOME_FAILED = 1  # exit status where some scans were set aside
 
@@ -38,7 +38,7 @@ def embed(
     ldae = load_model(**model)
     from tqdm import tqdm
 
-    from ldae.growing_table import GrowingTable, content_key
+    from ldae.utils.resumable_csv import GrowingTable, content_key
 
     identity = f"{ldae.bundle.weights}{ldae.transform.key()}"
     if str(ldae.dtype) != "torch.float32":  # whose last digits are others
@@ -71,7 +71,7 @@ def _write_rejected(output: Path, rejected: list[tuple[str, str]]) -> None:
     """Beside `output`; an old one is removed where nothing was set aside."""
     import csv
 
-    from ldae.files import replacing
+    from ldae.utils.files import replacing
 
     path = output.with_name(f"{output.stem}_rejected.csv")
     if not rejected:

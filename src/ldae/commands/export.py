@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 from ldae.commands.options import PATH, output_option
-from ldae.errors import UserError
+from ldae.utils.errors import UserError
 
 
 @click.command()
@@ -23,6 +23,6 @@ def export(run: str | None, named: str | None, runs: Path, output: Path) -> None
         raise UserError("name one run, as in `ldae export demo -o bundle`")
     if output.is_file():
         raise UserError(f"-o {output}: a folder is needed")
-    from ldae.bundle import Bundle
+    from ldae.bundle.bundle import Bundle
 
     click.echo(Bundle.find(run or named, runs).save(output))

@@ -18,7 +18,7 @@ from ldae.commands.options import PATH, output_option
 @output_option("The bundle's folder.")
 def import_official(**paths: Path | None) -> None:
     """Turn the released LDAE checkpoints into a bundle that LDAE.load opens."""
-    from ldae.official_bundle import import_official as convert
+    from ldae.bundle.import_official import import_official as convert
 
     out = paths.pop("output")
     convert(**paths, out=out)

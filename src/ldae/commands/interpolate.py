@@ -16,7 +16,7 @@ from ldae.commands.options import (
     steps_option,
     unlike_options,
 )  # fmt: skip
-from ldae.errors import UserError
+from ldae.utils.errors import UserError
 
 
 @click.command()
@@ -42,7 +42,7 @@ def interpolate(
     ldae = load_model(**model)
     from tqdm import tqdm
 
-    from ldae.native import write_image
+    from ldae.scans.scan import write_image
 
     first, second = (ldae.open(path, not force, preprocess) for path in paths)
     start, *between = (

@@ -21,8 +21,8 @@ from ldae.commands.options import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ldae.native import Scan
     from ldae.pipeline import LDAE
+    from ldae.scans.scan import Scan
 
 
 DIRECTION = "What to change: a probe's name, such as diagnosis or age."
@@ -57,7 +57,7 @@ def manipulate(
     ldae = load_model(**model)
     from tqdm import tqdm
 
-    from ldae.native import write_image
+    from ldae.scans.scan import write_image
 
     chosen, scan = ldae.direction(direction), ldae.open(path, not force, preprocess)
     settings = {name: value for name, value in (("depth", depth), ("steps", steps)) if value is not None}
@@ -75,7 +75,7 @@ def manipulate(
 
 def verdicts(ldae: "LDAE", name: str, scan: "Scan", start: "Tensor", edited: "dict[float, Tensor]") -> "list[str]":
     """A table of what the probe says before and after, tab-separated; one line where there is no such probe."""
-    knowledge, y, direction = ldae.knowledge, ldae.embed(scan), ldae.direction(name)
+    knowledge, y, direction = ldae.editing.readouts, ldae.embed(scan), ldae.direction(name)
 
     def say(values: "Tensor") -> str:
         return knowledge.verdict(name, values.cpu().numpy())[0]
@@ -90,8 +90,8 @@ def verdicts(ldae: "LDAE", name: str, scan: "Scan", start: "Tensor", edited: "di
 
 
 def _write_viewer(ldae: "LDAE", scan: "Scan", direction: str, volumes: "dict[float, Tensor]", output: Path) -> None:
-    from ldae.native import in_ras
-    from ldae.viewer import write_viewer
+    from ldae.scans.scan import in_ras
+    from ldae.utils.html_viewer import write_viewer
 
     axes, spacing = ldae.transform.orientation, ldae.transform.spacing or (1.0, 1.0, 1.0)
     frames = {f"alpha {said(a)}": in_ras(volumes[a][0, 0].cpu().numpy(), axes) for a in sorted(volumes)}

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ldae.errors import UserError
+from ldae.utils.errors import UserError
 
 if TYPE_CHECKING:
     from ldae.pipeline import LDAE
@@ -94,7 +94,7 @@ def load_model(
     """
     if (run is None) == (bundle is None):
         raise UserError("name one model: --run NAME or --bundle DIR")
-    from ldae.bundle_file import DESCRIPTION
+    from ldae.bundle.description import DESCRIPTION
     from ldae.pipeline import LDAE
     from ldae.training.precision import console_dtype, set_up_backends
 

@@ -6,7 +6,7 @@ import click
 
 from ldae.commands.options import output_option
 from ldae.data.phantom import SHAPE, SPACING
-from ldae.errors import UserError
+from ldae.utils.errors import UserError
 
 
 @click.command()

@@ -1,9 +1,18 @@
 """`ldae preprocess`: raw scans in, scans that models take out."""
 
+import logging
+import signal
+import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+log = logging.getLogger(__name__)
 
 
 @click.command()
@@ -30,11 +39,72 @@ def preprocess(source: Path, output: Path, overrides: tuple[str, ...], **options
     SOURCE is a BIDS dataset, a Clinica CAPS tree, or a CSV with a column `path`. OUTPUT becomes BIDS derivatives with
     scans.csv, rejected.csv (what was set aside, and why) and qc.html. The same command again goes on where it stopped.
     """
-    from ldae.preprocess import preprocess as run
-
     groups = ("bias", "brain", "registration", "intensity", "regions")
     chosen = [f"preprocess/{name}={options[name]}" for name in groups if options[name]]
     chosen += [f"preprocess.spacing={options['spacing']}"] if options["spacing"] else []
     others = {name: options[name] for name in ("labels", "participants", "workers", "threads")}
-    run(source, output, [*chosen, *overrides], **others)
+    preprocess_folder(source, output, [*chosen, *overrides], **others)
     click.echo(output / "scans.csv")
+
+
+def compose_steps(overrides: Sequence[str] = ()) -> "DictConfig":
+    """Compose conf/preprocess.yaml with Hydra overrides.
+
+    Raises:
+        UserError: an override does not compose.
+    """
+    from hydra import compose, initialize_config_dir
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    from ldae.config import check_targets, conf_dir, register
+    from ldae.utils.errors import UserError
+
+    register()
+    try:
+        with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+            config = compose("preprocess", list(overrides))
+    except (HydraException, OmegaConfBaseException) as error:
+        text = " ".join(str(error).split())
+        raise UserError(f"{' '.join(overrides)}: {text[:300]}") from error
+    check_targets(config)
+    return config.preprocess
+
+
+def preprocess_folder(
+    source: Path,
+    out: Path,
+    overrides: Sequence[str] = (),
+    labels: Path | None = None,
+    participants: Path | None = None,
+    workers: int | None = None,
+    threads: int = 1,
+) -> None:
+    """Preprocess every scan of `source` into `out`; see ldae.preprocessing.cohort.
+
+    Raises:
+        UserError: there is nothing to read, the steps do not go together, or the disk cannot be written.
+    """
+    from hydra.utils import instantiate
+
+    from ldae.preprocessing.cohort import preprocess as preprocess_cohort
+    from ldae.preprocessing.job import Job
+    from ldae.preprocessing.names import entity
+    from ldae.preprocessing.people import People
+    from ldae.preprocessing.pipeline import Pipeline
+    from ldae.preprocessing.sources import find_scans
+
+    steps = instantiate(compose_steps(overrides), _convert_="all")
+    regions, columns = steps.pop("regions"), steps.pop("columns")
+    job = Job(Pipeline(**steps), out, regions)
+    scans = find_scans(source)
+    log.info("%d scans in %s", len(scans), source)
+    if job.pipeline.registration and any(entity(scan.path.name, "space") for scan in scans):
+        log.warning(
+            "some file names have a space- entity, so these scans may be registered already: "
+            "--registration none keeps them as they are"
+        )
+    people = People(source if source.is_dir() else None, columns, participants)
+    # A scheduler interrupts by SIGTERM: leave through `finally`, so that the tables of what is done are written.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    preprocess_cohort(scans, people, job, labels, workers, threads)

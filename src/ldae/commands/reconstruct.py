@@ -37,7 +37,7 @@ def reconstruct(
     (path,) = given(scans, inputs, 1)
     output = image_path(output, path)
     ldae = load_model(**model)
-    from ldae.native import write_image
+    from ldae.scans.scan import write_image
 
     scan = ldae.open(path, not force, preprocess)
     volume = ldae.vary(scan, 1, seed, steps) if semantic else ldae.reconstruct(scan, steps)

@@ -20,9 +20,9 @@ def sample(count: int, seed: int, output: Path, steps: int | None, **model: Any)
     ldae = load_model(**model)
     from tqdm import tqdm
 
-    from ldae.native import in_model_space, write_image
+    from ldae.scans.scan import in_model_space, write_image
 
-    codes = ldae.noise(count, seed)
+    codes = ldae.utils.seeding(count, seed)
     for number in tqdm(range(count), desc="samples"):
         volume = ldae.sample_from(codes[number : number + 1], steps)[0]
         write_image(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ldae.noise import generator
+from ldae.utils.seeding import generator
 
 # Names of what is drawn, in the batch that a stage fetches.
 FLIP, THETA, GAMMA, SHIFT = "augment_flip", "augment_theta", "augment_gamma", "augment_shift"

@@ -16,7 +16,7 @@ from ldae.data.splits import check_not_empty, ensure, read_split, split_hash
 from ldae.data.table import read_table, write_table
 from ldae.data.transforms import Transform
 from ldae.data.volumes import VolumeCache, Volumes
-from ldae.errors import UserError
+from ldae.utils.errors import UserError
 
 log = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ import numpy as np
 from ldae.data.cache_key import cache_key
 from ldae.data.scans import BadScan, load_scan
 from ldae.data.transforms import Transform
-from ldae.files import replacing
+from ldae.utils.files import replacing
 
 log = logging.getLogger(__name__)
 

@@ -21,8 +21,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ldae.errors import UserError
-from ldae.files import replacing
+from ldae.utils.errors import UserError
+from ldae.utils.files import replacing
 
 FILE = "latents.safetensors"
 DIGEST = 16  # bytes

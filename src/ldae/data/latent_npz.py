@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ldae.errors import UserError
-from ldae.files import replacing
+from ldae.utils.errors import UserError
+from ldae.utils.files import replacing
 
 MAX_BYTES = 2**30  # of one array; at full size it is 60 kB
 

@@ -17,8 +17,8 @@ import pandas as pd
 
 from ldae.data.latent_file import FILE, LatentFile, Posterior, row_digests, write_latents
 from ldae.data.latent_npz import npz_name, read_npz
-from ldae.errors import UserError
-from ldae.files import remove_temporaries
+from ldae.utils.errors import UserError
+from ldae.utils.files import remove_temporaries
 
 log = logging.getLogger(__name__)
 

@@ -18,8 +18,8 @@ from torch import Tensor
 from ldae.data.latent_file import FILE, LatentFile, row_digests
 from ldae.data.latent_npz import read_npz
 from ldae.data.table import read_table, scan_names
-from ldae.errors import UserError
-from ldae.files import read_json, write_json
+from ldae.utils.errors import UserError
+from ldae.utils.files import read_json, write_json
 
 ABOUT = "latents.json"
 CHUNK = 256  # rows that are read at once; at full size 31 MB

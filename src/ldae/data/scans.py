@@ -7,7 +7,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 
-from ldae.errors import UserError
+from ldae.utils.errors import UserError
 
 MAX_VOXELS = 2**28  # a 0.4 mm head is 2**27; a header that asks for more is broken, or hostile
 MIN_SIZE = 2

@@ -14,9 +14,9 @@ from pathlib import Path
 import pandas as pd
 
 from ldae.data.table import SPLITS, read_cells
-from ldae.errors import UserError
-from ldae.files import replacing
-from ldae.noise import derive
+from ldae.utils.errors import UserError
+from ldae.utils.files import replacing
+from ldae.utils.seeding import derive
 
 log = logging.getLogger(__name__)
 

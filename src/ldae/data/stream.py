@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from ldae.errors import UserError
-from ldae.noise import derive
+from ldae.utils.errors import UserError
+from ldae.utils.seeding import derive
 
 Batch = dict[str, Any]
 Fetch = Callable[[np.ndarray, np.ndarray, int], Mapping[str, Any]]

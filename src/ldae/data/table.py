@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from ldae.errors import UserError
-from ldae.files import replacing
+from ldae.utils.errors import UserError
+from ldae.utils.files import replacing
 
 REQUIRED = ("subject", "session", "path", "diagnosis", "age")
 PATHS = ("path", "latent_path", "labels_path")

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from ldae.data.scans import BadScan, load_scan, nifti_like
-from ldae.errors import UserError
+from ldae.utils.errors import UserError
 
 VERSION = 1  # of the arithmetic: raise it when the same parameters give other voxels, so that caches are made anew
 LABELS = (("L", "R"), ("P", "A"), ("I", "S"))

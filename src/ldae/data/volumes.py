@@ -17,8 +17,8 @@ from ldae.data.cache_key import cache_key
 from ldae.data.scans import BadScan
 from ldae.data.sharing import work_order
 from ldae.data.transforms import Transform
-from ldae.errors import UserError
-from ldae.files import replacing
+from ldae.utils.errors import UserError
+from ldae.utils.files import replacing
 
 log = logging.getLogger(__name__)
 

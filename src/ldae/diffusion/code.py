@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ldae.diffusion.slerp import slerp_weights
-from ldae.errors import UserError
+from ldae.utils.errors import UserError
 
 
 @dataclass(frozen=True)

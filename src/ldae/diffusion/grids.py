@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from ldae.diffusion.schedule import Schedule
-from ldae.errors import UserError
+from ldae.utils.errors import UserError
 
 
 @dataclass(frozen=True)

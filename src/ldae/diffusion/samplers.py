@@ -14,8 +14,8 @@ from ldae.diffusion.grids import Path, make_path
 from ldae.diffusion.guidance import EpsFn, Guidance
 from ldae.diffusion.multistep import multistep
 from ldae.diffusion.schedule import Schedule
-from ldae.errors import UserError
-from ldae.noise import normal
+from ldae.utils.errors import UserError
+from ldae.utils.seeding import normal
 
 STEPS_FOR_ORDER_3 = 15
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ldae.errors import UserError
+from ldae.utils.errors import UserError
 
 
 class Schedule:

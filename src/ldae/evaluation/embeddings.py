@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ldae.data.sharing import work_order
 from ldae.evaluation.context import batches
-from ldae.files import read_json, replacing, write_json
+from ldae.utils.files import read_json, replacing, write_json
 
 log = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ldae.files import replacing
+from ldae.utils.files import replacing
 
 LABELS = {"embedding": "LDAE", "age_sex": "age + sex", "pca": "PCA of latents", "untrained": "untrained encoder"}
 

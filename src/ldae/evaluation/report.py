@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from ldae.files import read_json, write_json
+from ldae.utils.files import read_json, write_json
 
 _SUFFIX = re.compile(r"_(low|high)$")
 

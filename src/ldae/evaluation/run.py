@@ -17,9 +17,8 @@ from torch import Tensor
 from ldae.data.cohort import Cohort
 from ldae.data.labels import RegionCache
 from ldae.data.latents import ABOUT, LatentSet
-from ldae.errors import UserError
-from ldae.evaluation.anatomy import STRUCTURES
 from ldae.evaluation.context import Context, Evaluator
+from ldae.evaluation.edits.anatomy import STRUCTURES
 from ldae.evaluation.embeddings import (
     cached_embeddings,
     embed_parts,
@@ -28,9 +27,10 @@ from ldae.evaluation.embeddings import (
     parts_folder,
     read_embeddings,
 )
-from ldae.evaluation.page import write_report
+from ldae.evaluation.html_report import write_report
 from ldae.evaluation.report import console_table, merge_metrics
 from ldae.runs import Run, Workspace
+from ldae.utils.errors import UserError
 
 log = logging.getLogger(__name__)
 

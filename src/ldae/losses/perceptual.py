@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ldae.errors import UserError
 from ldae.models.state import load_strictly, read_tensors
+from ldae.utils.errors import UserError
 
 FIRE_CHANNELS = (  # (in, squeeze, expand) of SqueezeNet 1.1's fire modules, arXiv 1602.07360
     (64, 16, 64), (128, 16, 64), (128, 32, 128), (256, 32, 128),

@@ -8,7 +8,7 @@ from monai.networks.blocks import UpSample
 from torch import Tensor, nn
 
 from ldae.models.blocks import GroupNorm, run
-from ldae.models.conv import EnlargingConv3d, with_onednn
+from ldae.models.cpu_kernels import EnlargingConv3d, with_onednn
 from ldae.models.sizes import check_divisible, latent_sizes
 from ldae.models.tiling import Slabs
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from ldae.models.conv import Conv3d, EnlargingConv3d
+from ldae.models.cpu_kernels import Conv3d, EnlargingConv3d
 from ldae.models.group_norm import has_few_large_groups, split_group_norm
 
 MAX_PERIOD = 10_000.0

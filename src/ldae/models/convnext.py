@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ldae.errors import UserError
 from ldae.models.state import load_strictly, read_tensors
+from ldae.utils.errors import UserError
 
 NORM_EPS = 1e-6
 CLASSIFIER = ("classifier.2.weight", "classifier.2.bias")

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout, linear
 
-from ldae.errors import UserError
 from ldae.models.blocks import MAX_PERIOD, run
+from ldae.utils.errors import UserError
 
 
 def sinusoidal_positions(count: int, dim: int) -> Tensor:

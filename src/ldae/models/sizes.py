@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ldae.errors import UserError
+from ldae.utils.errors import UserError
 
 AXES = "xyz"
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ldae.errors import UserError
+from ldae.utils.errors import UserError
 
 GAIN = 4.0  # of what is learned about where to look: Adam's steps are as long for it as for any other weight
 

@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ldae.errors import UserError
+from ldae.utils.errors import UserError
 
 COUNTING = ("blocks", "depth", "layers")  # in the names of arguments that count what a level holds
 FEW = 16  # blocks that any network may have

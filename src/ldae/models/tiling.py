@@ -14,7 +14,7 @@ from monai.networks.nets.autoencoderkl import AEKLDownsample, AEKLResBlock
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ldae.errors import UserError
+from ldae.utils.errors import UserError
 
 Pointwise = Callable[[Tensor], Tensor]
 HOST = torch.device("cpu")

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ldae.models.blocks import Attention, GroupNorm, ResidualBlock, full_precision, run, time_features, zeroed
-from ldae.models.conv import Conv3d
+from ldae.models.cpu_kernels import Conv3d
 from ldae.models.sizes import check_divisible
 from ldae.models.voxel_prior import Normal, VoxelPrior
 

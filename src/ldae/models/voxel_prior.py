@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ldae.errors import UserError
+from ldae.utils.errors import UserError
 
 LEAST = 0.02  # deviation of a voxel, in units of the latents': air varies less, and a network is not that exact
 

@@ -11,12 +11,12 @@ import click
 import numpy as np
 import pandas as pd
 
-from ldae.errors import UserError
-from ldae.files import read_json, replacing
 from ldae.preprocessing.brain import closed
 from ldae.preprocessing.names import entity
 from ldae.preprocessing.regions import label_maps
 from ldae.preprocessing.volume import Volume
+from ldae.utils.errors import UserError
+from ldae.utils.files import read_json, replacing
 
 
 def dice(first: np.ndarray, second: np.ndarray) -> float:

@@ -14,13 +14,13 @@ from typing import Any
 import pandas as pd
 
 from ldae.data.table import session_label, write_table
-from ldae.files import write_json
-from ldae.preprocessing import pool
 from ldae.preprocessing.job import Job, Record
 from ldae.preprocessing.people import People, Person
 from ldae.preprocessing.quality import write_quality
 from ldae.preprocessing.regions import label_maps
 from ldae.preprocessing.sources import Scan
+from ldae.utils import process_pool as pool
+from ldae.utils.files import write_json
 
 log = logging.getLogger(__name__)
 

@@ -19,8 +19,6 @@ from pathlib import Path
 from typing import Any
 
 from ldae.data.scans import BadScan
-from ldae.errors import UserError
-from ldae.files import file_sha256, read_json, replacing, write_json
 from ldae.preprocessing.mosaic import write_mosaic
 from ldae.preprocessing.names import NATIVE, Names
 from ldae.preprocessing.pipeline import Pipeline, Prepared
@@ -29,6 +27,8 @@ from ldae.preprocessing.registration import matrix
 from ldae.preprocessing.sources import Scan
 from ldae.preprocessing.template import inside
 from ldae.preprocessing.volume import Volume
+from ldae.utils.errors import UserError
+from ldae.utils.files import file_sha256, read_json, replacing, write_json
 
 log = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ import nibabel as nib
 import numpy as np
 from scipy.ndimage import binary_erosion
 
-from ldae.files import replacing
+from ldae.utils.files import replacing
 
 SLICES = 6  # a plane
 BRAIN, TEMPLATE = (255, 70, 70), (70, 200, 255)

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ldae.data.table import MAX_AGE, parse_session
-from ldae.errors import UserError
 from ldae.preprocessing.sources import Scan
+from ldae.utils.errors import UserError
 
 EMPTY = {"", "n/a", "na", "nan"}
 

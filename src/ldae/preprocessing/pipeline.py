@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 
 from ldae.data.transforms import Source
-from ldae.errors import UserError
 from ldae.preprocessing.bias import N4
 from ldae.preprocessing.brain import BrainExtraction, DeepBet, Stripped, looks_stripped
 from ldae.preprocessing.intensity import Tissues, WhiteMatter
@@ -21,6 +20,7 @@ from ldae.preprocessing.measures import Limits, brain_volume, noise, template_co
 from ldae.preprocessing.registration import Registration, Transforms
 from ldae.preprocessing.template import Icbm152, Template, TemplateFile, at_spacing, resampled
 from ldae.preprocessing.volume import Volume
+from ldae.utils.errors import UserError
 
 VERSION = 1  # of the arithmetic: raise it when the same parameters give other voxels, so that scans are made anew
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from ldae.files import write_text
 from ldae.preprocessing.job import Record
 from ldae.preprocessing.sources import Scan
+from ldae.utils.files import write_text
 
 # Measure -> heading, factor, and the sign that makes larger worse; 0: both ends are bad.
 MEASURES = {

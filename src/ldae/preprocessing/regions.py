@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from ldae.errors import UserError
 from ldae.preprocessing.names import entity
 from ldae.preprocessing.volume import Volume
+from ldae.utils.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ import nibabel as nib
 import numpy as np
 
 from ldae.data.transforms import smooth
-from ldae.errors import UserError
 from ldae.preprocessing.volume import Volume
+from ldae.utils.errors import UserError
 
 EDGE = 0.15  # of the brightest voxel; CSF is above it
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from ldae.data.scans import BadScan, load_scan
 from ldae.data.transforms import Source
-from ldae.files import replacing
+from ldae.utils.files import replacing
 
 TO_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 MAX_SHEAR = 1e-2  # of a direction's entries: beyond it, no box describes the grid

@@ -14,14 +14,12 @@ from torch import Tensor, nn
 
 from ldae.config import Optim, Trainer
 from ldae.data.table import scan_names
-from ldae.errors import UserError
 from ldae.evaluation.context import spread as of_all_subjects
-from ldae.evaluation.image_metrics import BrainMasks, ssims
+from ldae.evaluation.images.image_metrics import BrainMasks, ssims
 from ldae.losses import autoencoder as losses
 from ldae.losses.structural import structural_dissimilarity
 from ldae.models.sizes import latent_sizes
 from ldae.models.state import load_weights
-from ldae.noise import generator, normal
 from ldae.training.stage import (
     Batch,
     Monitor,
@@ -35,6 +33,8 @@ from ldae.training.stage import (
     uses_channels_last,
 )
 from ldae.training.validation import mean_over_scans, spread
+from ldae.utils.errors import UserError
+from ldae.utils.seeding import generator, normal
 
 REFERENCE_SCANS = 96
 

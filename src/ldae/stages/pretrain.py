@@ -17,11 +17,9 @@ from ldae.data.latents import LatentSet
 from ldae.data.table import scan_names
 from ldae.diffusion.process import Parameterisation, add_noise
 from ldae.diffusion.schedule import Schedule
-from ldae.errors import UserError
 from ldae.evaluation.context import spread as of_all_subjects
 from ldae.losses.denoising import denoising_loss
 from ldae.models.state import load_weights
-from ldae.noise import normal, timesteps
 from ldae.training.ema import Ema
 from ldae.training.stage import (
     Batch,
@@ -35,6 +33,8 @@ from ldae.training.stage import (
     uses_channels_last,
 )
 from ldae.training.validation import mean_over_scans, spread
+from ldae.utils.errors import UserError
+from ldae.utils.seeding import normal, timesteps
 
 
 def open_latents(path: str | None, cohort: Any, workspace: Any) -> LatentSet:

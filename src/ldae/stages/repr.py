@@ -17,14 +17,12 @@ from ldae.config import Optim, Trainer
 from ldae.data.table import scan_names
 from ldae.denoiser import Denoiser
 from ldae.diffusion.process import add_noise
-from ldae.errors import UserError
 from ldae.evaluation.context import spread as of_all_subjects
-from ldae.evaluation.image_metrics import BrainMasks, ssims
-from ldae.evaluation.semantics import other_subjects, z0_errors
+from ldae.evaluation.images.image_metrics import BrainMasks, ssims
+from ldae.evaluation.images.semantics import other_subjects, z0_errors
 from ldae.losses.denoising import gap_filling_loss
 from ldae.models.state import load_weights
 from ldae.models.unet import Features, UNet
-from ldae.noise import generator, normal, timesteps
 from ldae.runs import estimator_node
 from ldae.stages.pretrain import open_latents
 from ldae.training.ema import Ema
@@ -41,6 +39,8 @@ from ldae.training.stage import (
     uses_channels_last,
 )
 from ldae.training.validation import mean_over_scans, spread
+from ldae.utils.errors import UserError
+from ldae.utils.seeding import generator, normal, timesteps
 
 REFERENCE_SCANS = 512
 

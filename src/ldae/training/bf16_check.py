@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from ldae.errors import UserError
+from ldae.utils.errors import UserError
 
 log = logging.getLogger(__name__)
 

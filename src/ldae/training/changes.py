@@ -6,9 +6,9 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from ldae.errors import UserError
 from ldae.runs import Run
 from ldae.training.precision import FASTEST, choose_precision
+from ldae.utils.errors import UserError
 
 log = logging.getLogger(__name__)
 

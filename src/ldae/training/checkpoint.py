@@ -13,12 +13,12 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from ldae.errors import UserError
-from ldae.files import file_sha256, read_json, write_json
 from ldae.models.state import read_tensors
 from ldae.runs import save_tensors
 from ldae.training.health import refuse_non_finite
 from ldae.training.stage import Stage
+from ldae.utils.errors import UserError
+from ldae.utils.files import file_sha256, read_json, write_json
 
 log = logging.getLogger(__name__)
 

@@ -13,10 +13,10 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from ldae.errors import UserError
 from ldae.training.checkpoint import Progress
 from ldae.training.health import Batch, LossWatch, suspects
 from ldae.training.stage import Stage, StepResult
+from ldae.utils.errors import UserError
 
 log = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ldae.errors import UserError
+from ldae.utils.errors import UserError
 
 Batch = dict[str, Any]
 

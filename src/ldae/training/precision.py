@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ldae.errors import UserError
+from ldae.utils.errors import UserError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -8,7 +8,7 @@ import time
 from types import FrameType
 from typing import Any
 
-from ldae.errors import EXIT_REQUEUE
+from ldae.utils.errors import EXIT_REQUEUE
 
 log = logging.getLogger(__name__)
 

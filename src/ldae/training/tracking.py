@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldae.files import sync, write_text
+from ldae.utils.files import sync, write_text
 
 log = logging.getLogger(__name__)
 

@@ -17,9 +17,6 @@ from torch import Tensor
 from ldae.config import Optim
 from ldae.config import Trainer as Settings
 from ldae.data.stream import Batches, SampleStream
-from ldae.errors import UserError
-from ldae.files import remove_temporaries
-from ldae.noise import derive
 from ldae.runs import Run
 from ldae.training.checkpoint import Checkpoints, Progress
 from ldae.training.guard import StepGuard
@@ -27,6 +24,9 @@ from ldae.training.health import refuse_non_finite
 from ldae.training.signals import StopSignals
 from ldae.training.stage import Stage
 from ldae.training.tracking import Tracker
+from ldae.utils.errors import UserError
+from ldae.utils.files import remove_temporaries
+from ldae.utils.seeding import derive
 
 log = logging.getLogger(__name__)
 

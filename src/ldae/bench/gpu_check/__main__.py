@@ -10,7 +10,7 @@ from pathlib import Path
 from ldae.bench.gpu_check.check import FULL, SMOKE
 from ldae.bench.gpu_check.parts import PARTS
 from ldae.bench.gpu_check.run import run
-from ldae.errors import EXIT_USER_ERROR, UserError
+from ldae.utils.errors import EXIT_USER_ERROR, UserError
 
 log = logging.getLogger(__name__)
 SIZES = {"full": FULL, "smoke": SMOKE}

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ldae.bench.gpu_check.items import Outcome
-from ldae.files import read_json, write_json, write_text
+from ldae.utils.files import read_json, write_json, write_text
 
 Part = dict[str, dict[str, Any]]
 

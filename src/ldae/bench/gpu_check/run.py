@@ -13,7 +13,7 @@ from ldae.bench.gpu_check.items import Item, Outcome, run_item
 from ldae.bench.gpu_check.machine import describe, lacking
 from ldae.bench.gpu_check.parts import PARTS
 from ldae.bench.gpu_check.results import Results
-from ldae.errors import UserError
+from ldae.utils.errors import UserError
 
 log = logging.getLogger(__name__)
 Chosen = list[tuple[str, Item]]

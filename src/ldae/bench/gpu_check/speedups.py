@@ -5,7 +5,7 @@ from hydra.utils import instantiate
 from ldae.bench.gpu_check.check import Check, Numbers
 from ldae.bench.run import measure
 from ldae.bench.settings import Bench
-from ldae.files import read_json
+from ldae.utils.files import read_json
 
 SHOWN = ("ms", "gflop", "matrix_share", "peak_mb", "wait_share")
 YARDSTICK = "straight"

@@ -10,8 +10,8 @@ import numpy as np
 
 from ldae.data.phantom import SHAPE, SPACING
 from ldae.data.phantom.subjects import draw_subject, row
-from ldae.errors import UserError
-from ldae.files import read_json, replacing, write_json
+from ldae.utils.errors import UserError
+from ldae.utils.files import read_json, replacing, write_json
 
 log = logging.getLogger(__name__)
 

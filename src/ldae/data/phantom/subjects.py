@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ldae.noise import derive
+from ldae.utils.seeding import derive
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -1,0 +1,1 @@
+"""The exported model: one folder of configs and safetensors, written and read strictly."""

@@ -1,0 +1,78 @@
+"""A fitted linear predictor as plain arrays: what is stored, shipped and applied to another cohort.
+
+    decision(x) = ((x - mean) / std) @ coef + intercept
+
+with a missing feature set to its mean. A class probability is the logistic function of the decision.
+
+A regression shrinks towards the mean: the young are predicted too old, the old too young. `bias` is the line
+(intercept, slope) of out-of-fold predictions over truth in the training rows, and `unbiased` divides it out (Cole et
+al. 2018, doi 10.1038/mp.2017.62); it needs no truth of the scan that is judged.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ldae.utils.errors import UserError
+
+
+@dataclass(frozen=True)
+class LinearModel:
+    """mean, std, coef: (D,); D = 0 is a constant predictor. classes: (negative, positive), or None for a number."""
+
+    column: str
+    mean: np.ndarray
+    std: np.ndarray
+    coef: np.ndarray
+    intercept: float
+    classes: tuple[str, str] | None = None
+    bias: tuple[float, float] | None = None
+
+    def decision(self, features: np.ndarray) -> np.ndarray:
+        """(N, D) -> (N,): log-odds of the positive class, or the predicted number."""
+        if features.shape[1] != len(self.mean):
+            raise UserError(
+                f"the frozen predictor of {self.column!r} takes {len(self.mean)} features, the cohort has "
+                f"{features.shape[1]}; prepare it with the same model and volume size"
+            )
+        features = np.asarray(features, np.float64)
+        filled = np.where(np.isnan(features), self.mean, features)
+        return ((filled - self.mean) / self.std) @ self.coef + self.intercept
+
+    def predict(self, features: np.ndarray) -> np.ndarray:
+        """(N, D) -> (N,): probability of the positive class, or the predicted number."""
+        from scipy.special import expit
+
+        decision = self.decision(features)
+        return decision if self.classes is None else expit(decision)
+
+    def unbiased(self, prediction: np.ndarray) -> np.ndarray:
+        """Predictions (N,) with the line `bias` divided out; as they are without one."""
+        return prediction if self.bias is None else (prediction - self.bias[0]) / self.bias[1]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values; floats are written so that they read back exactly."""
+        return {
+            "column": self.column,
+            "classes": None if self.classes is None else list(self.classes),
+            "mean": self.mean.tolist(),
+            "std": self.std.tolist(),
+            "coef": self.coef.tolist(),
+            "intercept": self.intercept,
+            "bias": None if self.bias is None else list(self.bias),
+        }
+
+    @classmethod
+    def from_dict(cls, value: dict[str, Any]) -> "LinearModel":
+        """The inverse of `to_dict`."""
+        classes, bias = value["classes"], value.get("bias")
+        return cls(
+            column=value["column"],
+            mean=np.asarray(value["mean"], np.float64),
+            std=np.asarray(value["std"], np.float64),
+            coef=np.asarray(value["coef"], np.float64),
+            intercept=float(value["intercept"]),
+            classes=None if classes is None else (classes[0], classes[1]),
+            bias=None if bias is None else (bias[0], bias[1]),
+        )

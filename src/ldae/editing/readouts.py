@@ -1,0 +1,81 @@
+"""What a model knows of labels, learned after training by evaluate.py and kept beside it as JSON.
+
+probes.json      frozen linear probes of y (evaluation=probes)
+directions.json  directions along which labels grow, and the settings of an edit (evaluation=manipulation)
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from ldae.editing.directions import Direction
+from ldae.editing.editor import Editor
+from ldae.editing.frozen_probes import OURS, read_frozen
+from ldae.editing.linear_model import LinearModel
+from ldae.utils.errors import UserError
+from ldae.utils.files import read_json
+
+WHOLE = Editor(depth=1.0)  # inversion, where nobody chose better
+
+
+@dataclass(frozen=True)
+class Knowledge:
+    """Probes and directions by name, and how deep an edit goes."""
+
+    probes: Mapping[str, LinearModel] = field(default_factory=dict)
+    directions: Mapping[str, Direction] = field(default_factory=dict)
+    editor: Editor = WHOLE
+
+    @classmethod
+    def read(cls, probes: Path | None, directions: Path | None, weights: str) -> "Knowledge":
+        """From the files that there are; `weights` is the hash of the networks that they must belong to.
+
+        Raises:
+            UserError: a file is damaged or belongs to other networks.
+        """
+        known = {} if probes is None else read_frozen(probes, weights)
+        models = {name: found[OURS].model for name, found in known.items()}
+        if directions is None:
+            return cls(models)
+        try:
+            stored = read_json(directions)
+            found = {name: Direction.from_dict(value) for name, value in stored["directions"].items()}
+            editor, made_for = Editor(**stored.get("editor", vars(WHOLE))), stored["weights"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{directions} is damaged ({error}): run evaluation=[manipulation] again") from error
+        if made_for != weights:
+            raise UserError(f"{directions} belongs to another encoder: run evaluation=[manipulation] again")
+        return cls(models, found, editor)
+
+    @property
+    def names(self) -> list[str]:
+        """Of everything that `direction` finds."""
+        return sorted({*self.directions, *self.probes})
+
+    def direction(self, name: str) -> Direction:
+        """The measured direction of this name, else that of the probe's weights, as published.
+
+        alpha > 0 moves towards the probe's positive class or larger number.
+
+        Raises:
+            UserError: there is neither.
+        """
+        if name in self.directions:
+            return self.directions[name]
+        if name not in self.probes:
+            known = ", ".join(self.names) or "none; run `python evaluate.py evaluation=[probes,manipulation]`"
+            raise UserError(f"this model has no probe or direction '{name}'; it has {known}")
+        model = self.probes[name]
+        return Direction(model.mean, model.std, model.coef / np.linalg.norm(model.coef))
+
+    def verdict(self, name: str, y: np.ndarray) -> list[str]:
+        """What probe `name` says of each y (B, dim), in words: "AD 83 %", "age 71.2"; [] without such a probe."""
+        model = self.probes.get(name)
+        if model is None:
+            return []
+        values = model.predict(np.asarray(y, np.float64))
+        if model.classes is None:
+            return [f"{model.column} {value:.1f}" for value in values]
+        return [f"{model.classes[1]} {value:.0%}".replace("%", " %") for value in values]

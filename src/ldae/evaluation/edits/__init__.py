@@ -1,0 +1,1 @@
+"""What edits do to a scan: manipulation, counterfactuals, interpolation."""

@@ -1,0 +1,1 @@
+"""Linear probes on y_sem, their baselines and intervals."""

@@ -1,0 +1,1 @@
+"""One scan from a NIfTI file to a model volume and back."""

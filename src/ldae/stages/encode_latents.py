@@ -1,0 +1,171 @@
+"""Compress a cohort with a trained autoencoder: one file of all latents, a table, and latents.json.
+
+Processes share the work without waiting for each other: what is done is seen on the disk (data/latent_shards.py).
+"""
+
+import logging
+import os
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from tqdm import tqdm
+
+from ldae.data.cohort import Cohort
+from ldae.data.latent_file import FILE, LatentFile, Posterior, digests
+from ldae.data.latent_shards import Encoded
+from ldae.data.latents import channel_scale, write_about
+from ldae.data.sharing import work_order
+from ldae.data.table import scan_names, write_table
+from ldae.data.transforms import Transform
+from ldae.runs import Run
+from ldae.scans.ood_check import ENOUGH, Likeness
+from ldae.scans.raw_scan import recorded
+from ldae.utils.errors import UserError
+
+log = logging.getLogger(__name__)
+
+Encode = Callable[[np.ndarray, Tensor], Posterior]  # of rows and their volumes as they lie in the cache
+
+
+def encode_cohort(
+    run: Run, cohort: Cohort, folder: Path, table: Path, accelerator: Accelerator, batch_size: int
+) -> None:
+    """Encode `cohort` with the autoencoder of `run` into `folder`; the last thing written is latents.json.
+
+    All processes encode, and come to an end within about a batch of each other; then the main process alone writes the
+    one file, while the others return.
+    """
+    encode = _encoder(run, cohort, accelerator)
+    weights = run.sha256("autoencoder")
+    encoded = Encoded.find(folder, weights, cohort.table, scan_digests(cohort, accelerator.mixed_precision))
+    # Batches are cut from the whole table: in a batch of other company, sums round differently.
+    rows = np.arange(len(cohort))
+    batches = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
+    _encode_missing(encode, cohort, encoded, batches, accelerator)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        latents = encoded.merge(batches, lambda rows: encode(rows, cohort.volumes.stored(rows)))
+        _finish(run, cohort, folder, table, latents, weights)
+        encoded.remove_shards()
+
+
+def scan_digests(cohort: Cohort, precision: str = "no") -> np.ndarray:
+    """Which state of its file each latent was made from, and how, (N, 16) uint8.
+
+    Without the path, so that a folder of scans can move: the row's subject and session stand beside it.
+
+    Args:
+        precision: of the networks, as Accelerate names it; other last digits are other latents.
+    """
+    how = (cohort.transform.key(), cohort.volumes.top, *([] if precision == "no" else [precision]))
+    states = map(os.stat, cohort.table["path"])
+    return digests(repr((state.st_size, state.st_mtime_ns, *how)).encode() for state in states)
+
+
+def _encoder(run: Run, cohort: Cohort, accelerator: Accelerator) -> Encode:
+    autoencoder = run.module("autoencoder", run.config.model.autoencoder).to(accelerator.device)
+    # As in training: on a CPU channels-last is faster for volumes, on a GPU it is not (docs/bench.md).
+    layout = torch.channels_last_3d if accelerator.device.type == "cpu" else torch.contiguous_format
+
+    def encode(rows: np.ndarray, x: Tensor) -> Posterior:
+        with torch.inference_mode(), accelerator.autocast():
+            x = cohort.volumes.decoded(x.to(accelerator.device, non_blocking=True)).to(memory_format=layout)
+            mean, std = autoencoder.encode(x)
+            mean, std = torch.stack((mean.float(), std.float())).cpu().numpy()  # one transfer
+        finite = np.isfinite(mean) & np.isfinite(std)
+        if not finite.all():
+            bad = rows[~finite.reshape(len(rows), -1).all(axis=1)]
+            names = ", ".join(scan_names(cohort.table, bad))
+            raise UserError(f"{run.path} gives latents that are not finite for {names}: train it again, or in float32")
+        return mean, std
+
+    return encode
+
+
+def _encode_missing(
+    encode: Encode, cohort: Cohort, encoded: Encoded, batches: list[np.ndarray], accelerator: Accelerator
+) -> None:
+    """Encode until no batch is missing, whoever encodes it."""
+    done = sum(encoded.has(rows) for rows in batches)
+    if done:
+        log.info("%d of %d batches of scans are encoded already", done, len(batches))
+    order = work_order(len(batches), accelerator.process_index, accelerator.num_processes)
+    show = accelerator.is_main_process
+    with (
+        ThreadPoolExecutor(2) as threads,
+        tqdm(total=len(batches), initial=done, desc="encoding", unit="batch", disable=not show) as bar,
+    ):
+        writing: Future[None] | None = None
+        missing = (batches[number] for number in order if not encoded.has(batches[number]))
+        for rows, x in _read_ahead(threads, cohort, missing):
+            mean, std = encode(rows, x)
+            if writing is not None:
+                writing.result()
+            writing = threads.submit(encoded.write, rows, mean, std)
+            bar.update()
+        if writing is not None:
+            writing.result()
+
+
+def _read_ahead(
+    threads: ThreadPoolExecutor, cohort: Cohort, batches: Iterable[np.ndarray]
+) -> Iterator[tuple[np.ndarray, Tensor]]:
+    """Batches and their volumes as stored, (B, 1, X, Y, Z); the next one is read while one is at work."""
+    waiting: tuple[np.ndarray, Future[Tensor]] | None = None
+    for rows in batches:
+        following = (rows, threads.submit(cohort.volumes.stored, rows))
+        if waiting is not None:
+            yield waiting[0], waiting[1].result()
+        waiting = following
+    if waiting is not None:
+        yield waiting[0], waiting[1].result()
+
+
+def _finish(run: Run, cohort: Cohort, folder: Path, table: Path, latents: LatentFile, weights: str) -> None:
+    name = f"{table.stem}_with_compressed_latent.csv"
+    write_table(cohort.table.assign(latent_path=FILE), folder / name)
+    cohort.write_rejected(folder / "rejected.csv")
+    scale, shape = channel_scale(latents.mean, latents.std, cohort.rows("train")), list(latents.mean.shape[1:])
+    about: dict[str, Any] = {
+        "table": name,
+        "scans": len(latents),
+        "rejected": len(cohort.rejected),
+        "shape": shape,
+        "scale": scale,
+        "split_hash": cohort.split_hash,
+        "autoencoder_sha256": weights,
+        "autoencoder": run.metadata["step"],
+        "transform": cohort.transform.key(),
+        **_training_scans(cohort),
+    }
+    write_about(folder, about)
+    log.info("%d latents of shape %s in %s; scale %s", len(latents), shape, folder, [round(s, 4) for s in scale])
+
+
+def _training_scans(cohort: Cohort) -> dict[str, Any]:
+    """What they look like (data/likeness.py), how they were made (raw_scans.py), and their common grid, if any."""
+    rows = cohort.rows("train")
+    rows = rows[np.linspace(0, len(rows) - 1, min(len(rows), ENOUGH)).astype(int)]
+    paths = [cohort.table["path"].iloc[row] for row in rows]
+    likeness = Likeness.measure(cohort.volumes[row] for row in rows)
+    return {
+        "likeness": None if likeness is None else likeness.to_dict(),
+        "preprocess": recorded(paths),
+        "affine": common_affine(paths, cohort.transform),
+    }
+
+
+def common_affine(paths: list[str], transform: Transform) -> list[list[float]] | None:
+    """Voxel to mm, 4x4, of model space, where all scans of `paths` lie on one grid; else None."""
+    grids = ((image.shape, image.affine) for image in map(nib.load, paths))
+    shape, affine = next(grids)
+    if not all(other == shape and np.allclose(matrix, affine, atol=1e-3) for other, matrix in grids):
+        return None
+    return transform.prepare(paths[0]).affine.tolist()

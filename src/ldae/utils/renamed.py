@@ -1,0 +1,54 @@
+"""Class paths and constructor arguments that have been renamed, so that runs and bundles made earlier still load.
+
+A stored config names classes by `_target_`. `with_present_names` rewrites the former names when such a config is read;
+`present_name` also lets an error tell a user what a class in the user's own YAML is called now.
+"""
+
+from typing import Any
+
+# Former module -> present module. A class keeps its own name unless CLASSES says otherwise.
+MODULES = {
+    "ldae.evaluation.editing": "ldae.editing.editor",
+    "ldae.evaluation.directions": "ldae.editing.directions",
+    "ldae.evaluation.probes": "ldae.evaluation.probes.targets",
+    "ldae.evaluation.probing": "ldae.evaluation.probes.evaluator",
+    "ldae.evaluation.cross_validation": "ldae.evaluation.probes.cross_validation",
+    "ldae.evaluation.gap": "ldae.evaluation.images.posterior_gap",
+    "ldae.evaluation.reconstruction": "ldae.evaluation.images.reconstruction",
+    "ldae.evaluation.generation": "ldae.evaluation.images.generation",
+    "ldae.evaluation.variation": "ldae.evaluation.images.variation",
+    "ldae.evaluation.semantics": "ldae.evaluation.images.semantics",
+    "ldae.evaluation.attention": "ldae.evaluation.images.attention",
+    "ldae.evaluation.manipulation": "ldae.evaluation.edits.manipulation",
+    "ldae.evaluation.selection": "ldae.evaluation.edits.selection",
+    "ldae.evaluation.interpolation": "ldae.evaluation.edits.interpolation",
+}
+# Former class path, in its present module -> present class path.
+CLASSES: dict[str, str] = {}
+# Present class path -> former argument -> present argument.
+ARGUMENTS: dict[str, dict[str, str]] = {}
+
+
+def present_name(target: str) -> str:
+    """The present path of a class, `module.Class`; unchanged if it was not renamed."""
+    module, _, name = target.rpartition(".")
+    moved = f"{MODULES.get(module, module)}.{name}"
+    return CLASSES.get(moved, moved) if module else target
+
+
+def with_present_names(value: Any) -> Any:
+    """A copy of a stored config (nested dicts, lists and values) in which every class and argument has its present name.
+
+    An argument that the config already holds under its present name is left alone.
+    """
+    if isinstance(value, list):
+        return [with_present_names(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    target = value.get("_target_")
+    if not isinstance(target, str):
+        return {key: with_present_names(item) for key, item in value.items()}
+    target = present_name(target)
+    renamed = {old: new for old, new in ARGUMENTS.get(target, {}).items() if new not in value}
+    renewed = {renamed.get(key, key): with_present_names(item) for key, item in value.items()}
+    return {**renewed, "_target_": target}
