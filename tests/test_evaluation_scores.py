@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from sklearn import metrics as reference
 
+from ldae.evaluation.probes import scores
 from ldae.evaluation.probes.bootstrap import interval, subject_weights, summarise
-from ldae.evaluation.probes.targets import scores
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import torch
 from hydra.utils import instantiate
 
 from ldae import LDAE
-from ldae.bundle.bundle import official_weights as official
+from ldae.bundle import official_weights as official
 from ldae.bundle.import_official import SCALE, SHAPE, published_configs
 from ldae.denoiser import Denoiser
 from ldae.diffusion.process import Epsilon

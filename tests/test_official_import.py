@@ -12,8 +12,8 @@ import torch
 from hydra.utils import instantiate
 
 from ldae import LDAE
-from ldae.bundle.bundle import import_official as official_bundle
-from ldae.bundle.bundle import official_weights as official
+from ldae.bundle import import_official as official_bundle
+from ldae.bundle import official_weights as official
 from ldae.bundle.import_official import import_official, published_configs
 from ldae.diffusion.guidance import Score
 from ldae.utils.errors import UserError

@@ -17,8 +17,8 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.utils import instantiate
 from torch import Tensor, nn
 
+from ldae.bundle import official_weights as official
 from ldae.bundle.bundle import Bundle, Part
-from ldae.bundle.bundle import official_weights as official
 from ldae.bundle.description import PROBES
 from ldae.config import conf_dir
 from ldae.editing.frozen_probes import OURS, Frozen, write_frozen

@@ -37,7 +37,7 @@ def present_name(target: str) -> str:
 
 
 def with_present_names(value: Any) -> Any:
-    """A copy of a stored config (nested dicts, lists and values) in which every class and argument has its present name.
+    """A copy of a stored config (nested dicts and lists) in which every class and argument has its present name.
 
     An argument that the config already holds under its present name is left alone.
     """

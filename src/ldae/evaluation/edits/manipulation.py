@@ -18,8 +18,8 @@ from ldae.evaluation.edits.counterfactuals import FACTORS, compare, exchange
 from ldae.evaluation.edits.effects import slope, spearman, weighted_median
 from ldae.evaluation.edits.heldout_probe import Independent
 from ldae.evaluation.edits.results import Measured
+from ldae.evaluation.probes import scores
 from ldae.evaluation.probes.bootstrap import subject_weights, summarise
-from ldae.evaluation.probes.targets import scores
 from ldae.utils.errors import UserError
 from ldae.utils.files import write_json
 

@@ -18,8 +18,8 @@ from ldae.evaluation import figures
 from ldae.evaluation.context import Context, batches, spread
 from ldae.evaluation.edits.anatomy import STRUCTURES, SoftVolume, soft_volume, true_volume
 from ldae.evaluation.images.image_metrics import brain_mask, read_back, ssims
+from ldae.evaluation.probes import scores
 from ldae.evaluation.probes.bootstrap import subject_weights, summarise
-from ldae.evaluation.probes.targets import scores
 from ldae.utils.seeding import normal
 
 log = logging.getLogger(__name__)

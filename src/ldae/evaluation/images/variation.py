@@ -18,9 +18,9 @@ from ldae.editing.linear_model import LinearModel
 from ldae.evaluation.context import Context, spread
 from ldae.evaluation.edits import figures as edit_figures
 from ldae.evaluation.images.image_metrics import brain_mask
+from ldae.evaluation.probes import scores
 from ldae.evaluation.probes.bootstrap import subject_weights, summarise
 from ldae.evaluation.probes.fitting import fit
-from ldae.evaluation.probes.targets import scores
 from ldae.utils.seeding import normal
 
 log = logging.getLogger(__name__)

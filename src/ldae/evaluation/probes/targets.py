@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ldae.evaluation.probes.targets import scores
+from ldae.evaluation.probes import scores
 
 FOLDS = 5
 MIN_ROWS = 10
