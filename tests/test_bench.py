@@ -18,11 +18,11 @@ from ldae.bench import tasks
 from ldae.bench.__main__ import hydra_arguments
 from ldae.bench.measure import Cost, counted
 from ldae.bench.memory import footprint
-from ldae.bench.results import compare, flat
+from ldae.bench.results import compare_with_earlier, flat
 from ldae.bench.run import bench
 from ldae.bench.straight import PlainAdam, PlainAttention, PlainEma, straighten
 from ldae.bench.voxels import counts
-from ldae.config import check_targets, conf_dir, register
+from ldae.config import check_constructor_arguments, conf_dir, register
 from ldae.models.autoencoder import AutoencoderKL
 from ldae.models.unet import UNet
 from ldae.training.ema import Ema
@@ -51,11 +51,11 @@ def composer(name, *overrides):
 def test_every_size_composes_and_so_do_its_variants(size):
     composed = composer("bench", f"bench={size}")
     config = composed()
-    check_targets(config)
+    check_constructor_arguments(config)
     settings = instantiate(config.bench)
     assert set(settings.tasks) <= set(tasks.TASKS)
     for overrides in settings.variants.values() if size == "small" else ():
-        check_targets(composed(overrides))
+        check_constructor_arguments(composed(overrides))
 
 
 @torch.no_grad()
@@ -110,12 +110,12 @@ def test_gains_multiply_to_the_speed_up():
 def test_a_comparison_names_what_got_slower(tmp_path):
     path = tmp_path / "before.json"
     path.write_text(json.dumps({"encode/ms": 100.0, "embed/ms": 100.0}))
-    table, slower = compare({"encode/ms": 150.0, "embed/ms": 104.0, "new/ms": 1.0}, path, 0.1)
+    table, slower = compare_with_earlier({"encode/ms": 150.0, "embed/ms": 104.0, "new/ms": 1.0}, path, 0.1)
     assert slower == ["encode"]
     assert "embed" in table
     path.write_text("[1")
     with pytest.raises(UserError, match=r"before\.json"):
-        compare({}, path, 0.1)
+        compare_with_earlier({}, path, 0.1)
     assert hydra_arguments(["--against", "x.json", "bench=full"]) == ["bench.against=x.json", "bench=full"]
 
 

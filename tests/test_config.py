@@ -6,7 +6,7 @@ from hydra.errors import ConfigCompositionException
 from omegaconf import OmegaConf
 
 from faults.forked import script
-from ldae.config import check_targets, conf_dir, register
+from ldae.config import check_constructor_arguments, conf_dir, register
 from ldae.utils.errors import UserError
 
 STAGES = ("aekl", "pretrain", "repr")
@@ -51,7 +51,7 @@ def test_every_group_option_composes_and_its_arguments_exist(choice):
     override = f"{name}=[{option}]" if name in ("evaluation", "probe") else choice
     config = composed("stage=repr", override, *required.get(choice, []))
     OmegaConf.resolve(config)
-    check_targets(config)
+    check_constructor_arguments(config)
 
 
 def test_single_networks_are_swapped_inside_a_bundle():
@@ -84,7 +84,7 @@ def test_a_typo_in_a_file_fails_with_the_full_key(tmp_path):
 def test_an_argument_that_a_class_does_not_take_is_named_in_full():
     config = composed("stage=aekl", "+model.unet.bse=3")
     with pytest.raises(UserError, match=r"model\.unet\.bse"):
-        check_targets(config)
+        check_constructor_arguments(config)
 
 
 def test_published_settings_are_all_there():

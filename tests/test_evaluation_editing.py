@@ -14,7 +14,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 
-from ldae.config import check_targets, conf_dir, register
+from ldae.config import check_constructor_arguments, conf_dir, register
 from ldae.diffusion.code import Code
 from ldae.diffusion.samplers import DDIM
 from ldae.editing import directions
@@ -23,8 +23,8 @@ from ldae.editing.editor import Anatomy, Editor, open_scans
 from ldae.evaluation.context import Context
 from ldae.evaluation.edits import counterfactuals, selection
 from ldae.evaluation.edits import figures as edit_figures
-from ldae.evaluation.edits.alpha_sweep import climb, outside_share
-from ldae.evaluation.edits.counterfactuals import Counterfactuals, Exchange, Truth, compare
+from ldae.evaluation.edits.alpha_sweep import outside_share, run_sweep
+from ldae.evaluation.edits.counterfactuals import Counterfactuals, Exchange, Truth, compare_with_truth
 from ldae.evaluation.edits.effects import correlation, slope, spearman, weighted_median
 from ldae.evaluation.edits.heldout_probe import halves
 from ldae.evaluation.edits.interpolation import Interpolation, triples
@@ -277,8 +277,8 @@ def test_maps_against_a_true_counterfactual(context, sign):
         return Truth(context.volumes([row])[0] + sign * change * template, 1000.0 * (1 + change))
 
     opened = open_scans(context, editor, anatomy, context.rows("test")[:3])
-    ladder = climb(context, editor, anatomy, direction, opened, [-0.2, 0.0, 0.2])
-    found = compare(context, anatomy, Exchange(SimpleNamespace(render=render), "severity", 0.5), ladder, 0.2)
+    ladder = run_sweep(context, editor, anatomy, direction, opened, [-0.2, 0.0, 0.2])
+    found = compare_with_truth(context, anatomy, Exchange(SimpleNamespace(render=render), "severity", 0.5), ladder, 0.2)
     np.testing.assert_allclose(found.numbers["difference_r"], sign, atol=1e-3)
     np.testing.assert_allclose(found.numbers["difference_r_ceiling"], 1, atol=1e-3)
     np.testing.assert_allclose(found.numbers["change_true"], 200)
@@ -416,7 +416,7 @@ def test_configs_build_what_they_say():
     register()
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         config = compose("evaluate", ["evaluation=[manipulation,selection,interpolation,variation]", "experiment=demo"])
-    check_targets(config.evaluation)
+    check_constructor_arguments(config.evaluation)
     built = {name: instantiate(node) for name, node in config.evaluation.items()}
     assert isinstance(built["manipulation"].direction, Pattern)
     assert isinstance(built["manipulation"].editor, Editor)

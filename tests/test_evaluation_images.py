@@ -36,7 +36,7 @@ def test_ssim_of_constants_by_hand():
 
 def test_identical_volumes(pair):
     x, _ = pair
-    found = metrics.compare(x, x)
+    found = metrics.compare_images(x, x)
     for name in ("ssim", "ssim_mask", "ssim_published", "ms_ssim"):
         torch.testing.assert_close(found[name], torch.ones(2), atol=1e-5, rtol=0)
     assert (found["mse"] == 0).all()
@@ -46,11 +46,11 @@ def test_every_metric_is_worse_for_more_noise_and_symmetric(pair):
     x, y = pair
     worse = (x + 3 * (y - x)).clamp(0, 1)
     mask = torch.ones_like(x, dtype=torch.bool)
-    near, far = metrics.compare(y, x, mask), metrics.compare(worse, x, mask)
+    near, far = metrics.compare_images(y, x, mask), metrics.compare_images(worse, x, mask)
     for name in near:
         sign = -1 if name.startswith("mse") else 1
         assert (sign * (near[name] - far[name]) > 0).all(), name
-        torch.testing.assert_close(near[name], metrics.compare(x, y, mask)[name], msg=name)
+        torch.testing.assert_close(near[name], metrics.compare_images(x, y, mask)[name], msg=name)
 
 
 def test_errors_by_hand():
@@ -69,27 +69,27 @@ def test_background_flatters_the_whole_volume_and_not_the_mask():
     x[..., 10:22, 10:22, 10:22] = 0.3 + 0.5 * torch.rand(12, 12, 12, generator=generator)
     y = x.clone()
     y[..., 10:22, 10:22, 10:22] += 0.15 * torch.randn(12, 12, 12, generator=generator)
-    found = metrics.compare(y, x)
+    found = metrics.compare_images(y, x)
     assert float(found["ssim_mask"]) < float(found["ssim"]) - 0.1
 
 
 def test_samples_of_a_batch_do_not_touch_each_other(pair):
     x, y = pair
-    together = metrics.compare(y, x)
-    for name, values in metrics.compare(y[1:], x[1:]).items():
+    together = metrics.compare_images(y, x)
+    for name, values in metrics.compare_images(y[1:], x[1:]).items():
         torch.testing.assert_close(values, together[name][1:], msg=name)
 
 
 @pytest.mark.parametrize("shape", [(5, 6, 7), (8, 8, 8), (24, 24, 24)])
 def test_small_volumes_are_measured_too(shape):
     x = torch.rand(1, 1, *shape)
-    found = metrics.compare(x, x * 0.9, torch.ones_like(x, dtype=torch.bool))
+    found = metrics.compare_images(x, x * 0.9, torch.ones_like(x, dtype=torch.bool))
     assert all(bool(torch.isfinite(values).all()) for values in found.values())
 
 
 def test_a_perceptual_distance_joins_scan_by_scan(pair):
     x, y = pair
-    found = metrics.compare(y, x, perceptual=lambda a, b: (a - b).abs().mean())
+    found = metrics.compare_images(y, x, perceptual=lambda a, b: (a - b).abs().mean())
     torch.testing.assert_close(found["lpips"], (y - x).abs().flatten(1).mean(1))
 
 
@@ -149,7 +149,7 @@ def test_no_metric_waits_for_a_value():
 
     with FakeTensorMode():
         x, y = torch.rand(2, 1, 16, 18, 16), torch.rand(2, 1, 16, 18, 16)
-        found = metrics.compare(x, y, x > 0.5, perceptual=lambda a, b: (a - b).abs().mean())
+        found = metrics.compare_images(x, y, x > 0.5, perceptual=lambda a, b: (a - b).abs().mean())
         assert {tuple(values.shape) for values in found.values()} == {(2,)}
         with pytest.raises(DataDependentOutputException):
             float(found["ssim"].mean())

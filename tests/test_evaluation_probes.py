@@ -12,7 +12,7 @@ import torch
 
 from ldae.editing.frozen_probes import read_frozen
 from ldae.editing.linear_model import LinearModel
-from ldae.evaluation.context import Context, spread
+from ldae.evaluation.context import Context, subsample_by_subject
 from ldae.evaluation.embeddings import cached_embeddings, embed_parts, embed_rows, parts_folder
 from ldae.evaluation.probes.evaluator import External, Probes, first_visits
 from ldae.evaluation.probes.fitting import choose, fit
@@ -335,7 +335,7 @@ def test_embeddings_are_reused_only_for_the_same_weights_and_rows(tmp_path):
 
 def test_a_small_sample_of_rows_prefers_new_subjects():
     subjects = ["a"] * 5 + ["b"] * 5 + ["c"]
-    assert {subjects[row] for row in spread(np.arange(11), subjects, 3, seed=0)} == {"a", "b", "c"}
+    assert {subjects[row] for row in subsample_by_subject(np.arange(11), subjects, 3, seed=0)} == {"a", "b", "c"}
 
 
 def test_processes_share_the_scans_and_give_the_table_of_one(tmp_path):

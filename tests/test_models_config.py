@@ -6,7 +6,7 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from ldae.config import check_targets, conf_dir
+from ldae.config import check_constructor_arguments, conf_dir
 from ldae.models.sizes import check_strides, check_volume_shape
 from ldae.runs import estimator_node
 from ldae.utils.errors import UserError
@@ -21,7 +21,7 @@ def model(name: str, *overrides: str):
         around = [predicts, "+diffusion.schedule.timesteps=1000", "+data.shape=[128,160,128]"]
         config = compose(f"model/{name}", [*around, *overrides])
     OmegaConf.resolve(config)
-    check_targets(config.model, "model")
+    check_constructor_arguments(config.model, "model")
     return config.model
 
 

@@ -9,7 +9,7 @@ import torch
 from omegaconf import OmegaConf
 
 from ldae import LDAE
-from ldae.bundle.allowlist import check_targets
+from ldae.bundle.allowlist import refuse_untrusted_targets
 from ldae.utils.errors import UserError
 from small_run import small_run
 
@@ -144,9 +144,9 @@ def test_an_altered_bundle_is_refused(bundle, tmp_path, change, message):
 
 def test_configs_may_neither_read_the_environment_nor_change_how_they_are_built():
     with pytest.raises(UserError, match="not allowed"):
-        check_targets({"a": ["${oc.env:HOME}"]}, "x")
+        refuse_untrusted_targets({"a": ["${oc.env:HOME}"]}, "x")
     with pytest.raises(UserError, match="'_partial_' is not allowed"):
-        check_targets({"_target_": "ldae.models.unet.UNet", "_partial_": True}, "x")
+        refuse_untrusted_targets({"_target_": "ldae.models.unet.UNet", "_partial_": True}, "x")
 
 
 def test_stages_that_do_not_belong_together_are_refused(run, tmp_path):

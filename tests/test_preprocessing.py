@@ -21,10 +21,10 @@ from ldae.preprocessing.intensity import Tissues, WhiteMatter
 from ldae.preprocessing.job import Job
 from ldae.preprocessing.measures import Limits, noise, template_correlation
 from ldae.preprocessing.people import Columns, People
-from ldae.preprocessing.pipeline import Pipeline
+from ldae.preprocessing.pipeline import PreprocessingSteps
 from ldae.preprocessing.quality import badness
 from ldae.preprocessing.regions import Regions, label_maps
-from ldae.preprocessing.sources import Scan, find_scans
+from ldae.preprocessing.sources import SourceScan, find_scans
 from ldae.preprocessing.template import resampled
 from ldae.preprocessing.volume import Volume
 from ldae.utils import process_pool as pool
@@ -32,7 +32,7 @@ from ldae.utils.errors import UserError
 from ldae.utils.files import read_json
 
 REAL_POOL = pool.run
-OFF = Pipeline(bias=None, brain=Stripped(), registration=None, spacing=4.0)
+OFF = PreprocessingSteps(bias=None, brain=Stripped(), registration=None, spacing=4.0)
 
 
 def inline(work, calls, workers, threads):
@@ -105,10 +105,12 @@ def test_the_same_again_does_nothing_and_other_content_or_parameters_do(tmp_path
     second = stamps()
     assert second[0] == first[0]
     assert second[1] != first[1]
-    third = stamps(pipeline=Pipeline(bias=None, brain=Stripped(), registration=None, spacing=5.0))
+    third = stamps(pipeline=PreprocessingSteps(bias=None, brain=Stripped(), registration=None, spacing=5.0))
     assert not set(third) & set(second)
     (out / "sub-1" / "anat" / "sub-1_res-5mm_desc-preproc_T1w.nii.gz").unlink()
-    assert stamps(pipeline=Pipeline(bias=None, brain=Stripped(), registration=None, spacing=5.0))[0] != third[0]
+    assert (
+        stamps(pipeline=PreprocessingSteps(bias=None, brain=Stripped(), registration=None, spacing=5.0))[0] != third[0]
+    )
 
 
 def test_a_scan_that_is_set_aside_later_leaves_no_output(tmp_path):
@@ -283,16 +285,16 @@ def test_the_worst_scan_comes_first():
 
 def test_steps_that_do_not_go_together_and_unknown_ones_are_refused():
     with pytest.raises(UserError, match="brain extraction"):
-        Pipeline(brain=None)
+        PreprocessingSteps(brain=None)
     with pytest.raises(UserError, match="mask"):
-        Pipeline(brain=None, registration=None, intensity=WhiteMatter())
+        PreprocessingSteps(brain=None, registration=None, intensity=WhiteMatter())
     for wrong in ("preprocess/registration=nonlinear", "preprocess.spacingg=2", "+preprocess.brain.thresh=1"):
         with pytest.raises(UserError, match=wrong.split("=")[0].split(".")[-1].split("/")[-1]):
             compose_steps([wrong])
 
 
 def test_the_scan_of_a_person_that_no_table_knows_is_kept(tmp_path):
-    person = People(tmp_path, Columns()).of(Scan(Path("x"), "sub-9", ""), only=True)
+    person = People(tmp_path, Columns()).of(SourceScan(Path("x"), "sub-9", ""), only=True)
     assert (person.months, person.diagnosis, person.sex) == (0, "", "")
     assert np.isnan(person.age)
 
@@ -306,7 +308,7 @@ def test_the_record_says_what_was_done(tmp_path):
 
 
 def test_without_registration_both_masks_are_kept_each_on_its_grid(tmp_path):
-    pipeline = Pipeline(bias=None, brain=Stripped(), registration=None, spacing=6.5)
+    pipeline = PreprocessingSteps(bias=None, brain=Stripped(), registration=None, spacing=6.5)
     run(bids(tmp_path / "raw", {"sub-1": brain()}), tmp_path / "out", pipeline)
     anat = tmp_path / "out" / "sub-1" / "anat"
     scan, mask, native = (
@@ -322,5 +324,5 @@ def test_the_sessions_of_a_caps_tree_are_found_beside_its_participants(tmp_path)
     (tmp_path / "bids" / "participants.tsv").write_text("participant_id\tage\nsub-A\t70\n")
     (tmp_path / "bids" / "sub-A" / "sub-A_sessions.tsv").write_text("session_id\tdiagnosis\nses-M006\tMCI\n")
     people = People(tmp_path / "caps", Columns(), tmp_path / "bids" / "participants.tsv")
-    person = people.of(Scan(Path("x"), "sub-A", "ses-M006"), only=True)
+    person = people.of(SourceScan(Path("x"), "sub-A", "ses-M006"), only=True)
     assert (person.age, person.diagnosis) == (70.5, "MCI")

@@ -17,7 +17,7 @@ from click.testing import CliRunner
 
 from ldae.cli import main
 from ldae.data.table import read_table
-from ldae.preprocessing.check import compare, dice
+from ldae.preprocessing.check import compare_masks, dice
 from ldae.preprocessing.registration import Transforms
 from ldae.preprocessing.template import Icbm152, at_spacing, inside
 from ldae.preprocessing.volume import Volume
@@ -157,7 +157,7 @@ def test_a_real_scan_goes_through_every_step(whole):
     mask = nib.load(whole / "sub-IXI012" / "anat" / "sub-IXI012_desc-brain_mask.nii.gz")
     assert mask.shape == raw.shape
     assert np.allclose(mask.affine, raw.affine, atol=1e-4)
-    assert compare(whole, LABELS.parent)["dice"][0] > 0.95
+    assert compare_masks(whole, LABELS.parent)["dice"][0] > 0.95
     assert "data:image/jpeg" in (whole / "qc.html").read_text()
 
 

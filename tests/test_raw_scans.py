@@ -24,7 +24,7 @@ from ldae.preprocessing.bias import N4
 from ldae.preprocessing.brain import Stripped
 from ldae.preprocessing.intensity import Tissues
 from ldae.preprocessing.measures import Limits
-from ldae.preprocessing.pipeline import Pipeline
+from ldae.preprocessing.pipeline import PreprocessingSteps
 from ldae.preprocessing.registration import Registration
 from ldae.preprocessing.template import Icbm152, TemplateFile, onto
 from ldae.preprocessing.volume import Volume
@@ -67,7 +67,7 @@ def steps(template, bias=lambda scan: scan.with_data(2 * scan.data)):
         return Shift(folder / "shift")
 
     register.spacing, register.transform = 4.0, "Shift"
-    return Pipeline(bias, Stripped(), register, template, limits=ANY, spacing=4.0)
+    return PreprocessingSteps(bias, Stripped(), register, template, limits=ANY, spacing=4.0)
 
 
 @pytest.fixture
@@ -133,12 +133,12 @@ def test_a_change_comes_back_to_the_raw_scans_voxels_and_intensities(raw):
 
 
 def test_parameters_survive_being_written(tmp_path):
-    pipeline = Pipeline(N4(shrink=2), Stripped(), Registration("Rigid"), Icbm152(), Tissues(), Limits(), 2.0)
-    assert Pipeline.from_parameters(json.loads(json.dumps(pipeline.parameters()))) == pipeline
+    pipeline = PreprocessingSteps(N4(shrink=2), Stripped(), Registration("Rigid"), Icbm152(), Tissues(), Limits(), 2.0)
+    assert PreprocessingSteps.from_parameters(json.loads(json.dumps(pipeline.parameters()))) == pipeline
     assert pipeline.summary == "N4, Stripped, Rigid to MNI152NLin2009aSym, 2 mm, Tissues"
     for damage in ({"bias": {"step": "os.system"}}, {"nothing": 1}, {"bias": {"step": "N4", "command": 1}}):
         with pytest.raises(UserError, match="damaged"):
-            Pipeline.from_parameters(pipeline.parameters() | damage)
+            PreprocessingSteps.from_parameters(pipeline.parameters() | damage)
 
 
 def write_scans(folder, parameters):
@@ -153,12 +153,12 @@ def write_scans(folder, parameters):
 
 
 def test_what_is_recorded_of_the_training_scans(tmp_path):
-    ours, other = ({"Parameters": Pipeline(spacing=size).parameters()} for size in (1.5, 2.0))
+    ours, other = ({"Parameters": PreprocessingSteps(spacing=size).parameters()} for size in (1.5, 2.0))
     paths = write_scans(tmp_path, [ours, ours, other, {"Parameters": "someone else's"}])
     assert recorded(paths[:2]) == ours["Parameters"]
     assert recorded(paths[:3]) is None
     assert recorded(paths[3:]) is None
-    own = Pipeline(template=TemplateFile(str(tmp_path / "mine.nii.gz"))).parameters()
+    own = PreprocessingSteps(template=TemplateFile(str(tmp_path / "mine.nii.gz"))).parameters()
     told = recorded(write_scans(tmp_path, [{"Parameters": own}]))
     assert told["template"]["path"] == "mine.nii.gz"
     with pytest.raises(BadScan, match=r"template of their own, mine.nii.gz"):
@@ -170,7 +170,7 @@ def test_what_is_recorded_of_the_training_scans(tmp_path):
 
 
 def test_the_steps_and_the_grid_travel_with_the_model(tmp_path):
-    about = {"preprocess": Pipeline(spacing=2.0).parameters(), "affine": np.diag([9.0, 9, 9, 1]).tolist()}
+    about = {"preprocess": PreprocessingSteps(spacing=2.0).parameters(), "affine": np.diag([9.0, 9, 9, 1]).tolist()}
     run = small_run(tmp_path / "run", about=about)
     Bundle.of_run(run).save(tmp_path / "bundle")
     for bundle in (Bundle.of_run(run), Bundle.open(tmp_path / "bundle")):
@@ -197,7 +197,9 @@ def test_a_whole_head_goes_there_and_back():
     """A coarse and quick registration; the change is a tenth more brightness everywhere in the brain."""
     pytest.importorskip("ants", reason="antspyx is not installed: pip install 'ldae[preprocess]'")
     pytest.importorskip("deepbet", reason="deepbet is not installed: pip install 'ldae[preprocess]'")
-    quick = Pipeline(None, registration=Registration(spacing=4.0, iterations=(30, 0)), limits=Limits(correlation=0.5))
+    quick = PreprocessingSteps(
+        None, registration=Registration(spacing=4.0, iterations=(30, 0)), limits=Limits(correlation=0.5)
+    )
     transform = Transform((40, 48, 40), 4.5)
     affine = np.array([[4.5, 0, 0, -88.25], [0, 4.5, 0, -123.25], [0, 0, 4.5, -83.25], [0, 0, 0, 1]])
     scan = open_scan(HEAD, transform, None, RawScans(transform, quick.parameters(), affine), always=True)

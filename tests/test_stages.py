@@ -9,7 +9,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from ldae.config import Optim, Trainer
+from ldae.config import Optim, TrainerSettings
 from ldae.data.latents import LatentSet
 from ldae.diffusion.process import Velocity
 from ldae.diffusion.samplers import DDIM
@@ -58,7 +58,7 @@ def batch(stage, indices):
 
 
 def prepared(stage, **settings):
-    stage.prepare(Accelerator(cpu=True), Trainer(**{"ema": 0.5, **settings}), Optim(lr=1e-3), 0)
+    stage.prepare(Accelerator(cpu=True), TrainerSettings(**{"ema": 0.5, **settings}), Optim(lr=1e-3), 0)
     return stage
 
 

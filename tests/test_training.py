@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ldae.config import Optim
-from ldae.config import Trainer as Settings
+from ldae.config import TrainerSettings as Settings
 from ldae.runs import Run
 from ldae.training.checkpoint import _flatten, _unflatten
 from ldae.training.ema import Ema

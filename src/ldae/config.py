@@ -30,7 +30,7 @@ class Paths:
 
 
 @dataclass
-class Trainer:
+class TrainerSettings:
     """The loop. Steps are optimiser steps; `max_epochs` is converted to them."""
 
     max_steps: int | None = None
@@ -121,7 +121,7 @@ class Data:
 
 
 @dataclass
-class Estimator:
+class EstimatorSettings:
     """What the gradient estimator does not share with the U-Net; see ldae.models.gradient_estimator."""
 
     modes: int = 0
@@ -134,7 +134,7 @@ class Model:
     autoencoder: Any = MISSING
     unet: Any = MISSING
     encoder: Any = MISSING
-    estimator: Estimator = field(default_factory=Estimator)
+    estimator: EstimatorSettings = field(default_factory=EstimatorSettings)
     discriminator: Any = MISSING
 
 
@@ -153,7 +153,7 @@ class Config:
     name: str = "default"
     seed: int = 0
     paths: Paths = field(default_factory=Paths)
-    trainer: Trainer = field(default_factory=Trainer)
+    trainer: TrainerSettings = field(default_factory=TrainerSettings)
     optim: Optim = field(default_factory=Optim)
     loss: Loss = field(default_factory=Loss)
     data: Data = field(default_factory=Data)
@@ -206,11 +206,11 @@ def conf_dir() -> Path:
     raise UserError(f"no conf/ folder beside {package}; reinstall ldae")
 
 
-def check_targets(node: Any, key: str = "") -> None:
+def check_constructor_arguments(node: Any, key: str = "") -> None:
     """Refuse arguments that a `_target_` does not take, naming the full key, before anything is built."""
     if isinstance(node, ListConfig):
         for index, child in enumerate(node):
-            check_targets(child, f"{key}[{index}]")
+            check_constructor_arguments(child, f"{key}[{index}]")
         return
     if not isinstance(node, DictConfig) or node._is_none():
         return
@@ -218,7 +218,7 @@ def check_targets(node: Any, key: str = "") -> None:
         _check_signature(node, key)
     for name in node:
         if not OmegaConf.is_missing(node, name):
-            check_targets(node[name], f"{key}.{name}" if key else str(name))
+            check_constructor_arguments(node[name], f"{key}.{name}" if key else str(name))
 
 
 def _check_signature(node: DictConfig, key: str) -> None:

@@ -10,7 +10,7 @@ from accelerate.utils import gather_object, set_seed
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from ldae.config import check_targets
+from ldae.config import check_constructor_arguments
 from ldae.data.cohort import Cohort, load_cohort
 from ldae.runs import Run, Workspace, workspace
 from ldae.utils.errors import UserError
@@ -24,7 +24,7 @@ def _check(config: DictConfig) -> None:
     """Everything that can be said about a config without data: unknown arguments, sizes that do not divide."""
     from ldae.models.sizes import check_volume_shape
 
-    check_targets(config)
+    check_constructor_arguments(config)
     check_volume_shape(config.data.shape, config.model.autoencoder, config.model.unet)
 
 
@@ -162,9 +162,9 @@ def encode(config: DictConfig) -> None:
 
 def _has_weights(node: DictConfig) -> bool:
     """Whether a network has anything to train; `model/autoencoder=identity` has nothing."""
-    from ldae.models.sizes import built
+    from ldae.models.sizes import build_on_meta
 
-    return bool(built(node).state_dict())
+    return bool(build_on_meta(node).state_dict())
 
 
 def _publish_untrained(config: DictConfig, run: Run, cohort: Cohort) -> None:

@@ -180,10 +180,10 @@ class Run:
 
     def module(self, name: str, node: Any) -> nn.Module:
         """Build a module from its config node and load its published weights, strictly; eval mode, frozen."""
-        return loaded(node, self.weights_file(name), self.path / "config.yaml")
+        return load_module(node, self.weights_file(name), self.path / "config.yaml")
 
 
-def loaded(node: Any, file: Path, where: Path) -> nn.Module:
+def load_module(node: Any, file: Path, where: Path) -> nn.Module:
     """The network that `node` describes with the weights of `file`, on the CPU, frozen, in eval mode.
 
     Its random start is never computed, and nothing is made before sizes are known to fit the file's.
@@ -194,18 +194,18 @@ def loaded(node: Any, file: Path, where: Path) -> nn.Module:
     tensors = read_tensors(file)
     check_depth(node, tensors, file)
     with torch.device("meta"):
-        module = built(node, str(where))
+        module = build_stored(node, str(where))
     if not isinstance(module, nn.Module):
         raise UserError(f"{where} describes no network for {file.name}: restore it")
     check_tensors({name: tensor.shape for name, tensor in module.state_dict().items()}, tensors, file)
     constants = [buffer for name, buffer in module.named_buffers() if name not in module.state_dict()]
     if any(buffer.is_meta for buffer in constants):  # somebody's own network: no file holds these
-        module = built(node, str(where))
+        module = build_stored(node, str(where))
     load_strictly(module, tensors, file, assign=True)
     return module.eval().requires_grad_(False)
 
 
-def built(node: Any, where: str) -> Any:
+def build_stored(node: Any, where: str) -> Any:
     """What a stored config describes.
 
     Raises:
@@ -225,7 +225,7 @@ def estimator_node(unet: DictConfig, semantic_dim: int, options: DictConfig | No
     return {**node, "_target_": target, "semantic_dim": semantic_dim}
 
 
-def plain(node: Any) -> dict[str, Any]:
+def to_container(node: Any) -> dict[str, Any]:
     """A config node as plain values, without the files that training started from: the weights are in the bundle."""
 
     def cleaned(value: Any) -> Any:

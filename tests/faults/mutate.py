@@ -12,7 +12,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from ldae.bundle.allowlist import check_targets
+from ldae.bundle.allowlist import refuse_untrusted_targets
 from ldae.bundle.bundle import Bundle
 from ldae.data.latent_file import LatentFile
 from ldae.data.latent_npz import read_npz
@@ -37,7 +37,7 @@ def _read_run(path: Path) -> None:
     # A run's own config may name any class; one from a stranger comes as a bundle.
     node = run.config.model.autoencoder
     if isinstance(node, DictConfig):
-        check_targets(OmegaConf.to_container(node), str(path))
+        refuse_untrusted_targets(OmegaConf.to_container(node), str(path))
     run.module("autoencoder", node)
 
 

@@ -88,7 +88,7 @@ def _aligned(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines)
 
 
-def compare(numbers: Mapping[str, float], against: Path | str, tolerance: float) -> tuple[str, list[str]]:
+def compare_with_earlier(numbers: Mapping[str, float], against: Path | str, tolerance: float) -> tuple[str, list[str]]:
     """A table of milliseconds then and now, and the names of the tasks that got slower by more than `tolerance`.
 
     Raises:

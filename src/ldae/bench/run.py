@@ -11,12 +11,12 @@ from omegaconf import DictConfig
 
 from ldae.bench.measure import Cost, matrix_rate
 from ldae.bench.memory import footprint
-from ldae.bench.results import compare, flat, table
+from ldae.bench.results import compare_with_earlier, flat, table
 from ldae.bench.settings import Bench, Case
 from ldae.bench.subject import Subject
 from ldae.bench.tasks import TASKS, run_tasks
 from ldae.bench.voxels import compare_spaces
-from ldae.config import check_targets
+from ldae.config import check_constructor_arguments
 from ldae.utils.errors import UserError
 from ldae.utils.files import write_json
 
@@ -30,7 +30,7 @@ def bench(config: DictConfig, compose: Compose) -> dict[str, float]:
     Raises:
         UserError: an unknown task, or a baseline that is none.
     """
-    check_targets(config)
+    check_constructor_arguments(config)
     settings: Bench = instantiate(config.bench)
     for name in settings.tasks:
         if name not in TASKS:
@@ -88,6 +88,6 @@ def report(numbers: dict[str, float], settings: Bench, variants: list[str]) -> N
     tasks = list(dict.fromkeys(name.split("/")[-2] for name in numbers if name.endswith("/ms")))
     log.info("\n%s\n\n%s", table(numbers, variants, tasks), path)
     if settings.against is not None:
-        lines, slower = compare(numbers, settings.against, settings.tolerance)
+        lines, slower = compare_with_earlier(numbers, settings.against, settings.tolerance)
         log.info("\n%s\n%s", lines, f"slower than {settings.against}: {', '.join(slower) or 'nothing'}")
     write_json(path, numbers)

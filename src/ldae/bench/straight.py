@@ -39,7 +39,7 @@ class PlainEnlargingConv3d(EnlargingConv3d):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, X, Y, Z) -> (B, C', factor X, factor Y, factor Z)."""
-        return nn.Conv3d._conv_forward(self, self.enlarge(x), self.weight, self.bias)
+        return nn.Conv3d._conv_forward(self, self.upsample(x), self.weight, self.bias)
 
 
 def straighten(module: nn.Module) -> nn.Module:

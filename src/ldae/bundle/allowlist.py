@@ -14,13 +14,13 @@ MAX_NUMBER = 10_000  # widths, depths, steps: far above what any network has
 NOT_ALLOWED = {"_args_", "_partial_", "_recursive_", "_convert_"}
 
 
-def check_targets(value: Any, where: str, allowed: Sequence[str] = ALLOWED) -> None:
+def refuse_untrusted_targets(value: Any, where: str, allowed: Sequence[str] = ALLOWED) -> None:
     """Refuse a config that would build anything but this package's networks, transforms and diffusion, of any size."""
     if isinstance(value, list):
         if len(value) > MAX_NUMBER:
             raise UserError(f"{where}: a list of {len(value)} is not allowed in a bundle")
         for item in value:
-            check_targets(item, where, allowed)
+            refuse_untrusted_targets(item, where, allowed)
     elif isinstance(value, dict):
         for key, item in value.items():
             if key in NOT_ALLOWED:
@@ -28,7 +28,7 @@ def check_targets(value: Any, where: str, allowed: Sequence[str] = ALLOWED) -> N
             if key == "_target_":
                 _check_target(item, where, allowed)
             else:
-                check_targets(item, where, allowed)
+                refuse_untrusted_targets(item, where, allowed)
     elif isinstance(value, int | float) and not abs(value) <= MAX_NUMBER:  # NaN too
         raise UserError(f"{where}: {value:.4g} is not allowed in a bundle: it could ask for any amount of memory")
     elif isinstance(value, str) and "${" in value:

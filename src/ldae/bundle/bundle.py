@@ -23,7 +23,7 @@ from typing import Any
 
 from torch import nn
 
-from ldae.bundle.allowlist import ALLOWED, check_targets
+from ldae.bundle.allowlist import ALLOWED, refuse_untrusted_targets
 from ldae.bundle.description import (
     DESCRIBED,
     DESCRIPTION,
@@ -36,7 +36,7 @@ from ldae.bundle.description import (
 )
 from ldae.bundle.model_card import CARD, model_card, provenance
 from ldae.data.latents import ABOUT
-from ldae.runs import Run, Workspace, built, estimator_node, loaded, plain
+from ldae.runs import Run, Workspace, build_stored, estimator_node, load_module, to_container
 from ldae.utils.errors import UserError
 from ldae.utils.files import file_sha256, read_json, replacing, write_json, write_text
 
@@ -51,7 +51,7 @@ class Part:
 
     def build(self) -> nn.Module:
         """The network with its weights, on the CPU, frozen, in eval mode; its random start is never computed."""
-        return loaded(self.config, self.file, self.file)
+        return load_module(self.config, self.file, self.file)
 
 
 @dataclass(frozen=True)
@@ -130,16 +130,17 @@ class Bundle:
             "estimator": (third, estimator_node(second.config.model.unet, encoder.dim, third.config.model.estimator)),
         }
         parts = {
-            name: Part(plain(node), run.weights_file(name), run.sha256(name)) for name, (run, node) in configs.items()
+            name: Part(to_container(node), run.weights_file(name), run.sha256(name))
+            for name, (run, node) in configs.items()
         }
         probes, directions = space.evaluation / PROBES, space.evaluation / DIRECTIONS
         return cls(
             parts=parts,
             scale=[float(value) for value in second.metadata["scale"]],
-            transform=plain(first.config.data.transform),
-            schedule=plain(second.config.diffusion.schedule),
-            parameterisation=plain(second.config.diffusion.parameterisation),
-            sampler=plain(third.config.sampler),
+            transform=to_container(first.config.data.transform),
+            schedule=to_container(second.config.diffusion.schedule),
+            parameterisation=to_container(second.config.diffusion.parameterisation),
+            sampler=to_container(third.config.sampler),
             probes=probes if probes.is_file() else None,
             directions=directions if directions.is_file() else None,
             **_measured(space, first),
@@ -159,9 +160,9 @@ class Bundle:
         folder = Path(folder)
         about = read_description(folder)
         for key in ("modules", *DESCRIBED):
-            check_targets(about[key], f"{folder / DESCRIPTION}: {key}", (*ALLOWED, *trust))
+            refuse_untrusted_targets(about[key], f"{folder / DESCRIPTION}: {key}", (*ALLOWED, *trust))
         for key in DESCRIBED:
-            built(about[key], f"{folder / DESCRIPTION}: {key}")
+            build_stored(about[key], f"{folder / DESCRIPTION}: {key}")
         parts = {
             name: Part(
                 about["modules"][name]["config"], described_file(folder, about["modules"][name]), entry["sha256"]
@@ -170,7 +171,7 @@ class Bundle:
         }
         files = {name: described_file(folder, about[name]) for name in ("probes", "directions") if about.get(name)}
         kept = {key: about[key] for key in (*DESCRIBED, "sources", "scale")}
-        check_targets(about.get("preprocess"), f"{folder / DESCRIPTION}: preprocess")
+        refuse_untrusted_targets(about.get("preprocess"), f"{folder / DESCRIPTION}: preprocess")
         return cls(parts=parts, **{key: about.get(key) for key in MEASURED}, **files, **kept)
 
     def save(self, folder: Path | str) -> Path:

@@ -24,7 +24,7 @@ from ldae.config import conf_dir
 from ldae.editing.frozen_probes import OURS, Frozen, write_frozen
 from ldae.editing.linear_model import LinearModel
 from ldae.models.state import read_tensors
-from ldae.runs import estimator_node, plain, save_tensors
+from ldae.runs import estimator_node, save_tensors, to_container
 from ldae.utils.errors import UserError
 from ldae.utils.files import file_sha256
 
@@ -92,16 +92,16 @@ def import_official(
 def published_configs() -> dict[str, dict[str, Any]]:
     """The four networks of conf/model/published.yaml."""
     model = _composed("model/published", f"+data.shape={list(SHAPE)}".replace(" ", "")).model
-    configs = {name: plain(model[name]) for name in ("autoencoder", "encoder", "unet")}
-    return {**configs, "estimator": plain(estimator_node(model.unet, model.encoder.dim))}
+    configs = {name: to_container(model[name]) for name in ("autoencoder", "encoder", "unet")}
+    return {**configs, "estimator": to_container(estimator_node(model.unet, model.encoder.dim))}
 
 
 def _settings() -> dict[str, Any]:
     diffusion, sampler = _composed("diffusion/linear").diffusion, _composed("sampler/published").sampler
     return {
-        "schedule": plain(diffusion.schedule),
-        "parameterisation": plain(diffusion.parameterisation),
-        "sampler": plain(sampler),
+        "schedule": to_container(diffusion.schedule),
+        "parameterisation": to_container(diffusion.parameterisation),
+        "sampler": to_container(sampler),
     }
 
 

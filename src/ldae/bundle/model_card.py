@@ -97,9 +97,11 @@ def _data(about: Mapping[str, Any]) -> str:
 
 def _steps(about: Mapping[str, Any]) -> str:
     """How the training scans were preprocessed, "" where nobody knows."""
-    from ldae.preprocessing.pipeline import Pipeline
+    from ldae.preprocessing.pipeline import PreprocessingSteps
 
-    return Pipeline.from_parameters(about["preprocess"], files=True).summary if about.get("preprocess") else ""
+    return (
+        PreprocessingSteps.from_parameters(about["preprocess"], files=True).summary if about.get("preprocess") else ""
+    )
 
 
 def _metrics(metrics: Mapping[str, float]) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 import click
 
 from ldae.commands.options import (
-    given,
+    expand_scans,
     load_model,
     model_options,
     output_option,
@@ -33,7 +33,7 @@ def embed(
     stopped. A scan that cannot be used is set aside with the reason, in OUTPUT's name with `_rejected`, and the rest
     goes on; the exit status is then 1.
     """
-    paths = list(dict.fromkeys(given(scans, inputs)))
+    paths = list(dict.fromkeys(expand_scans(scans, inputs)))
     output = table_path(output)
     ldae = load_model(**model)
     from tqdm import tqdm

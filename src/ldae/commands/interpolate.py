@@ -6,8 +6,8 @@ from typing import Any
 import click
 
 from ldae.commands.options import (
+    expand_scans,
     folder_path,
-    given,
     load_model,
     model_options,
     numbers,
@@ -36,7 +36,7 @@ def interpolate(
     What is written is A plus the change that the model sees from A, so that A's detail stays; for two people give
     --decoded.
     """
-    paths, places, output = given(scans, inputs, 2), numbers(at, "--at", "0.25,0.5,0.75"), folder_path(output)
+    paths, places, output = expand_scans(scans, inputs, 2), numbers(at, "--at", "0.25,0.5,0.75"), folder_path(output)
     if not all(0 <= place <= 1 for place in places):
         raise UserError(f"--at {at}: places lie between 0, which is A, and 1, which is B")
     ldae = load_model(**model)

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ldae.commands.options import (
+    expand_scans,
     folder_path,
-    given,
     load_model,
     model_options,
     numbers,
@@ -53,7 +53,7 @@ def manipulate(
     What is written is the scan plus the change that the model sees, so that detail and skull stay. Printed is the
     probe's verdict on y as it is moved, and on the edited image embedded anew.
     """
-    (path,), alphas, output = given(scans, inputs, 1), numbers(alpha, "--alpha", "-1,1"), folder_path(output)
+    (path,), alphas, output = expand_scans(scans, inputs, 1), numbers(alpha, "--alpha", "-1,1"), folder_path(output)
     ldae = load_model(**model)
     from tqdm import tqdm
 
@@ -78,7 +78,7 @@ def verdicts(ldae: "LDAE", name: str, scan: "Scan", start: "Tensor", edited: "di
     knowledge, y, direction = ldae.editing.readouts, ldae.embed(scan), ldae.direction(name)
 
     def say(values: "Tensor") -> str:
-        return knowledge.verdict(name, values.cpu().numpy())[0]
+        return knowledge.predict_label(name, values.cpu().numpy())[0]
 
     if name not in knowledge.probes:
         return [f"this model has no probe '{name}': no verdict"]

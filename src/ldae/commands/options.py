@@ -71,7 +71,7 @@ def output_option(what: str) -> Callable:
     return click.option("-o", "--output", required=True, type=PATH, help=what)
 
 
-def given(scans: Sequence[Path], inputs: Sequence[Path], count: int | None = None) -> list[Path]:
+def expand_scans(scans: Sequence[Path], inputs: Sequence[Path], count: int | None = None) -> list[Path]:
     """The scans that were named, of which `count` are due (None: any number).
 
     Raises:

@@ -57,7 +57,7 @@ def compose_steps(overrides: Sequence[str] = ()) -> "DictConfig":
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
-    from ldae.config import check_targets, conf_dir, register
+    from ldae.config import check_constructor_arguments, conf_dir, register
     from ldae.utils.errors import UserError
 
     register()
@@ -67,7 +67,7 @@ def compose_steps(overrides: Sequence[str] = ()) -> "DictConfig":
     except (HydraException, OmegaConfBaseException) as error:
         text = " ".join(str(error).split())
         raise UserError(f"{' '.join(overrides)}: {text[:300]}") from error
-    check_targets(config)
+    check_constructor_arguments(config)
     return config.preprocess
 
 
@@ -91,12 +91,12 @@ def preprocess_folder(
     from ldae.preprocessing.job import Job
     from ldae.preprocessing.names import entity
     from ldae.preprocessing.people import People
-    from ldae.preprocessing.pipeline import Pipeline
+    from ldae.preprocessing.pipeline import PreprocessingSteps
     from ldae.preprocessing.sources import find_scans
 
     steps = instantiate(compose_steps(overrides), _convert_="all")
     regions, columns = steps.pop("regions"), steps.pop("columns")
-    job = Job(Pipeline(**steps), out, regions)
+    job = Job(PreprocessingSteps(**steps), out, regions)
     scans = find_scans(source)
     log.info("%d scans in %s", len(scans), source)
     if job.pipeline.registration and any(entity(scan.path.name, "space") for scan in scans):

@@ -6,7 +6,7 @@ from typing import Any
 import click
 
 from ldae.commands.options import (
-    given,
+    expand_scans,
     image_path,
     load_model,
     model_options,
@@ -34,7 +34,7 @@ def reconstruct(
 
     From its y and its own stochastic code, which hold nearly all of it, or with --semantic from its y and random noise.
     """
-    (path,) = given(scans, inputs, 1)
+    (path,) = expand_scans(scans, inputs, 1)
     output = image_path(output, path)
     ldae = load_model(**model)
     from ldae.scans.scan import write_image

@@ -6,8 +6,8 @@ from typing import Any
 import click
 
 from ldae.commands.options import (
+    expand_scans,
     folder_path,
-    given,
     load_model,
     model_options,
     output_option,
@@ -34,7 +34,7 @@ def vary(
 
     Variants agree in what y holds and differ in the rest. The same seed gives the same variants.
     """
-    (path,), output = given(scans, inputs, 1), folder_path(output)
+    (path,), output = expand_scans(scans, inputs, 1), folder_path(output)
     ldae = load_model(**model)
     from tqdm import tqdm
 

@@ -65,7 +65,7 @@ class Sample:
     seed: int
 
 
-class Estimator(Protocol):
+class DirectionEstimator(Protocol):
     """From the fitting rows to a vector (dim,) of any length.
 
     Estimators are no dataclasses: Hydra would hand a nested one on as a config.
@@ -129,7 +129,7 @@ class HeldFixed:
         columns: of the table, numbers or categories. The label's own column and missing ones are passed over.
     """
 
-    def __init__(self, base: Estimator, columns: Sequence[str] = ()) -> None:
+    def __init__(self, base: DirectionEstimator, columns: Sequence[str] = ()) -> None:
         self.base, self.columns = base, list(columns)
 
     def estimate(self, sample: Sample) -> np.ndarray:
@@ -141,7 +141,7 @@ class HeldFixed:
 class ProjectedOut:
     """`base`, then orthogonal to each nuisance column's own effect on y. Takes away what label and nuisance share."""
 
-    def __init__(self, base: Estimator, columns: Sequence[str] = ()) -> None:
+    def __init__(self, base: DirectionEstimator, columns: Sequence[str] = ()) -> None:
         self.base, self.columns = base, list(columns)
 
     def estimate(self, sample: Sample) -> np.ndarray:
@@ -188,7 +188,12 @@ def known_rows(table: pd.DataFrame, task: Any, rows: np.ndarray) -> np.ndarray:
 
 
 def find_direction(
-    estimator: Estimator, task: Any, table: pd.DataFrame, embeddings: np.ndarray, rows: np.ndarray, seed: int = 0
+    estimator: DirectionEstimator,
+    task: Any,
+    table: pd.DataFrame,
+    embeddings: np.ndarray,
+    rows: np.ndarray,
+    seed: int = 0,
 ) -> Direction:
     """The direction of `task` (a probe, see probes.py) from `rows`, train rows, and nothing else.
 
@@ -200,7 +205,7 @@ def find_direction(
     """
     rows = known_rows(table, task, rows)
     truth, chosen = task.target(table)[rows], table.iloc[rows]
-    why = task.why_not(truth, chosen["subject"].to_numpy(str), fitting=True)
+    why = task.reason_unusable(truth, chosen["subject"].to_numpy(str), fitting=True)
     if why:
         raise UserError(f"no direction of {task.column}: the train split has {why}")
     y = embeddings[rows].astype(np.float64)

@@ -115,7 +115,7 @@ def own_y(context: Context, rows: Sequence[int]) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Opened:
+class InvertedScans:
     """A batch of scans ready to be edited. z: latents; y: (B, dim); levels: from the autoencoder's reconstruction.
 
     reconstruction: (B, 1, X, Y, Z); mask: the brain, bool of that shape; code: of the inversion.
@@ -131,11 +131,11 @@ class Opened:
 
 
 @torch.no_grad()
-def open_scans(context: Context, editor: Editor, anatomy: Anatomy, rows: Sequence[int]) -> Opened:
+def open_scans(context: Context, editor: Editor, anatomy: Anatomy, rows: Sequence[int]) -> InvertedScans:
     """Compress, embed and invert the scans of these rows."""
     model, rows = context.model, [int(row) for row in rows]
     z, y = model.compress(context.volumes(rows).to(model.device)), own_y(context, rows)
     reconstruction = model.decompress(z)
     code = editor.code(model, z, y, context.seed, rows)
     mask, levels = anatomy.brains(reconstruction, rows), anatomy.levels(rows, reconstruction)
-    return Opened(rows, z, y, reconstruction, mask, code, levels)
+    return InvertedScans(rows, z, y, reconstruction, mask, code, levels)

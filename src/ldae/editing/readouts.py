@@ -70,7 +70,7 @@ class Knowledge:
         model = self.probes[name]
         return Direction(model.mean, model.std, model.coef / np.linalg.norm(model.coef))
 
-    def verdict(self, name: str, y: np.ndarray) -> list[str]:
+    def predict_label(self, name: str, y: np.ndarray) -> list[str]:
         """What probe `name` says of each y (B, dim), in words: "AD 83 %", "age 71.2"; [] without such a probe."""
         model = self.probes.get(name)
         if model is None:

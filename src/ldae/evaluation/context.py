@@ -65,7 +65,7 @@ def batches(rows: Sequence[int], size: int) -> Iterator[list[int]]:
         yield rows[start : start + size]
 
 
-def spread(rows: np.ndarray, subjects: Sequence[str], count: int | None, seed: int) -> np.ndarray:
+def subsample_by_subject(rows: np.ndarray, subjects: Sequence[str], count: int | None, seed: int) -> np.ndarray:
     """At most `count` of `rows`, in table order, one scan of every subject before the second of any."""
     if count is None or len(rows) <= count:
         return rows

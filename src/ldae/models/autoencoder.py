@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ldae.models.blocks import GroupNorm, run
 from ldae.models.cpu_kernels import EnlargingConv3d, with_onednn
 from ldae.models.sizes import check_divisible, latent_sizes
-from ldae.models.tiling import Slabs
+from ldae.models.tiling import SlicedInference
 
 
 class AutoencoderKL(nets.AutoencoderKL):
@@ -90,7 +90,7 @@ class AutoencoderKL(nets.AutoencoderKL):
 
     def _through(self, blocks: nn.ModuleList, h: Tensor) -> Tensor:
         if self.tile is not None and not torch.is_grad_enabled():
-            return Slabs(self.tile, h.device).through(blocks, h)
+            return SlicedInference(self.tile, h.device).through(blocks, h)
         for block in blocks:
             h = run(block, self.checkpointing, h)
         return h

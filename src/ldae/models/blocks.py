@@ -24,7 +24,7 @@ def full_precision(x: Tensor) -> torch.autocast:
     return torch.autocast(x.device.type, enabled=False)
 
 
-def zeroed(module: nn.Module) -> nn.Module:
+def zero_module(module: nn.Module) -> nn.Module:
     """The module with zero parameters: a branch that starts as nothing, an output that starts at 0."""
     for parameter in module.parameters():
         nn.init.zeros_(parameter)
@@ -84,7 +84,7 @@ class ResidualBlock(nn.Module):
         channels, out_channels: width of the input and of the output.
         embedding: width of the embeddings of time and y.
         semantic: whether the block is conditioned on y besides time.
-        shrink, enlarge: factors along x, y, z of an average pooling or of a nearest-neighbour enlargement of both
+        downsample, upsample: factors along x, y, z of an average pooling or of a nearest-neighbour enlargement of both
             branches before their first convolution; at most one of them.
     """
 
@@ -96,23 +96,23 @@ class ResidualBlock(nn.Module):
         groups: int,
         dropout: float,
         semantic: bool = False,
-        shrink: Sequence[int] | None = None,
-        enlarge: Sequence[int] | None = None,
+        downsample: Sequence[int] | None = None,
+        upsample: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         self.norm1 = GroupNorm(groups, channels)
-        self.shrink = nn.Identity() if shrink is None else nn.AvgPool3d(tuple(shrink))
-        self.enlarges = enlarge is not None
+        self.downsample = nn.Identity() if downsample is None else nn.AvgPool3d(tuple(downsample))
+        self.upsamples = upsample is not None
         self.conv1 = (
-            EnlargingConv3d(channels, out_channels, enlarge)
-            if self.enlarges
+            EnlargingConv3d(channels, out_channels, upsample)
+            if self.upsamples
             else Conv3d(channels, out_channels, 3, padding=1)
         )
         self.time = Modulation(embedding, out_channels)
         self.semantic = Modulation(embedding, out_channels) if semantic else None
         self.norm2 = GroupNorm(groups, out_channels)
         self.dropout = nn.Dropout(dropout)
-        self.conv2 = zeroed(Conv3d(out_channels, out_channels, 3, padding=1))
+        self.conv2 = zero_module(Conv3d(out_channels, out_channels, 3, padding=1))
         same = channels == out_channels
         self.shortcut = nn.Identity() if same else Conv3d(channels, out_channels, 1)
 
@@ -127,9 +127,9 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor, time: Tensor, semantic: Tensor | None = None) -> Tensor:
         """(B, C, X, Y, Z), (B, E)[, (B, E)] -> (B, C', X', Y', Z')."""
-        h = self.conv1(self.shrink(F.silu(self.norm1(x))))
+        h = self.conv1(self.downsample(F.silu(self.norm1(x))))
         h = F.silu(self._modulated(self.norm2(h), time, semantic))
-        x = self.conv1.enlarge(x) if self.enlarges else self.shrink(x)
+        x = self.conv1.upsample(x) if self.upsamples else self.downsample(x)
         return self.shortcut(x) + self.conv2(self.dropout(h))
 
 
@@ -145,7 +145,7 @@ class Attention(nn.Module):
         self.norm = GroupNorm(groups, channels)
         # 1x1 convolutions on (B, L, C), which is how channels_last_3d lies in memory.
         self.qkv = nn.Linear(channels, 3 * channels)
-        self.projection = zeroed(nn.Linear(channels, channels))
+        self.projection = zero_module(nn.Linear(channels, channels))
 
     def forward(self, x: Tensor, time: Tensor | None = None, semantic: Tensor | None = None) -> Tensor:
         """(B, C, X, Y, Z) -> the same shape."""

@@ -59,14 +59,14 @@ class EnlargingConv3d(Conv3d):
         conv.factors = tuple(factors)
         return conv
 
-    def enlarge(self, x: Tensor) -> Tensor:
+    def upsample(self, x: Tensor) -> Tensor:
         """(B, C, X, Y, Z), each axis enlarged by its factor."""
         return F.interpolate(x, scale_factor=tuple(float(f) for f in self.factors), mode="nearest")
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, X, Y, Z) -> (B, C', factor X, factor Y, factor Z)."""
         if not self._pays(x):
-            return super().forward(self.enlarge(x))
+            return super().forward(self.upsample(x))
         return F.conv_transpose3d(x, self._sums(), self.bias, stride=self.factors, padding=1)
 
     def _pays(self, x: Tensor) -> bool:

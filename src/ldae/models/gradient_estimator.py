@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ldae.models.blocks import full_precision, zeroed
+from ldae.models.blocks import full_precision, zero_module
 from ldae.models.unet import Architecture, Features, UNet, UpPath
 
 
@@ -36,7 +36,7 @@ class SpatialMap(nn.Module):
         super().__init__()
         self.modes = modes
         self._grids: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}
-        self.coefficients = zeroed(nn.Linear(semantic_dim, channels * modes**3))
+        self.coefficients = zero_module(nn.Linear(semantic_dim, channels * modes**3))
         self.gate = nn.Linear(embedding, channels)
 
     def forward(self, y: Tensor, time: Tensor, shape: Sequence[int]) -> Tensor:
@@ -57,7 +57,7 @@ class SpatialMap(nn.Module):
         return self._grids[shape, device]
 
 
-class Narrowing(nn.Module):
+class InputGain(nn.Module):
     """z_t times a factor of t, one a channel; exactly 0 before training.
 
     Knowing y, latents spread less. Around a mean m that y tells, with variance s^2, v = k z_t - (alpha k + sigma) m,
@@ -67,7 +67,7 @@ class Narrowing(nn.Module):
 
     def __init__(self, embedding: int, channels: int) -> None:
         super().__init__()
-        self.factor = zeroed(nn.Linear(embedding, channels))
+        self.factor = zero_module(nn.Linear(embedding, channels))
 
     def forward(self, z_t: Tensor, time: Tensor) -> Tensor:
         """z_t (B, C, X, Y, Z) and embedding of t (B, E) to (B, C, X, Y, Z)."""
@@ -93,7 +93,7 @@ class GradientEstimator(nn.Module):
         self.semantic = nn.Linear(semantic_dim, shape.embedding)
         self.path = UpPath(shape, semantic=True)
         self.map = SpatialMap(semantic_dim, shape.embedding, shape.in_channels, modes) if modes else None
-        self.narrowing = Narrowing(shape.embedding, shape.in_channels) if modes else None
+        self.narrowing = InputGain(shape.embedding, shape.in_channels) if modes else None
 
     @torch.no_grad()
     def start_from(self, unet: UNet) -> None:

@@ -41,11 +41,11 @@ def check_volume_shape(shape: Sequence[int], autoencoder: Any, unet: Any) -> Non
         shape: (X, Y, Z) of the volumes.
         autoencoder, unet: config nodes, built without memory on the meta device; or modules; or strides.
     """
-    first, second = (built(node) for node in (autoencoder, unet))
+    first, second = (build_on_meta(node) for node in (autoencoder, unet))
     check_strides(shape, getattr(first, "strides", first), getattr(second, "strides", second))
 
 
-def built(node: Any) -> Any:
+def build_on_meta(node: Any) -> Any:
     """A config node's module on the meta device: its shapes without its memory. Anything else as it is."""
     from hydra.utils import instantiate
     from omegaconf import DictConfig

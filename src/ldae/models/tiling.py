@@ -20,7 +20,7 @@ Pointwise = Callable[[Tensor], Tensor]
 HOST = torch.device("cpu")
 
 
-class Slabs:
+class SlicedInference:
     """Walks blocks over volumes (B, C, X, Y, Z) in host memory, `rows` planes along x at a time on `device`."""
 
     def __init__(self, rows: int, device: torch.device) -> None:
@@ -71,7 +71,7 @@ class Slabs:
             low, high = max(start - 1, 0), min(end + 1, total)
             first = low // 2
             source = x[:, :, first : (high + 1) // 2].to(self.device)
-            large = convolution.enlarge(source)[:, :, low - 2 * first : high - 2 * first]
+            large = convolution.upsample(source)[:, :, low - 2 * first : high - 2 * first]
             large = F.pad(large, (1, 1, 1, 1, int(low == start), int(high == end)))
             out = self._keep(out, self._valid(convolution, large), start, total)
         return out

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ldae.models.blocks import Attention, GroupNorm, ResidualBlock, full_precision, run, time_features, zeroed
+from ldae.models.blocks import Attention, GroupNorm, ResidualBlock, full_precision, run, time_features, zero_module
 from ldae.models.cpu_kernels import Conv3d
 from ldae.models.sizes import check_divisible
 from ldae.models.voxel_prior import Normal, VoxelPrior
@@ -88,23 +88,23 @@ class Architecture:
         return x, y, z
 
     def block(self, channels: int, width: int, semantic: bool = False, **resampling: Sequence[int]) -> nn.Module:
-        """A residual block; `resampling`: its `shrink` or `enlarge`."""
+        """A residual block; `resampling`: its `downsample` or `upsample`."""
         return ResidualBlock(channels, width, self.embedding, self.groups, self.dropout, semantic, **resampling)
 
-    def stage(self, channels: int, level: int, semantic: bool = False) -> "Stage":
+    def stage(self, channels: int, level: int, semantic: bool = False) -> "BlockSequence":
         """A residual block to the width of `level`, with attention if it is due there."""
         width = self.widths[level]
         layers = [self.block(channels, width, semantic)]
         if 2**level in self.attention_at:
             layers.append(self.attention(width))
-        return Stage(layers)
+        return BlockSequence(layers)
 
     def attention(self, width: int) -> nn.Module:
         """An attention block."""
         return Attention(width, self.heads, self.groups)
 
 
-class Stage(nn.ModuleList):
+class BlockSequence(nn.ModuleList):
     """Blocks in a row, after a skip has been joined to their input."""
 
     def forward(self, h: Tensor, skip: Tensor | None, time: Tensor, semantic: Tensor | None = None) -> Tensor:
@@ -123,7 +123,7 @@ class UpPath(nn.Module):
         super().__init__()
         channels = shape.widths[-1]
         ends = [shape.block(channels, channels, semantic) for _ in range(2)]
-        self.middle = Stage([ends[0], shape.attention(channels), ends[1]])
+        self.middle = BlockSequence([ends[0], shape.attention(channels), ends[1]])
         self.up = nn.ModuleList()
         skips = shape.skip_widths
         for level in reversed(range(len(shape.widths))):
@@ -131,9 +131,9 @@ class UpPath(nn.Module):
                 self.up.append(shape.stage(channels + skips.pop(), level, semantic))
                 channels = shape.widths[level]
             if level > 0:
-                self.up[-1].append(shape.block(channels, channels, semantic, enlarge=shape.resample))
+                self.up[-1].append(shape.block(channels, channels, semantic, upsample=shape.resample))
         self.norm = GroupNorm(shape.groups, channels)
-        self.conv = zeroed(Conv3d(channels, shape.in_channels, 3, padding=1))
+        self.conv = zero_module(Conv3d(channels, shape.in_channels, 3, padding=1))
 
     def forward(self, features: Features, semantic: Tensor | None, checkpointing: bool) -> Tensor:
         """Features[, embedding of y (B, 4 base)] -> (B, in_channels, X, Y, Z)."""
@@ -168,7 +168,7 @@ class UNet(nn.Module):
                 self.down.append(shape.stage(channels, level))
                 channels = width
             if level + 1 < len(shape.widths):
-                self.down.append(Stage([shape.block(width, width, shrink=shape.resample)]))
+                self.down.append(BlockSequence([shape.block(width, width, downsample=shape.resample)]))
         self.path = UpPath(shape)
 
     @property

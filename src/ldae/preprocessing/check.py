@@ -25,7 +25,7 @@ def dice(first: np.ndarray, second: np.ndarray) -> float:
     return float(2 * (first & second).sum() / total) if total else 1.0
 
 
-def compare(out: Path, labels: Path | None) -> pd.DataFrame:
+def compare_masks(out: Path, labels: Path | None) -> pd.DataFrame:
     """A row a finished scan: subject, session, dice (NaN without a label map), and its measures.
 
     Raises:
@@ -60,7 +60,7 @@ def _dice(mask: Path, labels: Path) -> float:
 def main(derivatives: Path, labels: Path | None) -> None:
     """Compare what `ldae preprocess` left in DERIVATIVES with the label maps *_dseg.nii.gz in the folder LABELS."""
     try:
-        table = compare(derivatives, labels)
+        table = compare_masks(derivatives, labels)
     except UserError as error:
         click.echo(f"check: {error}", err=True)
         sys.exit(2)

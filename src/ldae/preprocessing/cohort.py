@@ -18,18 +18,18 @@ from ldae.preprocessing.job import Job, Record
 from ldae.preprocessing.people import People, Person
 from ldae.preprocessing.quality import write_quality
 from ldae.preprocessing.regions import label_maps
-from ldae.preprocessing.sources import Scan
+from ldae.preprocessing.sources import SourceScan
 from ldae.utils import process_pool as pool
 from ldae.utils.files import write_json
 
 log = logging.getLogger(__name__)
 
 REJECTED = ("subject", "session", "path", "reason")
-Entry = tuple[Scan, Person, Record]
+Entry = tuple[SourceScan, Person, Record]
 
 
 def preprocess(
-    scans: list[Scan],
+    scans: list[SourceScan],
     people: People,
     job: Job,
     labels: Path | None = None,
@@ -77,21 +77,21 @@ def preprocess(
     return _write(job.out, [(scans[index], persons[index], records[index]) for index in range(len(scans))])
 
 
-def _timed(scan: Scan, person: Person) -> Scan:
+def _timed(scan: SourceScan, person: Person) -> SourceScan:
     """`scan` with a problem where no one knows when it was made."""
     if person.months is not None or scan.problem:
         return scan
     problem = (
         f"its session {scan.session!r} is not in months (ses-M012), and sessions.tsv gives neither months nor ages"
     )
-    return Scan(scan.path, scan.subject, scan.session, scan.about, problem)
+    return SourceScan(scan.path, scan.subject, scan.session, scan.about, problem)
 
 
-def _bare(scan: Scan) -> tuple[str, str]:
+def _bare(scan: SourceScan) -> tuple[str, str]:
     return scan.subject.removeprefix("sub-"), scan.session.removeprefix("ses-")
 
 
-def _died(job: Job, scan: Scan) -> Record:
+def _died(job: Job, scan: SourceScan) -> Record:
     reason = "its process died twice, most likely for lack of memory"
     return {"status": "rejected", "reason": reason, "source": job.place(scan), "files": {}}
 
@@ -119,7 +119,7 @@ def _write(out: Path, entries: list[Entry]) -> pd.DataFrame:
     return table
 
 
-def _row(out: Path, scan: Scan, person: Person, record: Record) -> dict[str, Any]:
+def _row(out: Path, scan: SourceScan, person: Person, record: Record) -> dict[str, Any]:
     """A line of the table: what is required, what was measured, what the source says beside it."""
     files, folder = record["files"], os.path.abspath(out)
     row = {

@@ -21,10 +21,10 @@ from typing import Any
 from ldae.data.scans import BadScan
 from ldae.preprocessing.mosaic import write_mosaic
 from ldae.preprocessing.names import NATIVE, Names
-from ldae.preprocessing.pipeline import Pipeline, Prepared
+from ldae.preprocessing.pipeline import PreprocessedScan, PreprocessingSteps
 from ldae.preprocessing.regions import Regions
 from ldae.preprocessing.registration import matrix
-from ldae.preprocessing.sources import Scan
+from ldae.preprocessing.sources import SourceScan
 from ldae.preprocessing.template import inside
 from ldae.preprocessing.volume import Volume
 from ldae.utils.errors import UserError
@@ -46,11 +46,11 @@ Record = dict[str, Any]
 class Job:
     """What every scan of a cohort has in common. Goes to worker processes."""
 
-    pipeline: Pipeline
+    pipeline: PreprocessingSteps
     out: Path
     regions: Regions | None = None
 
-    def __call__(self, scan: Scan, labels: Path | None = None) -> Record:
+    def __call__(self, scan: SourceScan, labels: Path | None = None) -> Record:
         """Prepare `scan`, or say why not: {"status": "done" or "rejected", "reason", "files", "measures", ...}.
 
         Raises:
@@ -64,22 +64,22 @@ class Job:
                 return self._reject(scan, names, key="", reason=error.reason)
             return self._known(names, key) or self._make(scan, labels, names, key)
 
-    def earlier(self, scan: Scan, labels: Path | None = None) -> Record | None:
+    def earlier(self, scan: SourceScan, labels: Path | None = None) -> Record | None:
         """The record of an earlier run under the same content and parameters, or None."""
         try:
             return self._known(self.names(scan), self.key(scan, labels))
         except BadScan:
             return None
 
-    def names(self, scan: Scan) -> Names:
+    def names(self, scan: SourceScan) -> Names:
         """Where what becomes of `scan` lies."""
         return Names(scan.subject, scan.session, self.pipeline.space, self.pipeline.spacing)
 
-    def place(self, scan: Scan) -> str:
+    def place(self, scan: SourceScan) -> str:
         """Where the raw scan lies, from `out`: no absolute path goes into what may be passed on."""
         return os.path.relpath(scan.path, self.out)
 
-    def key(self, scan: Scan, labels: Path | None) -> str:
+    def key(self, scan: SourceScan, labels: Path | None) -> str:
         """Of content and parameters. Raises BadScan where there is no such file."""
         try:
             parts = [self.pipeline.key(), file_sha256(scan.path), scan.problem]
@@ -99,7 +99,7 @@ class Job:
         complete = all((self.out / file).is_file() for file in record.get("files", {}).values())
         return record if record.get("key") == key and complete else None
 
-    def _make(self, scan: Scan, labels: Path | None, names: Names, key: str) -> Record:
+    def _make(self, scan: SourceScan, labels: Path | None, names: Names, key: str) -> Record:
         start, processor = time.monotonic(), time.process_time()
         with tempfile.TemporaryDirectory(prefix="ldae-") as folder:
             try:
@@ -117,7 +117,7 @@ class Job:
         write_json(self.out / names.record, record)
         return record
 
-    def _reject(self, scan: Scan, names: Names, key: str, reason: str) -> Record:
+    def _reject(self, scan: SourceScan, names: Names, key: str, reason: str) -> Record:
         """Without a key, the scan is tried again next time. Outputs of an earlier run go."""
         record = {"status": "rejected", "reason": reason, "source": self.place(scan), "key": key, "files": {}}
         if scan.problem:
@@ -136,7 +136,7 @@ class Job:
             (self.out / file).unlink(missing_ok=True)
             (self.out / file.replace(".nii.gz", ".json")).unlink(missing_ok=True)
 
-    def _write(self, scan: Scan, labels: Path | None, names: Names, prepared: Prepared) -> Record:
+    def _write(self, scan: SourceScan, labels: Path | None, names: Names, prepared: PreprocessedScan) -> Record:
         self._clear(names)
         files, notes, regions = {"scan": names.scan, "figure": names.figure}, list(prepared.notes), {}
         prepared.scan.write(self.out / names.scan)
@@ -166,7 +166,7 @@ class Job:
         self._sidecars(scan, names, prepared, record)
         return record
 
-    def _save_transforms(self, names: Names, prepared: Prepared) -> dict[str, Path]:
+    def _save_transforms(self, names: Names, prepared: PreprocessedScan) -> dict[str, Path]:
         """Under BIDS names: `forward_0` ... in ANTs' order, and `inverse_0` ... where they are other files."""
         found: dict[str, Path] = {}
         if prepared.transforms is None:
@@ -181,7 +181,7 @@ class Job:
                 found[f"{way}_{index}"] = target
         return found
 
-    def _save_labels(self, labels: Path, names: Names, prepared: Prepared) -> dict[str, float]:
+    def _save_labels(self, labels: Path, names: Names, prepared: PreprocessedScan) -> dict[str, float]:
         native = Volume.read(labels, constant=True)
         if prepared.transforms is None:
             raise BadScan("a label map is carried by registration alone", labels)
@@ -189,7 +189,7 @@ class Job:
         moved.write(self.out / names.labels, "uint16")
         return self.regions.volumes(native) if self.regions else {}
 
-    def _sidecars(self, scan: Scan, names: Names, prepared: Prepared, record: Record) -> None:
+    def _sidecars(self, scan: SourceScan, names: Names, prepared: PreprocessedScan, record: Record) -> None:
         files = record["files"]
         about = {
             "Sources": [self.place(scan)],

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ldae.data.table import MAX_AGE, parse_session
-from ldae.preprocessing.sources import Scan
+from ldae.preprocessing.sources import SourceScan
 from ldae.utils.errors import UserError
 
 EMPTY = {"", "n/a", "na", "nan"}
@@ -56,7 +56,7 @@ class People:
         self.participants = {_prefixed("sub-", row.get("participant_id", "")): row for row in found}
         self._sessions: dict[str, dict[str, dict[str, str]]] = {}
 
-    def of(self, scan: Scan, only: bool) -> Person:
+    def of(self, scan: SourceScan, only: bool) -> Person:
         """Who `scan` shows. only: the subject has one session, which then is the first."""
         session = self._session(scan.subject).get(scan.session, {})
         sources = [scan.about, session, self.participants.get(scan.subject, {})]
@@ -71,7 +71,7 @@ class People:
             sex=sex[:1].upper() if sex.lower() in ("m", "f", "male", "female") else sex,
         )
 
-    def _months(self, scan: Scan, sources: list[dict[str, str]], only: bool) -> int | None:
+    def _months(self, scan: SourceScan, sources: list[dict[str, str]], only: bool) -> int | None:
         """By the session's label, by a column of months, by ages, or 0 for the only session."""
         if scan.session:
             try:

@@ -26,7 +26,7 @@ VERSION = 1  # of the arithmetic: raise it when the same parameters give other v
 
 
 @dataclass(frozen=True)
-class Prepared:
+class PreprocessedScan:
     """A scan that has been through the pipeline."""
 
     scan: Volume  # as models take it: 0 outside the brain, where one was looked for
@@ -41,7 +41,7 @@ class Prepared:
 
 
 @dataclass(frozen=True)
-class Pipeline:
+class PreprocessingSteps:
     """The steps, where to, and what is still believed.
 
     spacing: voxel size of the result in mm, None for that of the template or of the scan; interpolator: ANTs' name.
@@ -74,7 +74,7 @@ class Pipeline:
         return {one.name: _plain(getattr(self, one.name)) for one in fields(self)}
 
     @classmethod
-    def from_parameters(cls, parameters: Mapping[str, Any], files: bool = False) -> "Pipeline":
+    def from_parameters(cls, parameters: Mapping[str, Any], files: bool = False) -> "PreprocessingSteps":
         """The inverse of `parameters`; `files` allows a template that is a file.
 
         Raises:
@@ -111,7 +111,7 @@ class Pipeline:
             return at_spacing(self.template, self.spacing or float(self.template.volume().spacing.min()))
         return resampled(scan, self.spacing)
 
-    def __call__(self, source: Source, folder: Path) -> Prepared:
+    def __call__(self, source: Source, folder: Path) -> PreprocessedScan:
         """Prepare a scan, a path or an image; `folder` receives the transforms' files.
 
         Raises:
@@ -141,7 +141,7 @@ class Pipeline:
         if self.registration:
             measures["template_correlation"] = template_correlation(result, grid)
             self.limits.check_correlation(measures["template_correlation"], self.registration.transform == "Rigid")
-        return Prepared(result, head, moved, native, mask, scan, transforms, measures, notes)
+        return PreprocessedScan(result, head, moved, native, mask, scan, transforms, measures, notes)
 
     def _mask(self, native: Volume, scan: Volume, notes: list[str]) -> np.ndarray | None:
         if self.brain is None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from ldae.preprocessing.job import Record
-from ldae.preprocessing.sources import Scan
+from ldae.preprocessing.sources import SourceScan
 from ldae.utils.files import write_text
 
 # Measure -> heading, factor, and the sign that makes larger worse; 0: both ends are bad.
@@ -22,7 +22,7 @@ STYLE = (
 )
 
 
-def write_quality(out: Path, entries: list[tuple[Scan, Record]]) -> Path:
+def write_quality(out: Path, entries: list[tuple[SourceScan, Record]]) -> Path:
     """Write OUT/qc.html; what was set aside comes first, then by how far the worst measure lies from the others'."""
     scores = badness([record for _, record in entries])
     order = np.argsort(-scores, kind="stable")
@@ -57,7 +57,7 @@ def badness(records: list[Record]) -> np.ndarray:
     return result
 
 
-def _row(out: Path, scan: Scan, record: Record, score: float) -> str:
+def _row(out: Path, scan: SourceScan, record: Record, score: float) -> str:
     name = html.escape(" ".join(part for part in (scan.subject, scan.session) if part))
     values = record.get("measures", {})
     cells = "".join(

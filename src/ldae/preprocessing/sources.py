@@ -12,7 +12,7 @@ NIFTI = (".nii.gz", ".nii")
 
 
 @dataclass(frozen=True)
-class Scan:
+class SourceScan:
     """One raw T1w scan. subject: "sub-..."; session: "ses-..." or "" where the source has none."""
 
     path: Path
@@ -22,7 +22,7 @@ class Scan:
     problem: str = ""  # why it cannot be used, known without opening it
 
 
-def find_scans(source: Path) -> list[Scan]:
+def find_scans(source: Path) -> list[SourceScan]:
     """Every T1w scan of `source`, by subject and session.
 
     Two scans of one session are both there, with a `problem`.
@@ -43,11 +43,11 @@ def find_scans(source: Path) -> list[Scan]:
     return _mark_doubles(sorted(scans, key=lambda scan: (scan.subject, scan.session, str(scan.path))))
 
 
-def _from_bids(root: Path) -> list[Scan]:
+def _from_bids(root: Path) -> list[SourceScan]:
     return [_scan(path) for path in _niftis(root, ("sub-*/anat", "sub-*/ses-*/anat"))]
 
 
-def _from_caps(root: Path) -> list[Scan]:
+def _from_caps(root: Path) -> list[SourceScan]:
     """Clinica's t1-linear and t1-extensive images; of an image with and without cropping, the whole one."""
     paths = _niftis(root, ("sub-*/ses-*/t1_linear", "sub-*/ses-*/t1_extensive"))
     names = {path.name for path in paths}
@@ -62,13 +62,13 @@ def _niftis(root: Path, folders: tuple[str, ...]) -> list[Path]:
     return [path for folder in folders for end in NIFTI for path in root.glob(f"{folder}/*_T1w{end}")]
 
 
-def _scan(path: Path) -> Scan:
+def _scan(path: Path) -> SourceScan:
     subject = next(part for part in path.parts[::-1] if part.startswith("sub-") and part != path.name)
     session = entity(path.name, "ses")
-    return Scan(path, subject, f"ses-{session}" if session else "")
+    return SourceScan(path, subject, f"ses-{session}" if session else "")
 
 
-def _from_csv(table: Path) -> list[Scan]:
+def _from_csv(table: Path) -> list[SourceScan]:
     """Column `path` (relative to the table); subject and session by columns, else by the file's name."""
     records = read_cells(table)
     _, header = next(records, (0, []))
@@ -85,7 +85,7 @@ def _from_csv(table: Path) -> list[Scan]:
         name = label(subject.removeprefix("sub-"))
         if not name or names.setdefault(name, subject) != subject:
             raise UserError(f"{table}, line {line}: subject {subject!r} gives no file name of its own; rename it")
-        scans.append(Scan(table.parent / path, f"sub-{name}", _session(session), about))
+        scans.append(SourceScan(table.parent / path, f"sub-{name}", _session(session), about))
     return scans
 
 
@@ -98,8 +98,8 @@ def _session(text: str) -> str:
         return f"ses-{name}" if name else ""
 
 
-def _mark_doubles(scans: list[Scan]) -> list[Scan]:
-    groups: dict[tuple[str, str], list[Scan]] = defaultdict(list)
+def _mark_doubles(scans: list[SourceScan]) -> list[SourceScan]:
+    groups: dict[tuple[str, str], list[SourceScan]] = defaultdict(list)
     for scan in scans:
         groups[scan.subject, scan.session].append(scan)
     marked = []
@@ -109,5 +109,5 @@ def _mark_doubles(scans: list[Scan]) -> list[Scan]:
             continue
         names = ", ".join(scan.path.name for scan in group)
         problem = f"{len(group)} T1w scans in one session ({names}): name one in a CSV of paths"
-        marked += [Scan(scan.path, scan.subject, scan.session, scan.about, problem) for scan in group]
+        marked += [SourceScan(scan.path, scan.subject, scan.session, scan.about, problem) for scan in group]
     return marked

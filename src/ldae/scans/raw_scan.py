@@ -21,7 +21,7 @@ import numpy as np
 from ldae.data.scans import BadScan
 from ldae.data.transforms import Source, Transform
 from ldae.preprocessing.job import FAILURES, MODULES, last_line
-from ldae.preprocessing.pipeline import Pipeline, Prepared
+from ldae.preprocessing.pipeline import PreprocessedScan, PreprocessingSteps
 from ldae.preprocessing.template import onto
 from ldae.preprocessing.volume import Volume
 from ldae.utils.errors import UserError
@@ -70,9 +70,9 @@ class RawScans:
         return self.parameters is not None or self.affine is not None
 
     @cached_property
-    def pipeline(self) -> Pipeline:
+    def pipeline(self) -> PreprocessingSteps:
         """The steps. Raises UserError where they cannot be had here."""
-        return Pipeline() if self.parameters is None else Pipeline.from_parameters(self.parameters)
+        return PreprocessingSteps() if self.parameters is None else PreprocessingSteps.from_parameters(self.parameters)
 
     def __call__(self, source: Source) -> Made:
         """Make a raw scan into what the model takes.
@@ -114,7 +114,7 @@ class RawScans:
             return scan
         return onto(scan, Volume(np.zeros(self.transform.shape, np.float32), wanted))
 
-    def _said(self, pipeline: Pipeline) -> str:
+    def _said(self, pipeline: PreprocessingSteps) -> str:
         start = (
             "as the training scans were" if self.parameters is not None else "with the defaults of `ldae preprocess`"
         )
@@ -129,7 +129,7 @@ class _Folder:
         weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
 
 
-def _back(folder: _Folder, prepared: Prepared, scan: Volume, values: np.ndarray) -> np.ndarray:
+def _back(folder: _Folder, prepared: PreprocessedScan, scan: Volume, values: np.ndarray) -> np.ndarray:
     """`values` on the grid of `scan` brought to the raw scan's, by the transforms' files, which lie in `folder`."""
     moved = scan.with_data(values)
     if prepared.transforms is None:
@@ -137,7 +137,7 @@ def _back(folder: _Folder, prepared: Prepared, scan: Volume, values: np.ndarray)
     return prepared.transforms.to_native(moved, prepared.native, "linear").data
 
 
-def _gain(prepared: Prepared) -> np.ndarray:
+def _gain(prepared: PreprocessedScan) -> np.ndarray:
     """Bias field and normalisation, undone: (X, Y, Z) on the raw scan's grid; its middle value outside the brain."""
     made = prepared.even.data
     inside = np.abs(made) > DARK * np.abs(made).max()
@@ -156,7 +156,7 @@ def recorded(paths: Sequence[str]) -> dict[str, Any] | None:
     for path in paths:
         try:
             parameters = read_json(str(path).removesuffix(".gz").removesuffix(".nii") + ".json")["Parameters"]
-            Pipeline.from_parameters(parameters, files=True)
+            PreprocessingSteps.from_parameters(parameters, files=True)
         except (OSError, ValueError, KeyError, TypeError, UserError):
             return None
         if found is not None and parameters != found:

@@ -12,9 +12,9 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from ldae.config import Optim, Trainer
+from ldae.config import Optim, TrainerSettings
 from ldae.data.table import scan_names
-from ldae.evaluation.context import spread as of_all_subjects
+from ldae.evaluation.context import subsample_by_subject as of_all_subjects
 from ldae.evaluation.images.image_metrics import BrainMasks, ssims
 from ldae.losses import autoencoder as losses
 from ldae.losses.structural import structural_dissimilarity
@@ -32,7 +32,7 @@ from ldae.training.stage import (
     on_device,
     uses_channels_last,
 )
-from ldae.training.validation import mean_over_scans, spread
+from ldae.training.validation import mean_over_scans, shard_rows
 from ldae.utils.errors import UserError
 from ldae.utils.seeding import generator, normal
 
@@ -83,7 +83,7 @@ class AutoencoderStage(Stage):
         self.names = scan_names(cohort.table, self.train_rows)
         self.averages = {}
 
-    def prepare(self, accelerator: Accelerator, trainer: Trainer, optim: Optim, seed: int) -> None:
+    def prepare(self, accelerator: Accelerator, trainer: TrainerSettings, optim: Optim, seed: int) -> None:
         """See Stage."""
         self.accelerator = accelerator
         self.seed = seed
@@ -195,7 +195,7 @@ class AutoencoderStage(Stage):
         if self.modules["autoencoder"].reference is not None:
             self._set_reference()
         found: dict[int, dict[str, Tensor]] = {}
-        for row in spread(self.validation_rows, self.accelerator):
+        for row in shard_rows(self.validation_rows, self.accelerator):
             x, reconstruction = self._reconstruct(np.array([row]))
             whole, brain = ssims(reconstruction, x, self.masks(x, [row]))
             l1 = losses.reconstruction_l1(reconstruction, x).detach()

@@ -12,12 +12,12 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from ldae.config import Optim, Trainer
+from ldae.config import Optim, TrainerSettings
 from ldae.data.latents import LatentSet
 from ldae.data.table import scan_names
 from ldae.diffusion.process import Parameterisation, add_noise
 from ldae.diffusion.schedule import Schedule
-from ldae.evaluation.context import spread as of_all_subjects
+from ldae.evaluation.context import subsample_by_subject as of_all_subjects
 from ldae.losses.denoising import denoising_loss
 from ldae.models.state import load_weights
 from ldae.training.ema import Ema
@@ -32,7 +32,7 @@ from ldae.training.stage import (
     on_device,
     uses_channels_last,
 )
-from ldae.training.validation import mean_over_scans, spread
+from ldae.training.validation import mean_over_scans, shard_rows
 from ldae.utils.errors import UserError
 from ldae.utils.seeding import normal, timesteps
 
@@ -78,7 +78,7 @@ class PretrainStage(Stage):
         self.length = len(self.train_rows)
         self.names = scan_names(self.latents.table, self.train_rows)
 
-    def prepare(self, accelerator: Accelerator, trainer: Trainer, optim: Optim, seed: int) -> None:
+    def prepare(self, accelerator: Accelerator, trainer: TrainerSettings, optim: Optim, seed: int) -> None:
         """See Stage."""
         self.accelerator = accelerator
         self.seed = seed
@@ -130,7 +130,7 @@ class PretrainStage(Stage):
         """The loss on validation scans at fixed noise, four timesteps each, one a quarter of the schedule."""
         found: dict[int, dict[str, Tensor]] = {}
         quarter = self.schedule.timesteps // 4
-        for row in spread(self.validation_rows, self.accelerator):
+        for row in shard_rows(self.validation_rows, self.accelerator):
             batch = self._drawn(np.full(4, row), [int(row) * 4 + k for k in range(4)], "validation")
             batch["t"] = batch["t"] // 4 + quarter * torch.arange(4)
             z_t, z0, noise, t = self._noised(on_device(batch, self.accelerator.device))

@@ -13,11 +13,11 @@ from accelerate import Accelerator
 from hydra.utils import instantiate
 from torch import Tensor, nn
 
-from ldae.config import Optim, Trainer
+from ldae.config import Optim, TrainerSettings
 from ldae.data.table import scan_names
 from ldae.denoiser import Denoiser
 from ldae.diffusion.process import add_noise
-from ldae.evaluation.context import spread as of_all_subjects
+from ldae.evaluation.context import subsample_by_subject as of_all_subjects
 from ldae.evaluation.images.image_metrics import BrainMasks, ssims
 from ldae.evaluation.images.semantics import other_subjects, z0_errors
 from ldae.losses.denoising import gap_filling_loss
@@ -38,7 +38,7 @@ from ldae.training.stage import (
     on_device,
     uses_channels_last,
 )
-from ldae.training.validation import mean_over_scans, spread
+from ldae.training.validation import mean_over_scans, shard_rows
 from ldae.utils.errors import UserError
 from ldae.utils.seeding import generator, normal, timesteps
 
@@ -142,7 +142,7 @@ class ReprStage(Stage):
             raise UserError("no scan of the table has a latent: run encode_latents.py with the same table")
         return np.array(pairs)
 
-    def prepare(self, accelerator: Accelerator, trainer: Trainer, optim: Optim, seed: int) -> None:
+    def prepare(self, accelerator: Accelerator, trainer: TrainerSettings, optim: Optim, seed: int) -> None:
         """See Stage."""
         self.accelerator = accelerator
         self.seed = seed
@@ -257,7 +257,7 @@ class ReprStage(Stage):
         found: dict[int, dict[str, Tensor]] = {}
         partner = other_subjects(self.cohort.table["subject"].to_numpy()[rows])
         others = dict(zip(rows.tolist(), rows if partner is None else rows[partner], strict=True))
-        for row in spread(rows, self.accelerator):
+        for row in shard_rows(rows, self.accelerator):
             both, key = np.array([row, others[int(row)]]), int(row)
             with self.accelerator.autocast():
                 y = self.modules["encoder"](self._scans(both)).float()

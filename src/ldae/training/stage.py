@@ -15,7 +15,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from ldae.config import Optim, Trainer
+from ldae.config import Optim, TrainerSettings
 from ldae.training.bf16_check import guard_bf16
 from ldae.training.ema import Ema
 from ldae.training.health import Batch, KeptBuffers
@@ -72,7 +72,7 @@ class Stage(ABC):
     names: Sequence[str] = ()  # of the training samples, for people
 
     @abstractmethod
-    def prepare(self, accelerator: Accelerator, trainer: Trainer, optim: Optim, seed: int) -> None:
+    def prepare(self, accelerator: Accelerator, trainer: TrainerSettings, optim: Optim, seed: int) -> None:
         """Place the modules on the device, wrap what is trained, and build the optimisers and averages."""
 
     def fetch(self, index: np.ndarray, position: np.ndarray, number: int) -> Batch:
@@ -221,7 +221,7 @@ def on_device(batch: Batch, device: torch.device) -> Batch:
     }
 
 
-def uses_channels_last(trainer: Trainer, accelerator: Accelerator, latents: bool = True) -> bool:
+def uses_channels_last(trainer: TrainerSettings, accelerator: Accelerator, latents: bool = True) -> bool:
     """Whether networks and their inputs lie channels-last in memory: as the config says, or as was measured.
 
     Measured (docs/bench.md): on CPUs it is faster for volumes; on a GPU a step of stage 2 takes a fifth longer, as

@@ -15,7 +15,7 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
 from ldae.config import Optim
-from ldae.config import Trainer as Settings
+from ldae.config import TrainerSettings as Settings
 from ldae.data.stream import Batches, SampleStream
 from ldae.runs import Run
 from ldae.training.checkpoint import Checkpoints, Progress

@@ -9,7 +9,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 
-def spread(rows: np.ndarray, accelerator: Accelerator) -> np.ndarray:
+def shard_rows(rows: np.ndarray, accelerator: Accelerator) -> np.ndarray:
     """This process's share of `rows`."""
     return rows[accelerator.process_index :: accelerator.num_processes]
 

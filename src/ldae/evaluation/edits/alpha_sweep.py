@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from ldae.editing.directions import Direction
-from ldae.editing.editor import Anatomy, Editor, Opened, as_arrays
+from ldae.editing.editor import Anatomy, Editor, InvertedScans, as_arrays
 from ldae.evaluation.context import Context
 from ldae.evaluation.images.image_metrics import ssim
 
 
 @dataclass(frozen=True)
-class Ladder:
+class AlphaSweep:
     """Edits of B scans at A values of alpha.
 
     Attributes:
@@ -24,7 +24,7 @@ class Ladder:
     """
 
     alphas: list[float]
-    opened: Opened
+    opened: InvertedScans
     images: Tensor
     volumes: dict[str, np.ndarray]
     identity: np.ndarray
@@ -48,9 +48,14 @@ class Ladder:
 
 
 @torch.no_grad()
-def climb(
-    context: Context, editor: Editor, anatomy: Anatomy, direction: Direction, opened: Opened, alphas: Sequence[float]
-) -> Ladder:
+def run_sweep(
+    context: Context,
+    editor: Editor,
+    anatomy: Anatomy,
+    direction: Direction,
+    opened: InvertedScans,
+    alphas: Sequence[float],
+) -> AlphaSweep:
     """Decode at every alpha, 0 among them, and measure."""
     alphas = [float(alpha) for alpha in alphas]
     decoded = [editor.decode(context.model, opened.code, direction.edit(opened.y, alpha)) for alpha in alphas]
@@ -59,7 +64,7 @@ def climb(
     identity = torch.stack([ssim(image, middle, opened.mask) for image in images], 1).double().cpu().numpy()
     measured = [anatomy.volumes(image, opened.levels) for image in images]
     volumes = {name: np.stack([values[name] for values in measured], 1) for name in anatomy.measures}
-    return Ladder(alphas, opened, images, volumes, identity)
+    return AlphaSweep(alphas, opened, images, volumes, identity)
 
 
 def outside_share(change: np.ndarray, brain: np.ndarray, region: np.ndarray) -> np.ndarray:
@@ -71,7 +76,9 @@ def outside_share(change: np.ndarray, brain: np.ndarray, region: np.ndarray) -> 
 
 
 @torch.no_grad()
-def reversibility(context: Context, editor: Editor, direction: Direction, ladder: Ladder, alpha: float) -> np.ndarray:
+def reversibility(
+    context: Context, editor: Editor, direction: Direction, ladder: AlphaSweep, alpha: float
+) -> np.ndarray:
     """There and back, (B,): the edited scans, taken as if they were real, edited by -alpha; SSIM in the brain."""
     model, edited = context.model, ladder.at(alpha)
     y = model.embed(edited)

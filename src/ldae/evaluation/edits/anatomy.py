@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ldae.evaluation.context import Context, batches, spread
+from ldae.evaluation.context import Context, batches, subsample_by_subject
 
 # DLMUSE numbers; phantoms use the same.
 VENTRICLES = (49, 50, 51, 52)
@@ -67,7 +67,7 @@ def soft_volume(context: Context, labels: Sequence[int]) -> SoftVolume | None:
 
     if context.regions is None:
         return None
-    rows = spread(context.rows("train"), context.table["subject"].tolist(), TRAIN_SCANS, context.seed)
+    rows = subsample_by_subject(context.rows("train"), context.table["subject"].tolist(), TRAIN_SCANS, context.seed)
     total, count = 0.0, 0
     for part in batches(rows, 16):
         total = total + (context.regions(part, labels) > 0.5).sum(0)

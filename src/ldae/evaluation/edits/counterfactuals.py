@@ -14,8 +14,8 @@ from torch import Tensor
 
 from ldae.editing.directions import Direction
 from ldae.editing.editor import Anatomy, Editor, as_arrays, open_scans
-from ldae.evaluation.context import Context, batches, spread
-from ldae.evaluation.edits.alpha_sweep import Ladder, climb, outside_share
+from ldae.evaluation.context import Context, batches, subsample_by_subject
+from ldae.evaluation.edits.alpha_sweep import AlphaSweep, outside_share, run_sweep
 from ldae.evaluation.edits.effects import correlation, slope
 
 log = logging.getLogger(__name__)
@@ -100,13 +100,13 @@ def exchange(
     hardly moves them is held to the LEAST change.
     """
     source = Counterfactuals(context)
-    rows = spread(context.rows("val"), context.table["subject"].tolist(), scans, context.seed)
+    rows = subsample_by_subject(context.rows("val"), context.table["subject"].tolist(), scans, context.seed)
     if factor not in LIMITS or not source.available or "ventricle" not in anatomy.measures or not len(rows):
         return None
     alphas, slopes = [-alpha, 0.0, alpha], []
     for part in batches(rows, batch_size):
         opened = open_scans(context, editor, anatomy, part)
-        ladder = climb(context, editor, anatomy, direction, opened, alphas)
+        ladder = run_sweep(context, editor, anatomy, direction, opened, alphas)
         slopes.append(slope(np.array(alphas), ladder.volumes["ventricle"]))
     rate = float(np.nanmean(np.concatenate(slopes))) / source.ventricle_slope(rows, factor)
     if rate < 0:
@@ -128,8 +128,8 @@ class TrueEffect:
 
 
 @torch.no_grad()
-def compare(
-    context: Context, anatomy: Anatomy, rate: Exchange, ladder: Ladder, alpha: float, ceiling: bool = True
+def compare_with_truth(
+    context: Context, anatomy: Anatomy, rate: Exchange, ladder: AlphaSweep, alpha: float, ceiling: bool = True
 ) -> TrueEffect:
     """Decoded against true changes at -alpha and +alpha.
 

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from ldae.editing.directions import Direction, Estimator, find_direction, known_rows
-from ldae.editing.editor import Editor, Opened
+from ldae.editing.directions import Direction, DirectionEstimator, find_direction, known_rows
+from ldae.editing.editor import Editor, InvertedScans
 from ldae.editing.linear_model import LinearModel
 from ldae.evaluation.context import Context
 from ldae.evaluation.probes.fitting import fit
@@ -32,7 +32,7 @@ def halves(subjects: np.ndarray, truth: np.ndarray, seed: int) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class Independent:
+class HeldOutProbe:
     """direction: of one half; model: the other half's probe; alpha: how far scans are moved, both ways."""
 
     direction: Direction
@@ -40,13 +40,13 @@ class Independent:
     alpha: float
 
     @classmethod
-    def fit(cls, context: Context, probe: Any, estimator: Estimator, alpha: float) -> "Independent | None":
+    def fit(cls, context: Context, probe: Any, estimator: DirectionEstimator, alpha: float) -> "HeldOutProbe | None":
         """None (and a line in the log) where half of the train subjects is too few."""
         table = context.table
         rows = known_rows(table, probe, context.rows("train"))
         truth, subjects = probe.target(table)[rows], table["subject"].to_numpy(str)[rows]
         member = halves(subjects, truth, context.seed)
-        why = probe.why_not(truth[~member], subjects[~member], fitting=True)
+        why = probe.reason_unusable(truth[~member], subjects[~member], fitting=True)
         try:
             if why:
                 raise UserError(f"half of the train split has {why}")
@@ -59,7 +59,7 @@ class Independent:
         return cls(direction, model, alpha)
 
     @torch.no_grad()
-    def effect(self, context: Context, editor: Editor, opened: Opened) -> dict[str, np.ndarray]:
+    def effect(self, context: Context, editor: Editor, opened: InvertedScans) -> dict[str, np.ndarray]:
         """(B,) each: `independent_slope`, log-odds (or years, ...) per unit alpha; `independent_right`, did it rise.
 
         Both between the scans decoded at -alpha and +alpha and embedded anew.

@@ -10,14 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from ldae.editing.directions import Direction, Estimator, find_direction
+from ldae.editing.directions import Direction, DirectionEstimator, find_direction
 from ldae.editing.editor import Anatomy, Editor, open_scans
-from ldae.evaluation.context import Context, batches, spread
-from ldae.evaluation.edits.alpha_sweep import Ladder, climb, outside_share, reversibility
-from ldae.evaluation.edits.counterfactuals import FACTORS, compare, exchange
+from ldae.evaluation.context import Context, batches, subsample_by_subject
+from ldae.evaluation.edits.alpha_sweep import AlphaSweep, outside_share, reversibility, run_sweep
+from ldae.evaluation.edits.counterfactuals import FACTORS, compare_with_truth, exchange
 from ldae.evaluation.edits.effects import slope, spearman, weighted_median
-from ldae.evaluation.edits.heldout_probe import Independent
-from ldae.evaluation.edits.results import Measured
+from ldae.evaluation.edits.heldout_probe import HeldOutProbe
+from ldae.evaluation.edits.results import ManipulationResults
 from ldae.evaluation.probes import scores
 from ldae.evaluation.probes.bootstrap import subject_weights, summarise
 from ldae.utils.errors import UserError
@@ -47,7 +47,7 @@ class Manipulation:
     def __init__(
         self,
         probes: Mapping[str, Any],
-        direction: Estimator,
+        direction: DirectionEstimator,
         editor: Editor,
         alphas: Sequence[float] = (-1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5),
         shown: float = 1.0,
@@ -67,7 +67,7 @@ class Manipulation:
 
     def __call__(self, context: Context) -> Iterator[tuple[str, float]]:
         anatomy, directions = Anatomy(context), {}
-        rows = spread(context.rows("test"), context.table["subject"].tolist(), self.scans, context.seed)
+        rows = subsample_by_subject(context.rows("test"), context.table["subject"].tolist(), self.scans, context.seed)
         for name, probe in self.probes.items():
             train = context.rows("train")
             try:
@@ -89,15 +89,15 @@ class Manipulation:
             context, self.editor, anatomy, direction, FACTORS.get(probe.column), self.calibration_scans,
             self.batch_size, self.shown,
         )  # fmt: skip
-        judge = Independent.fit(context, probe, self.direction, self.shown)
+        judge = HeldOutProbe.fit(context, probe, self.direction, self.shown)
         place = context.out / f"manipulation_{name}"
-        measured = Measured(place, self.alphas, self.shown, self.pictures, context.spacing)
+        measured = ManipulationResults(place, self.alphas, self.shown, self.pictures, context.spacing)
         for part in tqdm(list(batches(rows, self.batch_size)), f"manipulation of {name}"):
             opened = open_scans(context, self.editor, anatomy, part)
-            ladder = climb(context, self.editor, anatomy, direction, opened, self.alphas)
+            ladder = run_sweep(context, self.editor, anatomy, direction, opened, self.alphas)
             found, true = self._scan_numbers(context, anatomy, direction, ladder), None
             if rate is not None:
-                effect = compare(context, anatomy, rate, ladder, self.shown)
+                effect = compare_with_truth(context, anatomy, rate, ladder, self.shown)
                 found, true = found | effect.numbers, effect.difference
             if judge is not None:
                 found |= judge.effect(context, self.editor, opened)
@@ -112,7 +112,7 @@ class Manipulation:
         measured.write(context.table.iloc[rows])
 
     def _scan_numbers(
-        self, context: Context, anatomy: Anatomy, direction: Direction, ladder: Ladder
+        self, context: Context, anatomy: Anatomy, direction: Direction, ladder: AlphaSweep
     ) -> dict[str, np.ndarray]:
         """(B,) each, of what needs no truth."""
         ends = (-self.shown, self.shown)

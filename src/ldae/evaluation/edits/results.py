@@ -8,13 +8,13 @@ import pandas as pd
 
 from ldae.editing.editor import as_arrays
 from ldae.evaluation.edits import figures as edit_figures
-from ldae.evaluation.edits.alpha_sweep import Ladder
+from ldae.evaluation.edits.alpha_sweep import AlphaSweep
 from ldae.utils.files import replacing
 from ldae.utils.html_viewer import write_viewer
 
 
 @dataclass
-class Measured:
+class ManipulationResults:
     """Collects batches. stem: path that file names begin with; pictures: how many scans are drawn."""
 
     stem: Path
@@ -29,7 +29,7 @@ class Measured:
 
     def add(
         self,
-        ladder: Ladder,
+        ladder: AlphaSweep,
         numbers: dict[str, np.ndarray],
         true: np.ndarray | None,
         table: pd.DataFrame,
@@ -73,7 +73,7 @@ class Measured:
         return self.stem.with_name(self.stem.name + end)
 
     def _draw(
-        self, ladder: Ladder, place: int, true: np.ndarray | None, row: pd.Series, region: np.ndarray | None
+        self, ladder: AlphaSweep, place: int, true: np.ndarray | None, row: pd.Series, region: np.ndarray | None
     ) -> None:
         frames = as_arrays(ladder.images[:, place])  # (A, X, Y, Z)
         cut = edit_figures.centre(region, frames.shape[1:])

@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ldae.editing.directions import Direction, Estimator, find_direction
-from ldae.editing.editor import Anatomy, Editor, Opened, open_scans
-from ldae.evaluation.context import Context, batches, spread
+from ldae.editing.directions import Direction, DirectionEstimator, find_direction
+from ldae.editing.editor import Anatomy, Editor, InvertedScans, open_scans
+from ldae.evaluation.context import Context, batches, subsample_by_subject
 from ldae.evaluation.edits import figures as edit_figures
-from ldae.evaluation.edits.alpha_sweep import climb
-from ldae.evaluation.edits.counterfactuals import FACTORS, LIMITS, Counterfactuals, Exchange, compare
+from ldae.evaluation.edits.alpha_sweep import run_sweep
+from ldae.evaluation.edits.counterfactuals import FACTORS, LIMITS, Counterfactuals, Exchange, compare_with_truth
 from ldae.utils.errors import UserError
 from ldae.utils.files import replacing
 
@@ -44,7 +44,7 @@ class Selection:
     def __init__(
         self,
         probes: Mapping[str, Any],
-        estimators: Mapping[str, Estimator],
+        estimators: Mapping[str, DirectionEstimator],
         editor: Editor,
         depths: Sequence[float] = (1.0, 0.8, 0.6, 0.5),
         renoises: Sequence[float] = (0.0, 0.3),
@@ -63,7 +63,7 @@ class Selection:
 
     def __call__(self, context: Context) -> Iterator[tuple[str, float]]:
         source, anatomy = Counterfactuals(context), Anatomy(context)
-        rows = spread(context.rows("val"), context.table["subject"].tolist(), self.scans, context.seed)
+        rows = subsample_by_subject(context.rows("val"), context.table["subject"].tolist(), self.scans, context.seed)
         if not source.available or "ventricle" not in anatomy.measures or not len(rows):
             log.warning("selection is skipped: it needs phantoms with label maps among the validation subjects")
             return
@@ -118,7 +118,7 @@ class Selection:
         from tqdm import tqdm
 
         found: dict[tuple[str, Editor, float], list[dict[str, np.ndarray]]] = {}
-        remembered = Remembered(rate.source)
+        remembered = CachedCounterfactuals(rate.source)
         for editor in tqdm(editors, "settings"):
             for part in batches(rows, self.batch_size):
                 opened = open_scans(context, editor, anatomy, part)
@@ -133,7 +133,7 @@ class Selection:
         return pd.DataFrame(rows_out)
 
 
-class Remembered:
+class CachedCounterfactuals:
     """Counterfactuals rendered once."""
 
     def __init__(self, source: Counterfactuals):
@@ -148,14 +148,16 @@ class Remembered:
 
 
 def _trial(
-    context: Context, anatomy: Anatomy, editor: Editor, direction: Direction, opened: Opened, alpha: float,
+    context: Context, anatomy: Anatomy, editor: Editor, direction: Direction, opened: InvertedScans, alpha: float,
     rate: Exchange,
 ) -> dict[str, np.ndarray]:  # fmt: skip
     """Numbers of one setting on one batch, (B,) each."""
-    ladder = climb(context, editor, anatomy, direction, opened, [-alpha, 0.0, alpha])
+    ladder = run_sweep(context, editor, anatomy, direction, opened, [-alpha, 0.0, alpha])
     volumes = ladder.volumes["ventricle"]
     return {
-        "difference_r": compare(context, anatomy, rate, ladder, alpha, ceiling=False).numbers["difference_r"],
+        "difference_r": compare_with_truth(context, anatomy, rate, ladder, alpha, ceiling=False).numbers[
+            "difference_r"
+        ],
         "monotone": ((np.diff(volumes, axis=1) > 0).all(1)).astype(float),
         "identity": ladder.identity[:, [0, 2]].mean(1),
         "effect_percent": 100 * (volumes[:, 2] - volumes[:, 0]) / volumes[:, 1],
@@ -163,7 +165,7 @@ def _trial(
     }
 
 
-def _brain_ssim(image: Any, opened: Opened) -> np.ndarray:
+def _brain_ssim(image: Any, opened: InvertedScans) -> np.ndarray:
     from ldae.evaluation.images.image_metrics import ssim
 
     return ssim(image, opened.reconstruction, opened.mask).double().cpu().numpy()

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ldae.evaluation import figures
-from ldae.evaluation.context import Context, batches, spread
+from ldae.evaluation.context import Context, batches, subsample_by_subject
 from ldae.evaluation.probes.bootstrap import subject_weights, summarise
 
 AXES = ("x, mm to the right", "y, mm to the front", "z, mm upwards")
@@ -29,7 +29,7 @@ class Attention:
 
     def __call__(self, context: Context) -> Iterator[tuple[str, float]]:
         subjects = context.table["subject"].to_numpy(str)
-        rows = spread(context.rows("test"), subjects.tolist(), self.scans, context.seed)
+        rows = subsample_by_subject(context.rows("test"), subjects.tolist(), self.scans, context.seed)
         if not len(rows):
             return
         model, parts, total = context.model, [], 0.0

@@ -132,7 +132,7 @@ def read_back(values: Mapping[Key, Tensor]) -> dict[Key, np.ndarray]:
     return dict(zip(values, stacked, strict=True))
 
 
-def compare(
+def compare_images(
     x: Tensor,
     reference: Tensor,
     mask: Tensor | None = None,

@@ -7,7 +7,7 @@ import torch
 
 from ldae.diffusion.diagnostics import posterior_mean_gap
 from ldae.evaluation import figures
-from ldae.evaluation.context import Context, spread
+from ldae.evaluation.context import Context, subsample_by_subject
 from ldae.utils.seeding import normal
 
 
@@ -24,7 +24,9 @@ class Gap:
 
     def __call__(self, context: Context) -> Iterator[tuple[str, float]]:
         model = context.model
-        rows = spread(context.rows("test"), context.table["subject"].to_numpy(str), self.scans, context.seed)
+        rows = subsample_by_subject(
+            context.rows("test"), context.table["subject"].to_numpy(str), self.scans, context.seed
+        )
         if not len(rows):
             return
         z0 = model.compress(context.volumes(rows.tolist()).to(model.device))

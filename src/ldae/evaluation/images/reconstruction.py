@@ -22,8 +22,8 @@ from torch import Tensor
 
 from ldae.diffusion.diagnostics import gaussianity
 from ldae.evaluation import figures
-from ldae.evaluation.context import Context, batches, spread
-from ldae.evaluation.images.image_metrics import brain_mask, compare, read_back
+from ldae.evaluation.context import Context, batches, subsample_by_subject
+from ldae.evaluation.images.image_metrics import brain_mask, compare_images, read_back
 from ldae.evaluation.probes.bootstrap import subject_weights, summarise
 from ldae.utils.files import replacing
 from ldae.utils.seeding import normal
@@ -71,8 +71,8 @@ class Reconstruction:
         weights = subject_weights(subjects[test], self.resamples, context.seed)
         for name, values in self._autoencoder(context, test).items():
             yield from summarise(f"{STEM}/autoencoder/{name}", weights @ values / weights.sum(1))
-        rows = spread(test, subjects, self.scans, context.seed)
-        trial = Trial(context, rows.tolist())
+        rows = subsample_by_subject(test, subjects, self.scans, context.seed)
+        trial = SamplerBenchmark(context, rows.tolist())
         reference = trial.reference(self.reference, self.reference_scans) if self.reference else None
         table = [{"method": "autoencoder", "source": "latent"} | trial.ceiling]
         for name, sampler in self.samplers.items():
@@ -91,13 +91,13 @@ class Reconstruction:
         for part in tqdm(list(batches(rows, self.batch_size)), "autoencoder"):
             scans = context.volumes(part)
             x, mask = scans.to(model.device), brain_mask(scans).to(model.device)
-            numbers = compare(model.decompress(model.compress(x)), x, mask, context.perceptual)
+            numbers = compare_images(model.decompress(model.compress(x)), x, mask, context.perceptual)
             for name, values in read_back(numbers).items():
                 found.setdefault(name, []).append(values)
         return {name: np.concatenate(parts) for name, parts in found.items()}
 
 
-class Trial:
+class SamplerBenchmark:
     """A few scans that every sampler is tried on, one batch."""
 
     def __init__(self, context: Context, rows: list[int]):
@@ -112,7 +112,7 @@ class Trial:
 
     def _quality(self, volumes: Tensor, source: str) -> dict[tuple[str, str], Tensor]:
         """Every metric's mean over the scans, under (source, metric)."""
-        found = compare(volumes, self.x, self.mask, self.context.perceptual)
+        found = compare_images(volumes, self.x, self.mask, self.context.perceptual)
         return {(source, name): values.mean() for name, values in found.items()}
 
     def _timed(self, work: Callable[[], Any]) -> tuple[Any, float]:
@@ -175,7 +175,7 @@ def _read(measured: Mapping[tuple[str, str], Tensor]) -> dict[str, dict[str, flo
     return found
 
 
-def _draw(context: Context, table: pd.DataFrame, trial: Trial) -> None:
+def _draw(context: Context, table: pd.DataFrame, trial: SamplerBenchmark) -> None:
     """The table, quality against evaluations, and one scan."""
     with replacing(context.out / f"{STEM}.csv") as temporary:
         table.to_csv(temporary, index=False)

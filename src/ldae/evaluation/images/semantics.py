@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ldae.diffusion.process import add_noise, eps_to_z0
 from ldae.evaluation import figures
-from ldae.evaluation.context import Context, batches, spread
+from ldae.evaluation.context import Context, batches, subsample_by_subject
 from ldae.evaluation.edits.anatomy import STRUCTURES, SoftVolume, soft_volume, true_volume
 from ldae.evaluation.images.image_metrics import brain_mask, read_back, ssims
 from ldae.evaluation.probes import scores
@@ -108,7 +108,7 @@ class Semantics:
 
     def __call__(self, context: Context) -> Iterator[tuple[str, float]]:
         subjects = context.table["subject"].to_numpy(str)
-        rows = spread(context.rows("test"), subjects, self.scans, context.seed)
+        rows = subsample_by_subject(context.rows("test"), subjects, self.scans, context.seed)
         partner = other_subjects(subjects[rows]) if len(rows) else None
         if partner is None:
             log.warning("semantics are skipped: test needs scans of at least two subjects, none with most of them")

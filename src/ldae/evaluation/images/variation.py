@@ -15,7 +15,7 @@ from torch import Tensor
 from ldae.editing.directions import known_rows
 from ldae.editing.editor import Anatomy, as_arrays, own_y
 from ldae.editing.linear_model import LinearModel
-from ldae.evaluation.context import Context, spread
+from ldae.evaluation.context import Context, subsample_by_subject
 from ldae.evaluation.edits import figures as edit_figures
 from ldae.evaluation.images.image_metrics import brain_mask
 from ldae.evaluation.probes import scores
@@ -51,7 +51,7 @@ class Variation:
         self.pictures, self.resamples = pictures, resamples
 
     def __call__(self, context: Context) -> Iterator[tuple[str, float]]:
-        rows = spread(context.rows("test"), context.table["subject"].tolist(), self.scans, context.seed)
+        rows = subsample_by_subject(context.rows("test"), context.table["subject"].tolist(), self.scans, context.seed)
         if len(rows) < 2:
             log.warning("variation is skipped: test needs two scans")
             return
@@ -118,7 +118,7 @@ def fit_probes(context: Context, probes: Mapping[str, Any]) -> dict[str, LinearM
     for name, probe in probes.items():
         rows = known_rows(context.table, probe, context.rows("train"))
         truth = probe.target(context.table)[rows]
-        why = probe.why_not(truth, subjects[rows], fitting=True)
+        why = probe.reason_unusable(truth, subjects[rows], fitting=True)
         if why:
             log.warning("probe %s is left out: train has %s", name, why)
             continue

@@ -21,7 +21,7 @@ from ldae.evaluation import figures
 from ldae.evaluation.context import Context
 from ldae.evaluation.probes.baselines import CHOICES, Features, numbers
 from ldae.evaluation.probes.bootstrap import subject_weights
-from ldae.evaluation.probes.evaluator import UNBIASED, Probe, check_baselines, fit_all, named, scored
+from ldae.evaluation.probes.evaluator import UNBIASED, Probe, check_baselines, fit_all, metrics_by_name, score
 from ldae.utils.errors import UserError
 from ldae.utils.files import replacing
 
@@ -60,7 +60,7 @@ class CrossValidation:
         for name, probe in self.probes.items():
             truth = probe.target(table)
             rows = usable[np.isfinite(truth[usable])]
-            why = probe.why_not(truth[rows], table["subject"].to_numpy(str)[rows], fitting=True)
+            why = probe.reason_unusable(truth[rows], table["subject"].to_numpy(str)[rows], fitting=True)
             if why:
                 log.warning("probe %s is skipped: splits %s have %s", name, " + ".join(REGIMES[self.regime]), why)
                 continue
@@ -143,11 +143,11 @@ def judge_folds(
             weights = subject_weights(part["subject"], resamples, context.seed)
             values = part[key].to_numpy()
             unbiased = part.get(f"{key}{UNBIASED}", part[key]).to_numpy()
-            parts.append(scored(probe, part["truth"].to_numpy(), values, unbiased, part["age"].to_numpy(), weights))
+            parts.append(score(probe, part["truth"].to_numpy(), values, unbiased, part["age"].to_numpy(), weights))
         metrics = set.intersection(*(set(part) for part in parts))
         found[key] = {metric: np.mean([part[metric] for part in parts], axis=0) for metric in sorted(metrics)}
     prefix = f"cv/{regime}/"
-    yield from named(found, name, probe, repeats[0], prefix)
+    yield from metrics_by_name(found, name, probe, repeats[0], prefix)
     yield f"{prefix}probe/{name}/repeats", float(len(repeats))
     stem = f"cv_{regime}_{name}"
     with replacing(context.out / f"{stem}_predictions.csv") as temporary:

@@ -76,7 +76,7 @@ class Probes:
     def _problem(self, probe: Probe, truth: np.ndarray, table: pd.DataFrame, rows: dict[str, np.ndarray]) -> str | None:
         for part, index in rows.items():
             subjects = table["subject"].to_numpy(str)[index]
-            why = probe.why_not(truth[index], subjects, fitting=part == "fit")
+            why = probe.reason_unusable(truth[index], subjects, fitting=part == "fit")
             if why:
                 return f"{' + '.join(self.fit_splits) if part == 'fit' else part} has {why}"
         return None
@@ -128,7 +128,7 @@ class External:
                 probe = Classification(model.column, positive=model.classes[1], negative=model.classes[0])
             truth = probe.target(table)
             rows = np.flatnonzero(usable & np.isfinite(truth))
-            why = probe.why_not(truth[rows], table["subject"].to_numpy(str)[rows], fitting=False)
+            why = probe.reason_unusable(truth[rows], table["subject"].to_numpy(str)[rows], fitting=False)
             if why:
                 log.warning("external probe %s is skipped: the cohort has %s", name, why)
                 continue
@@ -164,13 +164,13 @@ def judge(
             continue
         predictions[key] = entry.model.predict(values[rows])
     unbiased = {key: entries[key].model.unbiased(value) for key, value in predictions.items()}
-    found = {key: scored(probe, truth[rows], value, unbiased[key], age, weights) for key, value in predictions.items()}
-    yield from named(found, name, probe, table, prefix)
+    found = {key: score(probe, truth[rows], value, unbiased[key], age, weights) for key, value in predictions.items()}
+    yield from metrics_by_name(found, name, probe, table, prefix)
     shown = unbiased if probe.bias_correction else {}
     _record(context, f"{prefix.replace('/', '_')}{name}", probe, table, truth[rows], predictions, shown)
 
 
-def scored(
+def score(
     probe: Probe, truth: np.ndarray, prediction: np.ndarray, unbiased: np.ndarray, age: np.ndarray, weights: np.ndarray
 ) -> dict[str, np.ndarray]:
     """Every metric of one predictor, (1 + R,) each; prediction and unbiased: (N,)."""
@@ -182,7 +182,7 @@ def scored(
     return found
 
 
-def named(
+def metrics_by_name(
     found: Mapping[str, Mapping[str, np.ndarray]], name: str, probe: Probe, table: pd.DataFrame, prefix: str = ""
 ) -> Iterator[tuple[str, float]]:
     """Numbers of all predictors with intervals and paired differences, under the names that the module tells."""

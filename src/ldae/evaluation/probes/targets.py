@@ -44,7 +44,7 @@ class Classification:
         found = table[self.column].astype(str).to_numpy()
         return np.where(found == positive, 1.0, np.where(found == negative, 0.0, np.nan))
 
-    def why_not(self, truth: np.ndarray, subjects: np.ndarray, fitting: bool) -> str | None:
+    def reason_unusable(self, truth: np.ndarray, subjects: np.ndarray, fitting: bool) -> str | None:
         """Why these rows do not do, or None. Fitting needs two subjects of each class, testing one scan of each."""
         needed = 2 if fitting else 1
         for value, name in enumerate(self.classes):
@@ -110,7 +110,7 @@ class Regression:
             return np.full(len(table), np.nan)
         return pd.to_numeric(table[self.column], errors="coerce").to_numpy(np.float64)
 
-    def why_not(self, truth: np.ndarray, subjects: np.ndarray, fitting: bool) -> str | None:
+    def reason_unusable(self, truth: np.ndarray, subjects: np.ndarray, fitting: bool) -> str | None:
         """Why these rows do not do, or None. Fitting needs ten scans of two subjects, testing two different values."""
         if fitting and (len(truth) < MIN_ROWS or len(set(subjects)) < 2):
             return f"{len(truth)} scans with a {self.column}, at least {MIN_ROWS} of two subjects needed"
