@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from faults.forked import script
+from faults.forked import run_script
 
 # The slowest files begin first, so that no worker is left with one of them at the end.
 SLOWEST = (
@@ -36,9 +36,9 @@ def pytest_collection_modifyitems(items):
 def smoke(tmp_path_factory) -> Path:
     """A folder in which the whole smoke experiment has run through the real scripts."""
     folder = tmp_path_factory.mktemp("smoke")
-    script("train", "experiment=smoke", "stage=aekl", cwd=folder)
-    script("encode_latents", "experiment=smoke", cwd=folder)
-    script("train", "experiment=smoke", "stage=pretrain", cwd=folder)
-    script("train", "experiment=smoke", "stage=repr", cwd=folder)
-    script("evaluate", "experiment=smoke", cwd=folder)
+    run_script("train", "experiment=smoke", "stage=aekl", cwd=folder)
+    run_script("encode_latents", "experiment=smoke", cwd=folder)
+    run_script("train", "experiment=smoke", "stage=pretrain", cwd=folder)
+    run_script("train", "experiment=smoke", "stage=repr", cwd=folder)
+    run_script("evaluate", "experiment=smoke", cwd=folder)
     return folder

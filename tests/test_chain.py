@@ -13,7 +13,7 @@ import torch
 from safetensors.numpy import load_file as load_numpy
 from safetensors.torch import load_file
 
-from faults.forked import ROOT, script
+from faults.forked import ROOT, run_script
 
 STAGES = ("aekl", "pretrain", "repr")
 NOTEBOOK = ROOT / "notebooks" / "tutorial.ipynb"
@@ -66,7 +66,7 @@ def test_the_trunk_is_frozen_in_stage_3(smoke):
 
 def test_a_finished_stage_is_not_trained_again(copied):
     before = (copied / "runs/smoke/pretrain/weights/unet.safetensors").read_bytes()
-    result = script("train", "experiment=smoke", "stage=pretrain", cwd=copied)
+    result = run_script("train", "experiment=smoke", "stage=pretrain", cwd=copied)
     assert "resuming pretrain at step 4 of 4" in result.stderr
     assert (copied / "runs/smoke/pretrain/weights/unet.safetensors").read_bytes() == before
 
@@ -78,7 +78,7 @@ def test_two_and_two_steps_equal_four_to_the_bit(copied, stage):
     whole = {p.name: load_file(p) for p in (run / "state").glob("*.safetensors")}["step_00000004.safetensors"]
     for path in (run / "state").glob("step_00000004.*"):
         path.unlink()
-    result = script("train", "experiment=smoke", f"stage={stage}", cwd=copied)
+    result = run_script("train", "experiment=smoke", f"stage={stage}", cwd=copied)
     assert f"resuming {stage} at step 2 of 4" in result.stderr
     resumed = load_file(run / "state/step_00000004.safetensors")
     assert resumed.keys() == whole.keys()
@@ -95,13 +95,13 @@ def test_a_stage_starts_from_given_weights(copied, stage, start):
     shutil.rmtree(copied / "runs/smoke" / stage)
     start = copied / "earlier" / start
     rate = ("optim.lr=0", "trainer.ema=null")
-    script("train", "experiment=smoke", f"stage={stage}", f"stage.initial_weights={start}", *rate, cwd=copied)
+    run_script("train", "experiment=smoke", f"stage={stage}", f"stage.initial_weights={start}", *rate, cwd=copied)
     for path in (copied / "earlier" / stage / "weights").glob("*.safetensors"):
         published, given = load_file(copied / "runs/smoke" / stage / "weights" / path.name), load_file(path)
         assert all(torch.equal(published[name], given[name]) for name in given), path.name
     shutil.rmtree(copied / "runs/smoke" / stage)
     arguments = ("experiment=smoke", f"stage={stage}", f"stage.initial_weights={copied}/nowhere")
-    refused = script("train", *arguments, cwd=copied, check=False)
+    refused = run_script("train", *arguments, cwd=copied, check=False)
     assert refused.returncode != 0
     assert "nowhere" in refused.stderr.splitlines()[-1]
 
@@ -112,14 +112,14 @@ def test_encoding_skips_what_is_done_and_replaces_what_is_damaged(copied):
     damaged = bytearray(good)
     damaged[len(good) // 2] ^= 255
     path.write_bytes(damaged)
-    result = script("encode_latents", "experiment=smoke", cwd=copied)
+    result = run_script("encode_latents", "experiment=smoke", cwd=copied)
     assert "are encoded already" in result.stderr
     assert path.read_bytes() == good
 
 
 def test_a_latent_of_another_autoencoder_is_refused(copied):
-    script("train", "experiment=smoke", "stage=aekl", "trainer.max_steps=6", cwd=copied)
-    result = script("train", "experiment=smoke", "stage=pretrain", cwd=copied, check=False)
+    run_script("train", "experiment=smoke", "stage=aekl", "trainer.max_steps=6", cwd=copied)
+    result = run_script("train", "experiment=smoke", "stage=pretrain", cwd=copied, check=False)
     assert result.returncode == 2
     assert "another autoencoder" in result.stderr
     assert "Traceback" not in result.stderr
@@ -130,14 +130,14 @@ def test_another_split_is_refused(copied):
     split = pd.read_csv(path, dtype=str)
     split["split"] = split["split"].to_numpy()[::-1]
     split.to_csv(path, index=False)
-    result = script("train", "experiment=smoke", "stage=pretrain", cwd=copied, check=False)
+    result = run_script("train", "experiment=smoke", "stage=pretrain", cwd=copied, check=False)
     assert result.returncode == 2
     assert "split" in result.stderr
     assert "Traceback" not in result.stderr
 
 
 def test_a_sweep_keeps_its_runs_apart(copied):
-    script("train", "-m", "experiment=smoke", "stage=pretrain", "optim.lr=0.001,0.002", cwd=copied)
+    run_script("train", "-m", "experiment=smoke", "stage=pretrain", "optim.lr=0.001,0.002", cwd=copied)
     runs = sorted(p.name for p in (copied / "runs/smoke").glob("pretrain@*"))
     assert len(runs) == 2
     first, second = (load_file(copied / "runs/smoke" / r / "weights/unet.safetensors") for r in runs)
@@ -163,7 +163,7 @@ def test_the_tutorial_runs_from_top_to_bottom(smoke, tmp_path):
     code = "\n\n".join("".join(cell["source"]) for cell in cells("code"))
     (tmp_path / "tutorial.py").write_text(code, encoding="utf-8")
     environment = {"LDAE_RUN": "smoke", "CUDA_VISIBLE_DEVICES": ""}
-    result = script(tmp_path / "tutorial.py", cwd=smoke, environment=environment)
+    result = run_script(tmp_path / "tutorial.py", cwd=smoke, environment=environment)
     for said in ("probes ['age', 'diagnosis']", "as it is ['AD"):
         assert said in result.stdout
 

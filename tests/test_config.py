@@ -5,7 +5,7 @@ from hydra import compose, initialize_config_dir
 from hydra.errors import ConfigCompositionException
 from omegaconf import OmegaConf
 
-from faults.forked import script
+from faults.forked import run_script
 from ldae.config import check_constructor_arguments, conf_dir, register
 from ldae.utils.errors import UserError
 
@@ -116,7 +116,7 @@ def test_published_settings_are_all_there():
     ],
 )
 def test_wrong_input_is_one_clear_line_and_a_non_zero_exit(tmp_path, arguments, says):
-    result = script(*arguments, cwd=tmp_path, check=False)
+    result = run_script(*arguments, cwd=tmp_path, check=False)
     assert result.returncode != 0
     assert says in result.stderr
     assert "Traceback" not in result.stderr
@@ -126,4 +126,4 @@ def test_wrong_input_is_one_clear_line_and_a_non_zero_exit(tmp_path, arguments, 
 @pytest.mark.parametrize("flag", ["-h", "--help"])
 @pytest.mark.parametrize("name", ["train", "encode_latents", "evaluate"])
 def test_help_needs_no_other_argument(tmp_path, name, flag):
-    assert "experiment" in script(name, flag, cwd=tmp_path).stdout
+    assert "experiment" in run_script(name, flag, cwd=tmp_path).stdout

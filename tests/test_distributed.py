@@ -23,29 +23,29 @@ from ldae.utils.errors import UserError
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which `one` process has trained all stages, and two have been compared with it on the way."""
     folder = tmp_path_factory.mktemp("distributed")
-    assert len(distributed.as_one(folder, steps=2)) == 3
+    assert len(distributed.compare_training(folder, steps=2)) == 3
     return folder
 
 
 def test_two_processes_train_all_stages_as_one_does(trained: Path) -> None:
     for stage in work.STAGES:
         one, two = (trained / name / "runs/smoke" / stage for name in ("one", f"{stage}-2"))
-        assert distributed.distance(two, one) <= distributed.TOLERANCE
+        assert distributed.relative_distance(two, one) <= distributed.TOLERANCE
 
 
 def test_two_processes_encode_and_evaluate_as_one_does(trained: Path) -> None:
-    distributed.same_tables(trained / "one", trained, counts=(1, 2))
+    distributed.compare_outputs(trained / "one", trained, counts=(1, 2))
 
 
 def test_a_cache_that_takes_longer_than_the_timeout_is_built_by_all(trained: Path, tmp_path: Path) -> None:
     """One process alone would sleep for 24 s over the scans, and the other give up waiting after 10 s."""
     whole, folder = trained / "one", tmp_path
-    data = [work.copied(whole, folder, "latents", "evaluation"), f"paths.cache={folder / 'cache'}"]
+    data = [work.copy_runs(whole, folder, "latents", "evaluation"), f"paths.cache={folder / 'cache'}"]
     scans = len(pd.read_csv(next((whole / "data").rglob("scans.csv"))))
     slow = ["data.transform._target_=faults.slow.SlowTransform", f"+data.transform.seconds={24 / scans}"]
     arguments = [text for text in work.SETTINGS if not text.startswith("stage.")]
-    arguments += [*data, *slow, f"accelerator.timeout={10 / 60}", *distributed.settings(2, 1)]
-    work.together("encode_latents", arguments, folder, 2)
+    arguments += [*data, *slow, f"accelerator.timeout={10 / 60}", *distributed.training_settings(2, 1)]
+    work.run_distributed("encode_latents", arguments, folder, 2)
     latents = [path / "runs/smoke/latents" for path in (whole, folder)]
     names = [*(path.name for path in latents[0].glob("*.safetensors")), "latents.json"]
     assert len(names) == 2

@@ -16,9 +16,9 @@ import pytest
 import torch
 
 from faults import work
-from faults.corruption import corrupted
-from faults.kills import differences, kills
-from faults.mutate import mutated
+from faults.corruption import count_corrupted_loads
+from faults.kills import list_differences, kill_and_restart
+from faults.mutate import read_mutated
 from ldae.data.transforms import Transform
 from ldae.data.volumes import VolumeCache
 from ldae.training.signals import StopSignals
@@ -31,50 +31,52 @@ from ldae.utils.locks import only_writer
 def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a stage 1 that was never disturbed, `whole`, and one that was killed on the way."""
     folder = tmp_path_factory.mktemp("faults")
-    assert kills(folder, 2, ("aekl",))["kills"] == 2
+    assert kill_and_restart(folder, 2, ("aekl",))["kills"] == 2
     return folder
 
 
 def wait_for(folder: Path, text: str, limit: float = 300.0) -> None:
     end = time.monotonic() + limit
-    while text not in work.log(folder):
-        assert time.monotonic() < end, work.log(folder)[-2000:]
+    while text not in work.read_log(folder):
+        assert time.monotonic() < end, work.read_log(folder)[-2000:]
         time.sleep(0.02)
 
 
 def test_a_signal_saves_a_second_process_is_refused_and_the_end_is_the_same(killed: Path, tmp_path: Path) -> None:
-    folder, arguments = tmp_path, work.overrides("aekl", work.copied(killed / "whole", tmp_path, "aekl"))
-    process = work.start("train", arguments, folder)
+    folder, arguments = tmp_path, work.train_overrides("aekl", work.copy_runs(killed / "whole", tmp_path, "aekl"))
+    process = work.start_script("train", arguments, folder)
     wait_for(folder, "aekl 1/8")
-    work.kill(process, signal.SIGSTOP)
-    second = work.start("train", arguments, folder)
+    work.send_signal(process, signal.SIGSTOP)
+    second = work.start_script("train", arguments, folder)
     second.join(300)
     assert second.exitcode == EXIT_USER_ERROR
-    assert "another process writes to" in work.log(folder)
-    work.kill(process, signal.SIGTERM)
-    work.kill(process, signal.SIGCONT)
+    assert "another process writes to" in work.read_log(folder)
+    work.send_signal(process, signal.SIGTERM)
+    work.send_signal(process, signal.SIGCONT)
     process.join(300)
-    assert process.exitcode == EXIT_REQUEUE, work.log(folder)[-2000:]
-    work.finish("train", arguments, folder)
-    assert "Traceback" not in work.log(folder)
-    assert not differences(folder / "runs/smoke/aekl", killed / "whole/runs/smoke/aekl")
+    assert process.exitcode == EXIT_REQUEUE, work.read_log(folder)[-2000:]
+    work.run_to_end("train", arguments, folder)
+    assert "Traceback" not in work.read_log(folder)
+    assert not list_differences(folder / "runs/smoke/aekl", killed / "whole/runs/smoke/aekl")
 
 
 def test_changed_settings_are_named_and_harmless_ones_pass(killed: Path, tmp_path: Path) -> None:
-    folder, data = tmp_path, work.copied(killed / "whole", tmp_path)
-    process = work.start("train", work.overrides("aekl", data, "optim.lr=0.01", "trainer.log_every=3"), folder)
+    folder, data = tmp_path, work.copy_runs(killed / "whole", tmp_path)
+    process = work.start_script(
+        "train", work.train_overrides("aekl", data, "optim.lr=0.01", "trainer.log_every=3"), folder
+    )
     process.join(300)
     assert process.exitcode == EXIT_USER_ERROR
-    assert "optim.lr: 0.0001 -> 0.01" in work.log(folder).splitlines()[-1]
-    assert "trainer.log_every" not in work.log(folder).splitlines()[-1]
+    assert "optim.lr: 0.0001 -> 0.01" in work.read_log(folder).splitlines()[-1]
+    assert "trainer.log_every" not in work.read_log(folder).splitlines()[-1]
 
 
 def test_damaged_checkpoints_are_never_loaded(killed: Path, tmp_path: Path) -> None:
-    assert corrupted(killed / "whole/runs/smoke/aekl", tmp_path, 20)["loaded"] == 0
+    assert count_corrupted_loads(killed / "whole/runs/smoke/aekl", tmp_path, 20)["loaded"] == 0
 
 
 def test_hostile_inputs_are_refused_in_one_line(killed: Path, tmp_path: Path) -> None:
-    outcomes = mutated(tmp_path / "inputs", killed / "whole/runs/smoke/aekl", 10)
+    outcomes = read_mutated(tmp_path / "inputs", killed / "whole/runs/smoke/aekl", 10)
     assert outcomes["bundle"] == outcomes["npz"] == {"refused": 10}
     assert all(sum(counts.values()) == 10 for counts in outcomes.values())
 

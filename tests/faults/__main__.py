@@ -9,10 +9,10 @@ import time
 from pathlib import Path
 
 from . import work
-from .corruption import corrupted
-from .distributed import as_one, same_tables
-from .kills import kills
-from .mutate import mutated
+from .corruption import count_corrupted_loads
+from .distributed import compare_training, compare_outputs
+from .kills import kill_and_restart
+from .mutate import read_mutated
 
 
 def main() -> None:
@@ -30,15 +30,15 @@ def main() -> None:
     begin = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="faults-") as name:
         folder = Path(name)
-        found: dict = kills(folder, options.kills, tuple(options.stages), options.seed)
+        found: dict = kill_and_restart(folder, options.kills, tuple(options.stages), options.seed)
         run = folder / "whole/runs/smoke/aekl"
-        found |= corrupted(run, folder, options.checkpoints, options.seed)
+        found |= count_corrupted_loads(run, folder, options.checkpoints, options.seed)
         if options.steps:
-            found |= as_one(folder, options.steps, tuple(options.stages))
+            found |= compare_training(folder, options.steps, tuple(options.stages))
         if set(work.STAGES) <= set(options.stages):
-            found |= same_tables(folder / "whole", folder)
+            found |= compare_outputs(folder / "whole", folder)
         for seed in range(options.seed, options.seed + options.seeds):
-            found[f"inputs, seed {seed}"] = mutated(folder / f"inputs{seed}", run, options.inputs, seed)
+            found[f"inputs, seed {seed}"] = read_mutated(folder / f"inputs{seed}", run, options.inputs, seed)
     found["seconds"] = round(time.monotonic() - begin)
     sys.stdout.write(json.dumps(found, indent=2) + "\n")
 

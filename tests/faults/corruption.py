@@ -31,7 +31,7 @@ def _head(data: bytearray, draw: random.Random) -> None:
 CHANGES = (_flip, _cut, _blank, _grow, _head)
 
 
-def corrupted(run: Path, folder: Path, count: int, seed: int = 0) -> dict[str, int]:
+def count_corrupted_loads(run: Path, folder: Path, count: int, seed: int = 0) -> dict[str, int]:
     """Damage the newest state of `run` in `count` ways; how many were loaded all the same."""
     draw = random.Random(seed)
     states = sorted((run / "state").glob("step_*.safetensors"))

@@ -18,7 +18,7 @@ EQUAL = (
 )  # fmt: skip
 
 
-def distance(run: Path, other: Path) -> float:
+def relative_distance(run: Path, other: Path) -> float:
     """The largest of relative differences: of all weights and averages together, of what is published, of any loss.
 
     Not of single weights: Adam turns the rounding of a gradient that should be 0 into a step of full size.
@@ -69,30 +69,30 @@ def _losses(run: Path) -> list[float]:
     return [record["train/loss"] for record in records if "train/loss" in record]
 
 
-def settings(steps: int, processes: int) -> tuple[str, ...]:
+def training_settings(steps: int, processes: int) -> tuple[str, ...]:
     """Of a training of `steps` that is the same whatever the number of processes."""
     return (*EQUAL, f"trainer.max_steps={steps}", f"trainer.batch_size={2 // processes}")
 
 
-def as_one(folder: Path, steps: int, stages: tuple[str, ...] = work.STAGES) -> dict[str, float]:
+def compare_training(folder: Path, steps: int, stages: tuple[str, ...] = work.STAGES) -> dict[str, float]:
     """Train each of `stages` for `steps` in 1 process, `folder`/one, and in 2; the relative distances.
 
     In 2 processes each stage begins from what 1 process has left of the others.
     """
     one = folder / "one"
-    work.chain(one, stages, *settings(steps, 1))
+    work.train_chain(one, stages, *training_settings(steps, 1))
     found = {}
     for stage in stages:
         place = folder / f"{stage}-2"
-        data = work.copied(one, place, stage)
-        work.together("train", work.overrides(stage, data, *settings(steps, 2)), place, 2)
+        data = work.copy_runs(one, place, stage)
+        work.run_distributed("train", work.train_overrides(stage, data, *training_settings(steps, 2)), place, 2)
         name = f"{stage}: 2 processes against 1"
-        found[name] = distance(place / "runs/smoke" / stage, one / "runs/smoke" / stage)
+        found[name] = relative_distance(place / "runs/smoke" / stage, one / "runs/smoke" / stage)
         assert found[name] <= TOLERANCE, found
     return found
 
 
-def same_tables(whole: Path, folder: Path, counts: tuple[int, ...] = (1, 2, 3)) -> dict[str, int]:
+def compare_outputs(whole: Path, folder: Path, counts: tuple[int, ...] = (1, 2, 3)) -> dict[str, int]:
     """Encode and evaluate the cohort of `whole` in each number of processes; how many files are the same to the bit.
 
     Batches of 2 and processes that do not divide their number: shares of different lengths.
@@ -100,11 +100,11 @@ def same_tables(whole: Path, folder: Path, counts: tuple[int, ...] = (1, 2, 3)) 
     contents = []
     for count in counts:
         place = folder / f"together-{count}"
-        data = work.copied(whole, place, "latents", "evaluation")
+        data = work.copy_runs(whole, place, "latents", "evaluation")
         arguments = [text for text in work.SETTINGS if not text.startswith("stage.")]
         arguments += [data, "trainer.batch_size=2", "evaluation=attention"]
         for script in ("encode_latents", "evaluate"):
-            work.together(script, arguments, place, count)
+            work.run_distributed(script, arguments, place, count)
         found = [place / "runs/smoke" / name for name in ("latents", "evaluation")]
         files = [path for at in found for end in ("safetensors", "csv", "json") for path in sorted(at.glob(f"*.{end}"))]
         contents.append({str(path.relative_to(place)): path.read_bytes() for path in files})

@@ -22,7 +22,7 @@ PRELOAD = [
 ]  # fmt: skip
 
 
-def start(target, *arguments) -> BaseProcess:
+def start_process(target, *arguments) -> BaseProcess:
     """A process that calls `target`, which must be importable, with `arguments`."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
@@ -31,7 +31,7 @@ def start(target, *arguments) -> BaseProcess:
     return process
 
 
-def enter(folder: Path, environment: dict[str, str], out: Path, err: Path) -> None:
+def enter_folder(folder: Path, environment: dict[str, str], out: Path, err: Path) -> None:
     """Make this process one that was started in `folder`, its streams going to the files `out` and `err`."""
     os.environ |= environment
     os.chdir(folder)
@@ -40,7 +40,7 @@ def enter(folder: Path, environment: dict[str, str], out: Path, err: Path) -> No
 
 
 def _execute(path: Path, arguments: tuple[str, ...], folder: Path, environment: dict, out: Path, err: Path) -> None:
-    enter(folder, environment, out, err)
+    enter_folder(folder, environment, out, err)
     sys.argv = [str(path), *arguments]
     try:
         runpy.run_path(str(path), run_name="__main__")
@@ -48,7 +48,7 @@ def _execute(path: Path, arguments: tuple[str, ...], folder: Path, environment: 
         threading._shutdown()  # as an interpreter does at its end, before all else: joblib's idle workers end by it
 
 
-def script(
+def run_script(
     name: str | Path, *arguments: str, cwd: Path, check: bool = True, environment: dict[str, str] | None = None
 ) -> subprocess.CompletedProcess:
     """Run train.py, encode_latents.py or evaluate.py by its name, or any file by its path, to its end.
@@ -58,7 +58,7 @@ def script(
     path = name if isinstance(name, Path) else ROOT / f"{name}.py"
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder) / "out", Path(folder) / "err"
-        process = start(_execute, path, arguments, cwd, environment or {}, out, err)
+        process = start_process(_execute, path, arguments, cwd, environment or {}, out, err)
         process.join(600)
         if process.exitcode is None:
             process.kill()

@@ -21,7 +21,7 @@ POLL = 0.002
 JITTER = 0.02  # seconds beyond the processor time drawn: into a write that waits for the disk, too
 
 
-def differences(run: Path, whole: Path) -> list[str]:
+def list_differences(run: Path, whole: Path) -> list[str]:
     """In what a run differs from one that was never disturbed: state, weights, metrics, TensorBoard."""
     found = []
     for path in sorted([*whole.glob("state/step_*.safetensors"), *whole.glob("weights/*.safetensors")]):
@@ -37,11 +37,11 @@ def differences(run: Path, whole: Path) -> list[str]:
             == [json.loads(s) if s[0] == "{" and s[-1] == "}" else s for s in theirs]
             else [name]
         )
-    found += [] if points(run) == points(whole) else ["tensorboard"]
+    found += [] if read_tensorboard(run) == read_tensorboard(whole) else ["tensorboard"]
     return found
 
 
-def points(run: Path) -> dict[str, list[tuple[int, float]]]:
+def read_tensorboard(run: Path) -> dict[str, list[tuple[int, float]]]:
     """Steps and values of every TensorBoard scalar, and steps of every picture."""
     events = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0, "images": 0})
     events.Reload()
@@ -49,34 +49,34 @@ def points(run: Path) -> dict[str, list[tuple[int, float]]]:
     return scalars | {tag: [(e.step, 0.0) for e in events.Images(tag)] for tag in events.Tags()["images"]}
 
 
-def kills(folder: Path, count: int, stages: tuple[str, ...] = work.STAGES, seed: int = 0) -> dict[str, int]:
+def kill_and_restart(folder: Path, count: int, stages: tuple[str, ...] = work.STAGES, seed: int = 0) -> dict[str, int]:
     """Kill runs of `stages` `count` times in all; the numbers of kills, finished runs, and runs that differ."""
     draw = random.Random(seed)
     whole = folder / "whole"
-    work.chain(whole, work.STAGES[: work.STAGES.index(stages[-1]) + 1])
+    work.train_chain(whole, work.STAGES[: work.STAGES.index(stages[-1]) + 1])
     total = {"kills": 0, "finished runs": 0, "runs that differ": 0}
     for place, stage in enumerate(stages):
         share = count * (place + 1) // len(stages) - count * place // len(stages)
         spoilt = folder / stage
-        arguments = work.overrides(stage, work.copied(whole, spoilt))
+        arguments = work.train_overrides(stage, work.copy_runs(whole, spoilt))
         run = spoilt / "runs/smoke" / stage
         shutil.rmtree(run)
-        seconds = work.finish("train", arguments, spoilt)  # its data is made
+        seconds = work.run_to_end("train", arguments, spoilt)  # its data is made
         while share > 0:
             shutil.rmtree(run)
             share -= _until_finished(spoilt, arguments, share, seconds, draw, total)
             total["finished runs"] += 1
-            different = differences(run, whole / "runs/smoke" / stage)
+            different = list_differences(run, whole / "runs/smoke" / stage)
             total["runs that differ"] += bool(different)
             if different:
-                raise AssertionError(f"{stage} differs in {different}\n{work.log(spoilt)[-5000:]}")
+                raise AssertionError(f"{stage} differs in {different}\n{work.read_log(spoilt)[-5000:]}")
     return total
 
 
 def _wait(process: BaseProcess, busy: float, jitter: float) -> None:
     """Until a process has used `busy` seconds of processor time, and `jitter` seconds more, or has ended."""
     end = time.monotonic() + LIMIT
-    while process.is_alive() and work.busy(process) < busy and time.monotonic() < end:
+    while process.is_alive() and work.processor_seconds(process) < busy and time.monotonic() < end:
         process.join(POLL)
     process.join(jitter)
 
@@ -87,14 +87,14 @@ def _until_finished(
     """Start train.py until it ends, killing it up to `limit` times; how often that was."""
     done = 0
     while True:
-        process = work.start("train", arguments, folder)
+        process = work.start_script("train", arguments, folder)
         _wait(process, draw.uniform(0, seconds) if done < limit else LIMIT, draw.uniform(0, JITTER))
         if process.exitcode is None:
-            work.kill(process)
+            work.send_signal(process)
             process.join()
             done += 1
             total["kills"] += 1
         elif process.exitcode == 0:
             return done
         else:
-            raise AssertionError(f"{arguments}: exit {process.exitcode}\n{work.log(folder)[-5000:]}")
+            raise AssertionError(f"{arguments}: exit {process.exitcode}\n{work.read_log(folder)[-5000:]}")

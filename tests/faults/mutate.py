@@ -79,7 +79,7 @@ def _cases(folder: Path, run: Path, each: int, draw: random.Random) -> list[Case
     return [case for make in kinds for case in make(folder, each, draw)] + [*inputs.yamls(folder, each, draw, run)]
 
 
-def mutated(folder: Path, run: Path, each: int, seed: int = 0) -> dict[str, dict[str, int]]:
+def read_mutated(folder: Path, run: Path, each: int, seed: int = 0) -> dict[str, dict[str, int]]:
     """Read `each` mutated inputs of every kind; outcomes by kind. `run` is a finished run of stage 1."""
     folder.mkdir(parents=True)
     cases = _cases(folder, run, each, random.Random(seed))

@@ -36,34 +36,36 @@ SETTINGS = (
 )  # fmt: skip
 
 
-def composed(name: str, overrides: list[str]) -> DictConfig:
+def compose_config(name: str, overrides: list[str]) -> DictConfig:
     """The config of a script."""
     register()
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         return compose(name, overrides)
 
 
-def overrides(stage: str, *more: str) -> list[str]:
+def train_overrides(stage: str, *more: str) -> list[str]:
     """Of train.py for `stage`."""
     own = [text for text in SETTINGS if stage == "repr" or not text.startswith("stage.")]
     return [*own, f"stage={stage}", *more]
 
 
-def run(script: str, arguments: list[str], folder: Path, environment: dict[str, str]) -> None:
+def run_in_folder(script: str, arguments: list[str], folder: Path, environment: dict[str, str]) -> None:
     """The body of a process: one of the three scripts in `folder`, its output in `folder`/log."""
-    forked.enter(folder, environment, Path("log"), Path("log"))
+    forked.enter_folder(folder, environment, Path("log"), Path("log"))
     torch.set_num_threads(1)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     with one_line_errors():
-        {"train": train, "encode_latents": encode, "evaluate": evaluate}[script](composed(script, arguments))
+        {"train": train, "encode_latents": encode, "evaluate": evaluate}[script](compose_config(script, arguments))
 
 
-def start(script: str, arguments: list[str], folder: Path, environment: dict[str, str] | None = None) -> BaseProcess:
+def start_script(
+    script: str, arguments: list[str], folder: Path, environment: dict[str, str] | None = None
+) -> BaseProcess:
     """A process that runs a script, with more variables in its environment."""
-    return forked.start(run, script, arguments, folder, environment or {})
+    return forked.start_process(run_in_folder, script, arguments, folder, environment or {})
 
 
-def busy(process: BaseProcess) -> float:
+def processor_seconds(process: BaseProcess) -> float:
     """Seconds of processor time that a process has used; 0 when it is gone. Waiting in a queue costs none."""
     try:
         fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
@@ -72,27 +74,29 @@ def busy(process: BaseProcess) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")  # of user and system, see proc(5)
 
 
-def finish(script: str, arguments: list[str], folder: Path, limit: float = 1800.0) -> float:
+def run_to_end(script: str, arguments: list[str], folder: Path, limit: float = 1800.0) -> float:
     """Run a script to its end; its seconds of processor time."""
     end, used = time.monotonic() + limit, 0.0
-    process = start(script, arguments, folder)
+    process = start_script(script, arguments, folder)
     while process.is_alive() and time.monotonic() < end:
-        used = max(used, busy(process))
+        used = max(used, processor_seconds(process))
         process.join(0.02)
     if process.exitcode != 0:
         process.kill()
-        raise AssertionError(f"{script} {arguments}: exit {process.exitcode}\n{log(folder)[-3000:]}")
+        raise AssertionError(f"{script} {arguments}: exit {process.exitcode}\n{read_log(folder)[-3000:]}")
     return used
 
 
-def together(script: str, arguments: list[str], folder: Path, count: int, limit: float = 900.0) -> None:
+def run_distributed(script: str, arguments: list[str], folder: Path, count: int, limit: float = 900.0) -> None:
     """Run a script to its end in `count` processes, as `accelerate launch` or srun would start them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(count), "ACCELERATE_USE_CPU": "true"}
     processes = [
-        start(script, arguments, folder, shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if count > 1 else None)
+        start_script(
+            script, arguments, folder, shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if count > 1 else None
+        )
         for rank in range(count)
     ]
     for process in processes:
@@ -101,25 +105,25 @@ def together(script: str, arguments: list[str], folder: Path, count: int, limit:
     if codes != [0] * count:
         for process in processes:
             process.kill()
-        raise AssertionError(f"{script} {arguments}: exits {codes}\n{log(folder)[-3000:]}")
+        raise AssertionError(f"{script} {arguments}: exits {codes}\n{read_log(folder)[-3000:]}")
 
 
-def log(folder: Path) -> str:
+def read_log(folder: Path) -> str:
     """What the processes in `folder` have said so far."""
     path = folder / "log"
     return path.read_text(errors="replace") if path.exists() else ""
 
 
-def chain(folder: Path, stages: tuple[str, ...] = STAGES, *more: str) -> None:
+def train_chain(folder: Path, stages: tuple[str, ...] = STAGES, *more: str) -> None:
     """Run `stages` in `folder`, never disturbed."""
     folder.mkdir(parents=True, exist_ok=True)
     for stage in stages:
-        finish("train", overrides(stage, *more), folder)
+        run_to_end("train", train_overrides(stage, *more), folder)
         if stage == "aekl" and stages[-1] != "aekl":
-            finish("encode_latents", [*(text for text in SETTINGS if not text.startswith("stage.")), *more], folder)
+            run_to_end("encode_latents", [*(text for text in SETTINGS if not text.startswith("stage.")), *more], folder)
 
 
-def copied(whole: Path, place: Path, *removed: str) -> str:
+def copy_runs(whole: Path, place: Path, *removed: str) -> str:
     """Copy what `whole` has trained to `place`, without some of it; the override by which it reads the same scans."""
     shutil.copytree(whole / "runs", place / "runs")
     for name in removed:
@@ -127,6 +131,6 @@ def copied(whole: Path, place: Path, *removed: str) -> str:
     return f"paths.data={whole / 'data'}"
 
 
-def kill(process: BaseProcess, number: int = signal.SIGKILL) -> None:
+def send_signal(process: BaseProcess, number: int = signal.SIGKILL) -> None:
     """Send a signal."""
     os.kill(process.pid, number)
