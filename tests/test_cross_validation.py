@@ -13,8 +13,8 @@ from ldae.data.splits import ensure, fold_members
 from ldae.editing.linear_model import LinearModel
 from ldae.evaluation.context import Context
 from ldae.evaluation.html_report import write_report
-from ldae.evaluation.probes.baselines import Features, table_features
-from ldae.evaluation.probes.cross_validation import CrossValidation, Folds
+from ldae.evaluation.probes.baselines import Features, read_table_features
+from ldae.evaluation.probes.cross_validation import CrossValidation, PooledFolds
 from ldae.evaluation.probes.evaluator import Probes
 from ldae.evaluation.probes.fitting import fit
 from ldae.evaluation.probes.targets import Classification, Regression
@@ -108,15 +108,15 @@ def test_the_mean_of_a_fold_is_that_of_the_others_labels(judged):
 
 def test_volumes_are_shares_of_the_head_which_stays_a_feature(tmp_path):
     table = cohort(tmp_path).table
-    columns, values = table_features(table, "volumes")
+    columns, values = read_table_features(table, "volumes")
     assert columns == ["label_007_mm3", "ventricle_mm3", "head_mm3"]
     assert values[:, 1] == pytest.approx(table["ventricle_mm3"] / table["head_mm3"])
     assert values[:, 2] == pytest.approx(table["head_mm3"])
-    assert table_features(table, "volumes", columns)[1] == pytest.approx(values)  # a frozen predictor's way
-    columns, values = table_features(table.drop(columns="head_mm3"), "volumes")
+    assert read_table_features(table, "volumes", columns)[1] == pytest.approx(values)  # a frozen predictor's way
+    columns, values = read_table_features(table.drop(columns="head_mm3"), "volumes")
     assert values[:, 1] == pytest.approx(table["ventricle_mm3"])
     bare = table.drop(columns=["ventricle_mm3", "label_007_mm3"])
-    assert table_features(bare, "volumes")[0] == []  # a head alone is no region
+    assert read_table_features(bare, "volumes")[0] == []  # a head alone is no region
 
 
 def test_images_are_averaged_to_about_four_millimetres(tmp_path):
@@ -181,11 +181,11 @@ def test_the_test_folds_of_several_runs_are_put_together(tmp_path):
         run = replace(context, table=context.table.assign(split=split), out=out)
         list(Probes(tasks, resamples=20, pca_widths=[4])(run))
     runs = [tmp_path / f"run{fold}" for fold in range(3)]
-    metrics = dict(Folds(tasks, runs, resamples=50)(context))
+    metrics = dict(PooledFolds(tasks, runs, resamples=50)(context))
     assert metrics["cv/inductive/probe/age/scans"] == len(context.table)
     assert metrics["cv/inductive/baseline/mean/age/mae_difference_low"] > 0
     assert abs(metrics["cv/inductive/probe/age/unbiased_gap_pearson"]) < 0.3
     with pytest.raises(UserError, match="two runs"):
-        dict(Folds(tasks, [runs[0], runs[0]])(context))
+        dict(PooledFolds(tasks, [runs[0], runs[0]])(context))
     with pytest.raises(UserError, match=r"evaluation=\[probes\]"):
-        dict(Folds(tasks, [tmp_path / "none"])(context))
+        dict(PooledFolds(tasks, [tmp_path / "none"])(context))

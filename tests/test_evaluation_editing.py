@@ -19,15 +19,17 @@ from ldae.diffusion.code import Code
 from ldae.diffusion.samplers import DDIM
 from ldae.editing import directions
 from ldae.editing.directions import Direction, HeldFixed, MeanDifference, Pattern, ProjectedOut, Shrunken, Weights
-from ldae.editing.editor import Anatomy, Editor, open_scans
+from ldae.editing.editor import Editor
 from ldae.evaluation.context import Context
 from ldae.evaluation.edits import counterfactuals, selection
 from ldae.evaluation.edits import figures as edit_figures
 from ldae.evaluation.edits.alpha_sweep import outside_share, run_sweep
+from ldae.evaluation.edits.anatomy import Anatomy
 from ldae.evaluation.edits.counterfactuals import Counterfactuals, Exchange, Truth, compare_with_truth
 from ldae.evaluation.edits.effects import correlation, slope, spearman, weighted_median
 from ldae.evaluation.edits.heldout_probe import halves
 from ldae.evaluation.edits.interpolation import Interpolation, triples
+from ldae.evaluation.edits.inverted_scans import invert_scans
 from ldae.evaluation.edits.manipulation import Manipulation
 from ldae.evaluation.images.variation import Variation
 from ldae.evaluation.probes.targets import Classification, Regression
@@ -276,7 +278,7 @@ def test_maps_against_a_true_counterfactual(context, sign):
     def render(row, factor, change):
         return Truth(context.volumes([row])[0] + sign * change * template, 1000.0 * (1 + change))
 
-    opened = open_scans(context, editor, anatomy, context.rows("test")[:3])
+    opened = invert_scans(context, editor, anatomy, context.rows("test")[:3])
     ladder = run_sweep(context, editor, anatomy, direction, opened, [-0.2, 0.0, 0.2])
     found = compare_with_truth(context, anatomy, Exchange(SimpleNamespace(render=render), "severity", 0.5), ladder, 0.2)
     np.testing.assert_allclose(found.numbers["difference_r"], sign, atol=1e-3)
@@ -407,7 +409,7 @@ def test_animation_runs_forth_and_back(tmp_path):
     from PIL import Image
 
     frames = np.random.default_rng(0).random((4, *SHAPE))
-    edit_figures.animation(tmp_path / "a.gif", frames, list("abcd"), (5, 6, 5))
+    edit_figures.write_animation(tmp_path / "a.gif", frames, list("abcd"), (5, 6, 5))
     with Image.open(tmp_path / "a.gif") as image:
         assert image.n_frames == 6
 

@@ -255,7 +255,7 @@ def test_metrics_are_merged_and_only_numbers_are_kept(tmp_path):
 
 
 def test_the_report_is_one_escaped_file(tmp_path):
-    figures.scatter(tmp_path / "age_scatter.png", "age", np.arange(5.0), np.arange(5.0) + 1)
+    figures.draw_scatter(tmp_path / "age_scatter.png", "age", np.arange(5.0), np.arange(5.0) + 1)
     (tmp_path / "manipulation_age_1.html").write_text("<p>viewer</p><script>draw()</script>")
     metrics = {"probe/age/mae": 1.5, "probe/age/mae_low": 1.0, "probe/age/mae_high": 2.0, "x/<b>": 1.0}
     text = page.write_report(tmp_path, "a <script>", metrics).read_text()
@@ -270,4 +270,4 @@ def test_the_report_is_one_escaped_file(tmp_path):
     assert "&lt;script&gt;draw()" in manipulation
     assert "&lt;b&gt;" in further
     assert "http" not in text
-    assert "probe/age/mae  1.5 [1, 2]" in report.console_table(metrics)
+    assert "probe/age/mae  1.5 [1, 2]" in report.format_console_table(metrics)

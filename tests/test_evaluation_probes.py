@@ -10,11 +10,12 @@ import pandas as pd
 import pytest
 import torch
 
+from ldae.data.subsampling import subsample_by_subject
 from ldae.editing.frozen_probes import read_frozen
 from ldae.editing.linear_model import LinearModel
-from ldae.evaluation.context import Context, subsample_by_subject
-from ldae.evaluation.embeddings import cached_embeddings, embed_parts, embed_rows, parts_folder
-from ldae.evaluation.probes.evaluator import External, Probes, first_visits
+from ldae.evaluation.context import Context
+from ldae.evaluation.embeddings import load_or_compute_embeddings, embed_parts, embed_rows, parts_folder
+from ldae.evaluation.probes.evaluator import ExternalCohort, Probes, find_first_visits
 from ldae.evaluation.probes.fitting import choose, fit
 from ldae.evaluation.probes.targets import Classification, Regression
 from ldae.utils.errors import UserError
@@ -253,7 +254,7 @@ def test_penalties_are_tried_from_the_strongest_on():
 def test_another_cohort_is_judged_without_a_refit(judged, tmp_path):
     context, _ = judged
     other = cohort(tmp_path, subjects=80, seed=11, splits=(1.0, 0.0))
-    metrics = dict(External(context.out / "probes.json", resamples=200)(other))
+    metrics = dict(ExternalCohort(context.out / "probes.json", resamples=200)(other))
     assert metrics["external/probe/diagnosis/auc_low"] > 0.7
     assert metrics["external/baseline/untrained/diagnosis/auc_difference_low"] > 0
     assert metrics["external/baseline/untrained/age/mae_difference_low"] > 0
@@ -267,16 +268,16 @@ def test_another_cohort_is_judged_without_a_refit(judged, tmp_path):
 def test_another_encoder_and_a_missing_file_are_refused(judged, tmp_path):
     context, _ = judged
     with pytest.raises(UserError, match="another encoder"):
-        dict(External(context.out / "probes.json")(replace(context, weights="xyz")))
+        dict(ExternalCohort(context.out / "probes.json")(replace(context, weights="xyz")))
     with pytest.raises(UserError, match="evaluation=probes"):
-        dict(External(tmp_path / "probes.json")(context))
+        dict(ExternalCohort(tmp_path / "probes.json")(context))
 
 
 def test_a_cohort_without_volumes_loses_that_baseline_only(judged, tmp_path, caplog):
     context, _ = judged
     other = cohort(tmp_path, subjects=40, seed=12)
     other.table = other.table.drop(columns=["ventricle_mm3"])
-    metrics = dict(External(context.out / "probes.json", resamples=50)(other))
+    metrics = dict(ExternalCohort(context.out / "probes.json", resamples=50)(other))
     assert "external/baseline/volumes/diagnosis/auc" not in metrics
     assert "external/baseline/pca/diagnosis/auc" in metrics
     assert "ventricle_mm3" in caplog.text
@@ -307,7 +308,7 @@ def test_a_degenerate_cohort_skips_a_probe_with_one_line(tmp_path, caplog, damag
 
 def test_first_visits_only(tmp_path):
     context = cohort(tmp_path, subjects=60)
-    assert first_visits(context.table).sum() == 60
+    assert find_first_visits(context.table).sum() == 60
     metrics = dict(probes(baselines=[], baseline_visits_only=True, resamples=20)(context))
     assert metrics["probe/age/scans"] == metrics["probe/age/subjects"] == 18
 
@@ -321,14 +322,14 @@ def test_embeddings_are_reused_only_for_the_same_weights_and_rows(tmp_path):
         return embed_rows(lambda x: x.flatten(1) / 3, lambda r: torch.tensor(r)[:, None].float(), 20, 7, False)
 
     path = tmp_path / "embeddings.csv"
-    first = cached_embeddings(path, context.table, "one", compute)
-    again = cached_embeddings(path, context.table, "one", compute)
+    first = load_or_compute_embeddings(path, context.table, "one", compute)
+    again = load_or_compute_embeddings(path, context.table, "one", compute)
     assert len(calls) == 1
     np.testing.assert_array_equal(first, again)
     np.testing.assert_array_equal(first[:, 0], (torch.arange(20) / 3).numpy())
-    cached_embeddings(path, context.table, "two", compute)
+    load_or_compute_embeddings(path, context.table, "two", compute)
     assert len(calls) == 2
-    cached_embeddings(path, context.table[::-1], "two", compute)
+    load_or_compute_embeddings(path, context.table[::-1], "two", compute)
     assert len(calls) == 3
     assert list(pd.read_csv(path).columns) == ["subject", "session", "split", "y000"]
 

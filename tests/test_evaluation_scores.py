@@ -5,7 +5,7 @@ import pytest
 from sklearn import metrics as reference
 
 from ldae.evaluation.probes import scores
-from ldae.evaluation.probes.bootstrap import interval, subject_weights, summarise
+from ldae.evaluation.probes.bootstrap import percentile_interval, draw_subject_weights, summarise
 
 
 @pytest.fixture
@@ -81,7 +81,7 @@ def test_age_adjustment_takes_away_what_age_alone_tells():
 
 def test_scans_of_one_subject_are_drawn_together():
     subjects = ["a", "a", "b", "c", "c", "c"]
-    weights = subject_weights(subjects, 200, seed=3)
+    weights = draw_subject_weights(subjects, 200, seed=3)
     assert (weights[0] == 1).all()
     assert (weights[:, 0] == weights[:, 1]).all()
     assert (weights[:, 3] == weights[:, 5]).all()
@@ -96,7 +96,7 @@ def test_intervals_over_subjects_are_wider_than_over_scans():
     subjects = np.repeat([f"s{i}" for i in range(40)], 5)
     widths = {}
     for name, groups in {"subject": subjects, "scan": [str(i) for i in range(200)]}.items():
-        low, high = interval(scores.auc(truth, score, subject_weights(groups, 1000, 0))[1:])
+        low, high = percentile_interval(scores.auc(truth, score, draw_subject_weights(groups, 1000, 0))[1:])
         widths[name] = high - low
     assert widths["subject"] > 1.8 * widths["scan"]
 
@@ -106,7 +106,7 @@ def test_an_interval_covers_the_truth_as_often_as_it_says():
     hits = 0
     for trial in range(200):
         values = np.random.default_rng(100 + trial).standard_normal(50)
-        weights = subject_weights([str(i) for i in range(50)], 300, trial)
+        weights = draw_subject_weights([str(i) for i in range(50)], 300, trial)
         (_, _), (_, low), (_, high) = summarise("mean", weights @ values / weights.sum(1))
         hits += low <= 0 <= high
     assert 178 <= hits <= 199

@@ -107,10 +107,10 @@ def _steps(about: Mapping[str, Any]) -> str:
 def _metrics(metrics: Mapping[str, float]) -> str:
     if not metrics:
         return "None were measured before the export: run `python evaluate.py` and export again."
-    from ldae.evaluation.report import with_intervals
-    from ldae.evaluation.run import headline
+    from ldae.evaluation.report import format_with_intervals
+    from ldae.evaluation.run import select_headline
 
-    rows = "\n".join(f"| {name} | {value} |" for name, value in with_intervals(headline(metrics)))
+    rows = "\n".join(f"| {name} | {value} |" for name, value in format_with_intervals(select_headline(metrics)))
     return (
         f"On held-out test subjects; in brackets 95 % intervals over subjects.\n\n| name | value |\n|---|---|\n{rows}"
     )

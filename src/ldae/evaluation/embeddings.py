@@ -122,7 +122,9 @@ def key_path(path: Path) -> Path:
     return path.with_suffix(".json")
 
 
-def cached_embeddings(path: Path, table: pd.DataFrame, weights: str, compute: Callable[[], np.ndarray]) -> np.ndarray:
+def load_or_compute_embeddings(
+    path: Path, table: pd.DataFrame, weights: str, compute: Callable[[], np.ndarray]
+) -> np.ndarray:
     """The embeddings of `table` by the encoder with hash `weights`: read when they fit, else computed and written."""
     key = embeddings_key(table, weights)
     found = read_embeddings(path, key)

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ldae.evaluation.report import with_intervals
+from ldae.evaluation.report import format_with_intervals
 from ldae.utils.files import write_text
 
 REPORT = "report.html"
@@ -146,7 +146,7 @@ def _by_section(
     titles = [section.title for section in (*SECTIONS, OTHER)]
     rows: dict[str, list[tuple[str, str]]] = {title: [] for title in titles}
     files: dict[str, list[Path]] = {title: [] for title in titles}
-    for name, value in with_intervals(metrics):
+    for name, value in format_with_intervals(metrics):
         section = next((section for section in SECTIONS if section.counts(name)), OTHER)
         rows[section.title].append((name, value))
     for path in sorted(folder.iterdir()):

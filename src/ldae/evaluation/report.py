@@ -24,7 +24,7 @@ def merge_metrics(path: Path, new: Mapping[str, float]) -> dict[str, float]:
     return merged
 
 
-def with_intervals(metrics: Mapping[str, float]) -> list[tuple[str, str]]:
+def format_with_intervals(metrics: Mapping[str, float]) -> list[tuple[str, str]]:
     """(name, "value [low, high]") of every metric, in order; the interval where there is one."""
     rows = []
     for name in sorted(metrics):
@@ -41,8 +41,8 @@ def _short(value: float) -> str:
     return f"{value:.0f}" if float(value).is_integer() and abs(value) < 1e6 else f"{value:.4g}"
 
 
-def console_table(metrics: Mapping[str, float]) -> str:
+def format_console_table(metrics: Mapping[str, float]) -> str:
     """Two aligned columns, for the log."""
-    rows = with_intervals(metrics)
+    rows = format_with_intervals(metrics)
     width = max((len(name) for name, _ in rows), default=0)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)

@@ -20,15 +20,15 @@ from ldae.data.latents import ABOUT, LatentSet
 from ldae.evaluation.context import Context, Evaluator
 from ldae.evaluation.edits.anatomy import STRUCTURES
 from ldae.evaluation.embeddings import (
-    cached_embeddings,
     embed_parts,
     embed_rows,
     embeddings_key,
+    load_or_compute_embeddings,
     parts_folder,
     read_embeddings,
 )
 from ldae.evaluation.html_report import write_report
-from ldae.evaluation.report import console_table, merge_metrics
+from ldae.evaluation.report import format_console_table, merge_metrics
 from ldae.runs import Run, Workspace
 from ldae.utils.errors import UserError
 
@@ -62,7 +62,11 @@ def run_evaluations(
         merged = merge_metrics(out / "metrics.json", found)
         report = write_report(out, f"{config.name}: evaluation", merged)
     if metrics:
-        log.info("\n%s\n%s", console_table(headline(metrics)), f"all {len(metrics)} numbers and figures: {report}")
+        log.info(
+            "\n%s\n%s",
+            format_console_table(select_headline(metrics)),
+            f"all {len(metrics)} numbers and figures: {report}",
+        )
     return metrics
 
 
@@ -71,7 +75,7 @@ def _prefix(evaluators: Mapping[str, Evaluator]) -> str:
     return "external_" if EXTERNAL in evaluators else ""
 
 
-def headline(metrics: Mapping[str, float]) -> dict[str, float]:
+def select_headline(metrics: Mapping[str, float]) -> dict[str, float]:
     """The few that belong on a console: first metrics of probes and baselines, differences, and the rest in brief."""
     shown = (
         "/auc", "/mae", "/auc_difference", "/mae_difference", "/auc_age_adjusted",
@@ -135,7 +139,7 @@ def _embedded(
     """The embeddings at `path`, computed if they are not there."""
     size, count = int(config.trainer.batch_size), len(cohort)
     parts = parts_folder(path, embeddings_key(cohort.table, weights), size)
-    return cached_embeddings(
+    return load_or_compute_embeddings(
         path, cohort.table, weights, lambda: embed_rows(embed, cohort.volumes.batch, count, size, parts=parts)
     )
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ldae.evaluation.figures import canvas
+from ldae.evaluation.figures import open_figure
 from ldae.utils.files import replacing
 
 PLANES = ("axial", "coronal", "sagittal")
@@ -18,7 +18,7 @@ COLOURS = {"ventricle": "tab:blue", "hippocampus": "tab:orange"}
 FRAME_MS = 180
 
 
-def centre(region: np.ndarray | None, shape: Sequence[int]) -> tuple[int, int, int]:
+def choose_cut(region: np.ndarray | None, shape: Sequence[int]) -> tuple[int, int, int]:
     """Voxel to cut at: the middle of `region` (X, Y, Z), else of the volume."""
     if region is None or not region.any():
         return shape[0] // 2, shape[1] // 2, shape[2] // 2
@@ -41,7 +41,7 @@ def _show(axes: Any, image: np.ndarray, plane: str, colour: str, **options: Any)
     return shown
 
 
-def strip(
+def draw_strip(
     path: Path,
     shown: Sequence[tuple[str, np.ndarray]],
     changes: Sequence[tuple[str, np.ndarray]],
@@ -54,7 +54,7 @@ def strip(
     """
     limit = max(float(np.percentile(np.abs([change for _, change in changes]), 99.5)), 1e-3)
     columns = len(shown) + len(changes)
-    with canvas(path, (1.75 * columns + 0.8, 5.4), 3, columns) as (figure, grid):
+    with open_figure(path, (1.75 * columns + 0.8, 5.4), 3, columns) as (figure, grid):
         bar = None
         for place, (label, volume) in enumerate((*shown, *changes)):
             difference = place >= len(shown)
@@ -70,10 +70,12 @@ def strip(
         figure.suptitle(title, fontsize=9)
 
 
-def dose_response(path: Path, alphas: Sequence[float], volumes: Mapping[str, np.ndarray], identity: np.ndarray) -> None:
+def draw_dose_response(
+    path: Path, alphas: Sequence[float], volumes: Mapping[str, np.ndarray], identity: np.ndarray
+) -> None:
     """Each scan's volumes (N, A) relative to alpha = 0 in percent, their median, and SSIM to alpha = 0 (N, A)."""
     middle = list(alphas).index(0.0)
-    with canvas(path, (4.2 * (len(volumes) + 1), 3.8), 1, len(volumes) + 1) as (_, grid):
+    with open_figure(path, (4.2 * (len(volumes) + 1), 3.8), 1, len(volumes) + 1) as (_, grid):
         for axes, (name, measured) in zip(grid, volumes.items(), strict=False):
             kept = measured[measured[:, middle] > 0]  # a structure without contrast has no volume
             change = 100 * (kept / kept[:, middle : middle + 1] - 1)
@@ -86,11 +88,11 @@ def dose_response(path: Path, alphas: Sequence[float], volumes: Mapping[str, np.
         grid[-1].set(xlabel="alpha", ylabel="SSIM to alpha = 0, in the brain", title="identity")
 
 
-def trade_off(path: Path, curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], title: str = "") -> None:
+def draw_trade_off(path: Path, curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], title: str = "") -> None:
     """Identity (y) against effect (x), a labelled point or curve each; better is further up and right."""
     from itertools import cycle
 
-    with canvas(path, (8.5, 5.2)) as (_, axes):
+    with open_figure(path, (8.5, 5.2)) as (_, axes):
         for marker, (name, (effect, identity)) in zip(cycle("os^vD<>P"), curves.items(), strict=False):
             axes.plot(effect, identity, marker=marker, markersize=5, linewidth=1, label=name)
         axes.axvline(0, color="0.8", linewidth=0.8)
@@ -101,17 +103,19 @@ def trade_off(path: Path, curves: Mapping[str, tuple[Sequence[float], Sequence[f
 
 def gap_curves(path: Path, curves: Mapping[str, Mapping[float, float]], ylabel: str) -> None:
     """A number of each method by gap in months."""
-    with canvas(path, (5.6, 4.0)) as (_, axes):
+    with open_figure(path, (5.6, 4.0)) as (_, axes):
         for name, values in curves.items():
             axes.plot(list(values), list(values.values()), "o-", markersize=4, linewidth=1.4, label=name)
         axes.set(xlabel="months from first to last visit", ylabel=ylabel)
         axes.legend(fontsize=8)
 
 
-def maps(path: Path, rows: Sequence[tuple[str, np.ndarray, np.ndarray]], cut: tuple[int, int, int], unit: str) -> None:
+def draw_maps(
+    path: Path, rows: Sequence[tuple[str, np.ndarray, np.ndarray]], cut: tuple[int, int, int], unit: str
+) -> None:
     """Labelled volumes (X, Y, Z), each beside a positive map of the same shape with a common colour bar."""
     top = max(float(np.percentile([row[2] for row in rows], 99.8)), 1e-3)
-    with canvas(path, (9.5, 1.55 * len(rows) + 0.4), len(rows), 6) as (figure, grid):
+    with open_figure(path, (9.5, 1.55 * len(rows) + 0.4), len(rows), 6) as (figure, grid):
         for axes_row, (label, volume, values) in zip(np.atleast_2d(grid), rows, strict=True):
             images = (*slices(volume, cut), *slices(values, cut))
             for place, (axes, image) in enumerate(zip(axes_row, images, strict=True)):
@@ -121,7 +125,7 @@ def maps(path: Path, rows: Sequence[tuple[str, np.ndarray, np.ndarray]], cut: tu
         figure.colorbar(drawn, ax=np.atleast_2d(grid)[:, -1], label=unit)
 
 
-def animation(
+def write_animation(
     path: Path, frames: np.ndarray, captions: Sequence[str], cut: tuple[int, int, int], scale: int = 3
 ) -> None:
     """Volumes (A, X, Y, Z) in [0, 1] as a GIF that runs forth and back: the three planes beside each other."""

@@ -23,12 +23,14 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from ldae.editing.editor import Anatomy, Editor, as_arrays, between, own_y
+from ldae.editing.editor import Editor
 from ldae.evaluation.context import Context
 from ldae.evaluation.edits import figures as edit_figures
+from ldae.evaluation.edits.anatomy import Anatomy, interpolate_levels
 from ldae.evaluation.edits.counterfactuals import Counterfactuals
-from ldae.evaluation.images.image_metrics import BrainMasks, mse, read_back, ssims
-from ldae.evaluation.probes.bootstrap import subject_weights, summarise
+from ldae.evaluation.edits.inverted_scans import embeddings_of
+from ldae.evaluation.images.image_metrics import BrainMasks, as_arrays, mse, read_back, ssims
+from ldae.evaluation.probes.bootstrap import draw_subject_weights, summarise
 from ldae.utils.files import replacing
 
 log = logging.getLogger(__name__)
@@ -114,9 +116,9 @@ class Interpolation:
         reconstructed = model.decompress(model.compress(x))
         raw, soft = anatomy.levels(places, scans), anatomy.levels(places, reconstructed)
         predictions = {
-            OURS: (self.predict(context, triple, [triple.share]), between(soft[0], soft[2], triple.share)),
-            "latent": (_latent(model, x, triple.share), between(soft[0], soft[2], triple.share)),
-            "voxel": (torch.lerp(x[:1], x[2:], triple.share), between(raw[0], raw[2], triple.share)),
+            OURS: (self.predict(context, triple, [triple.share]), interpolate_levels(soft[0], soft[2], triple.share)),
+            "latent": (_latent(model, x, triple.share), interpolate_levels(soft[0], soft[2], triple.share)),
+            "voxel": (torch.lerp(x[:1], x[2:], triple.share), interpolate_levels(raw[0], raw[2], triple.share)),
             "nearest": (x[:1], raw[0]) if triple.nearest == triple.start else (x[2:], raw[2]),
         }
         references = {"real": (x[1:2], raw[1]), "autoencoded": (reconstructed[1:2], soft[1])}
@@ -144,7 +146,7 @@ class Interpolation:
     def predict(self, context: Context, triple: Triple, shares: list[float]) -> Tensor:
         """Our volumes (len(shares), 1, X, Y, Z) between the first and the last visit."""
         model, ends = context.model, [triple.start, triple.end]
-        y = own_y(context, ends)
+        y = embeddings_of(context, ends)
         z = model.compress(context.volumes(ends).to(model.device))
         # One noise for both ends, else renoising would make the scan's code differ where the brain does not.
         code = self.editor.code(model, z, y, context.seed, [triple.start, triple.start])
@@ -164,11 +166,11 @@ class Interpolation:
         shown.insert(2, (f"month {months[1]}, ours", frames[-1]))
         nearest = x[0] if triple.nearest == triple.start else x[2]
         changes = [("ours - real", frames[-1] - x[1]), ("nearest - real", nearest - x[1])]
-        cut = edit_figures.centre(None, x.shape[1:])
+        cut = edit_figures.choose_cut(None, x.shape[1:])
         title = f"{table['subject'].iloc[triple.target]}: the visit at month {months[1]} from the two around it"
-        edit_figures.strip(stem.with_suffix(".png"), shown, changes, cut, title)
+        edit_figures.draw_strip(stem.with_suffix(".png"), shown, changes, cut, title)
         captions = [f"month {months[0] + share * triple.gap:.1f}" for share in shares]
-        edit_figures.animation(stem.with_suffix(".gif"), frames[:-1], captions, cut)
+        edit_figures.write_animation(stem.with_suffix(".gif"), frames[:-1], captions, cut)
 
 
 def _latent(model: object, x: Tensor, share: float) -> Tensor:
@@ -196,7 +198,7 @@ def summary(frame: pd.DataFrame, resamples: int, seed: int) -> Iterator[tuple[st
     metrics = [name for name in BETTER if name in frame]
     for against, part in frame.groupby("against", sort=False):
         by = {method: rows.reset_index(drop=True) for method, rows in part.groupby("method", sort=False)}
-        weights = subject_weights(by[OURS]["subject"], resamples, seed)
+        weights = draw_subject_weights(by[OURS]["subject"], resamples, seed)
         total = weights.sum(1)
         for metric in metrics:
             for method, rows in by.items():

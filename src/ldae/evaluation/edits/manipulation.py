@@ -10,16 +10,19 @@ from typing import Any
 
 import numpy as np
 
+from ldae.data.subsampling import subsample_by_subject
 from ldae.editing.directions import Direction, DirectionEstimator, find_direction
-from ldae.editing.editor import Anatomy, Editor, open_scans
-from ldae.evaluation.context import Context, batches, subsample_by_subject
+from ldae.editing.editor import Editor
+from ldae.evaluation.context import Context, batches
 from ldae.evaluation.edits.alpha_sweep import AlphaSweep, outside_share, reversibility, run_sweep
+from ldae.evaluation.edits.anatomy import Anatomy
 from ldae.evaluation.edits.counterfactuals import FACTORS, compare_with_truth, exchange
 from ldae.evaluation.edits.effects import slope, spearman, weighted_median
 from ldae.evaluation.edits.heldout_probe import HeldOutProbe
+from ldae.evaluation.edits.inverted_scans import invert_scans
 from ldae.evaluation.edits.results import ManipulationResults
 from ldae.evaluation.probes import scores
-from ldae.evaluation.probes.bootstrap import subject_weights, summarise
+from ldae.evaluation.probes.bootstrap import draw_subject_weights, summarise
 from ldae.utils.errors import UserError
 from ldae.utils.files import write_json
 
@@ -93,7 +96,7 @@ class Manipulation:
         place = context.out / f"manipulation_{name}"
         measured = ManipulationResults(place, self.alphas, self.shown, self.pictures, context.spacing)
         for part in tqdm(list(batches(rows, self.batch_size)), f"manipulation of {name}"):
-            opened = open_scans(context, self.editor, anatomy, part)
+            opened = invert_scans(context, self.editor, anatomy, part)
             ladder = run_sweep(context, self.editor, anatomy, direction, opened, self.alphas)
             found, true = self._scan_numbers(context, anatomy, direction, ladder), None
             if rate is not None:
@@ -102,7 +105,7 @@ class Manipulation:
             if judge is not None:
                 found |= judge.effect(context, self.editor, opened)
             measured.add(ladder, found, true, context.table.iloc[part], anatomy.region)
-        weights = subject_weights(context.table["subject"].to_numpy(str)[rows], self.resamples, context.seed)
+        weights = draw_subject_weights(context.table["subject"].to_numpy(str)[rows], self.resamples, context.seed)
         stem = f"manipulation/{name}"
         yield f"{stem}/scans", float(len(rows))
         if rate is not None:

@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ldae.editing.editor import as_arrays
 from ldae.evaluation.edits import figures as edit_figures
 from ldae.evaluation.edits.alpha_sweep import AlphaSweep
+from ldae.evaluation.images.image_metrics import as_arrays
 from ldae.utils.files import replacing
 from ldae.utils.html_viewer import write_viewer
 
@@ -67,7 +67,7 @@ class ManipulationResults:
             with replacing(self._path(f"{name}.csv")) as temporary:
                 frame.to_csv(temporary, index=False)
         if volumes:
-            edit_figures.dose_response(self._path("_dose.png"), self.alphas, volumes, identity)
+            edit_figures.draw_dose_response(self._path("_dose.png"), self.alphas, volumes, identity)
 
     def _path(self, end: str) -> Path:
         return self.stem.with_name(self.stem.name + end)
@@ -76,7 +76,7 @@ class ManipulationResults:
         self, ladder: AlphaSweep, place: int, true: np.ndarray | None, row: pd.Series, region: np.ndarray | None
     ) -> None:
         frames = as_arrays(ladder.images[:, place])  # (A, X, Y, Z)
-        cut = edit_figures.centre(region, frames.shape[1:])
+        cut = edit_figures.choose_cut(region, frames.shape[1:])
         ends = [self.alphas.index(end) for end in (-self.shown, 0.0, self.shown)]
         title = f"{row['subject']} {row['session']}: {self.stem.name.replace('_', ' along ', 1)}"
         shown = [(f"alpha = {self.alphas[end]:+g}".replace("+0", "0"), frames[end]) for end in ends]
@@ -84,9 +84,9 @@ class ManipulationResults:
         changes = [changes[0], changes[2]]
         if true is not None:
             changes.append((f"true change at {self.shown:+g}", true))
-        edit_figures.strip(self._path(f"_{self._drawn}.png"), shown, changes, cut, title)
+        edit_figures.draw_strip(self._path(f"_{self._drawn}.png"), shown, changes, cut, title)
         captions = [f"alpha = {alpha:+.2f}" for alpha in self.alphas]
-        edit_figures.animation(self._path(f"_{self._drawn}.gif"), frames, captions, cut)
+        edit_figures.write_animation(self._path(f"_{self._drawn}.gif"), frames, captions, cut)
         if self._drawn == 1:  # a megabyte each
             named = dict(zip(captions, frames, strict=True))
             write_viewer(self._path("_1.html"), title, named, captions[ends[1]], self.spacing)

@@ -14,12 +14,15 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from ldae.data.subsampling import subsample_by_subject
 from ldae.editing.directions import Direction, DirectionEstimator, find_direction
-from ldae.editing.editor import Anatomy, Editor, InvertedScans, open_scans
-from ldae.evaluation.context import Context, batches, subsample_by_subject
+from ldae.editing.editor import Editor
+from ldae.evaluation.context import Context, batches
 from ldae.evaluation.edits import figures as edit_figures
 from ldae.evaluation.edits.alpha_sweep import run_sweep
+from ldae.evaluation.edits.anatomy import Anatomy
 from ldae.evaluation.edits.counterfactuals import FACTORS, LIMITS, Counterfactuals, Exchange, compare_with_truth
+from ldae.evaluation.edits.inverted_scans import InvertedScans, invert_scans
 from ldae.utils.errors import UserError
 from ldae.utils.files import replacing
 
@@ -87,7 +90,7 @@ class Selection:
         with replacing(context.out / f"selection_{name}.csv") as temporary:
             table.to_csv(temporary, index=False)
         title = f"{name}: identity against effect, {len(rows)} validation scans"
-        edit_figures.trade_off(context.out / f"selection_{name}.png", curves(table), title)
+        edit_figures.draw_trade_off(context.out / f"selection_{name}.png", curves(table), title)
         winner = table.iloc[0]
         log.info("best settings for edits along %s:\n%s", name, table.head(8).to_string(index=False))
         for key in ("difference_r", "monotone", "identity", "effect_percent", "depth", "renoise", "strength", "alpha"):
@@ -121,7 +124,7 @@ class Selection:
         remembered = CachedCounterfactuals(rate.source)
         for editor in tqdm(editors, "settings"):
             for part in batches(rows, self.batch_size):
-                opened = open_scans(context, editor, anatomy, part)
+                opened = invert_scans(context, editor, anatomy, part)
                 for (key, direction), alpha in product(directions.items(), self.alphas):
                     trial = Exchange(remembered, rate.factor, rate.per_alpha / alpha)
                     numbers = _trial(context, anatomy, editor, direction, opened, alpha, trial)

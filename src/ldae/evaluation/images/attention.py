@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from ldae.data.subsampling import subsample_by_subject
 from ldae.evaluation import figures
-from ldae.evaluation.context import Context, batches, subsample_by_subject
-from ldae.evaluation.probes.bootstrap import subject_weights, summarise
+from ldae.evaluation.context import Context, batches
+from ldae.evaluation.probes.bootstrap import draw_subject_weights, summarise
 
 AXES = ("x, mm to the right", "y, mm to the front", "z, mm upwards")
 
@@ -39,7 +40,7 @@ class Attention:
             total = total + x[:, 0].numpy().sum(0)
         looks, axis = np.concatenate(parts), int(model.encoder.axis)
         places = (np.arange(looks.shape[1]) - (looks.shape[1] - 1) / 2) * context.spacing[axis]
-        weights = subject_weights(subjects[rows], self.resamples, context.seed)
+        weights = draw_subject_weights(subjects[rows], self.resamples, context.seed)
         yield "attention/scans", float(len(rows))
         found = {
             "entropy_share": -(looks * np.log(np.maximum(looks, 1e-12))).sum(1) / np.log(looks.shape[1]),
@@ -65,7 +66,7 @@ def _write(
     who = context.table.iloc[rows][["subject", "session"]].reset_index(drop=True)
     with replacing(context.out / "attention.csv") as temporary:
         pd.concat([who, pd.DataFrame(looks, columns=columns)], axis=1).to_csv(temporary, index=False)
-    with figures.canvas(context.out / "attention.png", (8.5, 4.4), 1, 2) as (_, (scan, curve)):
+    with figures.open_figure(context.out / "attention.png", (8.5, 4.4), 1, 2) as (_, (scan, curve)):
         _show_mean(scan, mean, axis, looks.mean(0), context.spacing, places)
         curve.plot(100 * looks.T, places, color="0.6", alpha=0.4, linewidth=0.7)
         curve.plot(100 * looks.mean(0), places, "k", linewidth=2, label="mean")

@@ -75,7 +75,7 @@ class Generation:
             self._likeness(context, lambda rows: context.volumes(test[rows].tolist()), len(test)),
         )
         shown = [(f"sample {i + 1}", samples[i, 0].numpy()) for i in range(min(4, self.samples))]
-        figures.montage(context.out / "generation.png", shown, "unconditional samples")
+        figures.draw_montage(context.out / "generation.png", shown, "unconditional samples")
 
     def _draw(self, context: Context) -> Tensor:
         """(samples, 1, X, Y, Z) on the CPU; sample i depends on (seed, i) alone."""

@@ -5,9 +5,10 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
+from ldae.data.subsampling import subsample_by_subject
 from ldae.diffusion.diagnostics import posterior_mean_gap
 from ldae.evaluation import figures
-from ldae.evaluation.context import Context, subsample_by_subject
+from ldae.evaluation.context import Context
 from ldae.utils.seeding import normal
 
 
@@ -41,7 +42,7 @@ class Gap:
             "unfilled": posterior_mean_gap(model.denoiser.eps, z0, schedule, steps, noise),
             "filled": posterior_mean_gap(model.denoiser.guided(y), z0, schedule, steps, noise),
         }
-        figures.lines(
+        figures.draw_curves(
             context.out / "gap.png",
             {name: (steps, curve.gap.numpy()) for name, curve in curves.items()},
             "timestep t",

@@ -20,11 +20,12 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from ldae.data.subsampling import subsample_by_subject
 from ldae.diffusion.diagnostics import gaussianity
 from ldae.evaluation import figures
-from ldae.evaluation.context import Context, batches, subsample_by_subject
+from ldae.evaluation.context import Context, batches
 from ldae.evaluation.images.image_metrics import brain_mask, compare_images, read_back
-from ldae.evaluation.probes.bootstrap import subject_weights, summarise
+from ldae.evaluation.probes.bootstrap import draw_subject_weights, summarise
 from ldae.utils.files import replacing
 from ldae.utils.seeding import normal
 
@@ -68,7 +69,7 @@ class Reconstruction:
             return
         subjects = context.table["subject"].to_numpy(str)
         yield f"{STEM}/autoencoder/scans", float(len(test))
-        weights = subject_weights(subjects[test], self.resamples, context.seed)
+        weights = draw_subject_weights(subjects[test], self.resamples, context.seed)
         for name, values in self._autoencoder(context, test).items():
             yield from summarise(f"{STEM}/autoencoder/{name}", weights @ values / weights.sum(1))
         rows = subsample_by_subject(test, subjects, self.scans, context.seed)
@@ -189,7 +190,9 @@ def _draw(context: Context, table: pd.DataFrame, trial: SamplerBenchmark) -> Non
     }
     if curves:
         ceiling = ("autoencoder", trial.ceiling["ssim_mask"])
-        figures.lines(context.out / f"{STEM}.png", curves, "network evaluations", "SSIM in the brain", True, ceiling)
+        figures.draw_curves(
+            context.out / f"{STEM}.png", curves, "network evaluations", "SSIM in the brain", True, ceiling
+        )
     model, first = context.model, slice(0, 1)
     code = model.invert(trial.z[first], trial.y[first])
     rows = {
@@ -199,4 +202,4 @@ def _draw(context: Context, table: pd.DataFrame, trial: SamplerBenchmark) -> Non
         "from y alone": model.decode(trial.noise[first], trial.y[first]),
     }
     montage = [(name, volume[0, 0].float().cpu().numpy()) for name, volume in rows.items()]
-    figures.montage(context.out / f"{STEM}_scan.png", montage, "one test scan")
+    figures.draw_montage(context.out / f"{STEM}_scan.png", montage, "one test scan")

@@ -13,13 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ldae.data.subsampling import subsample_by_subject
 from ldae.diffusion.process import add_noise, eps_to_z0
 from ldae.evaluation import figures
-from ldae.evaluation.context import Context, batches, subsample_by_subject
+from ldae.evaluation.context import Context, batches
 from ldae.evaluation.edits.anatomy import STRUCTURES, SoftVolume, soft_volume, true_volume
 from ldae.evaluation.images.image_metrics import brain_mask, read_back, ssims
 from ldae.evaluation.probes import scores
-from ldae.evaluation.probes.bootstrap import subject_weights, summarise
+from ldae.evaluation.probes.bootstrap import draw_subject_weights, summarise
 from ldae.utils.seeding import normal
 
 log = logging.getLogger(__name__)
@@ -117,14 +118,14 @@ class Semantics:
         if not any(measures.values()):
             log.warning("semantics: the table has no usable label maps (labels_path), volumes are not measured")
         found, volumes = self._all_batches(context, rows, partner, measures)
-        weights = subject_weights(subjects[rows], self.resamples, context.seed)
+        weights = draw_subject_weights(subjects[rows], self.resamples, context.seed)
         yield "semantics/scans", float(len(rows))
         yield from self._means(found, weights)
         for name, (decoded, control) in volumes.items():
             truth = true_volume(context, name, rows)
             yield from summarise(f"semantics/{name}_r", scores.pearson(truth, decoded, weights))
             yield f"semantics/{name}_r_control", float(scores.pearson(truth, control, weights[:1])[0])
-            figures.scatter(context.out / f"semantics_{name}.png", f"{name}, mm3", truth, decoded)
+            figures.draw_scatter(context.out / f"semantics_{name}.png", f"{name}, mm3", truth, decoded)
 
     def _means(self, found: dict[str, np.ndarray], weights: np.ndarray) -> Iterator[tuple[str, float]]:
         means = {name: weights @ values / weights.sum(1) for name, values in found.items()}

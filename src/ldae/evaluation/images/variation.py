@@ -12,14 +12,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ldae.data.subsampling import subsample_by_subject
 from ldae.editing.directions import known_rows
-from ldae.editing.editor import Anatomy, as_arrays, own_y
 from ldae.editing.linear_model import LinearModel
-from ldae.evaluation.context import Context, subsample_by_subject
+from ldae.evaluation.context import Context
 from ldae.evaluation.edits import figures as edit_figures
-from ldae.evaluation.images.image_metrics import brain_mask
+from ldae.evaluation.edits.anatomy import Anatomy
+from ldae.evaluation.edits.inverted_scans import embeddings_of
+from ldae.evaluation.images.image_metrics import as_arrays, brain_mask
 from ldae.evaluation.probes import scores
-from ldae.evaluation.probes.bootstrap import subject_weights, summarise
+from ldae.evaluation.probes.bootstrap import draw_subject_weights, summarise
 from ldae.evaluation.probes.fitting import fit
 from ldae.utils.seeding import normal
 
@@ -58,7 +60,7 @@ class Variation:
         models = fit_probes(context, self.probes)
         found, decisions = self._all(context, rows, models)
         subjects = context.table["subject"].to_numpy(str)[rows]
-        weights = subject_weights(subjects, self.resamples, context.seed)
+        weights = draw_subject_weights(subjects, self.resamples, context.seed)
         yield "variation/scans", float(len(rows))
         yield "variation/variants", float(self.variants)
         for name, values in found.items():
@@ -99,8 +101,8 @@ class Variation:
         typical = float(across[total / count > 0.05].mean())
         found = {name: np.array([numbers[name] for numbers in collected]) for name in collected[0]}
         found["std_ratio"] = found["std_mask"] / typical
-        cut = edit_figures.centre(anatomy.region, image.shape)
-        edit_figures.maps(context.out / "variation.png", pictures, cut, "standard deviation between variants")
+        cut = edit_figures.choose_cut(anatomy.region, image.shape)
+        edit_figures.draw_maps(context.out / "variation.png", pictures, cut, "standard deviation between variants")
         return found, {name: np.stack(values) for name, values in decisions.items()}
 
     def _variants(self, context: Context, row: int) -> tuple[Tensor, Tensor]:
@@ -108,7 +110,7 @@ class Variation:
         model = context.model
         z = model.compress(context.volumes([row]).to(model.device))
         noise = normal(z.shape[1:], context.seed, range(self.variants), f"variation/{row}").to(z)
-        y = own_y(context, [row]).expand(self.variants, -1)
+        y = embeddings_of(context, [row]).expand(self.variants, -1)
         return model.decompress(z), model.decode(noise, y, self.steps)
 
 

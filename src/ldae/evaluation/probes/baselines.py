@@ -23,19 +23,21 @@ VOLUME, HEAD = "_mm3", "head_mm3"
 IMAGES_MM = 4.0
 
 
-def table_features(table: pd.DataFrame, name: str, columns: list[str] | None = None) -> tuple[list[str], np.ndarray]:
+def read_table_features(
+    table: pd.DataFrame, name: str, columns: list[str] | None = None
+) -> tuple[list[str], np.ndarray]:
     """Column names and (N, D) values of `age_sex` or `volumes`; D = 0 when the table has none of them.
 
     `columns` asks for exactly these (a frozen predictor's); one that the table lacks is NaN. Sex is 1 for M, 0 for F.
     """
-    wanted = columns or (["age", "sex"] if name == "age_sex" else volume_columns(table))
-    found = {column: numbers(table, column) for column in wanted}
+    wanted = columns or (["age", "sex"] if name == "age_sex" else find_volume_columns(table))
+    found = {column: read_numbers(table, column) for column in wanted}
     kept = wanted if columns else [column for column in wanted if np.isfinite(found[column]).any()]
     values = [found[column] / found[HEAD] if _by_head(column, kept) else found[column] for column in kept]
     return kept, np.stack(values, 1) if values else np.zeros((len(table), 0))
 
 
-def volume_columns(table: pd.DataFrame) -> list[str]:
+def find_volume_columns(table: pd.DataFrame) -> list[str]:
     """The region volumes of a table, and the head's behind them; none where there is no region."""
     regions = sorted(str(column) for column in table if str(column).endswith(VOLUME) and column != HEAD)
     return [*regions, HEAD] if regions else []
@@ -45,7 +47,7 @@ def _by_head(column: str, columns: list[str]) -> bool:
     return HEAD in columns and column != HEAD and column.endswith(VOLUME)
 
 
-def numbers(table: pd.DataFrame, column: str) -> np.ndarray:
+def read_numbers(table: pd.DataFrame, column: str) -> np.ndarray:
     """A column as (N,) float64, sex as 1 for M and 0 for F; NaN where missing, all NaN without such a column."""
     if column not in table:
         return np.full(len(table), np.nan)
@@ -55,13 +57,13 @@ def numbers(table: pd.DataFrame, column: str) -> np.ndarray:
     return pd.to_numeric(table[column], errors="coerce").to_numpy(np.float64)
 
 
-def latents(context: Context, batch_size: int = 32) -> np.ndarray:
+def flatten_latents(context: Context, batch_size: int = 32) -> np.ndarray:
     """Posterior means of all scans, flattened: (N, C x y z) float32."""
     parts = [context.posterior(rows)[0].flatten(1).numpy() for rows in batches(range(len(context.table)), batch_size)]
     return np.concatenate(parts).astype(np.float32)
 
 
-def images(context: Context, batch_size: int = 8) -> np.ndarray:
+def downsample_scans(context: Context, batch_size: int = 8) -> np.ndarray:
     """All scans averaged to voxels of about IMAGES_MM, flattened: (N, x y z) float32."""
     from torch.nn.functional import avg_pool3d
 
@@ -79,8 +81,8 @@ class Features:
         self._make: dict[str, Callable[[], np.ndarray]] = {
             "embedding": lambda: context.embeddings,
             "mean": lambda: np.zeros((len(context.table), 0)),
-            "pca": lambda: latents(context),
-            "images": lambda: images(context),
+            "pca": lambda: flatten_latents(context),
+            "images": lambda: downsample_scans(context),
             "untrained": lambda: context.untrained(),
         }
         self._made: dict[str, np.ndarray] = {}
@@ -88,12 +90,12 @@ class Features:
     def __call__(self, name: str, columns: list[str] | None = None) -> tuple[list[str], np.ndarray]:
         """Names of the table's columns used (empty for the others) and values, (N, D)."""
         if name not in self._make:
-            return table_features(self._table, name, columns)
+            return read_table_features(self._table, name, columns)
         if name not in self._made:
             self._made[name] = self._make[name]()
         return [], self._made[name]
 
-    def applicable(self, names: Sequence[str], target: str) -> list[str]:
+    def select_applicable(self, names: Sequence[str], target: str) -> list[str]:
         """Those baselines that make sense for the column `target`; the log says of the others why not."""
         kept = []
         for name in names:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 
 
-def subject_weights(subjects: Sequence[str], resamples: int, seed: int) -> np.ndarray:
+def draw_subject_weights(subjects: Sequence[str], resamples: int, seed: int) -> np.ndarray:
     """(1 + resamples, N) weights: ones for the sample itself, then a row for every resample of its subjects."""
     names, inverse = np.unique(np.asarray(subjects, dtype=str), return_inverse=True)
     share = np.full(len(names), 1 / len(names))
@@ -17,7 +17,7 @@ def subject_weights(subjects: Sequence[str], resamples: int, seed: int) -> np.nd
     return np.concatenate([np.ones((1, len(inverse))), counts[:, inverse]]).astype(np.float64)
 
 
-def interval(values: np.ndarray, level: float = 0.95) -> tuple[float, float]:
+def percentile_interval(values: np.ndarray, level: float = 0.95) -> tuple[float, float]:
     """Percentile interval of resampled values, (R,). Resamples in which the metric is undefined (NaN) are left out."""
     values = values[np.isfinite(values)]
     if len(values) == 0:
@@ -28,5 +28,5 @@ def interval(values: np.ndarray, level: float = 0.95) -> tuple[float, float]:
 
 def summarise(name: str, values: np.ndarray) -> list[tuple[str, float]]:
     """(name, name_low, name_high) of a metric's values on the sample and its resamples, (1 + R,)."""
-    low, high = interval(values[1:])
+    low, high = percentile_interval(values[1:])
     return [(name, float(values[0])), (f"{name}_low", low), (f"{name}_high", high)]

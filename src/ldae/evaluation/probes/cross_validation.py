@@ -19,9 +19,16 @@ import pandas as pd
 from ldae.editing.frozen_probes import OURS
 from ldae.evaluation import figures
 from ldae.evaluation.context import Context
-from ldae.evaluation.probes.baselines import CHOICES, Features, numbers
-from ldae.evaluation.probes.bootstrap import subject_weights
-from ldae.evaluation.probes.evaluator import UNBIASED, Probe, check_baselines, fit_all, metrics_by_name, score
+from ldae.evaluation.probes.baselines import CHOICES, Features, read_numbers
+from ldae.evaluation.probes.bootstrap import draw_subject_weights
+from ldae.evaluation.probes.evaluator import (
+    UNBIASED,
+    Probe,
+    check_baselines,
+    fit_predictors,
+    metrics_by_name,
+    score_predictor,
+)
 from ldae.utils.errors import UserError
 from ldae.utils.files import replacing
 
@@ -64,14 +71,14 @@ class CrossValidation:
             if why:
                 log.warning("probe %s is skipped: splits %s have %s", name, " + ".join(REGIMES[self.regime]), why)
                 continue
-            baselines = features.applicable(self.baselines, probe.column)
+            baselines = features.select_applicable(self.baselines, probe.column)
             predictions = pd.concat(
                 [
                     self._repeat(context, probe, features, baselines, truth, rows, repeat)
                     for repeat in range(self.repeats)
                 ]
             )
-            yield from judge_folds(context, name, probe, predictions, self.regime, self.resamples)
+            yield from score_folds(context, name, probe, predictions, self.regime, self.resamples)
 
     def _repeat(
         self,
@@ -87,9 +94,9 @@ class CrossValidation:
         table, parts = context.table, []
         seed = context.seed + repeat
         for inner, held in probe.folds(truth[rows], table["subject"].to_numpy(str)[rows], seed):
-            entries = fit_all(context, probe, features, truth, rows[inner], baselines, self.pca_widths, seed)
+            entries = fit_predictors(context, probe, features, truth, rows[inner], baselines, self.pca_widths, seed)
             part = table.iloc[rows[held]][["subject", "session"]].assign(
-                age=numbers(table.iloc[rows[held]], "age"), truth=truth[rows[held]], repeat=repeat
+                age=read_numbers(table.iloc[rows[held]], "age"), truth=truth[rows[held]], repeat=repeat
             )
             for key, entry in entries.items():
                 prediction = entry.model.predict(features(key, entry.columns)[1][rows[held]])
@@ -100,7 +107,7 @@ class CrossValidation:
         return pd.concat(parts)
 
 
-class Folds:
+class PooledFolds:
     """The test predictions of several runs, each trained without its fold (`data.split.fold`), put together.
 
     Every run has been through `evaluation=[probes]`; its baselines were fitted on the same training scans.
@@ -120,7 +127,7 @@ class Folds:
                     f"evaluation.folds.runs: {found[twice]['subject'].iloc[0]} is in the test fold of two runs; "
                     "give each run another data.split.fold"
                 )
-            yield from judge_folds(context, name, probe, found.assign(repeat=0), "inductive", self.resamples)
+            yield from score_folds(context, name, probe, found.assign(repeat=0), "inductive", self.resamples)
 
     def _read(self, run: Path, name: str) -> pd.DataFrame:
         path = run / "evaluation" / f"{name}_predictions.csv"
@@ -129,7 +136,7 @@ class Folds:
         return pd.read_csv(path, dtype={"subject": str, "session": str})
 
 
-def judge_folds(
+def score_folds(
     context: Context, name: str, probe: Probe, predictions: pd.DataFrame, regime: str, resamples: int
 ) -> Iterator[tuple[str, float]]:
     """Metrics of held-out predictions; columns subject, session, age, truth, repeat, and one a predictor."""
@@ -140,10 +147,12 @@ def judge_folds(
     for key in keys:
         parts = []
         for part in repeats:
-            weights = subject_weights(part["subject"], resamples, context.seed)
+            weights = draw_subject_weights(part["subject"], resamples, context.seed)
             values = part[key].to_numpy()
             unbiased = part.get(f"{key}{UNBIASED}", part[key]).to_numpy()
-            parts.append(score(probe, part["truth"].to_numpy(), values, unbiased, part["age"].to_numpy(), weights))
+            parts.append(
+                score_predictor(probe, part["truth"].to_numpy(), values, unbiased, part["age"].to_numpy(), weights)
+            )
         metrics = set.intersection(*(set(part) for part in parts))
         found[key] = {metric: np.mean([part[metric] for part in parts], axis=0) for metric in sorted(metrics)}
     prefix = f"cv/{regime}/"
@@ -155,6 +164,6 @@ def judge_folds(
     truth = repeats[0]["truth"].to_numpy()
     first = {key: repeats[0][key].to_numpy() for key in keys}
     if probe.classes is None:
-        figures.scatter(context.out / f"{stem}_scatter.png", probe.column, truth, first[OURS])
+        figures.draw_scatter(context.out / f"{stem}_scatter.png", probe.column, truth, first[OURS])
     else:
-        figures.roc(context.out / f"{stem}_roc.png", truth, first)
+        figures.draw_roc_curves(context.out / f"{stem}_roc.png", truth, first)

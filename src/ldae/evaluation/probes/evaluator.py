@@ -19,8 +19,8 @@ import pandas as pd
 from ldae.editing.frozen_probes import OURS, Frozen, read_frozen, write_frozen
 from ldae.evaluation import figures
 from ldae.evaluation.context import Context
-from ldae.evaluation.probes.baselines import BASELINES, CHOICES, REDUCED, Features, numbers
-from ldae.evaluation.probes.bootstrap import subject_weights, summarise
+from ldae.evaluation.probes.baselines import BASELINES, CHOICES, REDUCED, Features, read_numbers
+from ldae.evaluation.probes.bootstrap import draw_subject_weights, summarise
 from ldae.evaluation.probes.fitting import fit
 from ldae.evaluation.probes.scores import pearson
 from ldae.evaluation.probes.targets import Classification, Regression
@@ -55,7 +55,7 @@ class Probes:
 
     def __call__(self, context: Context) -> Iterator[tuple[str, float]]:
         features, frozen = Features(context), {}
-        usable = first_visits(context.table) if self.baseline_visits_only else np.ones(len(context.table), bool)
+        usable = find_first_visits(context.table) if self.baseline_visits_only else np.ones(len(context.table), bool)
         for name, probe in self.probes.items():
             truth = probe.target(context.table)
             known = usable & np.isfinite(truth)
@@ -67,10 +67,12 @@ class Probes:
             if problem:
                 log.warning("probe %s is skipped: %s", name, problem)
                 continue
-            baselines = features.applicable(self.baselines, probe.column)
-            entries = fit_all(context, probe, features, truth, rows["fit"], baselines, self.pca_widths, context.seed)
+            baselines = features.select_applicable(self.baselines, probe.column)
+            entries = fit_predictors(
+                context, probe, features, truth, rows["fit"], baselines, self.pca_widths, context.seed
+            )
             frozen[name] = entries
-            yield from judge(context, name, probe, entries, features, truth, rows["test"], self.resamples)
+            yield from score_predictors(context, name, probe, entries, features, truth, rows["test"], self.resamples)
         write_frozen(context.out / "probes.json", frozen, context.weights)
 
     def _problem(self, probe: Probe, truth: np.ndarray, table: pd.DataFrame, rows: dict[str, np.ndarray]) -> str | None:
@@ -89,7 +91,7 @@ def check_baselines(names: Sequence[str], key: str) -> None:
         raise UserError(f"{key}: unknown {unknown[0]!r}, choose from {', '.join(CHOICES)}")
 
 
-def fit_all(
+def fit_predictors(
     context: Context,
     probe: Probe,
     features: Features,
@@ -108,7 +110,7 @@ def fit_all(
     return fitted
 
 
-class External:
+class ExternalCohort:
     """Apply the frozen probes and baselines of an earlier `evaluation=probes` to every scan of another cohort.
 
     Nothing is fitted here, scaling included. Figures and predictions are named `external_...`.
@@ -120,7 +122,7 @@ class External:
 
     def __call__(self, context: Context) -> Iterator[tuple[str, float]]:
         features, table = Features(context), context.table
-        usable = first_visits(table) if self.baseline_visits_only else np.ones(len(table), bool)
+        usable = find_first_visits(table) if self.baseline_visits_only else np.ones(len(table), bool)
         for name, entries in read_frozen(self.frozen, context.weights).items():
             model = entries[OURS].model
             probe = Regression(model.column, bias_correction=model.bias is not None)
@@ -132,16 +134,18 @@ class External:
             if why:
                 log.warning("external probe %s is skipped: the cohort has %s", name, why)
                 continue
-            yield from judge(context, name, probe, entries, features, truth, rows, self.resamples, "external/")
+            yield from score_predictors(
+                context, name, probe, entries, features, truth, rows, self.resamples, "external/"
+            )
 
 
-def first_visits(table: pd.DataFrame) -> np.ndarray:
+def find_first_visits(table: pd.DataFrame) -> np.ndarray:
     """(N,) bool: the earliest session of every subject."""
     first = table.groupby("subject")["months"].transform("min")
     return (table["months"] == first).to_numpy()
 
 
-def judge(
+def score_predictors(
     context: Context,
     name: str,
     probe: Probe,
@@ -154,8 +158,8 @@ def judge(
 ) -> Iterator[tuple[str, float]]:
     """Score the fitted predictors on `rows`: metrics, intervals, paired differences, figures and predictions."""
     table = context.table.iloc[rows]
-    age = numbers(table, "age")
-    weights = subject_weights(table["subject"], resamples, context.seed)
+    age = read_numbers(table, "age")
+    weights = draw_subject_weights(table["subject"], resamples, context.seed)
     predictions: dict[str, np.ndarray] = {}
     for key, entry in entries.items():
         columns, values = features(key, entry.columns)
@@ -164,13 +168,16 @@ def judge(
             continue
         predictions[key] = entry.model.predict(values[rows])
     unbiased = {key: entries[key].model.unbiased(value) for key, value in predictions.items()}
-    found = {key: score(probe, truth[rows], value, unbiased[key], age, weights) for key, value in predictions.items()}
+    found = {
+        key: score_predictor(probe, truth[rows], value, unbiased[key], age, weights)
+        for key, value in predictions.items()
+    }
     yield from metrics_by_name(found, name, probe, table, prefix)
     shown = unbiased if probe.bias_correction else {}
     _record(context, f"{prefix.replace('/', '_')}{name}", probe, table, truth[rows], predictions, shown)
 
 
-def score(
+def score_predictor(
     probe: Probe, truth: np.ndarray, prediction: np.ndarray, unbiased: np.ndarray, age: np.ndarray, weights: np.ndarray
 ) -> dict[str, np.ndarray]:
     """Every metric of one predictor, (1 + R,) each; prediction and unbiased: (N,)."""
@@ -210,14 +217,14 @@ def _record(
     unbiased: dict[str, np.ndarray],
 ) -> None:
     """Predictions as a CSV, and the figures of a classifier or of a regression."""
-    who = {"subject": table["subject"], "session": table["session"], "age": numbers(table, "age")}
+    who = {"subject": table["subject"], "session": table["session"], "age": read_numbers(table, "age")}
     rows: dict[str, Any] = who | {"truth": truth}
     with replacing(context.out / f"{stem}_predictions.csv") as temporary:
         pd.DataFrame(rows | predictions | {f"{key}{UNBIASED}": value for key, value in unbiased.items()}).to_csv(
             temporary, index=False
         )
     if probe.classes is None:
-        figures.scatter(context.out / f"{stem}_scatter.png", probe.column, truth, predictions[OURS])
+        figures.draw_scatter(context.out / f"{stem}_scatter.png", probe.column, truth, predictions[OURS])
         return
-    figures.roc(context.out / f"{stem}_roc.png", truth, predictions)
-    figures.confusion(context.out / f"{stem}_confusion.png", truth, predictions[OURS], probe.classes)
+    figures.draw_roc_curves(context.out / f"{stem}_roc.png", truth, predictions)
+    figures.draw_confusion_matrix(context.out / f"{stem}_confusion.png", truth, predictions[OURS], probe.classes)
