@@ -63,13 +63,3 @@ def batches(rows: Sequence[int], size: int) -> Iterator[list[int]]:
     rows = [int(row) for row in rows]
     for start in range(0, len(rows), size):
         yield rows[start : start + size]
-
-
-def subsample_by_subject(rows: np.ndarray, subjects: Sequence[str], count: int | None, seed: int) -> np.ndarray:
-    """At most `count` of `rows`, in table order, one scan of every subject before the second of any."""
-    if count is None or len(rows) <= count:
-        return rows
-    shuffled = np.random.default_rng(seed).permutation(rows)
-    names = pd.Series([subjects[row] for row in shuffled])
-    visit = names.groupby(names).cumcount().to_numpy()  # 0 for a subject's first scan in this order, then 1, ...
-    return np.sort(shuffled[np.argsort(visit, kind="stable")[:count]])

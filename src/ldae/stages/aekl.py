@@ -13,8 +13,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ldae.config import Optim, TrainerSettings
+from ldae.data.subsampling import subsample_by_subject
 from ldae.data.table import scan_names
-from ldae.evaluation.context import subsample_by_subject as of_all_subjects
 from ldae.evaluation.images.image_metrics import BrainMasks, ssims
 from ldae.losses import autoencoder as losses
 from ldae.losses.structural import structural_dissimilarity
@@ -88,7 +88,7 @@ class AutoencoderStage(Stage):
         self.accelerator = accelerator
         self.seed = seed
         subjects = self.cohort.table["subject"].tolist()
-        self.validation_rows = of_all_subjects(self.cohort.rows("val"), subjects, trainer.validation_scans, seed)
+        self.validation_rows = subsample_by_subject(self.cohort.rows("val"), subjects, trainer.validation_scans, seed)
         self.masks = BrainMasks()  # of validation scans
         self.channels_last = uses_channels_last(trainer, accelerator, latents=False)
         autoencoder, discriminator = (arrange_module(m, self.channels_last) for m in self.modules.values())

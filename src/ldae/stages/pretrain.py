@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from ldae.config import Optim, TrainerSettings
 from ldae.data.latents import LatentSet
+from ldae.data.subsampling import subsample_by_subject
 from ldae.data.table import scan_names
 from ldae.diffusion.process import Parameterisation, add_noise
 from ldae.diffusion.schedule import Schedule
-from ldae.evaluation.context import subsample_by_subject as of_all_subjects
 from ldae.losses.denoising import denoising_loss
 from ldae.models.state import load_weights
 from ldae.training.ema import Ema
@@ -83,7 +83,7 @@ class PretrainStage(Stage):
         self.accelerator = accelerator
         self.seed = seed
         subjects = self.latents.table["subject"].tolist()
-        self.validation_rows = of_all_subjects(self.latents.rows("val"), subjects, trainer.validation_scans, seed)
+        self.validation_rows = subsample_by_subject(self.latents.rows("val"), subjects, trainer.validation_scans, seed)
         self.latents = self.latents.to(accelerator.device)
         self.schedule.to(accelerator.device)
         self.channels_last = uses_channels_last(trainer, accelerator)

@@ -14,10 +14,10 @@ from hydra.utils import instantiate
 from torch import Tensor, nn
 
 from ldae.config import Optim, TrainerSettings
+from ldae.data.subsampling import subsample_by_subject
 from ldae.data.table import scan_names
 from ldae.denoiser import Denoiser
 from ldae.diffusion.process import add_noise
-from ldae.evaluation.context import subsample_by_subject as of_all_subjects
 from ldae.evaluation.images.image_metrics import BrainMasks, ssims
 from ldae.evaluation.images.semantics import other_subjects, z0_errors
 from ldae.losses.denoising import gap_filling_loss
@@ -148,7 +148,7 @@ class ReprStage(Stage):
         self.seed = seed
         validation = np.flatnonzero((self.cohort.table["split"] == "val").to_numpy() & (self.pairs >= 0))
         subjects = self.cohort.table["subject"].tolist()
-        self.validation_rows = of_all_subjects(validation, subjects, trainer.validation_scans, seed)
+        self.validation_rows = subsample_by_subject(validation, subjects, trainer.validation_scans, seed)
         subject = self.cohort.table["subject"].iloc[self.train_rows]
         self.visits = {name: self.train_rows[places] for name, places in subject.groupby(subject).indices.items()}
         self.masks = BrainMasks()  # of what validation decodes from z, which is the same every time

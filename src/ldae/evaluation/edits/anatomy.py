@@ -13,12 +13,18 @@ On phantoms at 4.5 mm the measure of the scan itself correlates with the true ve
 scan's at -0.1. Hippocampi have no contrast to their surroundings there (-0.2): read theirs at fine resolution only.
 """
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from torch import Tensor
 
-from ldae.evaluation.context import Context, batches, subsample_by_subject
+from ldae.data.subsampling import subsample_by_subject
+from ldae.evaluation.context import Context, batches
+from ldae.evaluation.images.image_metrics import BrainMasks, as_arrays
+
+log = logging.getLogger(__name__)
 
 # DLMUSE numbers; phantoms use the same.
 VENTRICLES = (49, 50, 51, 52)
@@ -86,3 +92,53 @@ def true_volume(context: Context, name: str, rows: Sequence[int]) -> np.ndarray:
     voxel = float(np.prod(context.spacing))
     parts = [context.regions(part, STRUCTURES[name]).sum((1, 2, 3)) * voxel for part in batches(rows, 16)]
     return np.concatenate(parts)
+
+
+class Anatomy:
+    """Soft volumes of the structures that the table's label maps show, and `brains`, the masks of the scans' own
+    reconstructions, which every editor and direction asks for anew.
+    """
+
+    def __init__(self, context: Context):
+        self.context, self.brains = context, BrainMasks()
+        found = {name: soft_volume(context, labels) for name, labels in STRUCTURES.items()}
+        self.measures: dict[str, SoftVolume] = {name: measure for name, measure in found.items() if measure}
+        if not self.measures:
+            log.warning("the table has no usable label maps (labels_path): volumes are not measured")
+
+    @property
+    def region(self) -> np.ndarray | None:
+        """(X, Y, Z) bool: where disease and age are expected to show, the structures one voxel wider still."""
+        from scipy.ndimage import binary_dilation
+
+        if not self.measures:
+            return None
+        return binary_dilation(np.any([measure.region for measure in self.measures.values()], axis=0))
+
+    def levels(self, rows: Sequence[int], images: Tensor) -> list[dict[str, Levels]]:
+        """Intensity levels of each of the scans `rows`, from images (B, 1, X, Y, Z) that show the same anatomy."""
+        rows = [int(row) for row in rows]
+        arrays, found = as_arrays(images), [{} for _ in rows]
+        for name, measure in self.measures.items():
+            for levels, image, share in zip(found, arrays, self.context.regions(rows, STRUCTURES[name]), strict=True):
+                levels[name] = measure.levels(image, np.asarray(share))
+        return found
+
+    def volumes(self, images: Tensor, levels: Sequence[Mapping[str, Levels]]) -> dict[str, np.ndarray]:
+        """mm3 by structure, (B,) each."""
+        arrays = as_arrays(images)
+        return {
+            name: np.array([measure.measure(image, own[name]) for image, own in zip(arrays, levels, strict=True)])
+            for name, measure in self.measures.items()
+        }
+
+
+def interpolate_levels(first: Mapping[str, Levels], second: Mapping[str, Levels], share: float) -> dict[str, Levels]:
+    """Levels on the line between those of two scans."""
+    return {
+        name: Levels(
+            (1 - share) * first[name].inside + share * second[name].inside,
+            (1 - share) * first[name].outside + share * second[name].outside,
+        )
+        for name in first
+    }

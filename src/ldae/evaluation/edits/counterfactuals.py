@@ -12,11 +12,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ldae.data.subsampling import subsample_by_subject
 from ldae.editing.directions import Direction
-from ldae.editing.editor import Anatomy, Editor, as_arrays, open_scans
-from ldae.evaluation.context import Context, batches, subsample_by_subject
+from ldae.editing.editor import Editor
+from ldae.evaluation.context import Context, batches
 from ldae.evaluation.edits.alpha_sweep import AlphaSweep, outside_share, run_sweep
+from ldae.evaluation.edits.anatomy import Anatomy
 from ldae.evaluation.edits.effects import correlation, slope
+from ldae.evaluation.edits.inverted_scans import invert_scans
+from ldae.evaluation.images.image_metrics import as_arrays
 
 log = logging.getLogger(__name__)
 
@@ -105,7 +109,7 @@ def exchange(
         return None
     alphas, slopes = [-alpha, 0.0, alpha], []
     for part in batches(rows, batch_size):
-        opened = open_scans(context, editor, anatomy, part)
+        opened = invert_scans(context, editor, anatomy, part)
         ladder = run_sweep(context, editor, anatomy, direction, opened, alphas)
         slopes.append(slope(np.array(alphas), ladder.volumes["ventricle"]))
     rate = float(np.nanmean(np.concatenate(slopes))) / source.ventricle_slope(rows, factor)
