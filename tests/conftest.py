@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from faults.forked import run_script
+from faults.scripts import run_script
 
 # The slowest files begin first, so that no worker is left with one of them at the end.
 SLOWEST = (

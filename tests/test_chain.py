@@ -13,7 +13,7 @@ import torch
 from safetensors.numpy import load_file as load_numpy
 from safetensors.torch import load_file
 
-from faults.forked import ROOT, run_script
+from faults.scripts import ROOT, run_script
 
 STAGES = ("aekl", "pretrain", "repr")
 NOTEBOOK = ROOT / "notebooks" / "tutorial.ipynb"

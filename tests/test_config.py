@@ -5,7 +5,7 @@ from hydra import compose, initialize_config_dir
 from hydra.errors import ConfigCompositionException
 from omegaconf import OmegaConf
 
-from faults.forked import run_script
+from faults.scripts import run_script
 from ldae.config import check_constructor_arguments, conf_dir, register
 from ldae.utils.errors import UserError
 

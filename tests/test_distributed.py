@@ -1,4 +1,4 @@
-"""Two processes (gloo, CPU) do what one does, to the content; and nobody waits in a collective while others work.
+"""Two processes (gloo, CPU) do what one does, to the content; and nobody waits in a collective while others small_chain.
 
 At length and with three processes: `make test-faults`.
 """
@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from faults import distributed, work
+from faults import distributed, small_chain
 from ldae.data.phantom.cohort import wait_for_cohort
 from ldae.data.sharing import work_order
 from ldae.data.transforms import Source, Transform
@@ -28,7 +28,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_two_processes_train_all_stages_as_one_does(trained: Path) -> None:
-    for stage in work.STAGES:
+    for stage in small_chain.STAGES:
         one, two = (trained / name / "runs/smoke" / stage for name in ("one", f"{stage}-2"))
         assert distributed.relative_distance(two, one) <= distributed.TOLERANCE
 
@@ -40,12 +40,12 @@ def test_two_processes_encode_and_evaluate_as_one_does(trained: Path) -> None:
 def test_a_cache_that_takes_longer_than_the_timeout_is_built_by_all(trained: Path, tmp_path: Path) -> None:
     """One process alone would sleep for 24 s over the scans, and the other give up waiting after 10 s."""
     whole, folder = trained / "one", tmp_path
-    data = [work.copy_runs(whole, folder, "latents", "evaluation"), f"paths.cache={folder / 'cache'}"]
+    data = [small_chain.copy_runs(whole, folder, "latents", "evaluation"), f"paths.cache={folder / 'cache'}"]
     scans = len(pd.read_csv(next((whole / "data").rglob("scans.csv"))))
-    slow = ["data.transform._target_=faults.slow.SlowTransform", f"+data.transform.seconds={24 / scans}"]
-    arguments = [text for text in work.SETTINGS if not text.startswith("stage.")]
+    slow = ["data.transform._target_=faults.slow_transform.SlowTransform", f"+data.transform.seconds={24 / scans}"]
+    arguments = [text for text in small_chain.SETTINGS if not text.startswith("stage.")]
     arguments += [*data, *slow, f"accelerator.timeout={10 / 60}", *distributed.training_settings(2, 1)]
-    work.run_distributed("encode_latents", arguments, folder, 2)
+    small_chain.run_distributed("encode_latents", arguments, folder, 2)
     latents = [path / "runs/smoke/latents" for path in (whole, folder)]
     names = [*(path.name for path in latents[0].glob("*.safetensors")), "latents.json"]
     assert len(names) == 2

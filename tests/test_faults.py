@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 import torch
 
-from faults import work
+from faults import small_chain
 from faults.corruption import count_corrupted_loads
-from faults.kills import list_differences, kill_and_restart
-from faults.mutate import read_mutated
+from faults.input_check import read_mutated
+from faults.kills import kill_and_restart, list_differences
 from ldae.data.transforms import Transform
 from ldae.data.volumes import VolumeCache
 from ldae.training.signals import StopSignals
@@ -37,38 +37,41 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def wait_for(folder: Path, text: str, limit: float = 300.0) -> None:
     end = time.monotonic() + limit
-    while text not in work.read_log(folder):
-        assert time.monotonic() < end, work.read_log(folder)[-2000:]
+    while text not in small_chain.read_log(folder):
+        assert time.monotonic() < end, small_chain.read_log(folder)[-2000:]
         time.sleep(0.02)
 
 
 def test_a_signal_saves_a_second_process_is_refused_and_the_end_is_the_same(killed: Path, tmp_path: Path) -> None:
-    folder, arguments = tmp_path, work.train_overrides("aekl", work.copy_runs(killed / "whole", tmp_path, "aekl"))
-    process = work.start_script("train", arguments, folder)
+    folder, arguments = (
+        tmp_path,
+        small_chain.train_overrides("aekl", small_chain.copy_runs(killed / "whole", tmp_path, "aekl")),
+    )
+    process = small_chain.start_script("train", arguments, folder)
     wait_for(folder, "aekl 1/8")
-    work.send_signal(process, signal.SIGSTOP)
-    second = work.start_script("train", arguments, folder)
+    small_chain.send_signal(process, signal.SIGSTOP)
+    second = small_chain.start_script("train", arguments, folder)
     second.join(300)
     assert second.exitcode == EXIT_USER_ERROR
-    assert "another process writes to" in work.read_log(folder)
-    work.send_signal(process, signal.SIGTERM)
-    work.send_signal(process, signal.SIGCONT)
+    assert "another process writes to" in small_chain.read_log(folder)
+    small_chain.send_signal(process, signal.SIGTERM)
+    small_chain.send_signal(process, signal.SIGCONT)
     process.join(300)
-    assert process.exitcode == EXIT_REQUEUE, work.read_log(folder)[-2000:]
-    work.run_to_end("train", arguments, folder)
-    assert "Traceback" not in work.read_log(folder)
+    assert process.exitcode == EXIT_REQUEUE, small_chain.read_log(folder)[-2000:]
+    small_chain.run_to_end("train", arguments, folder)
+    assert "Traceback" not in small_chain.read_log(folder)
     assert not list_differences(folder / "runs/smoke/aekl", killed / "whole/runs/smoke/aekl")
 
 
 def test_changed_settings_are_named_and_harmless_ones_pass(killed: Path, tmp_path: Path) -> None:
-    folder, data = tmp_path, work.copy_runs(killed / "whole", tmp_path)
-    process = work.start_script(
-        "train", work.train_overrides("aekl", data, "optim.lr=0.01", "trainer.log_every=3"), folder
+    folder, data = tmp_path, small_chain.copy_runs(killed / "whole", tmp_path)
+    process = small_chain.start_script(
+        "train", small_chain.train_overrides("aekl", data, "optim.lr=0.01", "trainer.log_every=3"), folder
     )
     process.join(300)
     assert process.exitcode == EXIT_USER_ERROR
-    assert "optim.lr: 0.0001 -> 0.01" in work.read_log(folder).splitlines()[-1]
-    assert "trainer.log_every" not in work.read_log(folder).splitlines()[-1]
+    assert "optim.lr: 0.0001 -> 0.01" in small_chain.read_log(folder).splitlines()[-1]
+    assert "trainer.log_every" not in small_chain.read_log(folder).splitlines()[-1]
 
 
 def test_damaged_checkpoints_are_never_loaded(killed: Path, tmp_path: Path) -> None:

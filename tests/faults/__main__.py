@@ -8,11 +8,11 @@ import tempfile
 import time
 from pathlib import Path
 
-from . import work
+from . import small_chain
 from .corruption import count_corrupted_loads
-from .distributed import compare_training, compare_outputs
+from .distributed import compare_outputs, compare_training
+from .input_check import read_mutated
 from .kills import kill_and_restart
-from .mutate import read_mutated
 
 
 def main() -> None:
@@ -24,7 +24,7 @@ def main() -> None:
     parser.add_argument("--inputs", type=int, default=100, help="mutated inputs of each kind and seed")
     parser.add_argument("--seeds", type=int, default=1, help="how many times these")
     parser.add_argument("--steps", type=int, default=20, help="steps in which 2 processes must train as 1; 0: none")
-    parser.add_argument("--stages", nargs="+", default=list(work.STAGES), choices=work.STAGES)
+    parser.add_argument("--stages", nargs="+", default=list(small_chain.STAGES), choices=small_chain.STAGES)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     begin = time.monotonic()
@@ -35,7 +35,7 @@ def main() -> None:
         found |= count_corrupted_loads(run, folder, options.checkpoints, options.seed)
         if options.steps:
             found |= compare_training(folder, options.steps, tuple(options.stages))
-        if set(work.STAGES) <= set(options.stages):
+        if set(small_chain.STAGES) <= set(options.stages):
             found |= compare_outputs(folder / "whole", folder)
         for seed in range(options.seed, options.seed + options.seeds):
             found[f"inputs, seed {seed}"] = read_mutated(folder / f"inputs{seed}", run, options.inputs, seed)

@@ -6,7 +6,7 @@ from pathlib import Path
 from safetensors.torch import load_file
 from torch import Tensor
 
-from . import work
+from . import small_chain
 
 TOLERANCE = 1e-5
 WITHOUT_EFFECT = ("encoder/score.bias", "encoder/key.bias", "encoder/value.bias")
@@ -74,18 +74,20 @@ def training_settings(steps: int, processes: int) -> tuple[str, ...]:
     return (*EQUAL, f"trainer.max_steps={steps}", f"trainer.batch_size={2 // processes}")
 
 
-def compare_training(folder: Path, steps: int, stages: tuple[str, ...] = work.STAGES) -> dict[str, float]:
+def compare_training(folder: Path, steps: int, stages: tuple[str, ...] = small_chain.STAGES) -> dict[str, float]:
     """Train each of `stages` for `steps` in 1 process, `folder`/one, and in 2; the relative distances.
 
     In 2 processes each stage begins from what 1 process has left of the others.
     """
     one = folder / "one"
-    work.train_chain(one, stages, *training_settings(steps, 1))
+    small_chain.train_chain(one, stages, *training_settings(steps, 1))
     found = {}
     for stage in stages:
         place = folder / f"{stage}-2"
-        data = work.copy_runs(one, place, stage)
-        work.run_distributed("train", work.train_overrides(stage, data, *training_settings(steps, 2)), place, 2)
+        data = small_chain.copy_runs(one, place, stage)
+        small_chain.run_distributed(
+            "train", small_chain.train_overrides(stage, data, *training_settings(steps, 2)), place, 2
+        )
         name = f"{stage}: 2 processes against 1"
         found[name] = relative_distance(place / "runs/smoke" / stage, one / "runs/smoke" / stage)
         assert found[name] <= TOLERANCE, found
@@ -100,11 +102,11 @@ def compare_outputs(whole: Path, folder: Path, counts: tuple[int, ...] = (1, 2, 
     contents = []
     for count in counts:
         place = folder / f"together-{count}"
-        data = work.copy_runs(whole, place, "latents", "evaluation")
-        arguments = [text for text in work.SETTINGS if not text.startswith("stage.")]
+        data = small_chain.copy_runs(whole, place, "latents", "evaluation")
+        arguments = [text for text in small_chain.SETTINGS if not text.startswith("stage.")]
         arguments += [data, "trainer.batch_size=2", "evaluation=attention"]
         for script in ("encode_latents", "evaluate"):
-            work.run_distributed(script, arguments, place, count)
+            small_chain.run_distributed(script, arguments, place, count)
         found = [place / "runs/smoke" / name for name in ("latents", "evaluation")]
         files = [path for at in found for end in ("safetensors", "csv", "json") for path in sorted(at.glob(f"*.{end}"))]
         contents.append({str(path.relative_to(place)): path.read_bytes() for path in files})

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from . import work
+from . import small_chain
 
 LIMIT = 1800.0  # seconds of a run, on a machine that does much else
 POLL = 0.002
@@ -49,19 +49,21 @@ def read_tensorboard(run: Path) -> dict[str, list[tuple[int, float]]]:
     return scalars | {tag: [(e.step, 0.0) for e in events.Images(tag)] for tag in events.Tags()["images"]}
 
 
-def kill_and_restart(folder: Path, count: int, stages: tuple[str, ...] = work.STAGES, seed: int = 0) -> dict[str, int]:
+def kill_and_restart(
+    folder: Path, count: int, stages: tuple[str, ...] = small_chain.STAGES, seed: int = 0
+) -> dict[str, int]:
     """Kill runs of `stages` `count` times in all; the numbers of kills, finished runs, and runs that differ."""
     draw = random.Random(seed)
     whole = folder / "whole"
-    work.train_chain(whole, work.STAGES[: work.STAGES.index(stages[-1]) + 1])
+    small_chain.train_chain(whole, small_chain.STAGES[: small_chain.STAGES.index(stages[-1]) + 1])
     total = {"kills": 0, "finished runs": 0, "runs that differ": 0}
     for place, stage in enumerate(stages):
         share = count * (place + 1) // len(stages) - count * place // len(stages)
         spoilt = folder / stage
-        arguments = work.train_overrides(stage, work.copy_runs(whole, spoilt))
+        arguments = small_chain.train_overrides(stage, small_chain.copy_runs(whole, spoilt))
         run = spoilt / "runs/smoke" / stage
         shutil.rmtree(run)
-        seconds = work.run_to_end("train", arguments, spoilt)  # its data is made
+        seconds = small_chain.run_to_end("train", arguments, spoilt)  # its data is made
         while share > 0:
             shutil.rmtree(run)
             share -= _until_finished(spoilt, arguments, share, seconds, draw, total)
@@ -69,14 +71,14 @@ def kill_and_restart(folder: Path, count: int, stages: tuple[str, ...] = work.ST
             different = list_differences(run, whole / "runs/smoke" / stage)
             total["runs that differ"] += bool(different)
             if different:
-                raise AssertionError(f"{stage} differs in {different}\n{work.read_log(spoilt)[-5000:]}")
+                raise AssertionError(f"{stage} differs in {different}\n{small_chain.read_log(spoilt)[-5000:]}")
     return total
 
 
 def _wait(process: BaseProcess, busy: float, jitter: float) -> None:
     """Until a process has used `busy` seconds of processor time, and `jitter` seconds more, or has ended."""
     end = time.monotonic() + LIMIT
-    while process.is_alive() and work.processor_seconds(process) < busy and time.monotonic() < end:
+    while process.is_alive() and small_chain.processor_seconds(process) < busy and time.monotonic() < end:
         process.join(POLL)
     process.join(jitter)
 
@@ -87,14 +89,14 @@ def _until_finished(
     """Start train.py until it ends, killing it up to `limit` times; how often that was."""
     done = 0
     while True:
-        process = work.start_script("train", arguments, folder)
+        process = small_chain.start_script("train", arguments, folder)
         _wait(process, draw.uniform(0, seconds) if done < limit else LIMIT, draw.uniform(0, JITTER))
         if process.exitcode is None:
-            work.send_signal(process)
+            small_chain.send_signal(process)
             process.join()
             done += 1
             total["kills"] += 1
         elif process.exitcode == 0:
             return done
         else:
-            raise AssertionError(f"{arguments}: exit {process.exitcode}\n{work.read_log(folder)[-5000:]}")
+            raise AssertionError(f"{arguments}: exit {process.exitcode}\n{small_chain.read_log(folder)[-5000:]}")

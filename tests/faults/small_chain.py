@@ -18,7 +18,7 @@ from ldae.config import conf_dir, register
 from ldae.experiment import encode, evaluate, train
 from ldae.utils.entrypoint import one_line_errors
 
-from . import forked
+from . import scripts
 
 STAGES = ("aekl", "pretrain", "repr")
 # The smallest networks that have every part: what is killed here is the loop, and 50 kills are to take minutes.
@@ -28,7 +28,7 @@ SMALL = (
     "model.discriminator.channels=4", "model.discriminator.num_layers_d=1", "model.estimator.modes=2",
     "model.encoder.dim=16", "model.encoder.backbone.widths=[4,8]", "model.encoder.backbone.out_channels=8",
 )  # fmt: skip
-# Saves, validations, previews and logs at different steps; dropout, accumulation and the discriminator at work.
+# Saves, validations, previews and logs at different steps; dropout, accumulation and the discriminator at small_chain.
 SETTINGS = (
     "experiment=smoke", *SMALL, "trainer.max_steps=8", "trainer.batch_size=1", "trainer.accumulate=2",
     "trainer.log_every=1", "trainer.validate_every=3", "trainer.preview_every=4", "trainer.checkpoint_every=2",
@@ -51,7 +51,7 @@ def train_overrides(stage: str, *more: str) -> list[str]:
 
 def run_in_folder(script: str, arguments: list[str], folder: Path, environment: dict[str, str]) -> None:
     """The body of a process: one of the three scripts in `folder`, its output in `folder`/log."""
-    forked.enter_folder(folder, environment, Path("log"), Path("log"))
+    scripts.enter_folder(folder, environment, Path("log"), Path("log"))
     torch.set_num_threads(1)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     with one_line_errors():
@@ -62,7 +62,7 @@ def start_script(
     script: str, arguments: list[str], folder: Path, environment: dict[str, str] | None = None
 ) -> BaseProcess:
     """A process that runs a script, with more variables in its environment."""
-    return forked.start_process(run_in_folder, script, arguments, folder, environment or {})
+    return scripts.start_process(run_in_folder, script, arguments, folder, environment or {})
 
 
 def processor_seconds(process: BaseProcess) -> float:

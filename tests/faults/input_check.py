@@ -24,8 +24,8 @@ from ldae.models.state import read_tensors
 from ldae.runs import Run
 from ldae.utils.entrypoint import explain
 
-from . import inputs
-from .inputs import CANARY, Case
+from . import hostile_inputs
+from .hostile_inputs import CANARY, Case
 
 LIMIT = 10.0  # seconds of processor time
 PATIENCE = 300.0  # seconds, for one input on a busy machine
@@ -73,10 +73,12 @@ def _judge(cases: list[Case], folder: Path) -> None:
 def _cases(folder: Path, run: Path, each: int, draw: random.Random) -> list[Case]:
     """`each` files of every kind."""
     kinds = (
-        inputs.niftis, inputs.npzs, inputs.csvs, inputs.bundles, inputs.checkpoints, inputs.splits, inputs.abouts,
-        inputs.latent_files,
+        hostile_inputs.niftis, hostile_inputs.npzs, hostile_inputs.csvs, hostile_inputs.bundles, hostile_inputs.checkpoints, hostile_inputs.splits, hostile_inputs.abouts,
+        hostile_inputs.latent_files,
     )  # fmt: skip
-    return [case for make in kinds for case in make(folder, each, draw)] + [*inputs.yamls(folder, each, draw, run)]
+    return [case for make in kinds for case in make(folder, each, draw)] + [
+        *hostile_inputs.yamls(folder, each, draw, run)
+    ]
 
 
 def read_mutated(folder: Path, run: Path, each: int, seed: int = 0) -> dict[str, dict[str, int]]:
