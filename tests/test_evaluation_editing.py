@@ -23,12 +23,17 @@ from ldae.editing.editor import Editor
 from ldae.evaluation.context import Context
 from ldae.evaluation.edits import counterfactuals, selection
 from ldae.evaluation.edits import figures as edit_figures
-from ldae.evaluation.edits.alpha_sweep import outside_share, run_sweep
+from ldae.evaluation.edits.alpha_sweep import share_outside, run_sweep
 from ldae.evaluation.edits.anatomy import Anatomy
-from ldae.evaluation.edits.counterfactuals import Counterfactuals, Exchange, Truth, compare_with_truth
+from ldae.evaluation.edits.counterfactuals import (
+    CounterfactualRenderer,
+    ExchangeRate,
+    Counterfactual,
+    compare_with_counterfactuals,
+)
 from ldae.evaluation.edits.effects import correlation, slope, spearman, weighted_median
-from ldae.evaluation.edits.heldout_probe import halves
-from ldae.evaluation.edits.interpolation import Interpolation, triples
+from ldae.evaluation.edits.heldout_probe import split_subjects_in_halves
+from ldae.evaluation.edits.interpolation import Interpolation, find_triples
 from ldae.evaluation.edits.inverted_scans import invert_scans
 from ldae.evaluation.edits.manipulation import Manipulation
 from ldae.evaluation.images.variation import Variation
@@ -214,13 +219,13 @@ def test_numbers_of_effects_by_hand():
     assert np.isnan(correlation(a, 0 * a, mask))
     change, region = np.zeros((1, 2, 2, 2)), np.zeros((2, 2, 2), bool)
     change[0, 0, 0], region[0, 0, 0] = -3, True
-    assert outside_share(change, np.ones_like(change, bool), region)[0] == pytest.approx(0.5)
+    assert share_outside(change, np.ones_like(change, bool), region)[0] == pytest.approx(0.5)
 
 
 def test_halves_share_no_subject_and_have_both_classes():
     subjects = np.repeat([f"s{i}" for i in range(20)], 3)
     truth = np.repeat(np.arange(20) % 4 == 0, 3).astype(float)
-    member = halves(subjects, truth, 0)
+    member = split_subjects_in_halves(subjects, truth, 0)
     assert not set(subjects[member]) & set(subjects[~member])
     assert truth[member].sum() in (6, 9)
     assert member.sum() == 30
@@ -276,11 +281,13 @@ def test_maps_against_a_true_counterfactual(context, sign):
     template = context.model.templates[:1]
 
     def render(row, factor, change):
-        return Truth(context.volumes([row])[0] + sign * change * template, 1000.0 * (1 + change))
+        return Counterfactual(context.volumes([row])[0] + sign * change * template, 1000.0 * (1 + change))
 
     opened = invert_scans(context, editor, anatomy, context.rows("test")[:3])
     ladder = run_sweep(context, editor, anatomy, direction, opened, [-0.2, 0.0, 0.2])
-    found = compare_with_truth(context, anatomy, Exchange(SimpleNamespace(render=render), "severity", 0.5), ladder, 0.2)
+    found = compare_with_counterfactuals(
+        context, anatomy, ExchangeRate(SimpleNamespace(render=render), "severity", 0.5), ladder, 0.2
+    )
     np.testing.assert_allclose(found.numbers["difference_r"], sign, atol=1e-3)
     np.testing.assert_allclose(found.numbers["difference_r_ceiling"], 1, atol=1e-3)
     np.testing.assert_allclose(found.numbers["change_true"], 200)
@@ -289,7 +296,7 @@ def test_maps_against_a_true_counterfactual(context, sign):
 
 
 def test_exchange_is_kept_within_the_generators_limits():
-    rate = Exchange(None, "age", 10.0)
+    rate = ExchangeRate(None, "age", 10.0)
     assert rate.change(-0.5) == -5
     assert rate.change(9) == 25
 
@@ -302,7 +309,7 @@ def test_counterfactuals_of_a_real_phantom_are_the_stored_scan_moved(tmp_path):
     table = pd.read_csv(make_cohort(tmp_path, 1, 3, 8.0, (24, 28, 24), workers=1, progress=False))
     table["path"] = [str(tmp_path / path) for path in table["path"]]
     transform = Transform((24, 28, 24), 8.0)
-    source = Counterfactuals(SimpleNamespace(table=table, model=SimpleNamespace(transform=transform)))
+    source = CounterfactualRenderer(SimpleNamespace(table=table, model=SimpleNamespace(transform=transform)))
     assert source.available
     same, worse = source.render(0), source.render(0, "severity", 0.8)
     stored = transform(table["path"][0])
@@ -310,7 +317,7 @@ def test_counterfactuals_of_a_real_phantom_are_the_stored_scan_moved(tmp_path):
     assert same.ventricle == pytest.approx(table["ventricle_mm3"][0], rel=1e-3)
     rise = source.ventricle_slope([0], "severity")
     assert worse.ventricle - same.ventricle == pytest.approx(0.8 * rise, rel=0.4)
-    assert not Counterfactuals(SimpleNamespace(table=table.drop(columns="severity"), model=source)).available
+    assert not CounterfactualRenderer(SimpleNamespace(table=table.drop(columns="severity"), model=source)).available
 
 
 def test_guidance_strength_is_tuned_on_a_copy():
@@ -322,7 +329,7 @@ def test_guidance_strength_is_tuned_on_a_copy():
 
 def test_triples_and_nearest_visit():
     table = pd.DataFrame({"subject": ["b", "a", "a", "a", "b", "a"], "months": [0, 24, 0, 6, 12, 12]})
-    found = triples(table, np.arange(6))
+    found = find_triples(table, np.arange(6))
     assert [(t.start, t.target, t.end) for t in found] == [(2, 3, 5), (2, 3, 1), (2, 5, 1), (3, 5, 1)]
     assert [t.share for t in found] == [0.5, 0.25, 0.5, pytest.approx(1 / 3)]
     assert [t.nearest for t in found] == [2, 2, 2, 3]
@@ -332,9 +339,9 @@ def test_triples_and_nearest_visit():
 def test_interpolation_numbers_by_hand(context):
     """Months 0, 6, 24: a quarter of the way. All is linear: our prediction and both blends are the same image."""
     metrics = dict(Interpolation(Editor(depth=1.0), resamples=20)(context))
-    assert metrics["interpolation/triples"] == len(triples(context.table, context.rows("test"))) == 6
+    assert metrics["interpolation/triples"] == len(find_triples(context.table, context.rows("test"))) == 6
     row = pd.read_csv(context.out / "interpolation.csv").query("against == 'real'").set_index(["subject", "method"])
-    triple = triples(context.table, context.rows("test"))[0]
+    triple = find_triples(context.table, context.rows("test"))[0]
     x = context.volumes([triple.start, triple.target, triple.end]).numpy()
     who = context.table["subject"].iloc[triple.target]
     blend = 0.75 * x[0] + 0.25 * x[2]
@@ -363,7 +370,7 @@ def test_selection_prefers_the_direction_that_is_true(context, monkeypatch):
     """The truth is the rim darkening; the raw difference brightens age's place too, held fixed it does not."""
 
     def render(row, factor, change):
-        return Truth(context.volumes([row])[0] + change * context.model.templates[:1], 1000.0 * (1 + change))
+        return Counterfactual(context.volumes([row])[0] + change * context.model.templates[:1], 1000.0 * (1 + change))
 
     source = SimpleNamespace(available=True, render=render)
     monkeypatch.setattr(selection, "Counterfactuals", lambda context: source)
@@ -385,13 +392,13 @@ def test_an_edit_without_effect_is_held_to_a_real_change(context, monkeypatch):
     nothing = Direction(np.zeros(DIM), np.ones(DIM), np.eye(DIM)[DIM - 1])
     source = SimpleNamespace(available=True, ventricle_slope=lambda rows, factor: 10000.0)
     monkeypatch.setattr(counterfactuals, "Counterfactuals", lambda context: source)
-    rate = counterfactuals.exchange(context, Editor(), Anatomy(context), nothing, "severity", 4, 4, 0.5)
+    rate = counterfactuals.calibrate_exchange_rate(context, Editor(), Anatomy(context), nothing, "severity", 4, 4, 0.5)
     assert rate.change(0.5) == pytest.approx(0.3)
 
 
 def test_rank_prefers_sure_settings():
     table = pd.DataFrame({"difference_r": [0.9, 0.4, 0.6], "monotone": [0.5, 1.0, 0.8]})
-    assert selection.rank(table)["difference_r"].tolist() == [0.6, 0.4, 0.9]
+    assert selection.rank_settings(table)["difference_r"].tolist() == [0.6, 0.4, 0.9]
 
 
 def test_slices_are_the_right_way_up():

@@ -125,7 +125,7 @@ def test_a_mask_is_made_once_a_scan(monkeypatch):
 def test_both_ssims_come_from_one_map(pair):
     x, y = pair
     mask = x > 0.5
-    whole, inside = metrics.ssims(y, x, mask)
+    whole, inside = metrics.ssim_whole_and_masked(y, x, mask)
     assert torch.equal(whole, metrics.ssim(y, x))
     assert torch.equal(inside, metrics.ssim(y, x, mask))
 
@@ -136,7 +136,7 @@ def test_numbers_are_read_back_together_and_unchanged():
         "b": torch.rand(3, requires_grad=True).bfloat16(),
         "c": torch.ones(3).double() / 3,
     }
-    found = metrics.read_back(values)
+    found = metrics.copy_to_host(values)
     assert list(found) == list(values)
     for name, value in values.items():
         assert found[name].dtype == np.float64

@@ -21,9 +21,14 @@ from ldae.evaluation import html_report as page
 from ldae.evaluation.context import Context
 from ldae.evaluation.images import generation
 from ldae.evaluation.images.attention import Attention
-from ldae.evaluation.images.posterior_gap import Gap
+from ldae.evaluation.images.posterior_gap import PosteriorMeanGap
 from ldae.evaluation.images.reconstruction import Reconstruction
-from ldae.evaluation.images.semantics import Semantics, other_subjects, z0_error_table, z0_errors
+from ldae.evaluation.images.semantics import (
+    Semantics,
+    pair_with_other_subjects,
+    measure_z0_errors,
+    measure_z0_errors_of_scan,
+)
 
 SIZE = 16
 
@@ -105,11 +110,11 @@ def context(out: Path, uses_y=True, subjects=40) -> Context:
 
 def test_the_gap_is_filled_by_y_alone(tmp_path):
     """A denoiser that is perfect given y fills the whole gap; one that ignores y fills none of it."""
-    found = dict(Gap(scans=8, points=5)(context(tmp_path)))
+    found = dict(PosteriorMeanGap(scans=8, points=5)(context(tmp_path)))
     assert found["gap/filled_share"] > 0.999
     assert found["gap/filled"] < 0.03 * found["gap/unfilled"]
     assert (tmp_path / "gap.png").exists()
-    ignored = dict(Gap(scans=8, points=5)(context(tmp_path, uses_y=False)))
+    ignored = dict(PosteriorMeanGap(scans=8, points=5)(context(tmp_path, uses_y=False)))
     assert ignored["gap/filled_share"] == pytest.approx(0, abs=1e-6)
 
 
@@ -134,13 +139,13 @@ def test_z0_errors_by_hand():
     """Own y leaves no error, another's the distance between the two latents, none the distance to the mean's."""
     z, other = Model.latent(torch.tensor([2.5, 4.0])), Model.latent(torch.tensor([4.0, 2.5]))
     y = torch.tensor([[2.5], [4.0]])
-    table = z0_error_table(Denoiser(), z, y, y.flip(0), seed=0, keys=[1, 2])
+    table = measure_z0_errors(Denoiser(), z, y, y.flip(0), seed=0, keys=[1, 2])
     for band in ("t000", "t400", "t800"):
         assert float(table[f"own_{band}"].max()) < 1e-4
         torch.testing.assert_close(
             table[f"other_{band}"], (z - other).square().flatten(1).mean(1), rtol=1e-2, atol=1e-4
         )
-    alone = z0_errors(Denoiser(), z[:1], y[:1], y[1:], seed=0, key=1)
+    alone = measure_z0_errors_of_scan(Denoiser(), z[:1], y[:1], y[1:], seed=0, key=1)
     assert {(type(value), value.ndim) for value in alone.values()} == {(torch.Tensor, 0)}
     assert float(alone["z0_error/other_t800"]) == pytest.approx(float(table["other_t800"][0]), rel=1e-5)
     assert set(alone) == {
@@ -156,7 +161,7 @@ def test_z0_errors_wait_for_no_value():
         guided=lambda y: lambda z_t, t: z_t * y[:, :1, None, None, None],
     )
     z, y = torch.empty(1, 2, 4, 4, 4, device="meta"), torch.empty(1, 3, device="meta")
-    found = z0_errors(denoiser, z, y, y, seed=0, key=1)
+    found = measure_z0_errors_of_scan(denoiser, z, y, y, seed=0, key=1)
     assert len(found) == 15
     assert {(value.device.type, value.shape) for value in found.values()} == {("meta", ())}
 
@@ -185,11 +190,11 @@ def test_without_label_maps_the_rest_is_still_measured(tmp_path, caplog):
 
 def test_partners_are_of_another_subject_and_each_is_used_once():
     for subjects in (["a", "b"], ["a", "a", "b", "b", "c"], ["b", "a", "c", "a", "b", "c", "d"]):
-        partner = other_subjects(subjects)
+        partner = pair_with_other_subjects(subjects)
         assert sorted(partner) == list(range(len(subjects)))
         assert all(subjects[i] != subjects[j] for i, j in enumerate(partner))
-    assert other_subjects(["a", "a", "a", "b"]) is None
-    assert other_subjects(["a"]) is None
+    assert pair_with_other_subjects(["a", "a", "a", "b"]) is None
+    assert pair_with_other_subjects(["a"]) is None
 
 
 def test_reconstruction_reports_what_it_promises(tmp_path):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ldae.config import Optim, TrainerSettings
 from ldae.data.subsampling import subsample_by_subject
 from ldae.data.table import scan_names
-from ldae.evaluation.images.image_metrics import BrainMasks, ssims
+from ldae.evaluation.images.image_metrics import BrainMasks, ssim_whole_and_masked
 from ldae.losses import autoencoder as losses
 from ldae.losses.structural import structural_dissimilarity
 from ldae.models.sizes import latent_sizes
@@ -197,7 +197,7 @@ class AutoencoderStage(Stage):
         found: dict[int, dict[str, Tensor]] = {}
         for row in shard_rows(self.validation_rows, self.accelerator):
             x, reconstruction = self._reconstruct(np.array([row]))
-            whole, brain = ssims(reconstruction, x, self.masks(x, [row]))
+            whole, brain = ssim_whole_and_masked(reconstruction, x, self.masks(x, [row]))
             l1 = losses.reconstruction_l1(reconstruction, x).detach()
             found[int(row)] = {"l1": l1, "ssim": whole, "ssim_mask": brain}
         return mean_over_scans(found, self.accelerator)

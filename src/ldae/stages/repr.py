@@ -18,8 +18,8 @@ from ldae.data.subsampling import subsample_by_subject
 from ldae.data.table import scan_names
 from ldae.denoiser import Denoiser
 from ldae.diffusion.process import add_noise
-from ldae.evaluation.images.image_metrics import BrainMasks, ssims
-from ldae.evaluation.images.semantics import other_subjects, z0_errors
+from ldae.evaluation.images.image_metrics import BrainMasks, ssim_whole_and_masked
+from ldae.evaluation.images.semantics import pair_with_other_subjects, measure_z0_errors_of_scan
 from ldae.losses.denoising import gap_filling_loss
 from ldae.models.state import load_weights
 from ldae.models.unet import Features, UNet
@@ -255,7 +255,7 @@ class ReprStage(Stage):
         if len(rows) < 2:
             return {}
         found: dict[int, dict[str, Tensor]] = {}
-        partner = other_subjects(self.cohort.table["subject"].to_numpy()[rows])
+        partner = pair_with_other_subjects(self.cohort.table["subject"].to_numpy()[rows])
         others = dict(zip(rows.tolist(), rows if partner is None else rows[partner], strict=True))
         for row in shard_rows(rows, self.accelerator):
             both, key = np.array([row, others[int(row)]]), int(row)
@@ -267,8 +267,8 @@ class ReprStage(Stage):
                 )
                 target = self._decompress(z0)
                 decoded = self._decode_from_y(y[:1], [key])
-                errors = z0_errors(self.denoiser, z0, y[:1], y[1:], self.seed, key)
-            whole, brain = ssims(decoded, target, self.masks(target, [row]))
+                errors = measure_z0_errors_of_scan(self.denoiser, z0, y[:1], y[1:], self.seed, key)
+            whole, brain = ssim_whole_and_masked(decoded, target, self.masks(target, [row]))
             found[key] = {"ssim": whole, "ssim_mask": brain, **errors}
         return mean_over_scans(found, self.accelerator)
 

@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from ldae.editing.directions import Direction
-from ldae.editing.editor import Anatomy, Editor, InvertedScans, as_arrays
+from ldae.editing.editor import Editor
 from ldae.evaluation.context import Context
-from ldae.evaluation.images.image_metrics import ssim
+from ldae.evaluation.edits.anatomy import Anatomy
+from ldae.evaluation.edits.inverted_scans import InvertedScans
+from ldae.evaluation.images.image_metrics import as_arrays, ssim
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ def run_sweep(
     return AlphaSweep(alphas, opened, images, volumes, identity)
 
 
-def outside_share(change: np.ndarray, brain: np.ndarray, region: np.ndarray) -> np.ndarray:
+def share_outside(change: np.ndarray, brain: np.ndarray, region: np.ndarray) -> np.ndarray:
     """(B,) part of the absolute change (B, X, Y, Z) inside the brains that lies outside `region` (X, Y, Z)."""
     inside_brain = np.abs(change) * brain
     total = inside_brain.sum((1, 2, 3))
@@ -76,7 +78,7 @@ def outside_share(change: np.ndarray, brain: np.ndarray, region: np.ndarray) -> 
 
 
 @torch.no_grad()
-def reversibility(
+def measure_reversibility(
     context: Context, editor: Editor, direction: Direction, ladder: AlphaSweep, alpha: float
 ) -> np.ndarray:
     """There and back, (B,): the edited scans, taken as if they were real, edited by -alpha; SSIM in the brain."""

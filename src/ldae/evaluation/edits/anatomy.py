@@ -67,7 +67,7 @@ class SoftVolume:
         return float(self.shares(volume, levels).sum() * self.voxel)
 
 
-def soft_volume(context: Context, labels: Sequence[int]) -> SoftVolume | None:
+def build_soft_volume(context: Context, labels: Sequence[int]) -> SoftVolume | None:
     """The measure of the structure with these labels, its region from training scans; None without label maps."""
     from scipy.ndimage import binary_dilation
 
@@ -84,7 +84,7 @@ def soft_volume(context: Context, labels: Sequence[int]) -> SoftVolume | None:
     return SoftVolume(region, float(np.prod(context.spacing)))
 
 
-def true_volume(context: Context, name: str, rows: Sequence[int]) -> np.ndarray:
+def read_true_volumes(context: Context, name: str, rows: Sequence[int]) -> np.ndarray:
     """(B,) mm3 of structure `name` ("ventricle", "hippocampus"): the table's column, else from the label maps."""
     column = f"{name}_mm3"
     if column in context.table and context.table[column].iloc[list(rows)].notna().all():
@@ -101,7 +101,7 @@ class Anatomy:
 
     def __init__(self, context: Context):
         self.context, self.brains = context, BrainMasks()
-        found = {name: soft_volume(context, labels) for name, labels in STRUCTURES.items()}
+        found = {name: build_soft_volume(context, labels) for name, labels in STRUCTURES.items()}
         self.measures: dict[str, SoftVolume] = {name: measure for name, measure in found.items() if measure}
         if not self.measures:
             log.warning("the table has no usable label maps (labels_path): volumes are not measured")

@@ -16,7 +16,7 @@ from ldae.data.subsampling import subsample_by_subject
 from ldae.editing.directions import Direction
 from ldae.editing.editor import Editor
 from ldae.evaluation.context import Context, batches
-from ldae.evaluation.edits.alpha_sweep import AlphaSweep, outside_share, run_sweep
+from ldae.evaluation.edits.alpha_sweep import AlphaSweep, share_outside, run_sweep
 from ldae.evaluation.edits.anatomy import Anatomy
 from ldae.evaluation.edits.effects import correlation, slope
 from ldae.evaluation.edits.inverted_scans import invert_scans
@@ -34,14 +34,14 @@ LEAST = {"severity": 0.3, "age": 5.0}  # what +-alpha stands for at least: an ed
 
 
 @dataclass(frozen=True)
-class Truth:
+class Counterfactual:
     """volume: (1, X, Y, Z) in model space; ventricle: mm3."""
 
     volume: Tensor
     ventricle: float
 
 
-class Counterfactuals:
+class CounterfactualRenderer:
     """Renders counterfactuals of a phantom table's rows and brings them to model space by the model's own transform."""
 
     def __init__(self, context: Context):
@@ -52,7 +52,7 @@ class Counterfactuals:
         """Whether the cohort is of phantoms."""
         return self.transform is not None and all(column in self.table for column in NEEDED)
 
-    def render(self, row: int, factor: str = "severity", change: float = 0.0) -> Truth:
+    def render(self, row: int, factor: str = "severity", change: float = 0.0) -> Counterfactual:
         """Scan `row` without noise, its `factor` ("severity", 1 = a typical patient, or "age", years) moved."""
         import nibabel
 
@@ -64,7 +64,7 @@ class Counterfactuals:
         spacing, shape = float(header.get_zooms()[0]), header.get_data_shape()[:3]
         scan = render(entry, noise=False, spacing=spacing, shape=shape, **moved)
         image = nibabel.Nifti1Image(np.rint(scan.image).astype(np.int16), scan.affine)  # rounded as scans are stored
-        return Truth(torch.from_numpy(np.asarray(self.transform(image))), scan.volumes["ventricle"])
+        return Counterfactual(torch.from_numpy(np.asarray(self.transform(image))), scan.volumes["ventricle"])
 
     def ventricle_slope(self, rows: Sequence[int], factor: str) -> float:
         """Mean true change of the ventricles per unit of `factor`, mm3; nothing is rendered."""
@@ -81,10 +81,10 @@ class Counterfactuals:
 
 
 @dataclass(frozen=True)
-class Exchange:
+class ExchangeRate:
     """per_alpha: severity, or years, that alpha = 1 stands for."""
 
-    source: Counterfactuals
+    source: CounterfactualRenderer
     factor: str
     per_alpha: float
 
@@ -94,16 +94,16 @@ class Exchange:
         return float(np.clip(alpha * self.per_alpha, -limit, limit))
 
 
-def exchange(
+def calibrate_exchange_rate(
     context: Context, editor: Editor, anatomy: Anatomy, direction: Direction, factor: str | None, scans: int,
     batch_size: int, alpha: float,
-) -> Exchange | None:  # fmt: skip
+) -> ExchangeRate | None:  # fmt: skip
     """The exchange rate between 0 and +-alpha on validation scans; None without phantoms or label maps.
 
     A direction that moves ventricles the wrong way gets the same rate: its maps must come out anticorrelated. One that
     hardly moves them is held to the LEAST change.
     """
-    source = Counterfactuals(context)
+    source = CounterfactualRenderer(context)
     rows = subsample_by_subject(context.rows("val"), context.table["subject"].tolist(), scans, context.seed)
     if factor not in LIMITS or not source.available or "ventricle" not in anatomy.measures or not len(rows):
         return None
@@ -115,11 +115,11 @@ def exchange(
     rate = float(np.nanmean(np.concatenate(slopes))) / source.ventricle_slope(rows, factor)
     if rate < 0:
         log.warning("this direction moves the ventricles of validation scans the wrong way (%.3g %s)", rate, factor)
-    return Exchange(source, factor, max(abs(rate), LEAST[factor] / alpha))
+    return ExchangeRate(source, factor, max(abs(rate), LEAST[factor] / alpha))
 
 
 @dataclass(frozen=True)
-class TrueEffect:
+class CounterfactualComparison:
     """One batch against its true counterfactuals at +-alpha.
 
     Attributes:
@@ -132,9 +132,9 @@ class TrueEffect:
 
 
 @torch.no_grad()
-def compare_with_truth(
-    context: Context, anatomy: Anatomy, rate: Exchange, ladder: AlphaSweep, alpha: float, ceiling: bool = True
-) -> TrueEffect:
+def compare_with_counterfactuals(
+    context: Context, anatomy: Anatomy, rate: ExchangeRate, ladder: AlphaSweep, alpha: float, ceiling: bool = True
+) -> CounterfactualComparison:
     """Decoded against true changes at -alpha and +alpha.
 
     `difference_r`: correlation in the brain of the difference maps, mean of both ends; `difference_r_ceiling`: of the
@@ -153,13 +153,13 @@ def compare_with_truth(
             {end: as_arrays(passed[end] - passed[0.0]) for end in ends}, true, brain
         )
     if anatomy.region is not None:
-        found["outside_share_true"] = np.mean([outside_share(true[end], brain, anatomy.region) for end in ends], 0)
+        found["outside_share_true"] = np.mean([share_outside(true[end], brain, anatomy.region) for end in ends], 0)
     mm3 = {end: np.array([truth.ventricle for truth in truths[end]]) for end in ends}
     found["change_true"] = mm3[alpha] - mm3[-alpha]
     found["change_decoded"] = ladder.volume_change("ventricle", alpha) - ladder.volume_change("ventricle", -alpha)
     found["ventricle_error"] = np.abs(found["change_decoded"] - found["change_true"])
     found["ventricle_error_unedited"] = np.abs(found["change_true"])
-    return TrueEffect(found, true[alpha])
+    return CounterfactualComparison(found, true[alpha])
 
 
 def _correlations(first: dict[float, np.ndarray], second: dict[float, np.ndarray], brain: np.ndarray) -> np.ndarray:

@@ -12,16 +12,17 @@ import numpy as np
 import torch
 
 from ldae.editing.directions import Direction, DirectionEstimator, find_direction, known_rows
-from ldae.editing.editor import Editor, InvertedScans
+from ldae.editing.editor import Editor
 from ldae.editing.linear_model import LinearModel
 from ldae.evaluation.context import Context
+from ldae.evaluation.edits.inverted_scans import InvertedScans
 from ldae.evaluation.probes.fitting import fit
 from ldae.utils.errors import UserError
 
 log = logging.getLogger(__name__)
 
 
-def halves(subjects: np.ndarray, truth: np.ndarray, seed: int) -> np.ndarray:
+def split_subjects_in_halves(subjects: np.ndarray, truth: np.ndarray, seed: int) -> np.ndarray:
     """(N,) bool: membership of one half of the subjects, with about the same labels in both halves."""
     names, first = np.unique(subjects, return_index=True)
     rng = np.random.default_rng(seed)
@@ -45,7 +46,7 @@ class HeldOutProbe:
         table = context.table
         rows = known_rows(table, probe, context.rows("train"))
         truth, subjects = probe.target(table)[rows], table["subject"].to_numpy(str)[rows]
-        member = halves(subjects, truth, context.seed)
+        member = split_subjects_in_halves(subjects, truth, context.seed)
         why = probe.reason_unusable(truth[~member], subjects[~member], fitting=True)
         try:
             if why:

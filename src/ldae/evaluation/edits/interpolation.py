@@ -27,9 +27,9 @@ from ldae.editing.editor import Editor
 from ldae.evaluation.context import Context
 from ldae.evaluation.edits import figures as edit_figures
 from ldae.evaluation.edits.anatomy import Anatomy, interpolate_levels
-from ldae.evaluation.edits.counterfactuals import Counterfactuals
+from ldae.evaluation.edits.counterfactuals import CounterfactualRenderer
 from ldae.evaluation.edits.inverted_scans import embeddings_of
-from ldae.evaluation.images.image_metrics import BrainMasks, as_arrays, mse, read_back, ssims
+from ldae.evaluation.images.image_metrics import BrainMasks, as_arrays, mse, copy_to_host, ssim_whole_and_masked
 from ldae.evaluation.probes.bootstrap import draw_subject_weights, summarise
 from ldae.utils.files import replacing
 
@@ -56,7 +56,7 @@ class Triple:
         return self.start if self.share <= 0.5 else self.end
 
 
-def triples(table: pd.DataFrame, rows: np.ndarray) -> list[Triple]:
+def find_triples(table: pd.DataFrame, rows: np.ndarray) -> list[Triple]:
     """Every start < target < end of every subject among `rows`, in table order of subjects."""
     found = []
     for _, visits in table.iloc[rows].assign(row=rows).groupby("subject", sort=False):
@@ -86,11 +86,11 @@ class Interpolation:
     def __call__(self, context: Context) -> Iterator[tuple[str, float]]:
         from tqdm import tqdm
 
-        chosen = triples(context.table, context.rows("test"))[: self.most]
+        chosen = find_triples(context.table, context.rows("test"))[: self.most]
         if not chosen:
             log.warning("interpolation is skipped: no test subject has three visits")
             return
-        anatomy, source, masks = Anatomy(context), Counterfactuals(context), BrainMasks()
+        anatomy, source, masks = Anatomy(context), CounterfactualRenderer(context), BrainMasks()
         rows = []
         for number, triple in enumerate(tqdm(chosen, "interpolation")):
             if number < self.pictures:
@@ -101,12 +101,12 @@ class Interpolation:
             frame.to_csv(temporary, index=False)
         yield "interpolation/triples", float(len(chosen))
         yield "interpolation/subjects", float(frame["subject"].nunique())
-        yield from summary(frame, self.resamples, context.seed)
-        draw_gaps(context.out, frame)
+        yield from summarise_interpolation(frame, self.resamples, context.seed)
+        draw_by_interval(context.out, frame)
 
     @torch.no_grad()
     def _judge(
-        self, context: Context, anatomy: Anatomy, source: Counterfactuals, masks: BrainMasks, triple: Triple
+        self, context: Context, anatomy: Anatomy, source: CounterfactualRenderer, masks: BrainMasks, triple: Triple
     ) -> list[dict[str, object]]:
         """A row for each method and reference."""
         model = context.model
@@ -187,13 +187,13 @@ def _compare(
     for pair in pairs:
         image, reference = images[pair[0]], references[pair[1]]
         found[*pair, "mse"], found[*pair, "mse_mask"] = mse(image, reference), mse(image, reference, mask)
-        found[*pair, "ssim"], found[*pair, "ssim_mask"] = ssims(image, reference, mask)
-    values = read_back(found)
+        found[*pair, "ssim"], found[*pair, "ssim_mask"] = ssim_whole_and_masked(image, reference, mask)
+    values = copy_to_host(found)
     metrics = ("mse", "mse_mask", "ssim", "ssim_mask")
     return [(pair, {metric: float(values[*pair, metric][0]) for metric in metrics}) for pair in pairs]
 
 
-def summary(frame: pd.DataFrame, resamples: int, seed: int) -> Iterator[tuple[str, float]]:
+def summarise_interpolation(frame: pd.DataFrame, resamples: int, seed: int) -> Iterator[tuple[str, float]]:
     """Metrics of the table that `Interpolation` writes: means, by gap, and our gains over each baseline."""
     metrics = [name for name in BETTER if name in frame]
     for against, part in frame.groupby("against", sort=False):
@@ -211,7 +211,7 @@ def summary(frame: pd.DataFrame, resamples: int, seed: int) -> Iterator[tuple[st
                 yield from summarise(f"interpolation/gain/{against}/{metric}_over_{method}", weights @ gain / total)
 
 
-def draw_gaps(out: Path, frame: pd.DataFrame) -> None:
+def draw_by_interval(out: Path, frame: pd.DataFrame) -> None:
     """Curves by gap against the real target."""
     part = frame[frame["against"] == "real"]
     labels = {"ssim_mask": "SSIM in the brain, against the real visit", "ventricle_error": "ventricle error, mm3"}

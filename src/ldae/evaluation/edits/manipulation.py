@@ -14,9 +14,9 @@ from ldae.data.subsampling import subsample_by_subject
 from ldae.editing.directions import Direction, DirectionEstimator, find_direction
 from ldae.editing.editor import Editor
 from ldae.evaluation.context import Context, batches
-from ldae.evaluation.edits.alpha_sweep import AlphaSweep, outside_share, reversibility, run_sweep
+from ldae.evaluation.edits.alpha_sweep import AlphaSweep, share_outside, measure_reversibility, run_sweep
 from ldae.evaluation.edits.anatomy import Anatomy
-from ldae.evaluation.edits.counterfactuals import FACTORS, compare_with_truth, exchange
+from ldae.evaluation.edits.counterfactuals import FACTORS, compare_with_counterfactuals, calibrate_exchange_rate
 from ldae.evaluation.edits.effects import slope, spearman, weighted_median
 from ldae.evaluation.edits.heldout_probe import HeldOutProbe
 from ldae.evaluation.edits.inverted_scans import invert_scans
@@ -88,7 +88,7 @@ class Manipulation:
     ) -> Iterator[tuple[str, float]]:
         from tqdm import tqdm
 
-        rate = exchange(
+        rate = calibrate_exchange_rate(
             context, self.editor, anatomy, direction, FACTORS.get(probe.column), self.calibration_scans,
             self.batch_size, self.shown,
         )  # fmt: skip
@@ -100,7 +100,7 @@ class Manipulation:
             ladder = run_sweep(context, self.editor, anatomy, direction, opened, self.alphas)
             found, true = self._scan_numbers(context, anatomy, direction, ladder), None
             if rate is not None:
-                effect = compare_with_truth(context, anatomy, rate, ladder, self.shown)
+                effect = compare_with_counterfactuals(context, anatomy, rate, ladder, self.shown)
                 found, true = found | effect.numbers, effect.difference
             if judge is not None:
                 found |= judge.effect(context, self.editor, opened)
@@ -110,8 +110,8 @@ class Manipulation:
         yield f"{stem}/scans", float(len(rows))
         if rate is not None:
             yield f"{stem}/factor_per_alpha", rate.per_alpha
-        yield from responses(stem, self.alphas, measured.volumes(), weights)
-        yield from scan_metrics(stem, measured.numbers(), weights)
+        yield from summarise_dose_response(stem, self.alphas, measured.volumes(), weights)
+        yield from summarise_scans(stem, measured.numbers(), weights)
         measured.write(context.table.iloc[rows])
 
     def _scan_numbers(
@@ -122,13 +122,13 @@ class Manipulation:
         places = [self.alphas.index(end) for end in ends]
         found = {"identity_ssim_mask": ladder.identity[:, places].mean(1)}
         if anatomy.region is not None:
-            shares = [outside_share(ladder.change(end), ladder.brain, anatomy.region) for end in ends]
+            shares = [share_outside(ladder.change(end), ladder.brain, anatomy.region) for end in ends]
             found["outside_share"] = np.mean(shares, 0)
-        found["reversibility_ssim_mask"] = reversibility(context, self.editor, direction, ladder, self.shown)
+        found["reversibility_ssim_mask"] = measure_reversibility(context, self.editor, direction, ladder, self.shown)
         return found
 
 
-def responses(
+def summarise_dose_response(
     stem: str, alphas: Sequence[float], volumes: Mapping[str, np.ndarray], weights: np.ndarray
 ) -> Iterator[tuple[str, float]]:
     """How each structure's volume (N, A) follows alpha."""
@@ -142,7 +142,7 @@ def responses(
         yield f"{stem}/{name}_slope_percent", float(100 * rise.mean() / middle.mean())
 
 
-def scan_metrics(stem: str, values: Mapping[str, np.ndarray], weights: np.ndarray) -> Iterator[tuple[str, float]]:
+def summarise_scans(stem: str, values: Mapping[str, np.ndarray], weights: np.ndarray) -> Iterator[tuple[str, float]]:
     """Per-scan numbers (N,) as means, or medians for correlations of maps, with intervals."""
     for name, value in values.items():
         if name.startswith("difference_r"):

@@ -21,7 +21,13 @@ from ldae.evaluation.context import Context, batches
 from ldae.evaluation.edits import figures as edit_figures
 from ldae.evaluation.edits.alpha_sweep import run_sweep
 from ldae.evaluation.edits.anatomy import Anatomy
-from ldae.evaluation.edits.counterfactuals import FACTORS, LIMITS, Counterfactuals, Exchange, compare_with_truth
+from ldae.evaluation.edits.counterfactuals import (
+    FACTORS,
+    LIMITS,
+    CounterfactualRenderer,
+    ExchangeRate,
+    compare_with_counterfactuals,
+)
 from ldae.evaluation.edits.inverted_scans import InvertedScans, invert_scans
 from ldae.utils.errors import UserError
 from ldae.utils.files import replacing
@@ -65,7 +71,7 @@ class Selection:
         self.alphas, self.scans, self.finalists, self.batch_size = list(alphas), scans, finalists, batch_size
 
     def __call__(self, context: Context) -> Iterator[tuple[str, float]]:
-        source, anatomy = Counterfactuals(context), Anatomy(context)
+        source, anatomy = CounterfactualRenderer(context), Anatomy(context)
         rows = subsample_by_subject(context.rows("val"), context.table["subject"].tolist(), self.scans, context.seed)
         if not source.available or "ventricle" not in anatomy.measures or not len(rows):
             log.warning("selection is skipped: it needs phantoms with label maps among the validation subjects")
@@ -75,22 +81,22 @@ class Selection:
             if factor not in LIMITS:
                 log.warning("selection for %s is skipped: phantoms have no counterfactual of it", name)
                 continue
-            yield from self._one(context, anatomy, name, probe, Exchange(source, factor, REFERENCE[factor]), rows)
+            yield from self._one(context, anatomy, name, probe, ExchangeRate(source, factor, REFERENCE[factor]), rows)
 
     def _one(
-        self, context: Context, anatomy: Anatomy, name: str, probe: Any, rate: Exchange, rows: np.ndarray
+        self, context: Context, anatomy: Anatomy, name: str, probe: Any, rate: ExchangeRate, rows: np.ndarray
     ) -> Iterator[tuple[str, float]]:
         directions = self._directions(context, probe)
         if not directions:
             return
         table = self._try(context, anatomy, directions, [self.editor], rate, rows)
-        best = rank(table)["estimator"].drop_duplicates().head(self.finalists)
+        best = rank_settings(table)["estimator"].drop_duplicates().head(self.finalists)
         finals = {key: directions[key] for key in best}
-        table = rank(pd.concat([table, self._try(context, anatomy, finals, self.grid, rate, rows)]))
+        table = rank_settings(pd.concat([table, self._try(context, anatomy, finals, self.grid, rate, rows)]))
         with replacing(context.out / f"selection_{name}.csv") as temporary:
             table.to_csv(temporary, index=False)
         title = f"{name}: identity against effect, {len(rows)} validation scans"
-        edit_figures.draw_trade_off(context.out / f"selection_{name}.png", curves(table), title)
+        edit_figures.draw_trade_off(context.out / f"selection_{name}.png", trade_off_curves(table), title)
         winner = table.iloc[0]
         log.info("best settings for edits along %s:\n%s", name, table.head(8).to_string(index=False))
         for key in ("difference_r", "monotone", "identity", "effect_percent", "depth", "renoise", "strength", "alpha"):
@@ -114,7 +120,7 @@ class Selection:
         anatomy: Anatomy,
         directions: Mapping[str, Direction],
         editors: Sequence[Editor],
-        rate: Exchange,
+        rate: ExchangeRate,
         rows: np.ndarray,
     ) -> pd.DataFrame:
         """A row for every direction, editor and alpha. Inversion is done once an editor, truths are rendered once."""
@@ -126,7 +132,7 @@ class Selection:
             for part in batches(rows, self.batch_size):
                 opened = invert_scans(context, editor, anatomy, part)
                 for (key, direction), alpha in product(directions.items(), self.alphas):
-                    trial = Exchange(remembered, rate.factor, rate.per_alpha / alpha)
+                    trial = ExchangeRate(remembered, rate.factor, rate.per_alpha / alpha)
                     numbers = _trial(context, anatomy, editor, direction, opened, alpha, trial)
                     found.setdefault((key, editor, alpha), []).append(numbers)
         rows_out = []
@@ -139,7 +145,7 @@ class Selection:
 class CachedCounterfactuals:
     """Counterfactuals rendered once."""
 
-    def __init__(self, source: Counterfactuals):
+    def __init__(self, source: CounterfactualRenderer):
         self.source, self.rendered = source, {}
 
     def render(self, row: int, factor: str = "severity", change: float = 0.0) -> Any:
@@ -152,13 +158,13 @@ class CachedCounterfactuals:
 
 def _trial(
     context: Context, anatomy: Anatomy, editor: Editor, direction: Direction, opened: InvertedScans, alpha: float,
-    rate: Exchange,
+    rate: ExchangeRate,
 ) -> dict[str, np.ndarray]:  # fmt: skip
     """Numbers of one setting on one batch, (B,) each."""
     ladder = run_sweep(context, editor, anatomy, direction, opened, [-alpha, 0.0, alpha])
     volumes = ladder.volumes["ventricle"]
     return {
-        "difference_r": compare_with_truth(context, anatomy, rate, ladder, alpha, ceiling=False).numbers[
+        "difference_r": compare_with_counterfactuals(context, anatomy, rate, ladder, alpha, ceiling=False).numbers[
             "difference_r"
         ],
         "monotone": ((np.diff(volumes, axis=1) > 0).all(1)).astype(float),
@@ -179,13 +185,13 @@ def _aggregate(values: Mapping[str, np.ndarray]) -> dict[str, float]:
     return medians | {"monotone": float(values["monotone"].mean())}
 
 
-def rank(table: pd.DataFrame) -> pd.DataFrame:
+def rank_settings(table: pd.DataFrame) -> pd.DataFrame:
     """Best first; see the module's docstring."""
     sure = table["monotone"] >= MONOTONE
     return table.assign(sure=sure).sort_values(["sure", "difference_r"], ascending=False).drop(columns="sure")
 
 
-def curves(table: pd.DataFrame) -> dict[str, tuple[list[float], list[float]]]:
+def trade_off_curves(table: pd.DataFrame) -> dict[str, tuple[list[float], list[float]]]:
     """Effect and identity over alpha of each setting, for the figure: the best sixteen."""
     found = {}
     for (estimator, depth, renoise, strength), part in table.groupby(

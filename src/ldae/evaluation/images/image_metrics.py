@@ -47,7 +47,7 @@ def ssim(x: Tensor, y: Tensor, mask: Tensor | None = None, width: int = WIDTH) -
     return _mean(_inside(values, fitting_width(tuple(x.shape[2:]), width)) if mask is None else values, mask)
 
 
-def ssims(x: Tensor, y: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+def ssim_whole_and_masked(x: Tensor, y: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """Mean SSIM of each pair over the whole volume and inside `mask`, (B,) each: `ssim` twice, from one map."""
     values = ssim_map(x, y, WIDTH)
     return _mean(_inside(values, fitting_width(tuple(x.shape[2:]), WIDTH)), None), _mean(values, mask)
@@ -126,7 +126,12 @@ class BrainMasks:
         return torch.cat([self._masks[row] for row in rows]).to(x.device)
 
 
-def read_back(values: Mapping[Key, Tensor]) -> dict[Key, np.ndarray]:
+def as_arrays(images: Tensor) -> np.ndarray:
+    """(B, 1, X, Y, Z) -> (B, X, Y, Z) float32 on the CPU."""
+    return images[:, 0].detach().float().cpu().numpy()
+
+
+def copy_to_host(values: Mapping[Key, Tensor]) -> dict[Key, np.ndarray]:
     """Tensors of one shape as float64 arrays, copied from their device together: the one wait for a batch's numbers."""
     stacked = torch.stack([value.detach().double() for value in values.values()]).cpu().numpy()
     return dict(zip(values, stacked, strict=True))
@@ -144,7 +149,7 @@ def compare_images(
     a distance (x, y) -> scalar is given (called scan by scan).
     """
     mask = brain_mask(reference) if mask is None else mask
-    whole, inside = ssims(x, reference, mask)
+    whole, inside = ssim_whole_and_masked(x, reference, mask)
     found = {
         "ssim": whole,
         "ssim_mask": inside,

@@ -12,7 +12,7 @@ from ldae.evaluation.context import Context
 from ldae.utils.seeding import normal
 
 
-class Gap:
+class PosteriorMeanGap:
     """`gap/{unfilled,filled}`: root mean square over timesteps; `gap/filled_share` of the square; gap.png the curves.
 
     Args:

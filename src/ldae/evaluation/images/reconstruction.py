@@ -24,7 +24,7 @@ from ldae.data.subsampling import subsample_by_subject
 from ldae.diffusion.diagnostics import gaussianity
 from ldae.evaluation import figures
 from ldae.evaluation.context import Context, batches
-from ldae.evaluation.images.image_metrics import brain_mask, compare_images, read_back
+from ldae.evaluation.images.image_metrics import brain_mask, compare_images, copy_to_host
 from ldae.evaluation.probes.bootstrap import draw_subject_weights, summarise
 from ldae.utils.files import replacing
 from ldae.utils.seeding import normal
@@ -74,7 +74,7 @@ class Reconstruction:
             yield from summarise(f"{STEM}/autoencoder/{name}", weights @ values / weights.sum(1))
         rows = subsample_by_subject(test, subjects, self.scans, context.seed)
         trial = SamplerBenchmark(context, rows.tolist())
-        reference = trial.reference(self.reference, self.reference_scans) if self.reference else None
+        reference = trial.run_reference(self.reference, self.reference_scans) if self.reference else None
         table = [{"method": "autoencoder", "source": "latent"} | trial.ceiling]
         for name, sampler in self.samplers.items():
             for steps in self.steps:
@@ -93,7 +93,7 @@ class Reconstruction:
             scans = context.volumes(part)
             x, mask = scans.to(model.device), brain_mask(scans).to(model.device)
             numbers = compare_images(model.decompress(model.compress(x)), x, mask, context.perceptual)
-            for name, values in read_back(numbers).items():
+            for name, values in copy_to_host(numbers).items():
                 found.setdefault(name, []).append(values)
         return {name: np.concatenate(parts) for name, parts in found.items()}
 
@@ -133,7 +133,7 @@ class SamplerBenchmark:
         model.sampler = sampler
         return model
 
-    def reference(self, sampler: Any, scans: int) -> tuple[Tensor, Tensor]:
+    def run_reference(self, sampler: Any, scans: int) -> tuple[Tensor, Tensor]:
         """z_T of the first scans, and z_0 from their noise, by a sampler of many steps."""
         model = self._with(sampler)
         z, y, noise = (tensor[:scans] for tensor in (self.z, self.y, self.noise))
@@ -171,7 +171,7 @@ def _rms(difference: Tensor) -> Tensor:
 def _read(measured: Mapping[tuple[str, str], Tensor]) -> dict[str, dict[str, float]]:
     """Scalars under (source, metric) as numbers by source and metric."""
     found: dict[str, dict[str, float]] = {}
-    for (source, name), value in read_back(measured).items():
+    for (source, name), value in copy_to_host(measured).items():
         found.setdefault(source, {})[name] = float(value)
     return found
 

@@ -17,8 +17,8 @@ from ldae.data.subsampling import subsample_by_subject
 from ldae.diffusion.process import add_noise, eps_to_z0
 from ldae.evaluation import figures
 from ldae.evaluation.context import Context, batches
-from ldae.evaluation.edits.anatomy import STRUCTURES, SoftVolume, soft_volume, true_volume
-from ldae.evaluation.images.image_metrics import brain_mask, read_back, ssims
+from ldae.evaluation.edits.anatomy import STRUCTURES, SoftVolume, build_soft_volume, read_true_volumes
+from ldae.evaluation.images.image_metrics import brain_mask, copy_to_host, ssim_whole_and_masked
 from ldae.evaluation.probes import scores
 from ldae.evaluation.probes.bootstrap import draw_subject_weights, summarise
 from ldae.utils.seeding import normal
@@ -35,7 +35,7 @@ def band_name(kind: str, band: int) -> str:
 
 
 @torch.no_grad()
-def z0_error_table(
+def measure_z0_errors(
     denoiser: Any, z0: Tensor, own: Tensor, other: Tensor, seed: int, keys: Sequence[int], points: int = 2
 ) -> dict[str, Tensor]:
     """Error of z_0 of every scan by kind of y and band of t: names as `band_name`, (B,) each on the device of z0.
@@ -61,16 +61,18 @@ def z0_error_table(
     return found
 
 
-def z0_errors(denoiser: Any, z0: Tensor, own: Tensor, other: Tensor, seed: int, key: int) -> dict[str, Tensor]:
+def measure_z0_errors_of_scan(
+    denoiser: Any, z0: Tensor, own: Tensor, other: Tensor, seed: int, key: int
+) -> dict[str, Tensor]:
     """`z0_error/{own,other,none}_t{000,200,400,600,800}` of one scan (B = 1), for a training's validation.
 
     Scalars on the device of z0; nothing is read back.
     """
-    table = z0_error_table(denoiser, z0, own, other, seed, [key])
+    table = measure_z0_errors(denoiser, z0, own, other, seed, [key])
     return {f"z0_error/{name}": values.mean() for name, values in table.items()}
 
 
-def other_subjects(subjects: Sequence[str]) -> np.ndarray | None:
+def pair_with_other_subjects(subjects: Sequence[str]) -> np.ndarray | None:
     """For each scan the position of one of another subject; each scan is taken once. None if that cannot be had.
 
     Scans sorted by subject and shifted by the longest run of one subject: no scan lands on its own subject.
@@ -110,11 +112,11 @@ class Semantics:
     def __call__(self, context: Context) -> Iterator[tuple[str, float]]:
         subjects = context.table["subject"].to_numpy(str)
         rows = subsample_by_subject(context.rows("test"), subjects, self.scans, context.seed)
-        partner = other_subjects(subjects[rows]) if len(rows) else None
+        partner = pair_with_other_subjects(subjects[rows]) if len(rows) else None
         if partner is None:
             log.warning("semantics are skipped: test needs scans of at least two subjects, none with most of them")
             return
-        measures = {name: soft_volume(context, STRUCTURES[name]) for name in self.structures}
+        measures = {name: build_soft_volume(context, STRUCTURES[name]) for name in self.structures}
         if not any(measures.values()):
             log.warning("semantics: the table has no usable label maps (labels_path), volumes are not measured")
         found, volumes = self._all_batches(context, rows, partner, measures)
@@ -122,7 +124,7 @@ class Semantics:
         yield "semantics/scans", float(len(rows))
         yield from self._means(found, weights)
         for name, (decoded, control) in volumes.items():
-            truth = true_volume(context, name, rows)
+            truth = read_true_volumes(context, name, rows)
             yield from summarise(f"semantics/{name}_r", scores.pearson(truth, decoded, weights))
             yield f"semantics/{name}_r_control", float(scores.pearson(truth, control, weights[:1])[0])
             figures.draw_scatter(context.out / f"semantics_{name}.png", f"{name}, mm3", truth, decoded)
@@ -177,9 +179,9 @@ class Semantics:
         x, mask = scans.to(model.device), brain_mask(scans).to(model.device)
         own, other = (torch.from_numpy(context.embeddings[part]).to(model.device) for part in (rows, others))
         z0 = model.compress(x)
-        numbers = z0_error_table(model.denoiser, z0, own, other, context.seed, rows.tolist(), self.points)
+        numbers = measure_z0_errors(model.denoiser, z0, own, other, context.seed, rows.tolist(), self.points)
         noise = normal(z0.shape[1:], context.seed, rows.tolist(), "semantics").to(z0)
         reconstruction, decoded = model.decompress(z0), model.decode(noise, own)
         for against, reference in (("", x), ("_autoencoder", reconstruction)):
-            numbers[f"ssim{against}"], numbers[f"ssim_mask{against}"] = ssims(decoded, reference, mask)
-        return read_back(numbers), decoded[:, 0].float().cpu().numpy(), reconstruction[:, 0].float().cpu().numpy()
+            numbers[f"ssim{against}"], numbers[f"ssim_mask{against}"] = ssim_whole_and_masked(decoded, reference, mask)
+        return copy_to_host(numbers), decoded[:, 0].float().cpu().numpy(), reconstruction[:, 0].float().cpu().numpy()

@@ -67,7 +67,7 @@ class Variation:
             yield from summarise(f"variation/{name}", weights @ values / weights.sum(1))
         for name, model in models.items():
             own, varied = model.decision(context.embeddings[rows]), decisions[name]
-            yield from verdicts(f"variation/{name}", model, own, varied, weights)
+            yield from summarise_decisions(f"variation/{name}", model, own, varied, weights)
 
     @torch.no_grad()
     def _all(
@@ -128,7 +128,7 @@ def fit_probes(context: Context, probes: Mapping[str, Any]) -> dict[str, LinearM
     return fitted
 
 
-def verdicts(
+def summarise_decisions(
     stem: str, model: LinearModel, own: np.ndarray, varied: np.ndarray, weights: np.ndarray
 ) -> Iterator[tuple[str, float]]:
     """How decisions on variants (N, V) keep to those on the scans (N,)."""
