@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 
 from faults import distributed, small_chain
-from ldae.data.phantom.cohort import wait_for_cohort
+from ldae.data.phantom.synthetic_cohort import wait_for_cohort
 from ldae.data.sharing import work_order
 from ldae.data.transforms import Source, Transform
 from ldae.data.volumes import VolumeCache

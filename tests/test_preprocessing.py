@@ -16,12 +16,12 @@ from ldae.commands.preprocess import compose_steps
 from ldae.data.scans import BadScan
 from ldae.data.table import read_table
 from ldae.preprocessing.brain import Stripped, closed, looks_stripped
-from ldae.preprocessing.cohort import preprocess
+from ldae.preprocessing.preprocess_cohort import preprocess
 from ldae.preprocessing.intensity import Tissues, WhiteMatter
 from ldae.preprocessing.job import Job
 from ldae.preprocessing.measures import Limits, noise, template_correlation
-from ldae.preprocessing.people import Columns, People
-from ldae.preprocessing.pipeline import PreprocessingSteps
+from ldae.preprocessing.participants import Columns, People
+from ldae.preprocessing.steps import PreprocessingSteps
 from ldae.preprocessing.quality import badness
 from ldae.preprocessing.regions import Regions, label_maps
 from ldae.preprocessing.sources import SourceScan, find_scans

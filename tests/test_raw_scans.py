@@ -24,7 +24,7 @@ from ldae.preprocessing.bias import N4
 from ldae.preprocessing.brain import Stripped
 from ldae.preprocessing.intensity import Tissues
 from ldae.preprocessing.measures import Limits
-from ldae.preprocessing.pipeline import PreprocessingSteps
+from ldae.preprocessing.steps import PreprocessingSteps
 from ldae.preprocessing.registration import Registration
 from ldae.preprocessing.template import Icbm152, TemplateFile, onto
 from ldae.preprocessing.volume import Volume

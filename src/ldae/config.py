@@ -170,7 +170,7 @@ class Config:
 
 @dataclass
 class PreprocessSteps:
-    """What is done to a raw scan; None switches a step off. See ldae.preprocessing.pipeline."""
+    """What is done to a raw scan; None switches a step off. See ldae.preprocessing.steps."""
 
     bias: Any = None
     brain: Any = None

@@ -32,7 +32,7 @@ def ensure_phantoms(config: DictConfig, accelerator: Accelerator) -> None:
     """Make the phantom cohort of `data=phantom` on first use."""
     if config.data.phantom is None or Path(config.data.table).exists():
         return
-    from ldae.data.phantom.cohort import make_cohort, wait_for_cohort
+    from ldae.data.phantom.synthetic_cohort import make_cohort, wait_for_cohort
 
     phantom = config.data.phantom
     if accelerator.is_main_process:

@@ -65,7 +65,7 @@ class Bundle:
         probes: file of frozen probes, or None.
         directions: file of directions found by evaluation=manipulation, or None.
         likeness: what the training scans look like (data/likeness.py), or None where nobody measured it.
-        preprocess: parameters of every step by which they were made (preprocessing/pipeline.py), or None.
+        preprocess: parameters of every step by which they were made (preprocessing/steps.py), or None.
         affine: voxel to mm, 4x4, of model space on their common grid, or None where they have none.
         sources: where it came from, for people.
     """

@@ -97,7 +97,7 @@ def _data(about: Mapping[str, Any]) -> str:
 
 def _steps(about: Mapping[str, Any]) -> str:
     """How the training scans were preprocessed, "" where nobody knows."""
-    from ldae.preprocessing.pipeline import PreprocessingSteps
+    from ldae.preprocessing.steps import PreprocessingSteps
 
     return (
         PreprocessingSteps.from_parameters(about["preprocess"], files=True).summary if about.get("preprocess") else ""

@@ -80,18 +80,18 @@ def preprocess_folder(
     workers: int | None = None,
     threads: int = 1,
 ) -> None:
-    """Preprocess every scan of `source` into `out`; see ldae.preprocessing.cohort.
+    """Preprocess every scan of `source` into `out`; see ldae.preprocessing.preprocess_cohort.
 
     Raises:
         UserError: there is nothing to read, the steps do not go together, or the disk cannot be written.
     """
     from hydra.utils import instantiate
 
-    from ldae.preprocessing.cohort import preprocess as preprocess_cohort
+    from ldae.preprocessing.preprocess_cohort import preprocess as preprocess_cohort
     from ldae.preprocessing.job import Job
-    from ldae.preprocessing.names import entity
-    from ldae.preprocessing.people import People
-    from ldae.preprocessing.pipeline import PreprocessingSteps
+    from ldae.preprocessing.bids_names import entity
+    from ldae.preprocessing.participants import People
+    from ldae.preprocessing.steps import PreprocessingSteps
     from ldae.preprocessing.sources import find_scans
 
     steps = instantiate(compose_steps(overrides), _convert_="all")

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from ldae.preprocessing.brain import closed
-from ldae.preprocessing.names import entity
+from ldae.preprocessing.bids_names import entity
 from ldae.preprocessing.regions import label_maps
 from ldae.preprocessing.volume import Volume
 from ldae.utils.errors import UserError

@@ -20,8 +20,8 @@ from typing import Any
 
 from ldae.data.scans import BadScan
 from ldae.preprocessing.mosaic import write_mosaic
-from ldae.preprocessing.names import NATIVE, Names
-from ldae.preprocessing.pipeline import PreprocessedScan, PreprocessingSteps
+from ldae.preprocessing.bids_names import NATIVE, Names
+from ldae.preprocessing.steps import PreprocessedScan, PreprocessingSteps
 from ldae.preprocessing.regions import Regions
 from ldae.preprocessing.registration import matrix
 from ldae.preprocessing.sources import SourceScan

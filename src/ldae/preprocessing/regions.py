@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ldae.preprocessing.names import entity
+from ldae.preprocessing.bids_names import entity
 from ldae.preprocessing.volume import Volume
 from ldae.utils.errors import UserError
 

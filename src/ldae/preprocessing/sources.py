@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ldae.data.table import parse_session, read_cells, session_label
-from ldae.preprocessing.names import entity, label
+from ldae.preprocessing.bids_names import entity, label
 from ldae.utils.errors import UserError
 
 NIFTI = (".nii.gz", ".nii")

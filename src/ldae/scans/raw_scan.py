@@ -21,7 +21,7 @@ import numpy as np
 from ldae.data.scans import BadScan
 from ldae.data.transforms import Source, Transform
 from ldae.preprocessing.job import FAILURES, MODULES, last_line
-from ldae.preprocessing.pipeline import PreprocessedScan, PreprocessingSteps
+from ldae.preprocessing.steps import PreprocessedScan, PreprocessingSteps
 from ldae.preprocessing.template import onto
 from ldae.preprocessing.volume import Volume
 from ldae.utils.errors import UserError

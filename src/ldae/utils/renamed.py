@@ -22,6 +22,8 @@ MODULES = {
     "ldae.evaluation.manipulation": "ldae.evaluation.edits.manipulation",
     "ldae.evaluation.selection": "ldae.evaluation.edits.selection",
     "ldae.evaluation.interpolation": "ldae.evaluation.edits.interpolation",
+    "ldae.preprocessing.people": "ldae.preprocessing.participants",
+    "ldae.preprocessing.pipeline": "ldae.preprocessing.steps",
 }
 # Former class path, in its present module -> present class path.
 CLASSES: dict[str, str] = {}

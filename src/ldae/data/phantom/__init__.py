@@ -12,7 +12,7 @@ SPACING, SHAPE = 4.75, (32, 40, 32)  # mm and voxels of a cohort, unless it says
 
 _HOMES = {name: "rendering" for name in ("Rendered", "regions", "render")} | {
     "draw_table": "subjects",
-    "make_cohort": "cohort",
+    "make_cohort": "synthetic_cohort",
 }
 
 

@@ -15,7 +15,7 @@ import pandas as pd
 
 from ldae.data.table import session_label, write_table
 from ldae.preprocessing.job import Job, Record
-from ldae.preprocessing.people import People, Person
+from ldae.preprocessing.participants import People, Person
 from ldae.preprocessing.quality import write_quality
 from ldae.preprocessing.regions import label_maps
 from ldae.preprocessing.sources import SourceScan
