@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import numpy as np
 import pandas as pd
 
-from ldae.evaluation.probes.fitting import Task, fit
+from ldae.editing.linear_model import LinearModel
 from ldae.utils.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -54,6 +54,24 @@ class Direction:
         return cls(*(np.asarray(value[name], np.float64) for name in ("mean", "std", "unit")))
 
 
+class Probe(Protocol):
+    """What a direction needs of a linear probe; `conf/probe` names the implementations."""
+
+    column: str
+
+    def target(self, table: pd.DataFrame) -> np.ndarray:
+        """The label of every row, (N,): 0/1 or a number, NaN where it is unknown."""
+        ...
+
+    def reason_unusable(self, truth: np.ndarray, subjects: np.ndarray, fitting: bool) -> str | None:
+        """Reason these rows cannot be used, or None."""
+        ...
+
+    def fit(self, features: np.ndarray, truth: np.ndarray, subjects: np.ndarray, seed: int) -> LinearModel:
+        """The probe fitted on features (N, D) and truth (N,)."""
+        ...
+
+
 @dataclass(frozen=True)
 class Sample:
     """Fitting rows. x: (N, dim) standardised y; truth: (N,), 0/1 or a number; table: their rows."""
@@ -61,7 +79,7 @@ class Sample:
     x: np.ndarray
     truth: np.ndarray
     table: pd.DataFrame
-    task: Task
+    probe: Probe
     seed: int
 
 
@@ -79,7 +97,7 @@ class Weights:
 
     def estimate(self, sample: Sample) -> np.ndarray:
         """w of the probe fitted on standardised y."""
-        model = fit(sample.task, sample.x, sample.truth, sample.table["subject"].to_numpy(str), sample.seed)
+        model = sample.probe.fit(sample.x, sample.truth, sample.table["subject"].to_numpy(str), sample.seed)
         # The probe may standardise again (residuals have no unit variance): weights of x itself.
         return model.coef / model.std
 
@@ -135,7 +153,7 @@ class HeldFixed:
     def estimate(self, sample: Sample) -> np.ndarray:
         """The base estimator's vector on residuals of y."""
         residuals = _residuals(sample.x, nuisance(sample, self.columns))
-        return self.base.estimate(Sample(residuals, sample.truth, sample.table, sample.task, sample.seed))
+        return self.base.estimate(Sample(residuals, sample.truth, sample.table, sample.probe, sample.seed))
 
 
 class ProjectedOut:
@@ -161,8 +179,8 @@ def nuisance(sample: Sample, columns: Sequence[str]) -> np.ndarray:
     parts = []
     for column in columns:
         if column not in sample.table:
-            log.info("direction of %s: the table has no %s to hold fixed", sample.task.column, column)
-        elif column != sample.task.column:
+            log.info("direction of %s: the table has no %s to hold fixed", sample.probe.column, column)
+        elif column != sample.probe.column:
             parts.append(_design(sample.table[column]))
     return np.concatenate([np.zeros((len(sample.x), 0)), *parts], axis=1)
 
@@ -182,20 +200,20 @@ def _residuals(x: np.ndarray, design: np.ndarray) -> np.ndarray:
     return centred - design @ np.linalg.lstsq(design, centred, rcond=None)[0]
 
 
-def known_rows(table: pd.DataFrame, task: Any, rows: np.ndarray) -> np.ndarray:
+def known_rows(table: pd.DataFrame, probe: Probe, rows: np.ndarray) -> np.ndarray:
     """Those of `rows` whose label is known."""
-    return rows[np.isfinite(task.target(table)[rows])]
+    return rows[np.isfinite(probe.target(table)[rows])]
 
 
 def find_direction(
     estimator: DirectionEstimator,
-    task: Any,
+    probe: Probe,
     table: pd.DataFrame,
     embeddings: np.ndarray,
     rows: np.ndarray,
     seed: int = 0,
 ) -> Direction:
-    """The direction of `task` (a probe, see probes.py) from `rows`, train rows, and nothing else.
+    """The direction of `probe` from `rows`, train rows, and nothing else.
 
     Args:
         embeddings: (N, dim), row i belongs to row i of `table`.
@@ -203,16 +221,16 @@ def find_direction(
     Raises:
         UserError: too few labels among the rows, or a direction of length zero.
     """
-    rows = known_rows(table, task, rows)
-    truth, chosen = task.target(table)[rows], table.iloc[rows]
-    why = task.reason_unusable(truth, chosen["subject"].to_numpy(str), fitting=True)
+    rows = known_rows(table, probe, rows)
+    truth, chosen = probe.target(table)[rows], table.iloc[rows]
+    why = probe.reason_unusable(truth, chosen["subject"].to_numpy(str), fitting=True)
     if why:
-        raise UserError(f"no direction of {task.column}: the train split has {why}")
+        raise UserError(f"no direction of {probe.column}: the train split has {why}")
     y = embeddings[rows].astype(np.float64)
     mean, std = y.mean(0), y.std(0)
     std = np.where(std > 0, std, 1.0)
-    vector = estimator.estimate(Sample((y - mean) / std, truth, chosen, task, seed))
+    vector = estimator.estimate(Sample((y - mean) / std, truth, chosen, probe, seed))
     length = float(np.linalg.norm(vector))
     if not length > 1e-12:
-        raise UserError(f"the direction of {task.column} has length zero: nothing in y goes with it; hold less fixed")
+        raise UserError(f"the direction of {probe.column} has length zero: nothing in y goes with it; hold less fixed")
     return Direction(mean, std, vector / length)

@@ -6,13 +6,22 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ldae.evaluation.probes import scores
+from ldae.editing.linear_model import LinearModel
+from ldae.evaluation.probes import fitting, scores
 
 FOLDS = 5
 MIN_ROWS = 10
 
 
-class Classification:
+class Probe:
+    """What both kinds of probe share: how they are fitted."""
+
+    def fit(self, features: np.ndarray, truth: np.ndarray, subjects: np.ndarray, seed: int) -> LinearModel:
+        """The probe fitted on features (N, D) and truth (N,), its penalty chosen by folds over subjects (N,)."""
+        return fitting.fit(self, features, truth, subjects, seed)
+
+
+class Classification(Probe):
     """`positive` against `negative` in a column of the table; scans with any other value are left out.
 
     `positive` is the class that sensitivity, F1 and PR-AUC speak of: AD, the disease, in `probe=diagnosis`.
@@ -83,7 +92,7 @@ class Classification:
         return found | ({"auc_age_adjusted": adjusted} if np.isfinite(adjusted[0]) else {})
 
 
-class Regression:
+class Regression(Probe):
     """A numeric column of the table; scans without a value are left out."""
 
     better = scores.NUMERIC
