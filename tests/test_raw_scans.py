@@ -78,7 +78,7 @@ def raw(tmp_path, monkeypatch):
     nib.save(placed, tmp_path / "template.nii.gz")
     transform = Transform((16, 16, 16), 9.0)
     monkeypatch.setattr(RawScans, "_check_installed", lambda self: None)
-    scans = RawScans(transform, {}, transform.prepare(placed).affine)
+    scans = RawScans(transform, {}, transform.to_model_space(placed).affine)
     scans.__dict__["pipeline"] = steps(TemplateFile(str(tmp_path / "template.nii.gz")))
     return image, placed, scans
 
@@ -164,7 +164,7 @@ def test_what_is_recorded_of_the_training_scans(tmp_path):
     with pytest.raises(BadScan, match=r"template of their own, mine.nii.gz"):
         RawScans(Transform((8, 8, 8), 9.0), told)(brain())
     transform = Transform((8, 8, 8), 9.0)
-    np.testing.assert_array_equal(common_affine(paths, transform), transform.prepare(brain()).affine)
+    np.testing.assert_array_equal(common_affine(paths, transform), transform.to_model_space(brain()).affine)
     nib.save(nib.Nifti1Image(np.asarray(brain().dataobj)[1:], brain().affine), paths[1])
     assert common_affine(paths, transform) is None
 

@@ -69,12 +69,12 @@ def test_percentiles_are_those_of_the_foreground() -> None:
     """Any amount of empty background leaves the same values; a single hot voxel hardly moves them."""
     data = blob()
     transform = Transform(data.shape, 2.0)
-    prepared = transform.prepare(image(data))
+    prepared = transform.to_model_space(image(data))
     assert (prepared.low, prepared.high) == tuple(np.percentile(data[data != 0], (0.5, 99.5)))
     padded = np.pad(data, 10)
     np.testing.assert_array_equal(transform(image(padded)), prepared.volume)
     data[10, 10, 10] = 1e6
-    assert transform.prepare(image(data)).high < 1000
+    assert transform.to_model_space(image(data)).high < 1000
     np.testing.assert_allclose(transform(image(data * 7 + 0)), transform(image(data)), atol=1e-5)
 
 
@@ -113,7 +113,7 @@ def test_places_in_millimetres_survive_resampling(spacing: float) -> None:
     data = 1000 * np.exp(-((grid - (31.0, 52.0, 44.0)) ** 2).sum(-1) / (2 * 9.0**2))
     scan = image(data.astype(np.float32), axcodes="PSR")
     size = round(100 / spacing)
-    prepared = Transform((size, size, size), spacing, intensity=MinMax()).prepare(scan)
+    prepared = Transform((size, size, size), spacing, intensity=MinMax()).to_model_space(scan)
     index = np.stack(np.indices(prepared.volume.shape[1:]), axis=-1).reshape(-1, 3)
     weight = prepared.volume[0].reshape(-1)
     centre = prepared.affine[:3, :3] @ (index * weight[:, None]).sum(0) / weight.sum() + prepared.affine[:3, 3]
@@ -138,7 +138,7 @@ def test_inverse_of_a_resampled_scan_and_outside_the_field_of_view(tmp_path: Pat
     scan.header.set_xyzt_units("mm")
     nib.save(scan, tmp_path / "scan.nii.gz")
     transform = Transform((16, 16, 16), 2.0, intensity=MinMax())
-    prepared = transform.prepare(tmp_path / "scan.nii.gz")
+    prepared = transform.to_model_space(tmp_path / "scan.nii.gz")
     restored = transform.inverse(torch.from_numpy(prepared.volume)[0], tmp_path / "scan.nii.gz")
     data = np.asarray(restored.dataobj)
     inner = (slice(11, 39),) * 3
@@ -360,7 +360,7 @@ def test_header_noise_never_escapes_as_another_error(tmp_path: Path) -> None:
 def test_real_scans(name: str, shape: tuple, spacing: float) -> None:
     """A head in the middle, the whole range used, and a way back that agrees with the scan."""
     transform = Transform(shape, spacing)
-    prepared = transform.prepare(REAL / name)
+    prepared = transform.to_model_space(REAL / name)
     volume = prepared.volume[0]
     assert volume.shape == shape
     assert (volume.min(), volume.max()) == pytest.approx((0, 1), abs=0.2)

@@ -109,7 +109,7 @@ class RawScans:
         if self.affine is None:
             return scan
         wanted = np.asarray(self.affine, dtype=np.float64)
-        own = self.transform.prepare(nib.Nifti1Image(scan.data, scan.affine)).affine
+        own = self.transform.to_model_space(nib.Nifti1Image(scan.data, scan.affine)).affine
         if np.abs(own - wanted).max() < SAME_MM:
             return scan
         return onto(scan, Volume(np.zeros(self.transform.shape, np.float32), wanted))

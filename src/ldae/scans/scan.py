@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ldae.data.scans import BadScan, nifti_like
-from ldae.data.transforms import Prepared, Source, Transform
+from ldae.data.transforms import ModelSpaceScan, Source, Transform
 from ldae.scans.ood_check import Likeness
 from ldae.scans.raw_scan import Made
 
@@ -40,7 +40,7 @@ class Scan:
     """
 
     image: nib.spatialimages.SpatialImage
-    prepared: Prepared
+    prepared: ModelSpaceScan
     name: str
     back: Callable[[np.ndarray], np.ndarray]
     gain: np.ndarray | float = 1.0
