@@ -115,7 +115,7 @@ def test_the_natural_form_is_what_stage_3_trains(parameterisation):
     def eps_fn(z, t):
         return parameterisation.to_eps(schedule, output, z, t)
 
-    shift = guidance.Guided(eps_fn, lambda z, t: (eps_fn(z, t), gradient), parameterisation.natural_form, schedule)
+    shift = guidance.GuidedEps(eps_fn, lambda z, t: (eps_fn(z, t), gradient), parameterisation.natural_form, schedule)
     torch.testing.assert_close(shift(z_t, t), trained, rtol=1e-10, atol=1e-10)
     assert parameterisation.gap_weight(schedule, t).shape == (4,)
 
@@ -125,7 +125,7 @@ def test_zero_gradient_changes_nothing_to_the_bit(form):
     schedule, t = linear(), torch.tensor([0.0, 500.5])
     z = torch.randn(2, 3, 2, 2, 2)
     both = lambda z, t: (z * 0.3, torch.zeros_like(z))  # noqa: E731
-    shifted = guidance.Guided(lambda z, t: z * 0.3, both, form, schedule, strength=2.5)
+    shifted = guidance.GuidedEps(lambda z, t: z * 0.3, both, form, schedule, strength=2.5)
     assert torch.equal(shifted(z, t), z * 0.3)
 
 
@@ -137,11 +137,11 @@ def test_strength_scales_and_stop_drops_guidance():
         return z, torch.ones_like(z)
 
     form = guidance.VelocityShift()
-    eps_fn = guidance.Guided(lambda z, t: z, both, form, schedule, strength=2, stop=0.3)
+    eps_fn = guidance.GuidedEps(lambda z, t: z, both, form, schedule, strength=2, stop=0.3)
     assert torch.equal(eps_fn.at(299.0)(z, torch.tensor([299.0, 299.0])), z)
     assert not calls, "what is dropped is not computed"
     assert eps_fn.at(300.0) is eps_fn
-    assert guidance.Guided(lambda z, t: z, both, form, schedule, strength=0).at(999.0)(z, torch.ones(2)) is z
+    assert guidance.GuidedEps(lambda z, t: z, both, form, schedule, strength=0).at(999.0)(z, torch.ones(2)) is z
     assert torch.equal(eps_fn(z, torch.tensor([0.0, 299.0])), z)
     mixed = eps_fn(z, torch.tensor([299.0, 300.0])).flatten()
     assert float(mixed[0]) == 1

@@ -10,7 +10,7 @@ import torch
 import analytic
 from ldae.diffusion.code import Code
 from ldae.diffusion.grids import GRIDS, Path, make_path
-from ldae.diffusion.guidance import Guided, Posterior
+from ldae.diffusion.guidance import GuidedEps, Posterior
 from ldae.diffusion.samplers import DDIM, DDPM, Exact, Multistep
 from ldae.diffusion.schedule import cosine, linear, scaled_linear
 from ldae.utils.errors import UserError
@@ -221,7 +221,7 @@ def test_renoised_inversion_replaces_the_first_steps():
 @pytest.mark.parametrize("sampler", [DDIM(steps=10), Multistep(steps=10), Exact(steps=10), DDPM(steps=10)])
 def test_zero_gradient_leaves_the_unconditional_sampler_unchanged_to_the_bit(sampler):
     network, z = analytic.random_network(1).float(), torch.randn(2, 3, 4, 4, 4)
-    zero = Guided(network, lambda z, t: (network(z, t), torch.zeros_like(z)), Posterior(), LINEAR)
+    zero = GuidedEps(network, lambda z, t: (network(z, t), torch.zeros_like(z)), Posterior(), LINEAR)
     plain, shifted = sampler.sample(network, z, LINEAR), sampler.sample(zero, z, LINEAR)
     assert plain.dtype == torch.float32
     assert torch.equal(plain, shifted)

@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ldae.diffusion.guidance import Guided
+from ldae.diffusion.guidance import GuidedEps
 from ldae.diffusion.process import Parameterisation
 from ldae.diffusion.schedule import Schedule
 
@@ -44,7 +44,7 @@ class Denoiser:
         """G(z_t, t, y), (B, C, X, Y, Z)."""
         return self.estimator(self.unet.features(z_t, t), y).to(z_t.dtype)
 
-    def guided(self, y: Tensor, strength: float = 1.0, stop: float = 0.0) -> Guided:
+    def guided_eps(self, y: Tensor, strength: float = 1.0, stop: float = 0.0) -> GuidedEps:
         """eps_fn conditioned on y (B, D): eps + strength k(t) G; below t = stop * T guidance is dropped."""
 
         def both(z_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -52,4 +52,4 @@ class Denoiser:
             eps = self._eps(self.unet.head(features), z_t, t)
             return eps, self.estimator(features, y).to(z_t.dtype)
 
-        return Guided(self.eps, both, self.form, self.schedule, strength, stop)
+        return GuidedEps(self.eps, both, self.form, self.schedule, strength, stop)

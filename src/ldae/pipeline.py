@@ -165,7 +165,7 @@ class LDAE(Inputs, Uses):
         if guidance.form is not None:
             parts = (denoiser.unet, denoiser.estimator, denoiser.schedule, denoiser.parameterisation)
             denoiser = Denoiser(*parts, form=guidance.form)
-        return denoiser.guided(y.to(self.device), guidance.strength, guidance.stop)
+        return denoiser.guided_eps(y.to(self.device), guidance.strength, guidance.stop)
 
     @_inference
     def embed(self, x: Scans) -> Tensor:

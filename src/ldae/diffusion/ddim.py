@@ -4,7 +4,7 @@ from torch import Tensor
 
 from ldae.diffusion.grids import Path
 from ldae.diffusion.guidance import EpsFn
-from ldae.diffusion.prediction import ask
+from ldae.diffusion.prediction import predict_eps
 
 
 def step(z: Tensor, eps: Tensor, path: Path, node: int) -> Tensor:
@@ -21,5 +21,5 @@ def ddim(eps_fn: EpsFn, z: Tensor, path: Path, clip: float | None = None) -> Ten
     `ddim(eps_fn, z, path.reversed())` up to discretisation error.
     """
     for node in range(len(path) - 1):
-        z = step(z, ask(eps_fn, z, path, node, clip), path, node)
+        z = step(z, predict_eps(eps_fn, z, path, node, clip), path, node)
     return z

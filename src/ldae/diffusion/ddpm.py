@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ldae.diffusion.grids import Path
 from ldae.diffusion.guidance import EpsFn
-from ldae.diffusion.prediction import ask
+from ldae.diffusion.prediction import predict_eps
 
 
 def ddpm(eps_fn: EpsFn, z: Tensor, path: Path, noise: Callable[[int], Tensor], clip: float | None = None) -> Tensor:
@@ -21,7 +21,7 @@ def ddpm(eps_fn: EpsFn, z: Tensor, path: Path, noise: Callable[[int], Tensor], c
     """
     for node in range(len(path) - 1):
         alpha, sigma = float(path.alpha[node]), float(path.sigma[node])
-        z0 = (z - sigma * ask(eps_fn, z, path, node, clip)) / alpha
+        z0 = (z - sigma * predict_eps(eps_fn, z, path, node, clip)) / alpha
         fresh = -math.expm1(path.log_alpha_bar[node] - path.log_alpha_bar[node + 1])  # 1 - a
         remaining = float(path.sigma[node + 1]) ** 2  # 1 - B
         z = float(path.alpha[node + 1]) * fresh / sigma**2 * z0 + math.sqrt(1 - fresh) * remaining / sigma**2 * z

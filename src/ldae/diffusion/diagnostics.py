@@ -26,11 +26,11 @@ class GapCurve:
     z0_error: Tensor
 
     @property
-    def mean(self) -> float:
+    def rms(self) -> float:
         """The number: root mean square of the gap over the timesteps."""
         return float(self.gap.square().mean().sqrt())
 
-    def filled_by(self, filled: "GapCurve") -> float:
+    def filled_share(self, filled: "GapCurve") -> float:
         """Share of the squared gap that another prediction (guided by y) fills: 0 none, 1 all, negative if worse."""
         return float(1 - filled.gap.square().mean() / self.gap.square().mean())
 
@@ -82,7 +82,7 @@ class Gaussianity:
     norm_ks: float
 
 
-def gaussianity(z: Tensor) -> Gaussianity:
+def measure_gaussianity(z: Tensor) -> Gaussianity:
     """Gaussianity of codes z (B, ...)."""
     from scipy.stats import chi2, kstest
 

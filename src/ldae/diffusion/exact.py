@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ldae.diffusion.grids import Path
 from ldae.diffusion.guidance import EpsFn
-from ldae.diffusion.prediction import velocity
+from ldae.diffusion.prediction import predict_velocity
 
 
 def exact(
@@ -30,8 +30,8 @@ def exact(
     phi = path.angle
     previous, current = z, neighbour
     if current is None:
-        current = z + float(phi[1] - phi[0]) * velocity(eps_fn, z, path, 0, clip)
+        current = z + float(phi[1] - phi[0]) * predict_velocity(eps_fn, z, path, 0, clip)
     for node in range(1, len(path) - 1):
-        v = velocity(eps_fn, current, path, node, clip)
+        v = predict_velocity(eps_fn, current, path, node, clip)
         previous, current = current, previous + float(phi[node + 1] - phi[node - 1]) * v
     return current, previous

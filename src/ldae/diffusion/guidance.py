@@ -21,7 +21,7 @@ from ldae.diffusion.schedule import Schedule
 EpsFn = Callable[[Tensor, Tensor], Tensor]
 
 
-class Form(Protocol):
+class GuidanceForm(Protocol):
     """One way to add G to eps."""
 
     def coefficient(self, schedule: Schedule, t: Tensor) -> Tensor:
@@ -70,7 +70,7 @@ class Guidance:
         stop: share of the schedule, at its noise-free end, where guidance is dropped: t < stop * T.
     """
 
-    form: Form | None = None
+    form: GuidanceForm | None = None
     strength: float = 1.0
     stop: float = 0.0
 
@@ -91,7 +91,7 @@ def stop_share(times: Sequence[float], share: float, timesteps: int) -> float:
     return float(ascending[dropped - 1] + upper) / 2 / timesteps
 
 
-class Guided:
+class GuidedEps:
     """eps_fn conditioned on y: eps + strength k(t) G; below t = stop * T, G is dropped.
 
     A sampler knows the time of a node on the host and asks for what to evaluate there (`at`), so that nobody has to
@@ -106,7 +106,7 @@ class Guided:
         self,
         eps_fn: EpsFn,
         both_fn: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
-        form: Form,
+        form: GuidanceForm,
         schedule: Schedule,
         strength: float = 1.0,
         stop: float = 0.0,

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ldae.diffusion.grids import Path
 from ldae.diffusion.guidance import EpsFn
-from ldae.diffusion.prediction import velocity
+from ldae.diffusion.prediction import predict_velocity
 
 History = list[tuple[float, Tensor]]  # (phi, v), newest first
 
@@ -48,7 +48,7 @@ def multistep(
     history: History = []
     origin = z  # where the last step started
     for node in range(len(path) - 1):
-        newest = (float(phi[node]), velocity(eps_fn, z, path, node, clip))
+        newest = (float(phi[node]), predict_velocity(eps_fn, z, path, node, clip))
         history = [newest, *history][:order]
         if corrector and node > 0:
             z = _advance(origin, history, phi[node - 1], phi[node])

@@ -4,10 +4,10 @@ import torch
 from torch import Tensor
 
 from ldae.diffusion.grids import Path
-from ldae.diffusion.guidance import EpsFn, Guided
+from ldae.diffusion.guidance import EpsFn, GuidedEps
 
 
-def ask(eps_fn: EpsFn, z: Tensor, path: Path, node: int, clip: float | None = None) -> Tensor:
+def predict_eps(eps_fn: EpsFn, z: Tensor, path: Path, node: int, clip: float | None = None) -> Tensor:
     """eps of the network at a node, (B, ...) in the dtype of z.
 
     Args:
@@ -16,7 +16,7 @@ def ask(eps_fn: EpsFn, z: Tensor, path: Path, node: int, clip: float | None = No
     """
     precision = torch.float64 if z.dtype == torch.float64 else torch.float32  # bf16 would round t itself
     t = torch.full((len(z),), float(path.times[node]), dtype=precision, device=z.device)
-    if isinstance(eps_fn, Guided):
+    if isinstance(eps_fn, GuidedEps):
         eps_fn = eps_fn.at(float(path.times[node]))
     eps = eps_fn(z, t).to(z.dtype)
     alpha, sigma = float(path.alpha[node]), float(path.sigma[node])
@@ -26,7 +26,7 @@ def ask(eps_fn: EpsFn, z: Tensor, path: Path, node: int, clip: float | None = No
     return (z - alpha * z0) / sigma
 
 
-def velocity(eps_fn: EpsFn, z: Tensor, path: Path, node: int, clip: float | None = None) -> Tensor:
+def predict_velocity(eps_fn: EpsFn, z: Tensor, path: Path, node: int, clip: float | None = None) -> Tensor:
     """v = (eps - sigma z) / alpha at a node: with z = cos(phi) z_0 + sin(phi) eps, the ODE is dz/dphi = v."""
     alpha, sigma = float(path.alpha[node]), float(path.sigma[node])
-    return (ask(eps_fn, z, path, node, clip) - sigma * z) / alpha
+    return (predict_eps(eps_fn, z, path, node, clip) - sigma * z) / alpha

@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ldae.diffusion.guidance import Form, Posterior, VelocityShift
+from ldae.diffusion.guidance import GuidanceForm, Posterior, VelocityShift
 from ldae.diffusion.schedule import Schedule
 
 
@@ -74,7 +74,7 @@ class Parameterisation(Protocol):
     """What a network predicts, and how stage 3 adds G to it."""
 
     @property
-    def natural_form(self) -> Form:
+    def natural_form(self) -> GuidanceForm:
         """The guidance form that equals what stage 3 trained."""
         ...
 
@@ -108,7 +108,7 @@ class Parameterisation(Protocol):
 class Epsilon:
     """The network predicts eps; stage 3: w_t |eps - (eps_theta + c_t G)|^2 (published)."""
 
-    natural_form: Form = Posterior()
+    natural_form: GuidanceForm = Posterior()
 
     def target(self, schedule: Schedule, z0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """eps."""
@@ -141,7 +141,7 @@ class Epsilon:
 class Velocity:
     """The network predicts v; stage 3: |v - (v_theta + G)|^2, unweighted, so that what y adds at high noise counts."""
 
-    natural_form: Form = VelocityShift()
+    natural_form: GuidanceForm = VelocityShift()
 
     def target(self, schedule: Schedule, z0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """alpha eps - sigma z_0."""

@@ -49,5 +49,5 @@ class PosteriorMeanGap:
             "posterior-mean gap (RMS)",
         )
         for name, curve in curves.items():
-            yield f"gap/{name}", curve.mean
-        yield "gap/filled_share", curves["unfilled"].filled_by(curves["filled"])
+            yield f"gap/{name}", curve.rms
+        yield "gap/filled_share", curves["unfilled"].filled_share(curves["filled"])

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ldae.data.subsampling import subsample_by_subject
-from ldae.diffusion.diagnostics import gaussianity
+from ldae.diffusion.diagnostics import measure_gaussianity
 from ldae.evaluation import figures
 from ldae.evaluation.context import Context, batches
 from ldae.evaluation.images.image_metrics import brain_mask, compare_images, copy_to_host
@@ -160,7 +160,7 @@ class SamplerBenchmark:
             "seconds": inverting + sampling,
         }
         found["semantic"] |= {"evaluations": float(sampler.evaluations), "seconds": dreaming}
-        found["code"] |= {name: float(value) for name, value in asdict(gaussianity(code.z)).items()}
+        found["code"] |= {name: float(value) for name, value in asdict(measure_gaussianity(code.z)).items()}
         return found
 
 
