@@ -5,10 +5,12 @@ Groups that choose a class (`_target_`) are checked against that class's constru
 """
 
 import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.utils import get_object
 from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
@@ -204,6 +206,13 @@ def conf_dir() -> Path:
         if (candidate / "base.yaml").exists():
             return candidate
     raise UserError(f"no conf/ folder beside {package}; reinstall ldae")
+
+
+def compose_config(name: str, overrides: Sequence[str] = ()) -> DictConfig:
+    """Compose conf/`name`.yaml with Hydra overrides, as the script of that name does on its command line."""
+    register()
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        return compose(name, list(overrides))
 
 
 def check_constructor_arguments(node: Any, key: str = "") -> None:
