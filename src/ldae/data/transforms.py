@@ -64,7 +64,7 @@ class MinMax:
 
 
 @dataclass(frozen=True)
-class Prepared:
+class ModelSpaceScan:
     """A scan in model space, and what it takes to read it there."""
 
     volume: np.ndarray  # (1, X, Y, Z) float32 in [0, 1]
@@ -109,9 +109,9 @@ class Transform:
         Raises:
             BadScan: its content cannot be used.
         """
-        return self.prepare(source).volume
+        return self.to_model_space(source).volume
 
-    def prepare(self, source: Source) -> Prepared:
+    def to_model_space(self, source: Source) -> ModelSpaceScan:
         """The same, with model space's affine and the intensity range."""
         data, affine = load_scan(source)
         path = source if isinstance(source, str | Path) else None
@@ -123,7 +123,7 @@ class Transform:
         if not high > low:
             raise BadScan(f"its intensity range is empty ({low:g} to {high:g})", path)
         padded = self._pad((volume - low).div_(high - low).clamp_(0, 1), steps)
-        return Prepared(padded.numpy(), padded.affine.numpy(), low, high, partial(_back, padded, steps))
+        return ModelSpaceScan(padded.numpy(), padded.affine.numpy(), low, high, partial(_back, padded, steps))
 
     def labels(self, source: Source) -> np.ndarray:
         """A label map brought to model space by nearest neighbour, (X, Y, Z) int32."""
@@ -150,7 +150,7 @@ class Transform:
             original: the scan whose grid and range are wanted.
         """
         volume = np.asarray(volume, dtype=np.float32).reshape(1, *np.shape(volume)[-3:])
-        prepared = self.prepare(original)
+        prepared = self.to_model_space(original)
         image = nib.load(original) if isinstance(original, str | Path) else original
         return nifti_like(prepared.back(volume) * (prepared.high - prepared.low) + prepared.low, image)
 

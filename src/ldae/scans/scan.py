@@ -90,7 +90,7 @@ def open_scan(
         BadScan: it cannot be read, or is unlike the training scans and cannot be made alike.
     """
     path = _path(source)
-    prepared = transform.prepare(source)
+    prepared = transform.to_model_space(source)
     image = nib.load(source) if path is not None else source
     why = None if likeness is None else likeness.why_unlike(torch.from_numpy(prepared.volume))
     if preprocess is None or (why is None and not always):
@@ -102,7 +102,7 @@ def open_scan(
         log.warning("%s: %s: %s", stem(source), UNLIKE, why)
     try:
         made = preprocess(source)
-        prepared = transform.prepare(made.image)
+        prepared = transform.to_model_space(made.image)
     except BadScan as error:
         raise BadScan(f"{reason}{error.reason}", path) from error
     still = None if likeness is None else likeness.why_unlike(torch.from_numpy(prepared.volume))

@@ -168,4 +168,4 @@ def common_affine(paths: list[str], transform: Transform) -> list[list[float]] |
     shape, affine = next(grids)
     if not all(other == shape and np.allclose(matrix, affine, atol=1e-3) for other, matrix in grids):
         return None
-    return transform.prepare(paths[0]).affine.tolist()
+    return transform.to_model_space(paths[0]).affine.tolist()
