@@ -26,9 +26,15 @@ MODULES = {
     "ldae.preprocessing.pipeline": "ldae.preprocessing.steps",
 }
 # Former class path, in its present module -> present class path.
-CLASSES: dict[str, str] = {}
+CLASSES: dict[str, str] = {
+    "ldae.evaluation.images.posterior_gap.Gap": "ldae.evaluation.images.posterior_gap.PosteriorMeanGap",
+    "ldae.evaluation.probes.cross_validation.Folds": "ldae.evaluation.probes.cross_validation.PooledFolds",
+    "ldae.evaluation.probes.evaluator.External": "ldae.evaluation.probes.evaluator.ExternalCohort",
+}
 # Present class path -> former argument -> present argument.
-ARGUMENTS: dict[str, dict[str, str]] = {}
+ARGUMENTS: dict[str, dict[str, str]] = {
+    "ldae.evaluation.images.reconstruction.Reconstruction": {"reference": "reference_sampler"},
+}
 
 
 def present_name(target: str) -> str:

@@ -16,7 +16,7 @@ from ldae.data.subsampling import subsample_by_subject
 from ldae.editing.directions import Direction
 from ldae.editing.editor import Editor
 from ldae.evaluation.context import Context, batches
-from ldae.evaluation.edits.alpha_sweep import AlphaSweep, share_outside, run_sweep
+from ldae.evaluation.edits.alpha_sweep import AlphaSweep, run_sweep, share_outside
 from ldae.evaluation.edits.anatomy import Anatomy
 from ldae.evaluation.edits.effects import correlation, slope
 from ldae.evaluation.edits.inverted_scans import invert_scans

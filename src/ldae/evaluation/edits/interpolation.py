@@ -29,7 +29,7 @@ from ldae.evaluation.edits import figures as edit_figures
 from ldae.evaluation.edits.anatomy import Anatomy, interpolate_levels
 from ldae.evaluation.edits.counterfactuals import CounterfactualRenderer
 from ldae.evaluation.edits.inverted_scans import embeddings_of
-from ldae.evaluation.images.image_metrics import BrainMasks, as_arrays, mse, copy_to_host, ssim_whole_and_masked
+from ldae.evaluation.images.image_metrics import BrainMasks, as_arrays, copy_to_host, mse, ssim_whole_and_masked
 from ldae.evaluation.probes.bootstrap import draw_subject_weights, summarise
 from ldae.utils.files import replacing
 

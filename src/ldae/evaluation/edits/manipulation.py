@@ -14,9 +14,9 @@ from ldae.data.subsampling import subsample_by_subject
 from ldae.editing.directions import Direction, DirectionEstimator, find_direction
 from ldae.editing.editor import Editor
 from ldae.evaluation.context import Context, batches
-from ldae.evaluation.edits.alpha_sweep import AlphaSweep, share_outside, measure_reversibility, run_sweep
+from ldae.evaluation.edits.alpha_sweep import AlphaSweep, measure_reversibility, run_sweep, share_outside
 from ldae.evaluation.edits.anatomy import Anatomy
-from ldae.evaluation.edits.counterfactuals import FACTORS, compare_with_counterfactuals, calibrate_exchange_rate
+from ldae.evaluation.edits.counterfactuals import FACTORS, calibrate_exchange_rate, compare_with_counterfactuals
 from ldae.evaluation.edits.effects import slope, spearman, weighted_median
 from ldae.evaluation.edits.heldout_probe import HeldOutProbe
 from ldae.evaluation.edits.inverted_scans import invert_scans

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ldae.data.subsampling import subsample_by_subject
 from ldae.diffusion.diagnostics import measure_gaussianity
+from ldae.diffusion.samplers import Sampler
 from ldae.evaluation import figures
 from ldae.evaluation.context import Context, batches
 from ldae.evaluation.images.image_metrics import brain_mask, compare_images, copy_to_host
@@ -42,7 +43,7 @@ class Reconstruction:
         samplers: by name, each with `with_steps(n)`, `sample`, `invert`, `evaluations`; None leaves one out.
         steps: numbers of steps, for each sampler.
         scans: of test that samplers are tried on.
-        reference: a sampler with many steps that errors are measured against; None leaves them out.
+        reference_sampler: a sampler with many steps that errors are measured against; None leaves them out.
         reference_scans: of `scans` that the reference is computed for.
     """
 
@@ -51,14 +52,14 @@ class Reconstruction:
         samplers: Mapping[str, Any],
         steps: Sequence[int] = (5, 10, 20, 50, 100),
         scans: int = 8,
-        reference: Any = None,
+        reference_sampler: Sampler | None = None,
         reference_scans: int = 2,
         batch_size: int = 8,
         resamples: int = 1000,
     ):
         self.samplers = {name: sampler for name, sampler in samplers.items() if sampler is not None}
         self.steps, self.scans = list(steps), scans
-        self.reference, self.reference_scans = reference, reference_scans
+        self.reference_sampler, self.reference_scans = reference_sampler, reference_scans
         self.batch_size, self.resamples = batch_size, resamples
 
     @torch.no_grad()
@@ -74,7 +75,9 @@ class Reconstruction:
             yield from summarise(f"{STEM}/autoencoder/{name}", weights @ values / weights.sum(1))
         rows = subsample_by_subject(test, subjects, self.scans, context.seed)
         trial = SamplerBenchmark(context, rows.tolist())
-        reference = trial.run_reference(self.reference, self.reference_scans) if self.reference else None
+        reference = (
+            trial.run_reference(self.reference_sampler, self.reference_scans) if self.reference_sampler else None
+        )
         table = [{"method": "autoencoder", "source": "latent"} | trial.ceiling]
         for name, sampler in self.samplers.items():
             for steps in self.steps:
