@@ -59,7 +59,7 @@ class Denoiser:
     def eps(self, z_t, t):
         return self._eps(z_t, t, Model.latent(torch.tensor([3.0])))
 
-    def guided(self, y):
+    def guided_eps(self, y):
         y = y if self.uses_y else torch.full_like(y, 3.0)
         return lambda z_t, t: self._eps(z_t, t, Model.latent(y[:, 0]))
 
@@ -86,10 +86,10 @@ class Model:
         return x.flatten(1)[:, :5]
 
     def invert(self, z, y):
-        return self.sampler.invert(self.denoiser.guided(y), z, self.denoiser.schedule)
+        return self.sampler.invert(self.denoiser.guided_eps(y), z, self.denoiser.schedule)
 
     def generate(self, code, y):
-        return self.sampler.sample(self.denoiser.guided(y), code, self.denoiser.schedule)
+        return self.sampler.sample(self.denoiser.guided_eps(y), code, self.denoiser.schedule)
 
     def decode(self, code, y):
         return self.decompress(self.generate(code, y))

@@ -187,7 +187,7 @@ def test_an_estimator_started_from_the_u_net_still_gives_nothing():
     stage = prepared(repr_stage())
     z, t = stage.latents.mean[:2], torch.tensor([10, 900])
     y = stage.modules["encoder"](stage.cohort.x[:2])
-    assert torch.equal(stage.denoiser.guided(y)(z, t), stage.denoiser.eps(z, t))
+    assert torch.equal(stage.denoiser.guided_eps(y)(z, t), stage.denoiser.eps(z, t))
     middle = stage.modules["estimator"].path.middle[0].conv2.weight
     assert torch.equal(middle, stage.unet.path.middle[0].conv2.weight)
 

@@ -40,7 +40,7 @@ class PosteriorMeanGap:
 
         curves = {
             "unfilled": posterior_mean_gap(model.denoiser.eps, z0, schedule, steps, noise),
-            "filled": posterior_mean_gap(model.denoiser.guided(y), z0, schedule, steps, noise),
+            "filled": posterior_mean_gap(model.denoiser.guided_eps(y), z0, schedule, steps, noise),
         }
         figures.draw_curves(
             context.out / "gap.png",

@@ -41,7 +41,7 @@ def measure_z0_errors(
     """Error of z_0 of every scan by kind of y and band of t: names as `band_name`, (B,) each on the device of z0.
 
     Args:
-        denoiser: a Denoiser (`schedule`, `eps(z_t, t)`, `guided(y) -> eps_fn`).
+        denoiser: a Denoiser (`schedule`, `eps(z_t, t)`, `guided_eps(y) -> eps_fn`).
         z0: (B, C, X, Y, Z) unit-variance latents.
         own, other: (B, dim), the scans' own y and other subjects'.
         keys: one a scan; its noise depends on (seed, key, t) alone.
@@ -54,7 +54,7 @@ def measure_z0_errors(
         t = torch.full((len(z0),), step, device=z0.device)
         noise = normal(z0.shape[1:], seed, keys, f"z0_error/{step}").to(z0)
         z_t = add_noise(schedule, z0, noise, t)
-        twice = denoiser.guided(torch.cat([own, other]))(torch.cat([z_t, z_t]), torch.cat([t, t]).float())
+        twice = denoiser.guided_eps(torch.cat([own, other]))(torch.cat([z_t, z_t]), torch.cat([t, t]).float())
         for kind, eps in zip(KINDS, (*twice.chunk(2), denoiser.eps(z_t, t.float())), strict=True):
             error = (eps_to_z0(schedule, eps.to(z_t.dtype), z_t, t) - z0).float().square().flatten(1).mean(1)
             found[band_name(kind, place // points)] += error / points
