@@ -15,10 +15,10 @@ from torch import nn
 from ldae.config import Optim
 from ldae.config import TrainerSettings as Settings
 from ldae.runs import Run
-from ldae.training.checkpoint import _flatten, _unflatten
+from ldae.training.checkpoint import flatten_optimizer, restore_optimizer
 from ldae.training.ema import Ema
-from ldae.training.health import LossWatch
-from ldae.training.stage import Monitor, Stage, Updater, adam
+from ldae.training.health import SpikeDetector
+from ldae.training.stage import Monitor, Stage, Updater, build_adam
 from ldae.training.trainer import Trainer, learning_rate_factor
 from ldae.utils.errors import EXIT_REQUEUE, UserError
 from ldae.utils.seeding import normal
@@ -42,7 +42,7 @@ class Toy(Stage):
     def prepare(self, accelerator, trainer, optim, seed):
         net = self.modules["net"]
         self.seed = seed
-        self.optimizers = {"net": adam(net.parameters(), optim.lr, optim)}
+        self.optimizers = {"net": build_adam(net.parameters(), optim.lr, optim)}
         self.accelerator = accelerator
         self.net = accelerator.prepare(net)
         self.update = Updater(accelerator, self.net, self.optimizers["net"], trainer.clip)
@@ -327,9 +327,9 @@ def test_a_run_without_a_whole_state_is_not_started_over(tmp_path):
 
 def test_a_loss_far_above_the_others_is_a_spike_and_noise_is_none():
     noise = torch.rand(400, generator=torch.Generator().manual_seed(0))
-    watch = LossWatch()
-    assert not any(watch.spike(0.1 * (0.5 + float(value))) for value in noise)
-    assert watch.spike(2.0)
+    watch = SpikeDetector()
+    assert not any(watch.is_spike(0.1 * (0.5 + float(value))) for value in noise)
+    assert watch.is_spike(2.0)
 
 
 def test_a_signal_ends_the_step_saves_and_asks_for_requeue(tmp_path):
@@ -376,15 +376,15 @@ def test_an_optimiser_goes_on_in_channels_last_as_if_it_had_not_been_written(tmp
     def start():
         torch.manual_seed(0)
         weight = nn.Parameter(torch.randn(4, 3, 3, 3, 3).to(memory_format=torch.channels_last_3d))
-        return weight, adam([weight], 0.1, Optim(lr=0.1))
+        return weight, build_adam([weight], 0.1, Optim(lr=0.1))
 
     weight, optimizer = start()
     step(weight, optimizer, 1)
-    tensors, rest = _flatten(optimizer)
+    tensors, rest = flatten_optimizer(optimizer)
     save_file({name: value.contiguous() for name, value in tensors.items()}, tmp_path / "state.safetensors")
     resumed, fresh = start()
     resumed.data.copy_(weight.data)
-    _unflatten(fresh, load_file(tmp_path / "state.safetensors"), rest)
+    restore_optimizer(fresh, load_file(tmp_path / "state.safetensors"), rest)
     step(weight, optimizer, 2)
     step(resumed, fresh, 2)
     assert not weight.is_contiguous()

@@ -26,10 +26,10 @@ from ldae.training.stage import (
     Stage,
     StepResult,
     Updater,
-    adam,
-    arrange,
-    arrange_module,
-    on_device,
+    build_adam,
+    to_memory_format,
+    module_to_memory_format,
+    batch_to_device,
     uses_channels_last,
 )
 from ldae.training.validation import mean_over_scans, shard_rows
@@ -91,12 +91,12 @@ class AutoencoderStage(Stage):
         self.validation_rows = subsample_by_subject(self.cohort.rows("val"), subjects, trainer.validation_scans, seed)
         self.masks = BrainMasks()  # of validation scans
         self.channels_last = uses_channels_last(trainer, accelerator, latents=False)
-        autoencoder, discriminator = (arrange_module(m, self.channels_last) for m in self.modules.values())
+        autoencoder, discriminator = (module_to_memory_format(m, self.channels_last) for m in self.modules.values())
         if trainer.checkpointing:
             autoencoder.enable_checkpointing()
         self.optimizers = {
-            "generator": adam(autoencoder.parameters(), optim.lr, optim),
-            "discriminator": adam(discriminator.parameters(), optim.discriminator_lr, optim),
+            "generator": build_adam(autoencoder.parameters(), optim.lr, optim),
+            "discriminator": build_adam(discriminator.parameters(), optim.discriminator_lr, optim),
         }
         self.autoencode, self.discriminator = accelerator.prepare(
             torch.compile(autoencoder) if trainer.compile else autoencoder, discriminator
@@ -126,7 +126,7 @@ class AutoencoderStage(Stage):
     def _scans(self, rows: np.ndarray) -> Tensor:
         """Volumes (B, 1, X, Y, Z) of table rows, on the device."""
         x = self.cohort.volumes.stored(rows).to(self.accelerator.device, non_blocking=True)
-        return arrange(self.cohort.volumes.decoded(x), self.channels_last)
+        return to_memory_format(self.cohort.volumes.decoded(x), self.channels_last)
 
     def run_step(self, micro_batches: Sequence[Batch], step: int) -> StepResult:
         """The generator's update, and the discriminator's on the same reconstructions: both are taken, or neither."""
@@ -135,9 +135,9 @@ class AutoencoderStage(Stage):
         discriminator = self.modules["discriminator"]
 
         def generator_loss(batch: Batch) -> dict[str, Tensor]:
-            batch = on_device(batch, self.accelerator.device)
+            batch = batch_to_device(batch, self.accelerator.device)
             x = self.cohort.augmented(self.cohort.volumes.decoded(batch["x"]), batch)
-            x = arrange(x, self.channels_last)
+            x = to_memory_format(x, self.channels_last)
             reconstruction, mean, std = self.autoencode(x, batch["noise"])
             terms = {"l1": losses.reconstruction_l1(reconstruction, x), "kl": losses.kl_divergence(mean, std)}
             total = terms["l1"] + self.kl_weight * terms["kl"]
@@ -156,7 +156,7 @@ class AutoencoderStage(Stage):
             return {"loss": total, **terms}
 
         # The generator's forward passes move the statistics of the discriminator's norms, too.
-        self.update_discriminator.buffers.keep()
+        self.update_discriminator.buffers.save()
         # Frozen, the discriminator passes the gradient on and keeps none of it for its own update.
         discriminator.requires_grad_(False)
         try:

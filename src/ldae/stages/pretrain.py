@@ -26,10 +26,10 @@ from ldae.training.stage import (
     Stage,
     StepResult,
     Updater,
-    adam,
-    arrange,
-    arrange_module,
-    on_device,
+    build_adam,
+    to_memory_format,
+    module_to_memory_format,
+    batch_to_device,
     uses_channels_last,
 )
 from ldae.training.validation import mean_over_scans, shard_rows
@@ -87,11 +87,11 @@ class PretrainStage(Stage):
         self.latents = self.latents.to(accelerator.device)
         self.schedule.to(accelerator.device)
         self.channels_last = uses_channels_last(trainer, accelerator)
-        unet = arrange_module(self.modules["unet"], self.channels_last)
+        unet = module_to_memory_format(self.modules["unet"], self.channels_last)
         unet.checkpointing = trainer.checkpointing
         if unet.prior is not None:
             unet.prior.fit(*self.latents.moments(self.train_rows), self.schedule)
-        self.optimizers = {"unet": adam(unet.parameters(), optim.lr, optim)}
+        self.optimizers = {"unet": build_adam(unet.parameters(), optim.lr, optim)}
         self.unet = accelerator.prepare(torch.compile(unet) if trainer.compile else unet)
         self.update = Updater(accelerator, self.unet, self.optimizers["unet"], trainer.clip)
         self.averages = {"unet": Ema(unet, trainer.ema)} if trainer.ema else {}
@@ -114,11 +114,11 @@ class PretrainStage(Stage):
     def _noised(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """z_t, z_0 and the noise, (B, C, X, Y, Z) each, and t (B,), of a batch on the device."""
         z0 = self.latents.sample(batch["row"], batch["posterior"])
-        z0, noise = (arrange(value, self.channels_last) for value in (z0, batch["noise"]))
+        z0, noise = (to_memory_format(value, self.channels_last) for value in (z0, batch["noise"]))
         return add_noise(self.schedule, z0, noise, batch["t"]), z0, noise, batch["t"]
 
     def _loss(self, batch: Batch) -> dict[str, Tensor]:
-        z_t, z0, noise, t = self._noised(on_device(batch, self.accelerator.device))
+        z_t, z0, noise, t = self._noised(batch_to_device(batch, self.accelerator.device))
         output = self.unet(z_t, t)
         return {"loss": denoising_loss(self.parameterisation, self.schedule, output, z0, noise, t)}
 
@@ -133,7 +133,7 @@ class PretrainStage(Stage):
         for row in shard_rows(self.validation_rows, self.accelerator):
             batch = self._drawn(np.full(4, row), [int(row) * 4 + k for k in range(4)], "validation")
             batch["t"] = batch["t"] // 4 + quarter * torch.arange(4)
-            z_t, z0, noise, t = self._noised(on_device(batch, self.accelerator.device))
+            z_t, z0, noise, t = self._noised(batch_to_device(batch, self.accelerator.device))
             with self.accelerator.autocast():
                 output = self.modules["unet"](z_t, t)
             found[int(row)] = {"loss": denoising_loss(self.parameterisation, self.schedule, output, z0, noise, t)}

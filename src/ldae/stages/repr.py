@@ -32,10 +32,10 @@ from ldae.training.stage import (
     Stage,
     StepResult,
     Updater,
-    adam,
-    arrange,
-    arrange_module,
-    on_device,
+    build_adam,
+    to_memory_format,
+    module_to_memory_format,
+    batch_to_device,
     uses_channels_last,
 )
 from ldae.training.validation import mean_over_scans, shard_rows
@@ -156,15 +156,15 @@ class ReprStage(Stage):
         self.latents = self.latents.to(accelerator.device)
         self.channels_last = uses_channels_last(trainer, accelerator)
         for module in (self.autoencoder, self.unet):
-            arrange_module(module.to(accelerator.device), self.channels_last)
+            module_to_memory_format(module.to(accelerator.device), self.channels_last)
         encoder, estimator = self.modules["encoder"], self.modules["estimator"]
         if encoder.reference is not None:
             encoder.set_reference(*self._mean_volume())
         encoder.checkpointing = estimator.checkpointing = trainer.checkpointing
-        conditioner = arrange_module(Conditioner(encoder, estimator), self.channels_last)
+        conditioner = module_to_memory_format(Conditioner(encoder, estimator), self.channels_last)
         rates = {encoder: optim.lr if optim.encoder_lr is None else optim.encoder_lr, estimator: optim.lr}
         groups = [{"params": list(module.parameters()), "lr": rate} for module, rate in rates.items()]
-        self.optimizers = {"conditioner": adam(groups, optim.lr, optim)}
+        self.optimizers = {"conditioner": build_adam(groups, optim.lr, optim)}
         trunk = Trunk(self.unet)
         self.trunk = torch.compile(trunk) if trainer.compile else trunk
         self.conditioner = accelerator.prepare(torch.compile(conditioner) if trainer.compile else conditioner)
@@ -203,7 +203,7 @@ class ReprStage(Stage):
 
     def _validation_noise(self, keys: Sequence[int], purpose: str) -> Tensor:
         noise = normal(self.latents.mean.shape[1:], self.seed, keys, f"validation/{purpose}")
-        return arrange(noise.to(self.accelerator.device, non_blocking=True), self.channels_last)
+        return to_memory_format(noise.to(self.accelerator.device, non_blocking=True), self.channels_last)
 
     def _times(self, keys: Sequence[int]) -> Tensor:
         """Timesteps (B,) of `time_power`'s density."""
@@ -225,11 +225,15 @@ class ReprStage(Stage):
         return chosen
 
     def _loss(self, batch: Batch) -> dict[str, Tensor]:
-        batch = on_device(batch, self.accelerator.device)
+        batch = batch_to_device(batch, self.accelerator.device)
         # The encoder may see an augmented scan; what it must explain is the unchanged latent, or another visit's.
         x = self.cohort.augmented(self.cohort.volumes.decoded(batch["x"]), batch)
         z0 = self.latents.sample(batch["row"], batch["posterior"])
-        z0, noise, t = arrange(z0, self.channels_last), arrange(batch["noise"], self.channels_last), batch["t"]
+        z0, noise, t = (
+            to_memory_format(z0, self.channels_last),
+            to_memory_format(batch["noise"], self.channels_last),
+            batch["t"],
+        )
         z_t = add_noise(self.schedule, z0, noise, t)
         with torch.no_grad(), self.accelerator.autocast():
             features, output = self.trunk(z_t, t)
@@ -262,7 +266,7 @@ class ReprStage(Stage):
             with self.accelerator.autocast():
                 y = self.modules["encoder"](self._scans(both)).float()
                 latent = torch.from_numpy(self.pairs[both[:1]]).to(self.accelerator.device, non_blocking=True)
-                z0 = arrange(
+                z0 = to_memory_format(
                     self.latents.sample(latent, self._validation_noise([key], "posterior")), self.channels_last
                 )
                 target = self._decompress(z0)

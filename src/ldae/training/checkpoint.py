@@ -54,7 +54,7 @@ class Progress:
         return self.updates + (self.last_not_taken == self.step - 1)
 
 
-def _flatten(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def flatten_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """An optimiser's state as tensors by name, and the rest as plain numbers."""
     state = optimizer.state_dict()
     tensors, scalars = {}, {}
@@ -65,7 +65,7 @@ def _flatten(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[
     return tensors, {"scalars": scalars, "groups": state["param_groups"]}
 
 
-def _unflatten(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], rest: dict[str, Any]) -> None:
+def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], rest: dict[str, Any]) -> None:
     state: dict[int, dict[str, Any]] = {}
     for name, value in {**tensors, **rest["scalars"]}.items():
         index, key = name.split(".", 1)
@@ -104,9 +104,9 @@ class Checkpoints:
             for name, holder in holders.items():
                 tensors |= {f"{kind}/{name}/{key}": value for key, value in holder.state_dict().items()}
         for name, optimizer in stage.optimizers.items():
-            flat, rest[name] = _flatten(optimizer)
+            flat, rest[name] = flatten_optimizer(optimizer)
             tensors |= {f"optimizers/{name}/{key}": value for key, value in flat.items()}
-        refuse_non_finite(tensors, "state", progress.step, self.last())
+        refuse_non_finite(tensors, "state", progress.step, self.describe_newest())
         state = {
             "progress": asdict(progress),
             "optimizers": rest,
@@ -120,7 +120,7 @@ class Checkpoints:
             old.unlink()
             old.with_suffix(".safetensors").unlink(missing_ok=True)
 
-    def last(self) -> str:
+    def describe_newest(self) -> str:
         """Which state is kept, in words."""
         paths = self._paths()
         return f"the state of step {int(paths[-1].stem[5:])} is kept" if paths else "no state was saved before"
@@ -181,4 +181,4 @@ class Checkpoints:
         for name, ema in stage.averages.items():
             ema.load_state_dict(part("averages", name))
         for name, optimizer in stage.optimizers.items():
-            _unflatten(optimizer, part("optimizers", name), rest[name])
+            restore_optimizer(optimizer, part("optimizers", name), rest[name])

@@ -14,7 +14,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from ldae.training.checkpoint import Progress
-from ldae.training.health import Batch, LossWatch, suspects
+from ldae.training.health import Batch, SpikeDetector, suspect_samples
 from ldae.training.stage import Stage, StepResult
 from ldae.utils.errors import UserError
 
@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Report:
+class StepReport:
     """One step on its way to the host.
 
     Attributes:
@@ -71,12 +71,12 @@ class StepGuard:
         self.limit = limit
         self.kept = kept
         self.told = told
-        self.watch = LossWatch()
+        self.watch = SpikeDetector()
         self.suspects: set[str] = set()
         self.stopping = False  # some process was told to stop; all processes read this at the same step
         self.last_skipped = False  # of the last step whose report was read
         self._scale = float("inf")  # of the gradients in the last report, as a scaler has it; 1 without one
-        self._pending: list[Report] = []
+        self._pending: list[StepReport] = []
 
     def __call__(self, micro_batches: Sequence[Batch]) -> dict[str, Tensor]:
         """Take the next step; returns its scalars, on the device. Reads the report of the step before.
@@ -90,12 +90,12 @@ class StepGuard:
             self._read(self._pending.pop(0))
         return result.scalars
 
-    def settle(self) -> None:
+    def read_all_reports(self) -> None:
         """Read all reports: the host waits for the device. Before anything that is written or decided by them."""
         while self._pending:
             self._read(self._pending.pop(0))
 
-    def _report(self, micro_batches: Sequence[Batch], result: StepResult) -> Report:
+    def _report(self, micro_batches: Sequence[Batch], result: StepResult) -> StepReport:
         told = torch.full_like(result.skipped, float(self.told()))
         if self.accelerator.num_processes > 1:
             told = self.accelerator.reduce(told, "sum")
@@ -109,9 +109,9 @@ class StepGuard:
             values = host.copy_(values, non_blocking=True)
             copied = torch.cuda.Event()
             copied.record()
-        return Report(self.progress.step, micro_batches, values, copied)
+        return StepReport(self.progress.step, micro_batches, values, copied)
 
-    def _read(self, report: Report) -> None:
+    def _read(self, report: StepReport) -> None:
         skipped, bad_loss, told, scale, loss, *finite = report.read()
         self.stopping = self.stopping or told > 0
         self.last_skipped = skipped > 0
@@ -127,20 +127,20 @@ class StepGuard:
             self._skip(report, bool(bad_loss), [bool(fine) for fine in finite])
         self._scale = scale
 
-    def _watch(self, report: Report, loss: float) -> None:
-        usual = self.watch.usual()
-        if self.watch.spike(loss):
+    def _watch(self, report: StepReport, loss: float) -> None:
+        usual = self.watch.usual_loss()
+        if self.watch.is_spike(loss):
             scans = [self.stage.name_of(int(index)) for batch in report.micro_batches for index in batch["index"]]
             log.warning("step %d: loss %.4g where %.4g is usual; its scans: %s", report.step, loss, usual, _list(scans))
 
-    def _skip(self, report: Report, bad_loss: bool, finite: Sequence[bool]) -> None:
+    def _skip(self, report: StepReport, bad_loss: bool, finite: Sequence[bool]) -> None:
         progress = self.progress
         progress.last_not_taken = report.step
         progress.skipped += 1
         progress.skipped_in_a_row += 1
         # Where all losses of all processes are finite, the gradient is at fault, and any scan may be.
         bad = [batch for batch, fine in zip(report.micro_batches, finite, strict=True) if not (bad_loss and fine)]
-        scans = gather_object([self.stage.name_of(index) for index in suspects(bad)])
+        scans = gather_object([self.stage.name_of(index) for index in suspect_samples(bad)])
         self.suspects |= set(scans)
         log.warning("step %d skipped: its loss or gradient is not finite; its scans: %s", report.step, _list(scans))
         if progress.skipped_in_a_row >= self.limit:

@@ -13,7 +13,7 @@ from ldae.utils.errors import UserError
 Batch = dict[str, Any]
 
 
-def suspects(micro_batches: Sequence[Batch]) -> list[int]:
+def suspect_samples(micro_batches: Sequence[Batch]) -> list[int]:
     """Training samples that may be at fault: those that hold NaN themselves, or else all."""
     found: list[int] = []
     for batch in micro_batches:
@@ -40,7 +40,7 @@ def refuse_non_finite(tensors: dict[str, Tensor], where: str, step: int, kept: s
             )
 
 
-class KeptBuffers:
+class BufferBackup:
     """Puts a module's buffers back after a skipped step: norms move their statistics before a loss is known to be bad.
 
     The copies are made once and overwritten at every step; what is put back is decided on the device.
@@ -52,7 +52,7 @@ class KeptBuffers:
         self.kept = False
 
     @torch.no_grad()
-    def keep(self) -> None:
+    def save(self) -> None:
         """Remember the buffers as they are now, once until `restore`."""
         if self.kept:
             return
@@ -68,7 +68,7 @@ class KeptBuffers:
             buffer.copy_(torch.where(skipped > 0, copy, buffer))
 
 
-class LossWatch:
+class SpikeDetector:
     """Tells losses far above their recent past: by `deviations` of a running mean, once it knows `warm_up` losses.
 
     It watches the logarithm: losses are positive, and fall over decades.
@@ -80,11 +80,11 @@ class LossWatch:
         self.rate = rate
         self.count, self.mean, self.variance = 0, 0.0, 0.0
 
-    def usual(self) -> float:
+    def usual_loss(self) -> float:
         """The loss that is usual now."""
         return math.exp(self.mean)
 
-    def spike(self, loss: float) -> bool:
+    def is_spike(self, loss: float) -> bool:
         """Whether `loss` is one; it is remembered either way."""
         value = math.log(max(loss, 1e-12))
         distance = value - self.mean

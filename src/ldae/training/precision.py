@@ -34,7 +34,7 @@ def has_bfloat16(device: torch.device | str | None = None) -> bool:
     return any(capabilities.get(name, False) for name in ("amx_bf16", "avx512_bf16"))
 
 
-def computes_in(dtype: torch.dtype, device: torch.device | str | None = None) -> bool:
+def supports_dtype(dtype: torch.dtype, device: torch.device | str | None = None) -> bool:
     """Whether a device has `dtype` in hardware. float16 is for GPUs: on CPUs its range is too small to be worth it."""
     if dtype == torch.bfloat16:
         return has_bfloat16(device)
@@ -74,7 +74,7 @@ def choose_precision(name: str, cpu: bool = False) -> str:
         raise UserError(f"accelerator.mixed_precision={name}: one of {', '.join([*DTYPES, FASTEST])} is needed")
     if name == "fp16" and device.type == "cpu":
         raise UserError("accelerator.mixed_precision=fp16 needs a GPU: give accelerator=fastest")
-    if not computes_in(DTYPES[name], device):
+    if not supports_dtype(DTYPES[name], device):
         log.warning("%s has no %s in hardware: it is imitated and slower than accelerator=fastest", device.type, name)
     return name
 
@@ -110,7 +110,7 @@ def build_accelerator(mixed_precision: str = FASTEST, cpu: bool = False, timeout
 def inference_dtype(accelerator: "Accelerator") -> torch.dtype:
     """What a trained model computes in under `accelerator`: its precision where the hardware has it, else float32."""
     dtype = DTYPES[accelerator.mixed_precision]
-    return dtype if computes_in(dtype, accelerator.device) else torch.float32
+    return dtype if supports_dtype(dtype, accelerator.device) else torch.float32
 
 
 def console_dtype(name: str, device: torch.device | str | None) -> torch.dtype:
@@ -126,7 +126,7 @@ def console_dtype(name: str, device: torch.device | str | None) -> torch.dtype:
     if name == "auto":
         return torch.bfloat16 if device.type == "cuda" and has_bfloat16(device) else torch.float32
     dtype = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}[name]
-    if not computes_in(dtype, device):
+    if not supports_dtype(dtype, device):
         raise UserError(f"--precision {name}: {device} does not compute in it; leave it out to use what is fast there")
     return dtype
 

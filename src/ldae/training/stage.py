@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ldae.config import Optim, TrainerSettings
 from ldae.training.bf16_check import guard_bf16
 from ldae.training.ema import Ema
-from ldae.training.health import Batch, KeptBuffers
+from ldae.training.health import Batch, BufferBackup
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class Stage(ABC):
 
     def take_step(self, step: int, *updates: tuple["Updater", "Accumulated"]) -> StepResult:
         """Apply the gradients of optimiser step `step`, of all optimisers or of none, then move the averages."""
-        result = apply_together(self.accelerator, *updates)
+        result = apply_all_or_none(self.accelerator, *updates)
         for ema in self.averages.values():
             ema.update(step, result.skipped)
         return result
@@ -133,7 +133,7 @@ class Stage(ABC):
 
 
 @dataclass(frozen=True)
-class Accumulated:
+class AccumulatedGradients:
     """One optimiser's gradients of a step, clipped and not yet applied; all tensors are on the device."""
 
     scalars: dict[str, Tensor]
@@ -152,13 +152,15 @@ class Updater:
         self.optimizer = optimizer
         self.parameters = [p for p in module.parameters() if p.requires_grad]
         self.clip = clip if clip is not None else float("inf")
-        self.buffers = KeptBuffers(module)
+        self.buffers = BufferBackup(module)
         if accelerator.device.type == "cpu" and accelerator.mixed_precision == "bf16":
             guard_bf16(module)
 
-    def accumulate(self, micro_batches: Sequence[Batch], loss: Callable[[Batch], dict[str, Tensor]]) -> Accumulated:
+    def accumulate(
+        self, micro_batches: Sequence[Batch], loss: Callable[[Batch], dict[str, Tensor]]
+    ) -> AccumulatedGradients:
         """Backward over the micro-batches, then clipping. `loss(batch)` returns scalars; 'loss' is minimised."""
-        self.buffers.keep()
+        self.buffers.save()
         totals: dict[str, Tensor] = {}
         losses: list[Tensor] = []
         for index, batch in enumerate(micro_batches):
@@ -174,7 +176,7 @@ class Updater:
             self.accelerator.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.parameters, self.clip).detach()
         finite = torch.isfinite(torch.stack(losses))
-        return Accumulated({**totals, "gradient_norm": norm}, finite, finite.all() & torch.isfinite(norm))
+        return AccumulatedGradients({**totals, "gradient_norm": norm}, finite, finite.all() & torch.isfinite(norm))
 
     def apply(self, skipped: Tensor) -> None:
         """Take the optimiser's step, or leave everything as it is where `skipped` (0-d float32) is 1.
@@ -187,7 +189,7 @@ class Updater:
         self.buffers.restore(skipped)
 
 
-def apply_together(accelerator: Accelerator, *updates: tuple[Updater, Accumulated]) -> StepResult:
+def apply_all_or_none(accelerator: Accelerator, *updates: tuple[Updater, AccumulatedGradients]) -> StepResult:
     """Take the step of all optimisers, or of none if any of them, in any process, met a non-finite loss or gradient."""
     finite = torch.stack([accumulated.finite for _, accumulated in updates]).all(dim=0)
     usable = torch.stack([accumulated.usable for _, accumulated in updates]).all()
@@ -213,7 +215,7 @@ def _rescale(scaler: torch.amp.GradScaler, bad_loss: Tensor) -> None:
     scaler.update(torch.where(bad_loss > 0, before, scaler.scale(one)))
 
 
-def on_device(batch: Batch, device: torch.device) -> Batch:
+def batch_to_device(batch: Batch, device: torch.device) -> Batch:
     """The batch with its tensors on `device`; from pinned memory, the copies do not hold up the host."""
     return {
         name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
@@ -233,7 +235,7 @@ def uses_channels_last(trainer: TrainerSettings, accelerator: Accelerator, laten
     return wanted and not (latents and on_cpu)
 
 
-def arrange(tensor: Tensor, channels_last: bool) -> Tensor:
+def to_memory_format(tensor: Tensor, channels_last: bool) -> Tensor:
     """A tensor of channels-last layout, if asked for: 3-D convolutions' tensors have five axes, 2-D ones' have four."""
     if channels_last and tensor.ndim == 5:
         return tensor.to(memory_format=torch.channels_last_3d)
@@ -242,13 +244,13 @@ def arrange(tensor: Tensor, channels_last: bool) -> Tensor:
     return tensor
 
 
-def arrange_module(module: nn.Module, channels_last: bool) -> nn.Module:
+def module_to_memory_format(module: nn.Module, channels_last: bool) -> nn.Module:
     """The module with its convolutions' weights in that layout, each by its own number of axes."""
     for parameter in module.parameters():
-        parameter.data = arrange(parameter.data, channels_last)
+        parameter.data = to_memory_format(parameter.data, channels_last)
     return module
 
 
-def adam(parameters: Iterable[nn.Parameter] | list[dict[str, Any]], lr: float, optim: Optim) -> torch.optim.Adam:
+def build_adam(parameters: Iterable[nn.Parameter] | list[dict[str, Any]], lr: float, optim: Optim) -> torch.optim.Adam:
     """Adam with the config's betas; fused: one pass over memory updates all tensors, and can be told to skip."""
     return torch.optim.Adam(parameters, lr=lr, betas=tuple(optim.betas), weight_decay=optim.weight_decay, fused=True)

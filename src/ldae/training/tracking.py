@@ -61,14 +61,14 @@ class Tracker:
                 log.warning("%s: a damaged line is dropped: %.60r", self._jsonl, line)
         write_text(self._jsonl, "".join(f"{line}\n" for line in kept))
 
-    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+    def log_scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Append one record and the TensorBoard points."""
         with open(self._jsonl, "a", encoding="utf-8") as handle:
             handle.write(json.dumps({"step": step, **values}) + "\n")
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
 
-    def progress(self, step: int, values: Mapping[str, float]) -> None:
+    def log_progress(self, step: int, values: Mapping[str, float]) -> None:
         """One console line with the time left."""
         since, first = self._start
         per_step = (time.monotonic() - since) / max(step - first, 1)
@@ -76,7 +76,7 @@ class Tracker:
         numbers = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
         log.info("%s %d/%d  %s  %.3f s/step  ETA %s", self.name, step, self.total, numbers, per_step, left)
 
-    def volumes(self, step: int, pictures: Mapping[str, Any]) -> None:
+    def log_volumes(self, step: int, pictures: Mapping[str, Any]) -> None:
         """Orthogonal slices of each title's volumes to TensorBoard."""
         for title, volumes in pictures.items():
             self._writer.add_image(title, orthogonal_slices(volumes)[None], step)

@@ -85,7 +85,7 @@ class Trainer:
         if progress.step:
             log.info("resuming %s at step %d of %d", stage.name, progress.step, total)
         guard = StepGuard(
-            self.accelerator, stage, progress, settings.max_skipped, self.checkpoints.last,
+            self.accelerator, stage, progress, settings.max_skipped, self.checkpoints.describe_newest,
             told=lambda: self.signals.received is not None,
         )  # fmt: skip
         with self.signals:
@@ -96,7 +96,7 @@ class Trainer:
                     scalars = guard(batches.at(progress.step))
                     progress.step += 1
                     if progress.step % settings.log_every == 0 or progress.step == total:
-                        guard.settle()
+                        guard.read_all_reports()
                         self._log(progress, {} if guard.last_skipped else scalars, tracker)
             finally:
                 batches.close()
@@ -141,8 +141,8 @@ class Trainer:
         if tracker:
             numbers |= {"skipped": progress.skipped} if progress.skipped else {}
             numbers |= {"overflowed": progress.overflowed} if progress.overflowed else {}
-            tracker.scalars(progress.step, {f"train/{name}": value for name, value in numbers.items()})
-            tracker.progress(progress.step, numbers)
+            tracker.log_scalars(progress.step, {f"train/{name}": value for name, value in numbers.items()})
+            tracker.log_progress(progress.step, numbers)
 
     def _set_learning_rates(self, stage: Stage, base: dict[str, list[float]], step: int, total: int) -> None:
         factor = learning_rate_factor(step, total, self.optim)
@@ -168,7 +168,7 @@ class Trainer:
         last = last or (settings.patience is not None and progress.stale > settings.patience)
         if tracker and due(settings.preview_every) and progress.previewed != step:
             with torch.no_grad(), stage.averaged():
-                tracker.volumes(step, stage.preview())
+                tracker.log_volumes(step, stage.preview())
             progress.previewed = step
         stopping = self._stopping(guard)
         if due(settings.checkpoint_every) or stopping or last:
@@ -198,7 +198,7 @@ class Trainer:
         except OSError as error:
             raise UserError(
                 f"cannot save step {progress.step} ({error.strerror or error}: {error.filename or self.run.path}); "
-                f"{self.checkpoints.last()}: make room or writable, and run the same command again"
+                f"{self.checkpoints.describe_newest()}: make room or writable, and run the same command again"
             ) from error
 
     def _validate(self, stage: Stage, progress: Progress, metadata: dict[str, Any], tracker: Tracker | None) -> None:
@@ -221,6 +221,6 @@ class Trainer:
     def _publish(self, stage: Stage, progress: Progress, metadata: dict[str, Any], metrics: dict[str, float]) -> None:
         weights = stage.weights()
         for name, tensors in weights.items():
-            refuse_non_finite(tensors, name, progress.step, self.checkpoints.last())
+            refuse_non_finite(tensors, name, progress.step, self.checkpoints.describe_newest())
         about = {"stage": stage.name, "step": progress.step, "metrics": metrics, **metadata, **stage.metadata()}
         self.run.publish(weights, about)

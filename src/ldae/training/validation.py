@@ -20,7 +20,7 @@ def mean_over_scans(found: Mapping[int, Mapping[str, Tensor]], accelerator: Acce
     Args:
         found: one-element tensors on the device by row and by name of the metric; every row has the same names.
     """
-    rows = list(read_back(found).items())
+    rows = list(read_metrics(found).items())
     everything = gather_object(rows) if accelerator.num_processes > 1 else rows
     ordered = [metrics for _, metrics in sorted(everything, key=lambda item: item[0])]
     if not ordered:
@@ -28,7 +28,7 @@ def mean_over_scans(found: Mapping[int, Mapping[str, Tensor]], accelerator: Acce
     return {name: float(np.mean([metrics[name] for metrics in ordered])) for name in ordered[0]}
 
 
-def read_back(found: Mapping[int, Mapping[str, Tensor]]) -> dict[int, dict[str, float]]:
+def read_metrics(found: Mapping[int, Mapping[str, Tensor]]) -> dict[int, dict[str, float]]:
     """The values of one-element tensors, read together: the one place where a validation waits for the device."""
     if not found:
         return {}
