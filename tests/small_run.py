@@ -4,14 +4,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import open_dict
 from torch import nn
 
 from ldae.bundle.bundle import Bundle
-from ldae.config import conf_dir, register
-from ldae.data.latents import write_about
+from ldae.config import compose_config
+from ldae.data.latents import write_metadata
 from ldae.editing.frozen_probes import OURS, Frozen, write_frozen
 from ldae.editing.linear_model import LinearModel
 from ldae.runs import Workspace, estimator_node
@@ -38,9 +37,7 @@ def small_run(root: Path, likeness: Likeness | None = None, about: dict | None =
     `about`: what encode_latents.py found besides.
     """
     found = {"likeness": likeness.to_dict() if likeness else None, **(about or {})}
-    register()
-    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        config = compose("train", SMALL)
+    config = compose_config("train", SMALL)
     with open_dict(config):
         config.hydra = None
     space = Workspace(root)
@@ -64,5 +61,5 @@ def small_run(root: Path, likeness: Likeness | None = None, about: dict | None =
     probe = LinearModel("diagnosis", *rng.uniform(0.5, 1, (3, 16)), intercept=0.1, classes=("CN", "AD"))
     weights = Bundle.of_run(space.root).weights
     write_frozen(space.evaluation / "probes.json", {"diagnosis": {OURS: Frozen([], probe)}}, weights)
-    write_about(space.latents, found | {"autoencoder_sha256": space.stage("aekl").sha256("autoencoder")})
+    write_metadata(space.latents, found | {"autoencoder_sha256": space.stage("aekl").sha256("autoencoder")})
     return space.root

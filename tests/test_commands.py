@@ -14,7 +14,7 @@ from ldae.cli import COMMANDS, main
 from ldae.commands.options import numbers
 from ldae.data.transforms import Transform
 from ldae.utils.errors import UserError
-from ldae.utils.resumable_csv import GrowingTable
+from ldae.utils.resumable_csv import ResumableCsv
 from small_run import small_run
 from test_native import brain, likeness_of_brains, reoriented
 
@@ -162,7 +162,7 @@ def test_embed_goes_on_where_it_stopped_and_sees_a_scan_that_was_replaced(ldae, 
 
 def test_done_scans_are_not_computed_again(ldae, place, monkeypatch):
     assert ldae("embed", "a.nii.gz", "-o", "once.csv").exit_code == 0
-    monkeypatch.setattr(GrowingTable, "add", lambda *_: pytest.fail("computed again"))
+    monkeypatch.setattr(ResumableCsv, "add", lambda *_: pytest.fail("computed again"))
     assert ldae("embed", "a.nii.gz", "-o", "once.csv").exit_code == 0
 
 

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import torch
 
-from ldae.data.splits import ensure, fold_members
+from ldae.data.splits import load_or_draw_split, subjects_of_fold
 from ldae.editing.linear_model import LinearModel
 from ldae.evaluation.context import Context
 from ldae.evaluation.html_report import write_report
@@ -157,16 +157,16 @@ def test_folds_are_disjoint_cover_everyone_and_are_kept(tmp_path):
     tests = []
     for fold in range(5):
         path = tmp_path / f"{fold}.csv"
-        found = ensure(table, path, shares, 0, (fold, 5))
+        found = load_or_draw_split(table, path, shares, 0, (fold, 5))
         tests.append(set(found[found["split"] == "test"]["subject"]))
         assert {"train", "val"} <= set(found["split"])
-        again = ensure(table, path, shares, 0, (fold, 5))
+        again = load_or_draw_split(table, path, shares, 0, (fold, 5))
         assert again["split"].tolist() == found["split"].tolist()
     assert [len(part) for part in tests] == [18] * 5
     assert set.union(*tests) == set(table["subject"])
-    assert fold_members(table.sample(frac=1, random_state=1), 2, 5, 0) == tests[2]
+    assert subjects_of_fold(table.sample(frac=1, random_state=1), 2, 5, 0) == tests[2]
     with pytest.raises(UserError, match=r"data\.split\.fold=5"):
-        fold_members(table, 5, 5, 0)
+        subjects_of_fold(table, 5, 5, 0)
 
 
 def test_the_test_folds_of_several_runs_are_put_together(tmp_path):
@@ -174,7 +174,7 @@ def test_the_test_folds_of_several_runs_are_put_together(tmp_path):
     context.out.mkdir()
     tasks = {"age": Regression("age", bias_correction=True)}
     for fold in range(3):
-        held = fold_members(context.table, fold, 3, 0)
+        held = subjects_of_fold(context.table, fold, 3, 0)
         split = np.where(context.table["subject"].isin(held), "test", "train")
         out = tmp_path / f"run{fold}" / "evaluation"
         out.mkdir(parents=True)

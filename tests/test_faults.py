@@ -24,7 +24,7 @@ from ldae.data.volumes import VolumeCache
 from ldae.training.signals import StopSignals
 from ldae.utils.entrypoint import explain
 from ldae.utils.errors import EXIT_REQUEUE, EXIT_USER_ERROR, UserError
-from ldae.utils.locks import only_writer
+from ldae.utils.locks import lock_folder
 
 
 @pytest.fixture(scope="module")
@@ -138,21 +138,21 @@ def test_our_own_faults_keep_their_traceback() -> None:
 
 
 def test_a_folder_has_one_writer(tmp_path: Path) -> None:
-    with only_writer(tmp_path), pytest.raises(UserError, match="another process writes to"), only_writer(tmp_path):
+    with lock_folder(tmp_path), pytest.raises(UserError, match="another process writes to"), lock_folder(tmp_path):
         pass
     (tmp_path / ".lock").write_text("")
-    with only_writer(tmp_path):
+    with lock_folder(tmp_path):
         assert (tmp_path / ".lock").read_text()
 
 
 def test_a_dead_holder_on_another_host_is_waited_for_and_a_living_one_refused(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr("ldae.utils.locks.DEAD", 0.2)
     (tmp_path / ".lock").write_text("elsewhere 17")
-    with only_writer(tmp_path):
+    with lock_folder(tmp_path):
         pass
     monkeypatch.setattr("ldae.utils.locks.DEAD", 60.0)
     monkeypatch.setattr("ldae.utils.locks.BEAT", 0.05)
     (tmp_path / ".lock").write_text("elsewhere 17")
     monkeypatch.setattr("time.sleep", lambda _: (tmp_path / ".lock").touch())
-    with pytest.raises(UserError, match="process 17 on elsewhere"), only_writer(tmp_path):
+    with pytest.raises(UserError, match="process 17 on elsewhere"), lock_folder(tmp_path):
         pass

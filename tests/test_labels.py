@@ -50,10 +50,10 @@ def test_regions_equal_fresh_ones_and_each_map_is_read_once(tmp_path, transform,
     for _ in range(2):
         cache = RegionCache(tmp_path / "cache", transform, [VENTRICLES, HIPPOCAMPI])
         for labels, expected in fresh.items():
-            found = cache.shares(maps, labels)
+            found = cache.fractions(maps, labels)
             assert found.dtype == np.float32
             np.testing.assert_array_equal(found, expected)
-            np.testing.assert_array_equal(cache.shares(maps, labels[::-1]), expected)
+            np.testing.assert_array_equal(cache.fractions(maps, labels[::-1]), expected)
     assert sorted(opened) == maps
     assert transform.resampled == 2 * len(maps)
 
@@ -62,8 +62,8 @@ def test_a_region_that_was_not_announced_is_made_when_it_is_asked_for(tmp_path, 
     path, cache = label_map(tmp_path / "map.nii.gz"), RegionCache(tmp_path / "cache", transform, [VENTRICLES])
     expected = Transform(transform.shape, transform.spacing).fraction(path, OTHER)
     for _ in range(2):
-        np.testing.assert_array_equal(cache.share(path, OTHER), expected)
-    cache.share(path, VENTRICLES)
+        np.testing.assert_array_equal(cache.fraction(path, OTHER), expected)
+    cache.fraction(path, VENTRICLES)
     assert transform.resampled == 2
 
 
@@ -74,21 +74,21 @@ def test_another_file_transform_or_region_has_another_place(tmp_path, transform)
     os.utime(path, ns=(1, 1))
     places.add(cache.file(path, VENTRICLES))
     assert len(places) == 4
-    before = cache.share(path, VENTRICLES)
+    before = cache.fraction(path, VENTRICLES)
     label_map(path, seed=5)
-    assert not np.array_equal(cache.share(path, VENTRICLES), before)
+    assert not np.array_equal(cache.fraction(path, VENTRICLES), before)
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "foreign"])
 def test_a_damaged_file_is_made_again(tmp_path, transform, caplog, damage):
     path, cache = label_map(tmp_path / "map.nii.gz"), RegionCache(tmp_path / "cache", transform)
-    expected, file = cache.share(path, VENTRICLES), cache.file(path, VENTRICLES)
+    expected, file = cache.fraction(path, VENTRICLES), cache.file(path, VENTRICLES)
     content = bytearray(file.read_bytes())
     whole = bytes(content)
     content[-2] ^= 0x40
     broken = {"cut": whole[:-8], "flipped": bytes(content), "empty": b"", "foreign": b"not a region" * 9}[damage]
     file.write_bytes(broken)
-    np.testing.assert_array_equal(cache.share(path, VENTRICLES), expected)
+    np.testing.assert_array_equal(cache.fraction(path, VENTRICLES), expected)
     assert file.read_bytes() == whole
     assert transform.resampled == 2
     assert f"{file} is damaged" in caplog.text
@@ -97,13 +97,13 @@ def test_a_damaged_file_is_made_again(tmp_path, transform, caplog, damage):
 def test_a_label_map_that_cannot_be_used_is_named(tmp_path, transform):
     cache, path = RegionCache(tmp_path / "cache", transform), tmp_path / "map.nii.gz"
     with pytest.raises(BadScan, match=r"map\.nii\.gz: no such file"):
-        cache.share(path, VENTRICLES)
+        cache.fraction(path, VENTRICLES)
     path.write_bytes(b"nothing")
     with pytest.raises(BadScan, match=r"map\.nii\.gz: unreadable"):
-        cache.share(path, VENTRICLES)
+        cache.fraction(path, VENTRICLES)
     nib.save(nib.Nifti1Image(np.zeros((4, 4, 4, 2), np.int16), np.eye(4)), path)
     with pytest.raises(BadScan, match=r"map\.nii\.gz: not one 3-D volume"):
-        cache.share(path, VENTRICLES)
+        cache.fraction(path, VENTRICLES)
     assert not list((tmp_path / "cache").rglob("*.region"))
 
 
@@ -114,7 +114,7 @@ def test_many_may_ask_at_once(tmp_path, transform):
 
     def ask():
         cache = RegionCache(tmp_path / "cache", Transform(transform.shape, transform.spacing), [VENTRICLES, HIPPOCAMPI])
-        found.append(cache.share(path, VENTRICLES))
+        found.append(cache.fraction(path, VENTRICLES))
 
     threads = [threading.Thread(target=ask) for _ in range(6)]
     for thread in threads:

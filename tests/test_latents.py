@@ -19,9 +19,9 @@ import pytest
 import torch
 
 from ldae.data.cohort import load_cohort
-from ldae.data.latent_file import FILE, LatentFile, row_digests, write_latents
+from ldae.data.latent_file import LATENT_FILE, LatentFile, digest_rows, write_latents
 from ldae.data.latent_npz import npz_name, write_npz
-from ldae.data.latents import ABOUT, CHUNK, LatentSet, channel_scale, write_about
+from ldae.data.latents import METADATA_FILE, CHUNK, LatentSet, channel_scale, write_metadata
 from ldae.data.table import read_table, write_table
 from ldae.data.transforms import Transform
 from ldae.stages.encode_latents import encode_cohort, scan_digests
@@ -130,7 +130,7 @@ def npz_folder(scans, folder, weights=WEIGHTS):
         write_npz(folder / name, mean.numpy(), std.numpy(), weights)
     write_table(table.assign(latent_path=names), folder / "old.csv")
     about = {"table": "old.csv", "scale": [1.0, 1.0, 1.0], "split_hash": "0", "autoencoder_sha256": weights}
-    write_about(folder, about)
+    write_metadata(folder, about)
 
 
 def test_one_file_holds_what_npz_files_held_to_the_bit(scans, whole, tmp_path):
@@ -140,11 +140,11 @@ def test_one_file_holds_what_npz_files_held_to_the_bit(scans, whole, tmp_path):
         assert torch.equal(mine, right)
         assert torch.equal(theirs, right)
     assert sorted(p.name for p in whole.iterdir()) == [
-        ABOUT, FILE, "rejected.csv", "scans_with_compressed_latent.csv"
+        METADATA_FILE, LATENT_FILE, "rejected.csv", "scans_with_compressed_latent.csv"
     ]  # fmt: skip
-    assert set(pd.read_csv(whole / "scans_with_compressed_latent.csv")["latent_path"]) == {FILE}
+    assert set(pd.read_csv(whole / "scans_with_compressed_latent.csv")["latent_path"]) == {LATENT_FILE}
     assert new.table["subject"].tolist() == [f"s{number}" for number in range(SCANS)]
-    assert json.loads((whole / ABOUT).read_text())["shape"] == [3, 2, 2, 2]
+    assert json.loads((whole / METADATA_FILE).read_text())["shape"] == [3, 2, 2, 2]
 
 
 @pytest.mark.parametrize("processes", [2, 3])
@@ -178,7 +178,7 @@ def test_a_killed_run_goes_on_where_it_was(scans, whole, tmp_path, caplog):
         encode(scans, tmp_path, Encoder(fail_at=3))
     shards = sorted(tmp_path.rglob("shards/*.safetensors"))
     assert len(shards) == 3
-    assert not (tmp_path / ABOUT).exists()
+    assert not (tmp_path / METADATA_FILE).exists()
     shards[0].write_bytes(shards[0].read_bytes()[:-5])  # torn by a disk that lost its power
     (tmp_path / "shards" / ".tmp-00-x.safetensors").write_bytes(b"half")
     caplog.set_level("INFO")
@@ -189,17 +189,17 @@ def test_a_killed_run_goes_on_where_it_was(scans, whole, tmp_path, caplog):
 
 def test_what_is_finished_is_neither_encoded_nor_written_again(scans, tmp_path):
     encode(scans, tmp_path)
-    before = (tmp_path / FILE).stat()
+    before = (tmp_path / LATENT_FILE).stat()
     assert encode(scans, tmp_path) == [0]
-    after = (tmp_path / FILE).stat()
+    after = (tmp_path / LATENT_FILE).stat()
     assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
 
 
 def test_a_damaged_row_is_encoded_again(scans, whole, tmp_path):
     encode(scans, tmp_path)
-    data = bytearray((tmp_path / FILE).read_bytes())
+    data = bytearray((tmp_path / LATENT_FILE).read_bytes())
     data[len(data) // 2] ^= 64  # within the deviations
-    (tmp_path / FILE).write_bytes(data)
+    (tmp_path / LATENT_FILE).write_bytes(data)
     assert encode(scans, tmp_path) == [1]
     assert contents(tmp_path) == contents(whole)
 
@@ -226,8 +226,8 @@ def test_npz_files_of_an_earlier_version_are_taken_over(scans, whole, tmp_path, 
     damaged.write_bytes(damaged.read_bytes()[:200])
     assert encode(scans, tmp_path) == [1]
     assert "9 scans are taken from the NPZ files" in caplog.text
-    assert (tmp_path / FILE).read_bytes() == (whole / FILE).read_bytes()
-    assert LatentSet.open(tmp_path).table["latent_path"].tolist() == [str(tmp_path / FILE)] * SCANS
+    assert (tmp_path / LATENT_FILE).read_bytes() == (whole / LATENT_FILE).read_bytes()
+    assert LatentSet.open(tmp_path).table["latent_path"].tolist() == [str(tmp_path / LATENT_FILE)] * SCANS
 
 
 @pytest.mark.parametrize("old", [npz_folder, lambda scans, folder, weights: encode(scans, folder, weights=weights)])
@@ -246,18 +246,18 @@ def test_latents_that_are_not_finite_name_their_scans(scans, tmp_path):
 
 def made_up(folder, count, shape=(2, 2, 1, 1), file_of=None, weights=WEIGHTS):
     """A folder with `count` random latents, in a file of the rows `file_of` of its table."""
-    rows = [(f"s{n}", "ses-M000", f"{n}.nii", "CN", 70, ("train", "val")[n % 2], FILE) for n in range(count)]
+    rows = [(f"s{n}", "ses-M000", f"{n}.nii", "CN", 70, ("train", "val")[n % 2], LATENT_FILE) for n in range(count)]
     columns = ["subject", "session", "path", "diagnosis", "age", "split", "latent_path"]
     table = pd.DataFrame(rows, columns=columns)
-    row = row_digests(table)[slice(None) if file_of is None else file_of]
+    row = digest_rows(table)[slice(None) if file_of is None else file_of]
     rng = np.random.default_rng(0)
     mean, std = rng.standard_normal((2, len(row), *shape), dtype=np.float32)
     # In batches of 7, to be written in pieces.
     parts = [(mean[i : i + 7], std[i : i + 7]) for i in range(0, len(row), 7)]
-    write_latents(folder / FILE, weights, row, row, parts)
+    write_latents(folder / LATENT_FILE, weights, row, row, parts)
     write_table(table, folder / "scans.csv")
     about = {"table": "scans.csv", "scale": [1.0, 2.0], "split_hash": "0", "autoencoder_sha256": WEIGHTS}
-    write_about(folder, about)
+    write_metadata(folder, about)
     return mean, std
 
 
@@ -270,7 +270,7 @@ def test_thousands_are_opened_at_once_and_mapped_not_copied(tmp_path):
     np.testing.assert_array_equal(latents.std.numpy(), std)
     assert latents.to(torch.device("cpu")).mean.data_ptr() == latents.mean.data_ptr()
     address = latents.mean.data_ptr()
-    mapped = [line for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith(FILE)]
+    mapped = [line for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith(LATENT_FILE)]
     spans = [[int(end, 16) for end in line.split()[0].split("-")] for line in mapped]
     assert any(begin <= address < end for begin, end in spans)
 
@@ -314,7 +314,7 @@ def test_a_damaged_file_is_refused_in_one_line(tmp_path, damage):
     made_up(tmp_path, 9)
     LatentSet.open(tmp_path)
     before = contents(tmp_path)
-    damage(tmp_path / FILE)
+    damage(tmp_path / LATENT_FILE)
     assert contents(tmp_path) != before
     with pytest.raises(UserError, match=r"encode_latents\.py again") as caught:
         LatentSet.open(tmp_path)
@@ -333,9 +333,9 @@ def test_a_foreign_file_and_a_missing_row_are_refused(tmp_path):
 def test_batches_of_another_shape_and_number_write_nothing(tmp_path):
     row, first = np.zeros((3, 16), np.uint8), np.zeros((2, 3, 2, 2, 2), np.float32)
     with pytest.raises(UserError, match="differ in shape"):
-        write_latents(tmp_path / FILE, WEIGHTS, row, row, [(first, first), (first[:1, :2], first[:1, :2])])
+        write_latents(tmp_path / LATENT_FILE, WEIGHTS, row, row, [(first, first), (first[:1, :2], first[:1, :2])])
     with pytest.raises(ValueError, match="2 latents for 3 rows"):
-        write_latents(tmp_path / FILE, WEIGHTS, row, row, [(first, first)])
+        write_latents(tmp_path / LATENT_FILE, WEIGHTS, row, row, [(first, first)])
     assert not list(tmp_path.iterdir())
 
 
@@ -359,7 +359,7 @@ def test_the_moments_are_those_of_all_rows_at_once(tmp_path):
     np.testing.assert_allclose(m, scale * mean[rows].mean(0), atol=1e-6)
     variance = mean[rows].astype(float).var(0) + np.square(std[rows].astype(float)).mean(0)
     np.testing.assert_allclose(v, scale**2 * variance, rtol=1e-6)
-    assert LatentFile.open(tmp_path / FILE, WEIGHTS).intact()
+    assert LatentFile.open(tmp_path / LATENT_FILE, WEIGHTS).intact()
 
 
 def test_latents_of_another_precision_are_other_latents(scans):

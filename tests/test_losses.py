@@ -10,11 +10,11 @@ from ldae.losses.denoising import denoising_loss, gap_filling_loss
 from ldae.losses.perceptual import MedicalNetDistance, SliceLpips, SqueezeLpips, plane_slices
 from ldae.losses.structural import _gaussian_mean, ssim_map, structural_dissimilarity
 from ldae.utils.errors import UserError
-from ldae.utils.seeding import generator, normal
+from ldae.utils.seeding import make_generator, draw_normal
 
 
 def drawn(*shape, key=0):
-    return torch.randn(*shape, generator=generator(0, key))
+    return torch.randn(*shape, make_generator=make_generator(0, key))
 
 
 def test_kl_is_summed_over_the_latent_and_averaged_over_the_batch():
@@ -57,9 +57,9 @@ def test_the_gap_is_filled_by_the_gradient_that_equals_it(parameterisation):
 
 
 def test_noise_of_a_sample_does_not_depend_on_its_batch():
-    whole = normal((3, 2), 7, [4, 5, 6], "noise")
-    torch.testing.assert_close(whole[1:], normal((3, 2), 7, [5, 6], "noise"), rtol=0, atol=0)
-    assert not torch.equal(whole, normal((3, 2), 7, [4, 5, 6], "other"))
+    whole = draw_normal((3, 2), 7, [4, 5, 6], "noise")
+    torch.testing.assert_close(whole[1:], draw_normal((3, 2), 7, [5, 6], "noise"), rtol=0, atol=0)
+    assert not torch.equal(whole, draw_normal((3, 2), 7, [4, 5, 6], "other"))
     z_t = add_noise(linear(), torch.zeros(3, 3, 2), whole, torch.tensor([999, 999, 999]))
     assert z_t.std() > 0.5
 
@@ -83,7 +83,7 @@ def test_lpips_is_a_distance_deterministic_under_its_generator(lpips_files):
     lpips = SliceLpips(**files)
     assert sum(p.numel() for p in lpips.network.features.parameters()) == 722_496, "SqueezeNet 1.1 without classifier"
     a, b = torch.rand(1, 1, 36, 40, 36), torch.rand(1, 1, 36, 40, 36)
-    first, again, other = (lpips.draw((36, 40, 36), generator(seed)) for seed in (1, 1, 2))
+    first, again, other = (lpips.draw((36, 40, 36), make_generator(seed)) for seed in (1, 1, 2))
     assert [len(keep) for keep in first.values()] == [18, 20, 18]
     assert lpips(a, a, first) == 0
     assert lpips(a, b, first) == lpips(a, b, again) > 0
@@ -139,7 +139,7 @@ def test_medicalnet_loads_its_file_strictly_and_measures(tmp_path):
 
 def test_structural_dissimilarity_is_one_minus_ssim_and_leads_to_its_optimum():
     """0 for equal volumes, and descending it makes a blurred volume like the sharp one again."""
-    x = torch.rand(1, 1, 12, 12, 12, generator=torch.Generator().manual_seed(0))
+    x = torch.rand(1, 1, 12, 12, 12, make_generator=torch.Generator().manual_seed(0))
     assert float(structural_dissimilarity(x, x)) == pytest.approx(0, abs=1e-6)
     blurred = torch.nn.functional.avg_pool3d(x, 3, 1, 1).requires_grad_(True)
     start = structural_dissimilarity(blurred, x)

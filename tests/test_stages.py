@@ -22,7 +22,7 @@ from ldae.models.unet import UNet
 from ldae.stages.aekl import AutoencoderStage
 from ldae.stages.pretrain import PretrainStage
 from ldae.stages.repr import ReprStage
-from ldae.utils.seeding import generator
+from ldae.utils.seeding import make_generator
 
 SHAPE = (16, 16, 16)
 UNET = {"base": 8, "multipliers": (1, 2), "residual_blocks": 1, "attention_at": (2,), "groups": 4, "dropout": 0.0}
@@ -34,7 +34,7 @@ class Cohort:
     split_hash = "h"
 
     def __init__(self):
-        self.x = torch.rand(8, 1, *SHAPE, generator=generator(0, "x"))
+        self.x = torch.rand(8, 1, *SHAPE, make_generator=make_generator(0, "x"))
         take = lambda rows: self.x[torch.as_tensor(np.array(rows))]  # noqa: E731
         self.volumes = SimpleNamespace(batch=take, stored=take, decoded=lambda x: x, shape=SHAPE)
         subjects = ["a", "a", "b", "c", "d", "e", "f", "f"]
@@ -136,7 +136,7 @@ def test_the_autoencoders_validation_is_better_for_a_better_reconstruction(aekl)
 
 def latents(cohort):
     shape = (8, 3, 4, 4, 4)
-    mean = torch.randn(shape, generator=generator(1, "latent"))
+    mean = torch.randn(shape, make_generator=make_generator(1, "latent"))
     return LatentSet(cohort.table, mean, torch.full(shape, 0.1), torch.ones(3), "h", "sha")
 
 

@@ -21,7 +21,7 @@ from ldae.training.health import SpikeDetector
 from ldae.training.stage import Monitor, Stage, Updater, build_adam
 from ldae.training.trainer import Trainer, learning_rate_factor
 from ldae.utils.errors import EXIT_REQUEUE, UserError
-from ldae.utils.seeding import normal
+from ldae.utils.seeding import draw_normal
 
 DATA = torch.randn(11, 5, generator=torch.Generator().manual_seed(3))
 
@@ -50,7 +50,7 @@ class Toy(Stage):
 
     def loss(self, batch):
         x = DATA[batch["index"]]
-        noise = normal((5,), self.seed, batch["position"])
+        noise = draw_normal((5,), self.seed, batch["position"])
         return {"loss": (self.net(x + noise) - x).square().mean()}
 
     def run_step(self, micro_batches, step):

@@ -12,7 +12,7 @@ from ldae.models.gradient_estimator import GradientEstimator
 from ldae.models.unet import UNet
 from ldae.models.voxel_prior import LEAST, VoxelPrior
 from ldae.utils.errors import UserError
-from ldae.utils.seeding import normal
+from ldae.utils.seeding import draw_normal
 
 SHAPE = {"in_channels": 2, "base": 8, "multipliers": (1, 2), "residual_blocks": 1, "groups": 4}
 LINEAR = schedule.linear()
@@ -29,14 +29,14 @@ def fitted(parameterisation):
 
 
 def latents(count):
-    return MEAN + VARIANCE.sqrt() * normal(MEAN.shape, 0, range(count), "z0")
+    return MEAN + VARIANCE.sqrt() * draw_normal(MEAN.shape, 0, range(count), "z0")
 
 
 @pytest.mark.parametrize("parameterisation", [Velocity(), Epsilon()])
 @pytest.mark.parametrize("t", [3, 300, 950])
 def test_expected_is_the_regression_on_z_t_and_deviation_what_it_leaves(parameterisation, t):
     z0 = latents(3000)
-    noise, times = normal(MEAN.shape, 0, range(3000), "noise"), torch.full((3000,), t)
+    noise, times = draw_normal(MEAN.shape, 0, range(3000), "noise"), torch.full((3000,), t)
     z_t = add_noise(LINEAR, z0, noise, times)
     found = fitted(parameterisation)(z_t, times)
     rest = parameterisation.target(LINEAR, z0, noise, times) - found.expected
@@ -68,7 +68,7 @@ def test_estimate_counts_in_the_deviations_that_the_prior_leaves():
     unet = UNet(**SHAPE, prior=prior).eval()
     estimator = GradientEstimator(semantic_dim=4, modes=2, **SHAPE).eval()
     torch.nn.init.ones_(estimator.path.conv.bias)
-    z_t, t = normal(MEAN.shape, 0, range(2), "z_t"), torch.tensor([100.0, 700.5])
+    z_t, t = draw_normal(MEAN.shape, 0, range(2), "z_t"), torch.tensor([100.0, 700.5])
     gradient = estimator(unet.features(z_t, t), torch.zeros(2, 4))
     assert torch.allclose(gradient, prior(z_t, t).deviation, atol=1e-6)
 
@@ -89,9 +89,9 @@ def test_refuses_another_schedule_or_number_of_channels():
 
 
 def test_moments_are_those_of_drawn_latents():
-    mean, std = normal((3, 4, 4, 4), 0, range(5), "mean"), torch.full((5, 3, 4, 4, 4), 0.5)
+    mean, std = draw_normal((3, 4, 4, 4), 0, range(5), "mean"), torch.full((5, 3, 4, 4, 4), 0.5)
     encoded = LatentSet(None, mean, std, torch.tensor([1.0, 2.0, 3.0]), "", "")
-    drawn = encoded.sample(torch.tensor([0, 2]).repeat(4000), normal((3, 4, 4, 4), 1, range(8000), "noise"))
+    drawn = encoded.sample(torch.tensor([0, 2]).repeat(4000), draw_normal((3, 4, 4, 4), 1, range(8000), "noise"))
     found = encoded.moments([0, 2])
     assert torch.allclose(found[0], drawn.mean(0), atol=0.1)
     assert torch.allclose(found[1], drawn.var(0), rtol=0.15)

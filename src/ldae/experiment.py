@@ -12,10 +12,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from ldae.config import check_constructor_arguments
 from ldae.data.cohort import Cohort, load_cohort
-from ldae.runs import Run, Workspace, workspace
+from ldae.runs import Run, Workspace, open_workspace
 from ldae.utils.errors import UserError
-from ldae.utils.locks import only_writer
-from ldae.utils.seeding import derive
+from ldae.utils.locks import lock_folder
+from ldae.utils.seeding import derive_seed
 
 log = logging.getLogger(__name__)
 
@@ -100,12 +100,12 @@ def train(config: DictConfig) -> None:
 
     _check(config)
     accelerator = instantiate(config.accelerator)
-    space = workspace(config)
+    space = open_workspace(config)
     name = config.stage._target_.rsplit(".", 2)[-2]
     run = space.stage(name)
     _check_predecessors(config, space)
     check_changes(run, config)
-    with only_writer(run.path, accelerator.is_main_process):
+    with lock_folder(run.path, accelerator.is_main_process):
         _train(config, accelerator, space, run)
     accelerator.end_training()
 
@@ -117,9 +117,9 @@ def _train(config: DictConfig, accelerator: Accelerator, space: Workspace, run: 
     set_up_backends(autotune=True)
     cohort = open_cohort(config, accelerator, space)
     # A run that is killed before its first checkpoint starts again from the same weights.
-    set_seed(derive(config.seed, "weights", config.stage._target_) % 2**32)
+    set_seed(derive_seed(config.seed, "weights", config.stage._target_) % 2**32)
     # Partial: Hydra would turn the cohort, a dataclass, into a config.
-    stage = instantiate(config.stage, _partial_=True)(cohort=cohort, workspace=space)
+    stage = instantiate(config.stage, _partial_=True)(cohort=cohort, open_workspace=space)
     if accelerator.is_main_process:
         run.write_config(config)
         cohort.write_rejected(run.path / "rejected.csv")
@@ -145,7 +145,7 @@ def encode(config: DictConfig) -> None:
 
     _check(config)
     accelerator = instantiate(config.accelerator)
-    space = workspace(config)
+    space = open_workspace(config)
     trained = _has_weights(config.model.autoencoder)
     run = space.predecessor("aekl") if trained else space.stage("aekl")
     cohort = open_cohort(config, accelerator, space)
@@ -156,7 +156,7 @@ def encode(config: DictConfig) -> None:
         raise UserError(f"{run.path} was trained on another split of the subjects than {space.split_file} holds now")
     if run.metadata["transform"] != cohort.transform.key():
         raise UserError(f"{run.path} was trained on volumes of another transform: keep the same data.* values")
-    with only_writer(space.latents, accelerator.is_main_process):
+    with lock_folder(space.latents, accelerator.is_main_process):
         encode_cohort(run, cohort, space.latents, Path(config.data.table), accelerator, config.trainer.batch_size)
 
 
@@ -185,7 +185,7 @@ def evaluate(config: DictConfig) -> None:
 
     _check(config)
     accelerator = instantiate(config.accelerator)
-    space = workspace(config)
+    space = open_workspace(config)
     for stage in ("aekl", "pretrain", "repr"):
         space.predecessor(stage)
     evaluators = {name: instantiate(node) for name, node in config.evaluation.items()}

@@ -25,7 +25,7 @@ from ldae.scans.raw_scan import RawScans
 from ldae.scans.scan import Preprocess
 from ldae.uses import Edit, Uses
 from ldae.utils.errors import UserError
-from ldae.utils.seeding import normal
+from ldae.utils.seeding import draw_normal
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -209,7 +209,7 @@ class LDAE(Inputs, Uses):
     def noise(self, count: int, seed: int = 0) -> Tensor:
         """z_T ~ N(0, I), (count, C, X', Y', Z'): sample i depends on (seed, i) alone."""
         shape = (self.autoencoder.latent_channels, *latent_sizes(self.shape, self.autoencoder.strides))
-        return normal(shape, seed, range(count), "sample").to(self.device)
+        return draw_normal(shape, seed, range(count), "sample").to(self.device)
 
     @_inference
     def sample_from(self, noise: Tensor, steps: int | None = None) -> Tensor:

@@ -65,7 +65,7 @@ class Workspace:
         return run
 
 
-def workspace(config: DictConfig) -> Workspace:
+def open_workspace(config: DictConfig) -> Workspace:
     """The workspace of a composed config; in a Hydra sweep, with the job's overrides as variant."""
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode

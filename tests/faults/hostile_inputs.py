@@ -22,7 +22,7 @@ from omegaconf import OmegaConf
 
 from ldae.data.latent_file import write_latents
 from ldae.data.latent_npz import write_npz
-from ldae.data.latents import ABOUT, write_about
+from ldae.data.latents import METADATA_FILE, write_metadata
 
 CANARY = "executed"  # a file that hostile content would make
 SHARED = "LDAE_SHARED"  # names a folder with real scans
@@ -163,9 +163,9 @@ def abouts(folder: Path, count: int, draw: random.Random) -> Iterator[Case]:
         (path / "table.csv").write_text(
             "subject,session,path,diagnosis,age,split,latent_path\na,0,a,CN,70,train,a.npz\n"
         )
-        write_about(path, _with_another_value(good, draw) if number % 2 == 0 else good)
+        write_metadata(path, _with_another_value(good, draw) if number % 2 == 0 else good)
         if number % 2:
-            (path / ABOUT).write_bytes(_damaged((path / ABOUT).read_bytes(), draw))
+            (path / METADATA_FILE).write_bytes(_damaged((path / METADATA_FILE).read_bytes(), draw))
         yield "latents.json", path
 
 

@@ -20,11 +20,11 @@ from ldae.bench.settings import Bench
 from ldae.bench.straight import NpzLatents, NpzVolumes, Waiting, straighten, straighten_stage
 from ldae.data.augmentation import Augmentation
 from ldae.data.cohort import Cohort
-from ldae.data.latent_file import FILE, row_digests, write_latents
+from ldae.data.latent_file import LATENT_FILE, digest_rows, write_latents
 from ldae.data.latent_npz import npz_name, write_npz
-from ldae.data.latents import write_about
+from ldae.data.latents import write_metadata
 from ldae.data.table import write_table
-from ldae.data.volumes import DTYPES as STORED
+from ldae.data.volumes import STORED_MAXIMUM as STORED
 from ldae.data.volumes import Volumes
 from ldae.denoiser import Denoiser
 from ldae.models.sizes import latent_sizes
@@ -131,19 +131,19 @@ class Subject:
 
     def write_latents(self, shape: Sequence[int]) -> Path:
         """A finished folder of random latents of this shape: one file, or one NPZ a scan for the yardstick."""
-        folder, rng, row = self.folder / "latents", np.random.default_rng(0), row_digests(self.table)
+        folder, rng, row = self.folder / "latents", np.random.default_rng(0), digest_rows(self.table)
         mean = rng.standard_normal((len(row), *shape), dtype=np.float32)
         std = np.full_like(mean, 0.1)
-        names = [FILE] * len(row)
+        names = [LATENT_FILE] * len(row)
         if self.settings.straight:
             names = [npz_name(scan.subject, scan.session) for scan in self.table.itertuples()]
             for name, m, s in zip(names, mean, std, strict=True):
                 write_npz(folder / name, m, s, HASH)
         else:
-            write_latents(folder / FILE, HASH, row, row, [(mean, std)])
+            write_latents(folder / LATENT_FILE, HASH, row, row, [(mean, std)])
         write_table(self.table.assign(latent_path=names), folder / "scans.csv")
         about = {"table": "scans.csv", "scale": [1.0] * shape[0], "split_hash": HASH, "autoencoder_sha256": HASH}
-        write_about(folder, about)
+        write_metadata(folder, about)
         return folder
 
     def stage(self, name: str) -> Stage:

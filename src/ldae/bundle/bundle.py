@@ -35,7 +35,7 @@ from ldae.bundle.description import (
     read_description,
 )
 from ldae.bundle.model_card import CARD, model_card, provenance
-from ldae.data.latents import ABOUT
+from ldae.data.latents import METADATA_FILE
 from ldae.runs import Run, Workspace, build_stored, estimator_node, load_module, to_container
 from ldae.utils.errors import UserError
 from ldae.utils.files import file_sha256, read_json, replacing, write_json, write_text
@@ -204,7 +204,7 @@ class Bundle:
 
 def _measured(space: Workspace, autoencoder: Run) -> dict[str, Any]:
     """What encode_latents.py found about the training scans, if it was with this autoencoder."""
-    path = space.latents / ABOUT
+    path = space.latents / METADATA_FILE
     about = read_json(path) if path.is_file() else {}
     same = about.get("autoencoder_sha256") == autoencoder.sha256("autoencoder")
     return {key: about.get(key) for key in MEASURED} if same else {}

@@ -38,7 +38,7 @@ def embed(
     ldae = load_model(**model)
     from tqdm import tqdm
 
-    from ldae.utils.resumable_csv import GrowingTable, content_key
+    from ldae.utils.resumable_csv import ResumableCsv, content_key
 
     identity = f"{ldae.bundle.weights}{ldae.transform.key()}"
     if str(ldae.dtype) != "torch.float32":  # whose last digits are others
@@ -47,7 +47,7 @@ def embed(
         identity += f"{force}{preprocess}"
     columns = [f"y{index:03d}" for index in range(ldae.encoder.dim)]
     rejected: list[tuple[str, str]] = []
-    with GrowingTable.open(output, columns) as table:
+    with ResumableCsv.open(output, columns) as table:
         for path in tqdm(paths, desc="embed", unit="scan"):
             try:
                 key = content_key(path, identity)

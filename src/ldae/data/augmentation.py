@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ldae.utils.seeding import generator
+from ldae.utils.seeding import make_generator
 
 # Names of what is drawn, in the batch that a stage fetches.
 FLIP, THETA, GAMMA, SHIFT = "augment_flip", "augment_theta", "augment_gamma", "augment_shift"
@@ -55,8 +55,8 @@ class Augmentation:
             (B, 3, 4), matrices in the convention of `torch.nn.functional.affine_grid` with align_corners=False,
             "augment_gamma" and "augment_shift" (B,).
         """
-        generators = [generator(seed, "augmentation", int(key)) for key in keys]
-        drawn = torch.stack([torch.rand(12, generator=source, dtype=torch.float64) for source in generators])
+        generators = [make_generator(seed, "augmentation", int(key)) for key in keys]
+        drawn = torch.stack([torch.rand(12, make_generator=source, dtype=torch.float64) for source in generators])
         even = 2 * drawn - 1
         changes = {}
         if self.flip:

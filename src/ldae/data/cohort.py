@@ -12,7 +12,7 @@ import pandas as pd
 from torch import Tensor
 
 from ldae.data.augmentation import Augmentation
-from ldae.data.splits import check_not_empty, ensure, read_split, split_hash
+from ldae.data.splits import refuse_empty_split, load_or_draw_split, read_split, hash_split
 from ldae.data.table import read_table, write_table
 from ldae.data.transforms import Transform
 from ldae.data.volumes import VolumeCache, Volumes
@@ -98,16 +98,16 @@ def load_cohort(
     store = VolumeCache(cache, transform, cache_dtype)
     rows = read_table(table)
     with turn or nullcontext():
-        rows = ensure(rows, split_file, shares, seed, fold)
+        rows = load_or_draw_split(rows, split_file, shares, seed, fold)
     stored = read_split(split_file) if split_file is not None else rows
     if diagnoses is not None:
         rows = _choose(rows, diagnoses, table)
-        check_not_empty(rows, shares, f"what data.diagnoses leaves of {table}")
+        refuse_empty_split(rows, shares, f"what data.diagnoses leaves of {table}")
     bad = store.build(rows["path"], workers, progress, share)
     rows, rejected = _set_aside(rows, bad, on_bad_scan)
-    check_not_empty(rows, shares, f"what the {len(rejected)} bad scans leave of {table}")
+    refuse_empty_split(rows, shares, f"what the {len(rejected)} bad scans leave of {table}")
     volumes = store.open(rows["path"].tolist())
-    return Cohort(rows, rejected, volumes, transform, split_hash(stored), augmentation or Augmentation())
+    return Cohort(rows, rejected, volumes, transform, hash_split(stored), augmentation or Augmentation())
 
 
 def _choose(rows: pd.DataFrame, diagnoses: Sequence[str], table: Path | str) -> pd.DataFrame:

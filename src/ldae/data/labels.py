@@ -51,7 +51,7 @@ class RegionCache:
         key = cache_key(source, _region(labels))
         return self.folder / key[:2] / f"{key[2:]}.region"
 
-    def share(self, source: str | Path, labels: Sequence[int]) -> np.ndarray:
+    def fraction(self, source: str | Path, labels: Sequence[int]) -> np.ndarray:
         """Share of each model-space voxel that belongs to `labels` of the map `source`, (X, Y, Z) float32 in [0, 1].
 
         Raises:
@@ -60,9 +60,9 @@ class RegionCache:
         stored = self._read(self.file(source, labels))
         return self._make(source, _region(labels)) if stored is None else stored
 
-    def shares(self, sources: Sequence[str | Path], labels: Sequence[int]) -> np.ndarray:
+    def fractions(self, sources: Sequence[str | Path], labels: Sequence[int]) -> np.ndarray:
         """The same of several label maps, (B, X, Y, Z)."""
-        return np.stack([self.share(source, labels) for source in sources])
+        return np.stack([self.fraction(source, labels) for source in sources])
 
     def _make(self, source: str | Path, wanted: Region) -> np.ndarray:
         """The region `wanted`, and on disk with it whatever else of this map is not there yet."""

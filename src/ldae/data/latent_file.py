@@ -24,27 +24,27 @@ from torch import Tensor
 from ldae.utils.errors import UserError
 from ldae.utils.files import replacing
 
-FILE = "latents.safetensors"
+LATENT_FILE = "latents.safetensors"
 DIGEST = 16  # bytes
 
 Posterior = tuple[np.ndarray, np.ndarray]  # mean and std, (B, C, X, Y, Z) float32
 
 
-def digests(values: Iterable[bytes]) -> np.ndarray:
+def digest_each(values: Iterable[bytes]) -> np.ndarray:
     """SHA-256 of each value, cut to 16 bytes, (N, 16) uint8."""
     joined = b"".join(hashlib.sha256(value).digest()[:DIGEST] for value in values)
     return np.frombuffer(joined, np.uint8).reshape(-1, DIGEST)
 
 
-def row_digests(table: pd.DataFrame) -> np.ndarray:
+def digest_rows(table: pd.DataFrame) -> np.ndarray:
     """Which subject and session each row of a table is, (N, 16) uint8."""
     pairs = zip(table["subject"], table["session"], strict=True)
-    return digests(f"{subject}\t{session}".encode() for subject, session in pairs)
+    return digest_each(f"{subject}\t{session}".encode() for subject, session in pairs)
 
 
-def checksums(mean: np.ndarray, std: np.ndarray) -> np.ndarray:
+def checksum_rows(mean: np.ndarray, std: np.ndarray) -> np.ndarray:
     """Of each row's values, (B, 16) uint8."""
-    return digests(m.tobytes() + s.tobytes() for m, s in zip(mean, std, strict=True))
+    return digest_each(m.tobytes() + s.tobytes() for m, s in zip(mean, std, strict=True))
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class LatentFile:
     def __len__(self) -> int:
         return len(self.row)
 
-    def places(self, row: np.ndarray) -> np.ndarray:
+    def find_rows(self, row: np.ndarray) -> np.ndarray:
         """Where the latents of `row`, (N, 16) uint8, are, (N,) int64; -1 where there is none."""
         places = {digest.tobytes(): place for place, digest in enumerate(self.row)}
         return np.array([places.get(digest.tobytes(), -1) for digest in row], dtype=np.int64)
@@ -92,9 +92,9 @@ class LatentFile:
     def read(self, places: np.ndarray) -> Posterior | None:
         """Mean and std at `places`, (B, C, X, Y, Z) float32; None where they are not what was written."""
         mean, std = self.mean[places].numpy(), self.std[places].numpy()
-        return (mean, std) if np.array_equal(checksums(mean, std), self.checksum[places]) else None
+        return (mean, std) if np.array_equal(checksum_rows(mean, std), self.checksum[places]) else None
 
-    def intact(self) -> bool:
+    def is_intact(self) -> bool:
         """Whether all values are what was written; reads the whole file."""
         return all(self.read(np.array([place])) is not None for place in range(len(self)))
 
@@ -127,7 +127,7 @@ def write_latents(
             for name, part in (("mean", mean), ("std", std)):
                 file.seek(starts[name] + done * each)
                 file.write(part.tobytes())
-            found.append(checksums(mean, std))
+            found.append(checksum_rows(mean, std))
             done += len(mean)
         if done != len(row):
             raise ValueError(f"{done} latents for {len(row)} rows")

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ldae.data.latent_file import FILE, LatentFile, Posterior, row_digests, write_latents
+from ldae.data.latent_file import LATENT_FILE, LatentFile, Posterior, digest_rows, write_latents
 from ldae.data.latent_npz import npz_name, read_npz
 from ldae.utils.errors import UserError
 from ldae.utils.files import remove_temporaries
@@ -26,7 +26,7 @@ SHARDS = "shards"
 
 
 @dataclass(frozen=True)
-class Encoded:
+class EncodedLatents:
     """Latents of the rows of a table, found in `folder` or written there."""
 
     folder: Path
@@ -45,11 +45,11 @@ class Encoded:
             table: rows with subject and session.
             scan: (N, 16) uint8, tells a changed scan from the one that was encoded.
         """
-        row = row_digests(table)
+        row = digest_rows(table)
         whole, places, npz = None, np.full(len(row), -1), []
-        if (folder / FILE).exists():
+        if (folder / LATENT_FILE).exists():
             try:
-                whole = LatentFile.open(folder / FILE, autoencoder)
+                whole = LatentFile.open(folder / LATENT_FILE, autoencoder)
                 places = whole.places(row)
                 places[(whole.scan[places] != scan).any(axis=1)] = -1
             except UserError as error:
@@ -98,8 +98,8 @@ class Encoded:
         remove_temporaries(self.folder)
         if not self._is_finished():
             parts = (self.read(rows) or encode(rows) for rows in batches)
-            write_latents(self.folder / FILE, self.autoencoder, self.row, self.scan, parts)
-        return LatentFile.open(self.folder / FILE, self.autoencoder)
+            write_latents(self.folder / LATENT_FILE, self.autoencoder, self.row, self.scan, parts)
+        return LatentFile.open(self.folder / LATENT_FILE, self.autoencoder)
 
     def remove_shards(self) -> None:
         """Remove all shards, those of other tables and autoencoders too."""
@@ -110,7 +110,7 @@ class Encoded:
 
     def _is_finished(self) -> bool:
         same = self.whole is not None and np.array_equal(self.places, np.arange(len(self.whole)))
-        return same and self.whole.intact()
+        return same and self.whole.is_intact()
 
 
 def _usable(path: Path, autoencoder: str) -> Path | None:

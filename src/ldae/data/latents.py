@@ -15,19 +15,19 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from ldae.data.latent_file import FILE, LatentFile, row_digests
+from ldae.data.latent_file import LATENT_FILE, LatentFile, digest_rows
 from ldae.data.latent_npz import read_npz
 from ldae.data.table import read_table, scan_names
 from ldae.utils.errors import UserError
 from ldae.utils.files import read_json, write_json
 
-ABOUT = "latents.json"
+METADATA_FILE = "latents.json"
 CHUNK = 256  # rows that are read at once; at full size 31 MB
 
 
 def check_latents(folder: Path) -> None:
     """Refuse a folder that encode_latents.py has not finished."""
-    if not (folder / ABOUT).exists():
+    if not (folder / METADATA_FILE).exists():
         raise UserError(f"no latents in {folder}: run `python encode_latents.py` with the same name=... and data first")
 
 
@@ -56,7 +56,7 @@ class LatentSet:
         table = read_table(folder / about["table"], require_files=False)
         mean, std = _read_latents(table, folder, about["autoencoder_sha256"])
         if len(about["scale"]) != mean.shape[1]:
-            raise UserError(f"{folder / ABOUT} has another number of channels than its latents: encode again")
+            raise UserError(f"{folder / METADATA_FILE} has another number of channels than its latents: encode again")
         scale = torch.tensor(about["scale"], dtype=torch.float32)
         return cls(table, mean, std, scale, about["split_hash"], about["autoencoder_sha256"])
 
@@ -74,7 +74,7 @@ class LatentSet:
         """Mean and variance of z over `rows`, the posterior's included, (C, X, Y, Z) float32."""
         scale = self.scale.view(-1, 1, 1, 1).double()
         total = squares = torch.zeros(self.mean.shape[1:], dtype=torch.float64, device=self.mean.device)
-        for chunk in chunks(rows):
+        for chunk in split_into_chunks(rows):
             mean, std = self.mean[chunk].double(), self.std[chunk].double()
             total, squares = total + mean.sum(0), squares + mean.square().sum(0) + std.square().sum(0)
         mean = total / len(rows)
@@ -94,7 +94,7 @@ class LatentSet:
 
 def _read_about(folder: Path) -> dict[str, Any]:
     """latents.json, with the values of the right kinds."""
-    path = folder / ABOUT
+    path = folder / METADATA_FILE
     try:
         about = read_json(path)
         texts = [about[name] for name in ("table", "autoencoder_sha256", "split_hash")]
@@ -115,7 +115,7 @@ def _read_latents(table: pd.DataFrame, folder: Path, autoencoder: str) -> tuple[
     for path in set(paths):
         if os.path.dirname(path) != os.path.abspath(folder):
             raise UserError(f"latent {path or '(empty)'} is not in {folder}: run encode_latents.py again")
-    if FILE in {os.path.basename(path) for path in set(paths)}:
+    if LATENT_FILE in {os.path.basename(path) for path in set(paths)}:
         return _read_file(table, folder, autoencoder)
     pairs = [read_npz(path, autoencoder) for path in paths]
     shapes = {mean.shape for mean, _ in pairs}
@@ -127,9 +127,9 @@ def _read_latents(table: pd.DataFrame, folder: Path, autoencoder: str) -> tuple[
 
 def _read_file(table: pd.DataFrame, folder: Path, autoencoder: str) -> tuple[Tensor, Tensor]:
     if table["latent_path"].nunique() != 1:
-        raise UserError(f"the table in {folder} names other latents beside {FILE}: run encode_latents.py again")
-    file = LatentFile.open(folder / FILE, autoencoder)
-    places = file.places(row_digests(table))
+        raise UserError(f"the table in {folder} names other latents beside {LATENT_FILE}: run encode_latents.py again")
+    file = LatentFile.open(folder / LATENT_FILE, autoencoder)
+    places = file.places(digest_rows(table))
     if (places < 0).any():
         name = scan_names(table, [int(np.argmin(places))])[0]
         raise UserError(f"{file.path} has no latent of {name}: run encode_latents.py again")
@@ -138,7 +138,7 @@ def _read_file(table: pd.DataFrame, folder: Path, autoencoder: str) -> tuple[Ten
     return file.mean[places], file.std[places]
 
 
-def chunks(rows: np.ndarray) -> Iterator[np.ndarray]:
+def split_into_chunks(rows: np.ndarray) -> Iterator[np.ndarray]:
     """`rows` in runs that are read at once."""
     for start in range(0, len(rows), CHUNK):
         yield rows[start : start + CHUNK]
@@ -151,7 +151,7 @@ def channel_scale(mean: Tensor, std: Tensor, rows: np.ndarray) -> list[float]:
     for one is enough, and the number of threads, which differs between one process and several, changes no bit.
     """
     first = second = 0.0
-    for chunk in chunks(rows):
+    for chunk in split_into_chunks(rows):
         m, s = (part[chunk].flatten(2).numpy().astype(np.float64) for part in (mean, std))
         first = first + m.sum((0, 2))
         second = second + np.einsum("ncv,ncv->c", m, m) + np.einsum("ncv,ncv->c", s, s)
@@ -159,6 +159,6 @@ def channel_scale(mean: Tensor, std: Tensor, rows: np.ndarray) -> list[float]:
     return [float(value) for value in 1 / np.sqrt(second / count - np.square(first / count))]
 
 
-def write_about(folder: Path, about: dict) -> None:
+def write_metadata(folder: Path, about: dict) -> None:
     """Write latents.json, which makes the folder count as finished."""
-    write_json(folder / ABOUT, about)
+    write_json(folder / METADATA_FILE, about)

@@ -16,12 +16,12 @@ import pandas as pd
 from ldae.data.table import SPLITS, read_cells
 from ldae.utils.errors import UserError
 from ldae.utils.files import replacing
-from ldae.utils.seeding import derive
+from ldae.utils.seeding import derive_seed
 
 log = logging.getLogger(__name__)
 
 
-def assign(
+def assign_splits(
     table: pd.DataFrame, shares: Mapping[str, float], seed: int, previous: Mapping[str, str] | None = None
 ) -> dict[str, str]:
     """Split of every subject of `table`, stratified by its first known diagnosis.
@@ -39,10 +39,10 @@ def assign(
     Raises:
         UserError: bad shares.
     """
-    shares = check_shares(shares)
+    shares = normalise_shares(shares)
     strata = _strata(table)
     result = {subject: split for subject, split in (previous or {}).items() if subject in strata}
-    new = sorted((s for s in strata if s not in result), key=lambda s: (derive(seed, "split", s), s))
+    new = sorted((s for s in strata if s not in result), key=lambda s: (derive_seed(seed, "split", s), s))
     if not new:
         return result
     have = Counter(result.values())
@@ -62,7 +62,7 @@ def assign(
     return result
 
 
-def fold_members(table: pd.DataFrame, fold: int, folds: int, seed: int) -> set[str]:
+def subjects_of_fold(table: pd.DataFrame, fold: int, folds: int, seed: int) -> set[str]:
     """The subjects of fold `fold` of `folds`, stratified by first known diagnosis: every subject is in exactly one.
 
     Raises:
@@ -71,11 +71,11 @@ def fold_members(table: pd.DataFrame, fold: int, folds: int, seed: int) -> set[s
     if not 0 <= fold < folds or folds < 2:
         raise UserError(f"data.split.fold={fold}: with data.split.folds={folds} it is one of 0 to {folds - 1}")
     strata = _strata(table)
-    order = sorted(strata, key=lambda s: (strata[s], derive(seed, "fold", s), s))
+    order = sorted(strata, key=lambda s: (strata[s], derive_seed(seed, "fold", s), s))
     return set(order[fold::folds])
 
 
-def ensure(
+def load_or_draw_split(
     table: pd.DataFrame,
     path: Path | None,
     shares: Mapping[str, float],
@@ -90,7 +90,7 @@ def ensure(
     Raises:
         UserError: the stored split is damaged or contradicts the table's, or a split with a share has no subject.
     """
-    shares = check_shares(shares)
+    shares = normalise_shares(shares)
     stored = read_split(path) if path is not None and path.exists() else {}
     own = {s: split for s, split in zip(table["subject"], table.get("split", ()), strict=False) if split}
     for subject, split in own.items():
@@ -101,19 +101,19 @@ def ensure(
             )
     previous = {**stored, **own}
     if fold is not None and not previous:
-        previous = dict.fromkeys(fold_members(table, *fold, seed), "test")
+        previous = dict.fromkeys(subjects_of_fold(table, *fold, seed), "test")
         rest = shares["train"] + shares["val"]
         shares = {"train": shares["train"] / rest, "val": shares["val"] / rest, "test": 0.0}
-    splits = assign(table, shares, seed, previous)
+    splits = assign_splits(table, shares, seed, previous)
     table = table.assign(split=pd.Series([splits[s] for s in table["subject"]], index=table.index, dtype=object))
-    check_not_empty(table, shares, "the table")
+    refuse_empty_split(table, shares, "the table")
     everyone = {**stored, **splits}
     if path is not None and everyone != stored:
         write_split(path, everyone)
     return table
 
 
-def check_not_empty(table: pd.DataFrame, shares: Mapping[str, float], where: str) -> None:
+def refuse_empty_split(table: pd.DataFrame, shares: Mapping[str, float], where: str) -> None:
     """Refuse a split that has a share but no scan.
 
     Raises:
@@ -128,7 +128,7 @@ def check_not_empty(table: pd.DataFrame, shares: Mapping[str, float], where: str
             )
 
 
-def check_shares(shares: Mapping[str, float]) -> dict[str, float]:
+def normalise_shares(shares: Mapping[str, float]) -> dict[str, float]:
     """The shares of all three splits, normalised.
 
     Raises:
@@ -145,7 +145,7 @@ def check_shares(shares: Mapping[str, float]) -> dict[str, float]:
     return {name: float(shares.get(name, 0)) / total for name in SPLITS}
 
 
-def split_hash(table: pd.DataFrame | Mapping[str, str]) -> str:
+def hash_split(table: pd.DataFrame | Mapping[str, str]) -> str:
     """SHA-256, hex, of who is where: of a table's subject and split columns, or of a mapping."""
     pairs = table.items() if isinstance(table, Mapping) else zip(table["subject"], table["split"], strict=True)
     # Lengths before names: no two different splits give the same bytes.

@@ -12,7 +12,7 @@ import numpy as np
 from torch import Tensor
 
 from ldae.utils.errors import UserError
-from ldae.utils.seeding import derive
+from ldae.utils.seeding import derive_seed
 
 Batch = dict[str, Any]
 Fetch = Callable[[np.ndarray, np.ndarray, int], Mapping[str, Any]]
@@ -53,7 +53,7 @@ class SampleStream:
         # Between any two of these lines another thread may clear what is kept: what is returned is held here.
         permutation = self._permutations.get(epoch)
         if permutation is None:
-            permutation = np.random.default_rng(derive(self.seed, "epoch", epoch)).permutation(self.length)
+            permutation = np.random.default_rng(derive_seed(self.seed, "epoch", epoch)).permutation(self.length)
             if len(self._permutations) > 2:
                 self._permutations.clear()
             self._permutations[epoch] = permutation

@@ -22,8 +22,8 @@ from ldae.data.scans import BadScan, load_scan, nifti_like
 from ldae.utils.errors import UserError
 
 VERSION = 1  # of the arithmetic: raise it when the same parameters give other voxels, so that caches are made anew
-LABELS = (("L", "R"), ("P", "A"), ("I", "S"))
-NO_RESAMPLING = 1e-4  # relative difference of voxel sizes below which voxels are left alone
+AXIS_CODES = (("L", "R"), ("P", "A"), ("I", "S"))
+SPACING_TOLERANCE = 1e-4  # relative difference of voxel sizes below which voxels are left alone
 MAX_VOXELS = 2**28  # of a resampled volume: a wrong voxel size must not take the machine's memory
 
 Source = str | Path | nib.spatialimages.SpatialImage
@@ -71,7 +71,9 @@ class ModelSpaceScan:
     affine: np.ndarray  # voxel to mm, 4x4, of model space
     low: float  # the scan's intensity that became 0
     high: float  # and 1
-    back: Callable[[np.ndarray], np.ndarray]  # (1, X, Y, Z) -> the scan's own grid (I, J, K); linear, 0 where unseen
+    to_scan_grid: Callable[
+        [np.ndarray], np.ndarray
+    ]  # (1, X, Y, Z) -> the scan's own grid (I, J, K); linear, 0 where unseen
 
 
 class Transform:
@@ -100,7 +102,7 @@ class Transform:
         self.orientation = str(orientation)
         if len(self.shape) != 3 or min(self.shape) < 1:
             raise UserError(f"data.shape={list(self.shape)}: three positive sizes are needed")
-        if sorted(next((i for i, p in enumerate(LABELS) if c in p), -1) for c in self.orientation) != [0, 1, 2]:
+        if sorted(next((i for i, p in enumerate(AXIS_CODES) if c in p), -1) for c in self.orientation) != [0, 1, 2]:
             raise UserError(f"transform.orientation={self.orientation}: three letters such as RAS or LAS are needed")
 
     def __call__(self, source: Source) -> np.ndarray:
@@ -152,7 +154,7 @@ class Transform:
         volume = np.asarray(volume, dtype=np.float32).reshape(1, *np.shape(volume)[-3:])
         prepared = self.to_model_space(original)
         image = nib.load(original) if isinstance(original, str | Path) else original
-        return nifti_like(prepared.back(volume) * (prepared.high - prepared.low) + prepared.low, image)
+        return nifti_like(prepared.to_scan_grid(volume) * (prepared.high - prepared.low) + prepared.low, image)
 
     def key(self) -> str:
         """A hash of every parameter: volumes with the same key are comparable voxel by voxel."""
@@ -169,11 +171,11 @@ class Transform:
         steps = [self._orient]
         size = nib.affines.voxel_sizes(volume.affine.numpy())
         factor = np.divide(self.spacing or size, size)
-        if np.abs(factor - 1).max() > NO_RESAMPLING:
+        if np.abs(factor - 1).max() > SPACING_TOLERANCE:
             if np.prod(np.maximum(volume.shape[1:] / factor, 1)) > MAX_VOXELS:
                 raise BadScan(f"voxels of {size.round(3).tolist()} mm in a {list(data.shape)} grid cannot be right")
             if mode != "nearest":
-                blurred = torch.from_numpy(smooth(volume.numpy(), factor))
+                blurred = torch.from_numpy(blur_before_downsampling(volume.numpy(), factor))
                 volume = MetaTensor(blurred, meta=volume.meta, applied_operations=volume.applied_operations)
             spacing = Spacing(self.spacing, mode=mode, padding_mode="border", dtype=np.float32)
             volume = spacing(volume)
@@ -189,7 +191,7 @@ class Transform:
     def _orient(self) -> Any:
         from monai.transforms import Orientation
 
-        return Orientation(self.orientation, labels=LABELS)
+        return Orientation(self.orientation, labels=AXIS_CODES)
 
     @cached_property
     def _crop(self) -> Any:
@@ -225,7 +227,7 @@ def _triple(spacing: float | Sequence[float]) -> tuple[float, float, float]:
     return values[0], values[1], values[2]
 
 
-def smooth(volume: np.ndarray, factor: np.ndarray) -> np.ndarray:
+def blur_before_downsampling(volume: np.ndarray, factor: np.ndarray) -> np.ndarray:
     """Blur the axes that lose voxels, (1, X, Y, Z).
 
     MONAI's Spacing interpolates between neighbours only: at 1 mm to 4.5 mm it would skip most voxels and alias. The
@@ -235,7 +237,7 @@ def smooth(volume: np.ndarray, factor: np.ndarray) -> np.ndarray:
     from scipy.ndimage import gaussian_filter1d
 
     for axis, ratio in enumerate(factor, start=1):
-        if ratio > 1 + NO_RESAMPLING:
+        if ratio > 1 + SPACING_TOLERANCE:
             sigma = math.sqrt(ratio**2 - 1) / (2 * math.sqrt(2 * math.log(2)))
             volume = gaussian_filter1d(volume, sigma, axis=axis, mode="nearest", truncate=3)
     return np.ascontiguousarray(volume)

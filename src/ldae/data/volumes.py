@@ -22,8 +22,8 @@ from ldae.utils.files import replacing
 
 log = logging.getLogger(__name__)
 
-DTYPES = {"float16": 1.0, "uint8": 255.0}  # and what 1 is stored as
-FEW = 64  # scans a process: below that, it is slower to import MONAI there than to do the work here
+STORED_MAXIMUM = {"float16": 1.0, "uint8": 255.0}  # and what 1 is stored as
+MIN_SCANS_PER_PROCESS = 64  # scans a process: below that, it is slower to import MONAI there than to do the work here
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Volumes:
     scans: Sequence[str]
     files: Sequence[Path]
     shape: tuple[int, int, int]
-    top: float  # the stored value of 1
+    stored_maximum: float  # the stored value of 1
 
     def __len__(self) -> int:
         return len(self.files)
@@ -45,7 +45,7 @@ class Volumes:
     @property
     def dtype(self) -> str:
         """What the files hold, one of DTYPES."""
-        return next(name for name, top in DTYPES.items() if top == self.top)
+        return next(name for name, top in STORED_MAXIMUM.items() if top == self.stored_maximum)
 
     def batch(self, indices: Iterable[int]) -> Tensor:
         """Volumes `indices`, (B, 1, X, Y, Z) float32 in [0, 1].
@@ -57,10 +57,10 @@ class Volumes:
 
     def decoded(self, stored: Tensor) -> Tensor:
         """What `stored` gave, (B, 1, X, Y, Z), on any device, as float32 in [0, 1] there."""
-        if self.top == 1:
+        if self.stored_maximum == 1:
             return stored.float()
         # By a tensor of the device: by a number, CUDA multiplies with its reciprocal, which rounds otherwise.
-        return stored.float().div_(torch.full((), self.top, device=stored.device))
+        return stored.float().div_(torch.full((), self.stored_maximum, device=stored.device))
 
     def stored(self, indices: Iterable[int]) -> Tensor:
         """Volumes `indices` as they lie in the cache, (B, 1, X, Y, Z) float16 or uint8: half or a quarter to move.
@@ -102,8 +102,8 @@ class VolumeCache:
     """
 
     def __init__(self, root: Path | str, transform: Transform, dtype: str = "float16") -> None:
-        if dtype not in DTYPES:
-            raise UserError(f"data.cache_dtype={dtype}: one of {', '.join(DTYPES)} is needed")
+        if dtype not in STORED_MAXIMUM:
+            raise UserError(f"data.cache_dtype={dtype}: one of {', '.join(STORED_MAXIMUM)} is needed")
         self.transform = transform
         self.dtype = dtype
         self.folder = Path(root).absolute() / f"{transform.key()}-{dtype}"
@@ -161,11 +161,11 @@ class VolumeCache:
         for scan, file in zip(scans, files, strict=True):
             if not file.exists():
                 raise UserError(f"{scan} is not in the cache {self.folder}: build it first")
-        return Volumes(tuple(scans), tuple(files), self.transform.shape, DTYPES[self.dtype])
+        return Volumes(tuple(scans), tuple(files), self.transform.shape, STORED_MAXIMUM[self.dtype])
 
     def _results(self, scans: Sequence[str], workers: int) -> Iterator[tuple[str, str | None]]:
         """(scan, why it is bad or None), in any order."""
-        if min(workers, len(scans) // FEW) <= 1:
+        if min(workers, len(scans) // MIN_SCANS_PER_PROCESS) <= 1:
             for scan in scans:
                 yield scan, _store(self, scan)
             return
@@ -215,7 +215,7 @@ def _store(cache: VolumeCache, scan: str) -> str | None:
     except BadScan as error:
         return error.reason
     if cache.dtype == "uint8":
-        volume = np.rint(volume * DTYPES["uint8"])
+        volume = np.rint(volume * STORED_MAXIMUM["uint8"])
     with replacing(target) as temporary:
         np.save(temporary, volume.astype(cache.dtype))
     return None

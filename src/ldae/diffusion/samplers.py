@@ -15,7 +15,7 @@ from ldae.diffusion.guidance import EpsFn, Guidance
 from ldae.diffusion.multistep import multistep
 from ldae.diffusion.schedule import Schedule
 from ldae.utils.errors import UserError
-from ldae.utils.seeding import normal
+from ldae.utils.seeding import draw_normal
 
 STEPS_FOR_ORDER_3 = 15
 
@@ -187,7 +187,7 @@ class DDPM(Sampler):
         keys = range(len(code))
 
         def noise(node: int) -> Tensor:
-            return normal(code.z.shape[1:], self.seed, keys, f"ddpm/{node}").to(code.z)
+            return draw_normal(code.z.shape[1:], self.seed, keys, f"ddpm/{node}").to(code.z)
 
         return ddpm(eps_fn, code.z, path, noise, self.clip)
 

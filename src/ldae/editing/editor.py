@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ldae.diffusion.code import Code
 from ldae.diffusion.guidance import Guidance
-from ldae.utils.seeding import normal
+from ldae.utils.seeding import draw_normal
 
 
 class Editor:
@@ -38,7 +38,7 @@ class Editor:
 
     def code(self, model: Any, z: Tensor, y: Tensor, seed: int, keys: Sequence[int]) -> Code:
         """The codes of latents z (B, C, ...) given y (B, dim); scan i's noise depends on (seed, keys[i])."""
-        noise = normal(z.shape[1:], seed, keys, "edit").to(z) if self.renoise else None
+        noise = draw_normal(z.shape[1:], seed, keys, "edit").to(z) if self.renoise else None
         return self.tuned(model).invert(z, y, self.steps, depth=self.depth, noise=noise, renoise=self.renoise)
 
     def decode(self, model: Any, code: Code | Tensor, y: Tensor) -> Tensor:

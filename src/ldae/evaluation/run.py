@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ldae.data.cohort import Cohort
 from ldae.data.labels import RegionCache
-from ldae.data.latents import ABOUT, LatentSet
+from ldae.data.latents import METADATA_FILE, LatentSet
 from ldae.evaluation.context import Context, Evaluator
 from ldae.evaluation.edits.anatomy import STRUCTURES
 from ldae.evaluation.embeddings import (
@@ -191,7 +191,7 @@ def _posterior(
             mean, std = model.posterior(cohort.volumes.batch(rows).to(model.device))
         return mean.float().cpu(), std.float().cpu()
 
-    if not (space.latents / ABOUT).exists():
+    if not (space.latents / METADATA_FILE).exists():
         return computed
     latents = LatentSet.open(space.latents)
     places = {path: row for row, path in enumerate(latents.table["path"])}
@@ -220,7 +220,7 @@ def _regions(cohort: Cohort, cache: Path) -> Callable[[Sequence[int], Sequence[i
         log.warning("label maps are left out: labels_path names no file for some scans (%d are empty)", missing)
         return None
     stored = RegionCache(cache, cohort.transform, STRUCTURES.values())
-    return lambda rows, labels: stored.shares([paths.iloc[row] for row in rows], labels)
+    return lambda rows, labels: stored.fractions([paths.iloc[row] for row in rows], labels)
 
 
 def _perceptual(config: DictConfig, device: torch.device) -> Callable[[Tensor, Tensor], Tensor] | None:

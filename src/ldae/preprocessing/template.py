@@ -6,7 +6,7 @@ from functools import lru_cache
 import nibabel as nib
 import numpy as np
 
-from ldae.data.transforms import smooth
+from ldae.data.transforms import blur_before_downsampling
 from ldae.preprocessing.volume import Volume
 from ldae.utils.errors import UserError
 
@@ -70,7 +70,9 @@ def resampled(volume: Volume, spacing: float | None) -> Volume:
 
 def blurred(volume: Volume, spacing: np.ndarray | float) -> Volume:
     """What a grid of `spacing` mm can hold of `volume`: no aliases when it is sampled there."""
-    return volume.with_data(smooth(volume.data[None], np.broadcast_to(spacing, 3) / volume.spacing)[0])
+    return volume.with_data(
+        blur_before_downsampling(volume.data[None], np.broadcast_to(spacing, 3) / volume.spacing)[0]
+    )
 
 
 def onto(volume: Volume, grid: Volume) -> Volume:

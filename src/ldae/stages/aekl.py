@@ -34,7 +34,7 @@ from ldae.training.stage import (
 )
 from ldae.training.validation import mean_over_scans, shard_rows
 from ldae.utils.errors import UserError
-from ldae.utils.seeding import generator, normal
+from ldae.utils.seeding import make_generator, draw_normal
 
 REFERENCE_SCANS = 96
 
@@ -116,11 +116,11 @@ class AutoencoderStage(Stage):
         shape = (autoencoder.latent_channels, *latent_sizes(volumes.shape, autoencoder.strides))
         batch = {
             "x": volumes.stored(self.train_rows[index]),
-            "noise": normal(shape, self.seed, position, stream="posterior"),
+            "noise": draw_normal(shape, self.seed, position, stream="posterior"),
             **self.cohort.draw_augmentation(self.seed, position),
         }
         if self.perceptual is not None:
-            batch |= self.perceptual.draw(volumes.shape, generator(self.seed, "perceptual", number))
+            batch |= self.perceptual.draw(volumes.shape, make_generator(self.seed, "perceptual", number))
         return batch
 
     def _scans(self, rows: np.ndarray) -> Tensor:

@@ -18,9 +18,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ldae.data.cohort import Cohort
-from ldae.data.latent_file import FILE, LatentFile, Posterior, digests
-from ldae.data.latent_shards import Encoded
-from ldae.data.latents import channel_scale, write_about
+from ldae.data.latent_file import LATENT_FILE, LatentFile, Posterior, digest_each
+from ldae.data.latent_shards import EncodedLatents
+from ldae.data.latents import channel_scale, write_metadata
 from ldae.data.sharing import work_order
 from ldae.data.table import scan_names, write_table
 from ldae.data.transforms import Transform
@@ -44,7 +44,7 @@ def encode_cohort(
     """
     encode = _encoder(run, cohort, accelerator)
     weights = run.sha256("autoencoder")
-    encoded = Encoded.find(folder, weights, cohort.table, scan_digests(cohort, accelerator.mixed_precision))
+    encoded = EncodedLatents.find(folder, weights, cohort.table, scan_digests(cohort, accelerator.mixed_precision))
     # Batches are cut from the whole table: in a batch of other company, sums round differently.
     rows = np.arange(len(cohort))
     batches = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
@@ -66,7 +66,7 @@ def scan_digests(cohort: Cohort, precision: str = "no") -> np.ndarray:
     """
     how = (cohort.transform.key(), cohort.volumes.top, *([] if precision == "no" else [precision]))
     states = map(os.stat, cohort.table["path"])
-    return digests(repr((state.st_size, state.st_mtime_ns, *how)).encode() for state in states)
+    return digest_each(repr((state.st_size, state.st_mtime_ns, *how)).encode() for state in states)
 
 
 def _encoder(run: Run, cohort: Cohort, accelerator: Accelerator) -> Encode:
@@ -90,7 +90,7 @@ def _encoder(run: Run, cohort: Cohort, accelerator: Accelerator) -> Encode:
 
 
 def _encode_missing(
-    encode: Encode, cohort: Cohort, encoded: Encoded, batches: list[np.ndarray], accelerator: Accelerator
+    encode: Encode, cohort: Cohort, encoded: EncodedLatents, batches: list[np.ndarray], accelerator: Accelerator
 ) -> None:
     """Encode until no batch is missing, whoever encodes it."""
     done = sum(encoded.has(rows) for rows in batches)
@@ -130,7 +130,7 @@ def _read_ahead(
 
 def _finish(run: Run, cohort: Cohort, folder: Path, table: Path, latents: LatentFile, weights: str) -> None:
     name = f"{table.stem}_with_compressed_latent.csv"
-    write_table(cohort.table.assign(latent_path=FILE), folder / name)
+    write_table(cohort.table.assign(latent_path=LATENT_FILE), folder / name)
     cohort.write_rejected(folder / "rejected.csv")
     scale, shape = channel_scale(latents.mean, latents.std, cohort.rows("train")), list(latents.mean.shape[1:])
     about: dict[str, Any] = {
@@ -145,7 +145,7 @@ def _finish(run: Run, cohort: Cohort, folder: Path, table: Path, latents: Latent
         "transform": cohort.transform.key(),
         **_training_scans(cohort),
     }
-    write_about(folder, about)
+    write_metadata(folder, about)
     log.info("%d latents of shape %s in %s; scale %s", len(latents), shape, folder, [round(s, 4) for s in scale])
 
 

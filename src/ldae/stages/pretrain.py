@@ -34,7 +34,7 @@ from ldae.training.stage import (
 )
 from ldae.training.validation import mean_over_scans, shard_rows
 from ldae.utils.errors import UserError
-from ldae.utils.seeding import normal, timesteps
+from ldae.utils.seeding import draw_normal, draw_timesteps
 
 
 def open_latents(path: str | None, cohort: Any, workspace: Any) -> LatentSet:
@@ -106,9 +106,9 @@ class PretrainStage(Stage):
         shape = self.latents.mean.shape[1:]
         return {
             "row": torch.from_numpy(np.asarray(rows)),
-            "posterior": normal(shape, self.seed, keys, f"{purpose}/posterior"),
-            "noise": normal(shape, self.seed, keys, f"{purpose}/noise"),
-            "t": timesteps(self.schedule.timesteps, self.seed, keys, f"{purpose}/t"),
+            "posterior": draw_normal(shape, self.seed, keys, f"{purpose}/posterior"),
+            "noise": draw_normal(shape, self.seed, keys, f"{purpose}/noise"),
+            "t": draw_timesteps(self.schedule.timesteps, self.seed, keys, f"{purpose}/t"),
         }
 
     def _noised(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -40,7 +40,7 @@ from ldae.training.stage import (
 )
 from ldae.training.validation import mean_over_scans, shard_rows
 from ldae.utils.errors import UserError
-from ldae.utils.seeding import generator, normal, timesteps
+from ldae.utils.seeding import make_generator, draw_normal, draw_timesteps
 
 REFERENCE_SCANS = 512
 
@@ -190,8 +190,8 @@ class ReprStage(Stage):
         return {
             "x": self.cohort.volumes.stored(rows),
             "row": torch.from_numpy(self.pairs[self._explained(rows, position)]),
-            "posterior": normal(shape, self.seed, position, "train/posterior"),
-            "noise": normal(shape, self.seed, position, "train/noise"),
+            "posterior": draw_normal(shape, self.seed, position, "train/posterior"),
+            "noise": draw_normal(shape, self.seed, position, "train/noise"),
             "t": self._times(position),
             **self.cohort.draw_augmentation(self.seed, position),
         }
@@ -202,13 +202,13 @@ class ReprStage(Stage):
         return self.cohort.volumes.decoded(x)
 
     def _validation_noise(self, keys: Sequence[int], purpose: str) -> Tensor:
-        noise = normal(self.latents.mean.shape[1:], self.seed, keys, f"validation/{purpose}")
+        noise = draw_normal(self.latents.mean.shape[1:], self.seed, keys, f"validation/{purpose}")
         return to_memory_format(noise.to(self.accelerator.device, non_blocking=True), self.channels_last)
 
     def _times(self, keys: Sequence[int]) -> Tensor:
         """Timesteps (B,) of `time_power`'s density."""
         count = self.schedule.timesteps
-        uniform = (timesteps(count, self.seed, keys, "train/t").double() + 0.5) / count
+        uniform = (draw_timesteps(count, self.seed, keys, "train/t").double() + 0.5) / count
         return (count * uniform ** (1 / self.time_power)).long()
 
     def _explained(self, rows: np.ndarray, keys: Sequence[int]) -> np.ndarray:
@@ -219,7 +219,7 @@ class ReprStage(Stage):
         for i, (row, key) in enumerate(zip(rows, keys, strict=True)):
             visits = self.visits[self.cohort.table["subject"].iat[row]]
             others = visits[visits != row]
-            chance, which = torch.rand(2, generator=generator(self.seed, "train/visit", int(key))).tolist()
+            chance, which = torch.rand(2, make_generator=make_generator(self.seed, "train/visit", int(key))).tolist()
             if len(others) and chance < self.other_visit:
                 chosen[i] = others[int(which * len(others))]
         return chosen

@@ -26,7 +26,7 @@ from ldae.training.stage import Stage
 from ldae.training.tracking import Tracker
 from ldae.utils.errors import UserError
 from ldae.utils.files import remove_temporaries
-from ldae.utils.seeding import derive
+from ldae.utils.seeding import derive_seed
 
 log = logging.getLogger(__name__)
 
@@ -92,7 +92,7 @@ class Trainer:
             try:
                 while self._housekeeping(stage, guard, total, metadata, tracker):
                     self._set_learning_rates(stage, base_lrs, progress.schedule_step, total)
-                    torch.manual_seed(derive(self.seed, "dropout", progress.step, rank))
+                    torch.manual_seed(derive_seed(self.seed, "dropout", progress.step, rank))
                     scalars = guard(batches.at(progress.step))
                     progress.step += 1
                     if progress.step % settings.log_every == 0 or progress.step == total:
@@ -162,7 +162,7 @@ class Trainer:
             return every is not None and step > 0 and (last or step % every == 0)
 
         if last or any(map(due, (settings.validate_every, settings.preview_every, settings.checkpoint_every))):
-            guard.settle()
+            guard.read_all_reports()
         if due(settings.validate_every) and progress.validated != step:
             self._validate(stage, progress, metadata, tracker)
         last = last or (settings.patience is not None and progress.stale > settings.patience)
@@ -172,7 +172,7 @@ class Trainer:
             progress.previewed = step
         stopping = self._stopping(guard)
         if due(settings.checkpoint_every) or stopping or last:
-            guard.settle()
+            guard.read_all_reports()
             self._save(stage, progress, metadata, tracker)
         if stopping:
             # A launcher that sees one process leave stops the others: not before the state is written.
@@ -206,7 +206,7 @@ class Trainer:
             metrics = stage.validate()
         progress.validated = progress.step
         if tracker and metrics:
-            tracker.scalars(progress.step, {f"val/{name}": value for name, value in metrics.items()})
+            tracker.log_scalars(progress.step, {f"val/{name}": value for name, value in metrics.items()})
             log.info("  validation: %s", "  ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
         if stage.monitor is None or stage.monitor.metric not in metrics:
             return

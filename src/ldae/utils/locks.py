@@ -24,7 +24,7 @@ DEAD = 6 * BEAT  # without a touch
 
 
 @contextmanager
-def only_writer(folder: Path, active: bool = True) -> Iterator[None]:
+def lock_folder(folder: Path, active: bool = True) -> Iterator[None]:
     """Inside, nobody else writes to `folder`; only if `active`, as on the main process of several.
 
     Raises:

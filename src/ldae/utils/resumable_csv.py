@@ -21,7 +21,7 @@ def content_key(path: Path, identity: str) -> str:
 
 
 @dataclass
-class GrowingTable:
+class ResumableCsv:
     """Rows are appended whole and flushed; nine digits give back the same float32."""
 
     columns: list[str]

@@ -11,22 +11,26 @@ import torch
 from torch import Tensor
 
 
-def derive(seed: int, *keys: int | str) -> int:
+def derive_seed(seed: int, *keys: int | str) -> int:
     """A 63-bit seed that depends on every key; unlike seed + key, no two uses collide."""
     digest = hashlib.sha256(repr((seed, *keys)).encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
 
 
-def generator(seed: int, *keys: int | str) -> torch.Generator:
+def make_generator(seed: int, *keys: int | str) -> torch.Generator:
     """A CPU generator for (seed, *keys)."""
-    return torch.Generator().manual_seed(derive(seed, *keys))
+    return torch.Generator().manual_seed(derive_seed(seed, *keys))
 
 
-def normal(shape: Sequence[int], seed: int, keys: Sequence[int], stream: int | str = 0) -> Tensor:
+def draw_normal(shape: Sequence[int], seed: int, keys: Sequence[int], stream: int | str = 0) -> Tensor:
     """Standard normal noise, (len(keys), *shape): row i depends on (seed, stream, keys[i]) alone."""
-    return torch.stack([torch.randn(tuple(shape), generator=generator(seed, stream, int(key))) for key in keys])
+    return torch.stack(
+        [torch.randn(tuple(shape), make_generator=make_generator(seed, stream, int(key))) for key in keys]
+    )
 
 
-def timesteps(count: int, seed: int, keys: Sequence[int], stream: int | str = 0) -> Tensor:
+def draw_timesteps(count: int, seed: int, keys: Sequence[int], stream: int | str = 0) -> Tensor:
     """Uniform timesteps in [0, count), (len(keys),) int64: row i depends on (seed, stream, keys[i]) alone."""
-    return torch.stack([torch.randint(count, (), generator=generator(seed, stream, int(key))) for key in keys])
+    return torch.stack(
+        [torch.randint(count, (), make_generator=make_generator(seed, stream, int(key))) for key in keys]
+    )

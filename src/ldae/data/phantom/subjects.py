@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ldae.utils.seeding import derive
+from ldae.utils.seeding import derive_seed
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -68,7 +68,7 @@ class Factors:
 
     def key(self, *what: str | int) -> int:
         """A seed for something random about this subject."""
-        return derive(self.seed, "phantom", self.subject, *what)
+        return derive_seed(self.seed, "phantom", self.subject, *what)
 
     def changed(self, severity: float | None = None, age: float | None = None) -> "Factors":
         """The same person, session and scanner with another severity or age."""
@@ -89,13 +89,13 @@ def _bounded(rng: np.random.Generator, mean: float, sd: float, low: float, high:
 @lru_cache(maxsize=4096)
 def draw_subject(seed: int, subject: int) -> tuple[Factors, ...]:
     """One subject's sessions, 1 to 4 of them; `subject` counts from 1."""
-    rng = np.random.default_rng(derive(seed, "phantom", subject, "labels"))
+    rng = np.random.default_rng(derive_seed(seed, "phantom", subject, "labels"))
     baseline = str(rng.choice(DIAGNOSES, p=SHARES))
     sex, scanner = str(rng.choice(["F", "M"])), str(rng.choice(SCANNERS))
     age = round(_bounded(rng, *AGES[baseline], *AGE_RANGE), 2)
     severity = _bounded(rng, *SEVERITY[baseline])
     later = sorted(rng.choice(SESSIONS[1:], size=rng.integers(0, 4), replace=False).tolist())
-    rng = np.random.default_rng(derive(seed, "phantom", subject, "anatomy"))
+    rng = np.random.default_rng(derive_seed(seed, "phantom", subject, "anatomy"))
     head, ventricle, hippocampus, sulci, posterior = rng.standard_normal(5).clip(-2.4, 2.4).tolist()
     head = HEAD[sex] * float(np.exp(HEAD_SD * head))
     sessions = []

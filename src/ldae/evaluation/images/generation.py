@@ -17,7 +17,7 @@ from torch import Tensor
 from ldae.evaluation import figures
 from ldae.evaluation.context import Context, batches
 from ldae.evaluation.images.image_metrics import ms_ssim
-from ldae.utils.seeding import normal
+from ldae.utils.seeding import draw_normal
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +84,7 @@ class Generation:
         model, parts = context.model, []
         like = model.compress(context.volumes([0]).to(model.device))
         for keys in tqdm(list(batches(range(self.samples), self.batch_size)), "samples"):
-            noise = normal(like.shape[1:], context.seed, keys, "generation").to(like)
+            noise = draw_normal(like.shape[1:], context.seed, keys, "generation").to(like)
             z0 = model.sampler.sample(model.denoiser.eps, noise, model.denoiser.schedule)
             parts.append(model.decompress(z0).float().cpu())
         return torch.cat(parts)

@@ -9,7 +9,7 @@ from ldae.data.subsampling import subsample_by_subject
 from ldae.diffusion.diagnostics import posterior_mean_gap
 from ldae.evaluation import figures
 from ldae.evaluation.context import Context
-from ldae.utils.seeding import normal
+from ldae.utils.seeding import draw_normal
 
 
 class PosteriorMeanGap:
@@ -36,7 +36,7 @@ class PosteriorMeanGap:
         steps = [int(t) for t in np.linspace(1, schedule.timesteps - 1, self.points)]
 
         def noise(step: int) -> torch.Tensor:
-            return normal(z0.shape[1:], context.seed, rows.tolist(), f"gap/{step}").to(z0)
+            return draw_normal(z0.shape[1:], context.seed, rows.tolist(), f"gap/{step}").to(z0)
 
         curves = {
             "unfilled": posterior_mean_gap(model.denoiser.eps, z0, schedule, steps, noise),

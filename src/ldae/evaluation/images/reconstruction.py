@@ -28,7 +28,7 @@ from ldae.evaluation.context import Context, batches
 from ldae.evaluation.images.image_metrics import brain_mask, compare_images, copy_to_host
 from ldae.evaluation.probes.bootstrap import draw_subject_weights, summarise
 from ldae.utils.files import replacing
-from ldae.utils.seeding import normal
+from ldae.utils.seeding import draw_normal
 
 log = logging.getLogger(__name__)
 
@@ -110,7 +110,7 @@ class SamplerBenchmark:
         self.x, self.mask = scans.to(model.device), brain_mask(scans).to(model.device)
         self.z = model.compress(self.x)
         self.y = torch.from_numpy(context.embeddings[rows]).to(model.device)
-        self.noise = normal(self.z.shape[1:], context.seed, rows, STEM).to(self.z)
+        self.noise = draw_normal(self.z.shape[1:], context.seed, rows, STEM).to(self.z)
         self.decompressed = model.decompress(self.z)
         self.ceiling = _read(self._quality(self.decompressed, "latent"))["latent"]
 

@@ -21,7 +21,7 @@ from ldae.evaluation.edits.anatomy import STRUCTURES, SoftVolume, build_soft_vol
 from ldae.evaluation.images.image_metrics import brain_mask, copy_to_host, ssim_whole_and_masked
 from ldae.evaluation.probes import scores
 from ldae.evaluation.probes.bootstrap import draw_subject_weights, summarise
-from ldae.utils.seeding import normal
+from ldae.utils.seeding import draw_normal
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ def measure_z0_errors(
     found = {band_name(kind, band): torch.zeros(len(z0), device=z0.device) for kind in KINDS for band in range(BANDS)}
     for place, step in enumerate(times):
         t = torch.full((len(z0),), step, device=z0.device)
-        noise = normal(z0.shape[1:], seed, keys, f"z0_error/{step}").to(z0)
+        noise = draw_normal(z0.shape[1:], seed, keys, f"z0_error/{step}").to(z0)
         z_t = add_noise(schedule, z0, noise, t)
         twice = denoiser.guided_eps(torch.cat([own, other]))(torch.cat([z_t, z_t]), torch.cat([t, t]).float())
         for kind, eps in zip(KINDS, (*twice.chunk(2), denoiser.eps(z_t, t.float())), strict=True):
@@ -180,7 +180,7 @@ class Semantics:
         own, other = (torch.from_numpy(context.embeddings[part]).to(model.device) for part in (rows, others))
         z0 = model.compress(x)
         numbers = measure_z0_errors(model.denoiser, z0, own, other, context.seed, rows.tolist(), self.points)
-        noise = normal(z0.shape[1:], context.seed, rows.tolist(), "semantics").to(z0)
+        noise = draw_normal(z0.shape[1:], context.seed, rows.tolist(), "semantics").to(z0)
         reconstruction, decoded = model.decompress(z0), model.decode(noise, own)
         for against, reference in (("", x), ("_autoencoder", reconstruction)):
             numbers[f"ssim{against}"], numbers[f"ssim_mask{against}"] = ssim_whole_and_masked(decoded, reference, mask)

@@ -23,7 +23,7 @@ from ldae.evaluation.images.image_metrics import as_arrays, brain_mask
 from ldae.evaluation.probes import scores
 from ldae.evaluation.probes.bootstrap import draw_subject_weights, summarise
 from ldae.evaluation.probes.fitting import fit
-from ldae.utils.seeding import normal
+from ldae.utils.seeding import draw_normal
 
 log = logging.getLogger(__name__)
 
@@ -109,7 +109,7 @@ class Variation:
         """The autoencoder's reconstruction (1, ...) and the variants (V, 1, X, Y, Z)."""
         model = context.model
         z = model.compress(context.volumes([row]).to(model.device))
-        noise = normal(z.shape[1:], context.seed, range(self.variants), f"variation/{row}").to(z)
+        noise = draw_normal(z.shape[1:], context.seed, range(self.variants), f"variation/{row}").to(z)
         y = embeddings_of(context, [row]).expand(self.variants, -1)
         return model.decompress(z), model.decode(noise, y, self.steps)
 
