@@ -15,17 +15,17 @@ import pytest
 from ldae.commands.preprocess import compose_steps
 from ldae.data.scans import BadScan
 from ldae.data.table import read_table
-from ldae.preprocessing.brain import Stripped, closed, looks_stripped
-from ldae.preprocessing.preprocess_cohort import preprocess
+from ldae.preprocessing.brain import Stripped, close_sulci, is_skull_stripped
 from ldae.preprocessing.intensity import Tissues, WhiteMatter
 from ldae.preprocessing.job import Job
-from ldae.preprocessing.measures import Limits, noise, template_correlation
-from ldae.preprocessing.participants import Columns, People
-from ldae.preprocessing.steps import PreprocessingSteps
-from ldae.preprocessing.quality import badness
-from ldae.preprocessing.regions import Regions, label_maps
+from ldae.preprocessing.measures import Limits, estimate_noise, correlate_with_template
+from ldae.preprocessing.participants import Columns, Participants
+from ldae.preprocessing.preprocess_cohort import preprocess_cohort
+from ldae.preprocessing.quality import deviation_scores
+from ldae.preprocessing.regions import Regions, find_label_maps
 from ldae.preprocessing.sources import SourceScan, find_scans
-from ldae.preprocessing.template import resampled
+from ldae.preprocessing.steps import PreprocessingSteps
+from ldae.preprocessing.template import resample
 from ldae.preprocessing.volume import Volume
 from ldae.utils import process_pool as pool
 from ldae.utils.errors import UserError
@@ -67,8 +67,8 @@ def bids(root, scans, participants=None):
 
 def run(root, out, pipeline=OFF, **options):
     scans = find_scans(root)
-    people = People(root, Columns())
-    return preprocess(
+    people = Participants(root, Columns())
+    return preprocess_cohort(
         scans, people, Job(pipeline, out, options.pop("regions", None)), workers=1, progress=False, **options
     )
 
@@ -141,7 +141,7 @@ def test_a_full_disk_stops_in_one_line_and_the_next_run_goes_on(tmp_path, monkey
     assert not list((tmp_path / "out").rglob(".tmp-*"))
     monkeypatch.setattr(Volume, "write", write)
     assert len(run(root, tmp_path / "out")) == 3
-    assert job.earlier(find_scans(root)[0]) is not None
+    assert job.find_finished(find_scans(root)[0]) is not None
 
 
 def test_an_interrupt_leaves_tables_of_what_is_done(tmp_path, monkeypatch):
@@ -192,7 +192,7 @@ def test_caps_and_csv_are_read(tmp_path):
     (tmp_path / "list.csv").write_text(f"path,subject,session,age\n{folder / crop},0012,12,70\nother.nii.gz,x_1,,\n")
     scans = find_scans(tmp_path / "list.csv")
     assert [(s.subject, s.session) for s in scans] == [("sub-0012", "ses-M012"), ("sub-x1", "")]
-    assert People(None, Columns()).of(scans[0], only=True).age == 70
+    assert Participants(None, Columns()).look_up(scans[0], only=True).age == 70
     (tmp_path / "list.csv").write_text("path,subject\na.nii,x_1\nb.nii,x1\n")
     with pytest.raises(UserError, match="line 3"):
         find_scans(tmp_path / "list.csv")
@@ -208,10 +208,10 @@ def test_label_maps_become_region_volumes_in_native_mm3(tmp_path):
     assert found["brain_mm3"] == 230 * 4
     for name in ("sub-1_dseg.nii.gz", "x/sub-2_ses-M000_dseg.nii.gz"):
         volume.write(tmp_path / name)
-    assert set(label_maps(tmp_path)) == {("1", ""), ("2", "M000")}
+    assert set(find_label_maps(tmp_path)) == {("1", ""), ("2", "M000")}
     volume.write(tmp_path / "y" / "sub-1_dseg.nii.gz")
     with pytest.raises(UserError, match="two label maps"):
-        label_maps(tmp_path)
+        find_label_maps(tmp_path)
 
 
 def test_two_scans_of_one_session_are_both_named(tmp_path):
@@ -227,22 +227,22 @@ def test_masks_close_sulci_and_keep_to_the_brain():
     scan = brain(half=(60, 60, 60), shape=(40, 40, 40))
     furrowed = scan.data.copy()
     furrowed[20, :12] = 0  # a furrow of 4 mm, open to the outside
-    mask = closed(furrowed > 0, scan.spacing)
+    mask = close_sulci(furrowed > 0, scan.spacing)
     assert mask[20, 10, 20]
     assert (mask & (scan.data == 0)).sum() < 0.05 * mask.sum()
-    assert looks_stripped(scan)
-    assert not looks_stripped(brain(half=(100, 120, 100), shape=(60, 70, 60)))
+    assert is_skull_stripped(scan)
+    assert not is_skull_stripped(brain(half=(100, 120, 100), shape=(60, 70, 60)))
 
 
 def test_resampling_keeps_place_and_mass():
     scan = brain(spacing=2.0, shape=(88, 104, 80))
-    coarse = resampled(scan, 4.0)
+    coarse = resample(scan, 4.0)
     assert np.allclose(coarse.spacing, 4.0)
     for volume in (scan, coarse):
         centre = np.average(np.indices(volume.data.shape).reshape(3, -1), axis=1, weights=volume.data.ravel())
         assert np.abs(nib.affines.apply_affine(volume.affine, centre)).max() < 0.5
     assert coarse.data.sum() * 64 == pytest.approx(scan.data.sum() * 8, rel=0.01)
-    assert resampled(scan, None) is scan
+    assert resample(scan, None) is scan
 
 
 def test_tissues_come_to_their_values_whatever_the_scale():
@@ -261,11 +261,11 @@ def test_tissues_come_to_their_values_whatever_the_scale():
 def test_measures_see_what_they_are_named_after():
     scan = brain(spacing=2.0, shape=(88, 104, 80))
     mask = scan.data > 0
-    assert noise(scan, mask) == pytest.approx(2 / np.median(scan.data[mask]), rel=0.15)
+    assert estimate_noise(scan, mask) == pytest.approx(2 / np.median(scan.data[mask]), rel=0.15)
     shifted = scan.with_data(np.roll(scan.data, 10, axis=1))
-    assert template_correlation(scan, scan) == pytest.approx(1)
-    assert template_correlation(shifted, scan) < 0.8
-    assert template_correlation(scan.with_data(0 * scan.data), scan) == 0
+    assert correlate_with_template(scan, scan) == pytest.approx(1)
+    assert correlate_with_template(shifted, scan) < 0.8
+    assert correlate_with_template(scan.with_data(0 * scan.data), scan) == 0
     for bad in (0.01, 30.0):
         with pytest.raises(BadScan, match="absurd voxel size"):
             Limits().check_grid(Volume(scan.data, np.diag([bad, bad, bad, 1])))
@@ -279,7 +279,7 @@ def test_the_worst_scan_comes_first():
     def record(correlation, status="done"):
         return {"status": status, "measures": {"template_correlation": correlation, "head_mm3": 1.4e6, "noise": 0.05}}
 
-    scores = badness([record(0.9), record(0.91), record(0.7), record(0.92), record(0.9, "rejected")])
+    scores = deviation_scores([record(0.9), record(0.91), record(0.7), record(0.92), record(0.9, "rejected")])
     assert np.argsort(-scores, kind="stable")[:2].tolist() == [4, 2]
 
 
@@ -294,7 +294,7 @@ def test_steps_that_do_not_go_together_and_unknown_ones_are_refused():
 
 
 def test_the_scan_of_a_person_that_no_table_knows_is_kept(tmp_path):
-    person = People(tmp_path, Columns()).of(SourceScan(Path("x"), "sub-9", ""), only=True)
+    person = Participants(tmp_path, Columns()).look_up(SourceScan(Path("x"), "sub-9", ""), only=True)
     assert (person.months, person.diagnosis, person.sex) == (0, "", "")
     assert np.isnan(person.age)
 
@@ -323,6 +323,6 @@ def test_the_sessions_of_a_caps_tree_are_found_beside_its_participants(tmp_path)
     (tmp_path / "bids" / "sub-A").mkdir(parents=True)
     (tmp_path / "bids" / "participants.tsv").write_text("participant_id\tage\nsub-A\t70\n")
     (tmp_path / "bids" / "sub-A" / "sub-A_sessions.tsv").write_text("session_id\tdiagnosis\nses-M006\tMCI\n")
-    people = People(tmp_path / "caps", Columns(), tmp_path / "bids" / "participants.tsv")
-    person = people.of(SourceScan(Path("x"), "sub-A", "ses-M006"), only=True)
+    people = Participants(tmp_path / "caps", Columns(), tmp_path / "bids" / "participants.tsv")
+    person = people.look_up(SourceScan(Path("x"), "sub-A", "ses-M006"), only=True)
     assert (person.age, person.diagnosis) == (70.5, "MCI")

@@ -17,9 +17,9 @@ from click.testing import CliRunner
 
 from ldae.cli import main
 from ldae.data.table import read_table
-from ldae.preprocessing.check import compare_masks, dice
+from ldae.preprocessing.check import compare_masks, dice_overlap
 from ldae.preprocessing.registration import Transforms
-from ldae.preprocessing.template import Icbm152, at_spacing, inside
+from ldae.preprocessing.template import Icbm152, template_at_spacing, template_brain
 from ldae.preprocessing.volume import Volume
 from ldae.utils.files import read_json
 
@@ -150,9 +150,9 @@ def test_a_real_scan_goes_through_every_step(whole):
     assert (row["subject"], row["session"], row["age"], row["sex"]) == ("sub-IXI012", "ses-M000", 38.78, "M")
     assert row["template_correlation"] > 0.8  # 0.84 after five iterations of N4, at 3 mm; 0.89 to 0.93 as by default
     assert row["ventricle_mm3"] < row["brain_mm3"] < 1.15 * row["head_mm3"]
-    scan, grid = Volume.read(row["path"]), at_spacing(Icbm152(), 3.0)
+    scan, grid = Volume.read(row["path"]), template_at_spacing(Icbm152(), 3.0)
     assert scan.data.shape == grid.data.shape
-    assert dice(scan.data > 0, inside(grid)) > 0.93  # affine: as large as the template, where it is
+    assert dice_overlap(scan.data > 0, template_brain(grid)) > 0.93  # affine: as large as the template, where it is
     raw = nib.load(SCAN)
     mask = nib.load(whole / "sub-IXI012" / "anat" / "sub-IXI012_desc-brain_mask.nii.gz")
     assert mask.shape == raw.shape
@@ -163,10 +163,10 @@ def test_a_real_scan_goes_through_every_step(whole):
 
 def test_masks_go_to_the_template_and_back(whole):
     folder, files = whole, read_json(whole / "records" / "sub-IXI012.json")["files"]
-    transforms = Transforms.of(folder, files)
+    transforms = Transforms.from_record(folder, files)
     native, moved = (Volume.read(folder / files[name], constant=True) for name in ("native_mask", "mask"))
     back = transforms.to_native(moved, native, "linear")
-    assert dice(back.data > 0.5, native.data > 0) > 0.96
+    assert dice_overlap(back.data > 0.5, native.data > 0) > 0.96
     # The sidecar's matrix says the same: template mm to native mm.
     about = read_json(folder / files["scan"].replace(".nii.gz", ".json"))
     inside = nib.affines.apply_affine(moved.affine, np.argwhere(moved.data > 0))
@@ -179,7 +179,7 @@ def test_label_maps_are_carried_as_ants_carries_them(whole):
     import ants
 
     files = read_json(whole / "records" / "sub-IXI012.json")["files"]
-    transforms, grid = Transforms.of(whole, files), Volume.read(whole / files["scan"])
+    transforms, grid = Transforms.from_record(whole, files), Volume.read(whole / files["scan"])
     atlas = Volume.read(LABELS, constant=True)
     few = atlas.with_data(np.where(np.isin(atlas.data, [47, 48, 51, 52]), atlas.data, atlas.data > 0))
     theirs = ants.apply_transforms(

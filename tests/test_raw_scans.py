@@ -24,9 +24,9 @@ from ldae.preprocessing.bias import N4
 from ldae.preprocessing.brain import Stripped
 from ldae.preprocessing.intensity import Tissues
 from ldae.preprocessing.measures import Limits
-from ldae.preprocessing.steps import PreprocessingSteps
 from ldae.preprocessing.registration import Registration
-from ldae.preprocessing.template import Icbm152, TemplateFile, onto
+from ldae.preprocessing.steps import PreprocessingSteps
+from ldae.preprocessing.template import Icbm152, TemplateFile, resample_onto
 from ldae.preprocessing.volume import Volume
 from ldae.scans.raw_scan import RawScans, recorded
 from ldae.scans.scan import open_scan
@@ -48,11 +48,11 @@ class Shift:
     file: Path
 
     def to_template(self, scan, grid, interpolator):
-        return onto(Volume(scan.data, self._moved(scan.affine, SHIFT)), grid)
+        return resample_onto(Volume(scan.data, self._moved(scan.affine, SHIFT)), grid)
 
     def to_native(self, volume, grid, interpolator):
         assert self.file.exists()
-        return onto(Volume(volume.data, self._moved(volume.affine, -SHIFT)), grid)
+        return resample_onto(Volume(volume.data, self._moved(volume.affine, -SHIFT)), grid)
 
     @staticmethod
     def _moved(affine, shift):
@@ -86,9 +86,9 @@ def raw(tmp_path, monkeypatch):
 def test_a_raw_scan_lands_where_the_training_scans_lie(raw):
     image, placed, scans = raw
     made = scans(image)
-    prepared = scans.transform.prepare(made.image)
+    prepared = scans.transform.to_model_space(made.image)
     np.testing.assert_allclose(prepared.affine, scans.affine, atol=0.01)
-    twin = scans.transform.prepare(placed).volume
+    twin = scans.transform.to_model_space(placed).volume
     assert np.corrcoef(prepared.volume.ravel(), twin.ravel())[0, 1] > 0.99
 
 
@@ -99,7 +99,7 @@ def test_another_box_around_the_template_is_the_training_scans_box(raw):
     moved[2, 3] -= 18.0
     other = RawScans(scans.transform, {}, moved)
     other.__dict__["pipeline"] = scans.pipeline
-    volumes = [s.transform.prepare(s(image).image) for s in (scans, other)]
+    volumes = [s.transform.to_model_space(s(image).image) for s in (scans, other)]
     np.testing.assert_allclose(volumes[1].affine, moved, atol=0.01)
     middle = [np.argwhere(v.volume[0] > 0.1).mean(0) for v in volumes]
     np.testing.assert_allclose(middle[1] - middle[0], [0, 0, 2], atol=0.35)

@@ -87,10 +87,10 @@ def preprocess_folder(
     """
     from hydra.utils import instantiate
 
-    from ldae.preprocessing.preprocess_cohort import preprocess as preprocess_cohort
+    from ldae.preprocessing.preprocess_cohort import preprocess_cohort as preprocess_cohort
     from ldae.preprocessing.job import Job
-    from ldae.preprocessing.bids_names import entity
-    from ldae.preprocessing.participants import People
+    from ldae.preprocessing.bids_names import bids_entity
+    from ldae.preprocessing.participants import Participants
     from ldae.preprocessing.steps import PreprocessingSteps
     from ldae.preprocessing.sources import find_scans
 
@@ -99,12 +99,12 @@ def preprocess_folder(
     job = Job(PreprocessingSteps(**steps), out, regions)
     scans = find_scans(source)
     log.info("%d scans in %s", len(scans), source)
-    if job.pipeline.registration and any(entity(scan.path.name, "space") for scan in scans):
+    if job.steps.registration and any(bids_entity(scan.path.name, "space") for scan in scans):
         log.warning(
             "some file names have a space- entity, so these scans may be registered already: "
             "--registration none keeps them as they are"
         )
-    people = People(source if source.is_dir() else None, columns, participants)
+    people = Participants(source if source.is_dir() else None, columns, participants)
     # A scheduler interrupts by SIGTERM: leave through `finally`, so that the tables of what is done are written.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     preprocess_cohort(scans, people, job, labels, workers, threads)

@@ -8,7 +8,7 @@ NATIVE = "T1w"  # the scan's own space
 
 
 @dataclass(frozen=True)
-class Names:
+class BidsNames:
     """Paths relative to the derivatives' folder.
 
     subject: "sub-..."; session: "ses-..." or ""; space: BIDS label, "" for the scan's own; spacing: voxel size in mm of
@@ -72,12 +72,12 @@ class Names:
         return self.folder / f"{self.stem}_{space}{rest}"
 
 
-def label(text: str) -> str:
+def bids_label(text: str) -> str:
     """`text` as a BIDS label: letters and digits alone."""
     return re.sub(r"[^A-Za-z0-9]", "", text)
 
 
-def entity(name: str, key: str) -> str:
+def bids_entity(name: str, key: str) -> str:
     """The value of `key` in a BIDS file name, or "": entity("sub-1_ses-M00_T1w.nii.gz", "ses") is "M00"."""
     match = re.search(rf"(?:^|[_/]){key}-([A-Za-z0-9]+)", name)
     return match[1] if match else ""

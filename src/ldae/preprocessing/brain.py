@@ -50,7 +50,7 @@ class Stripped:
 
     def __call__(self, scan: Volume) -> np.ndarray:
         """See BrainExtraction."""
-        return closed(scan.data != background(scan), scan.spacing)
+        return close_sulci(scan.data != background_intensity(scan), scan.spacing)
 
 
 @lru_cache(maxsize=1)
@@ -60,14 +60,14 @@ def _network() -> Any:
     return Network(no_gpu=True)
 
 
-def background(scan: Volume) -> float:
+def background_intensity(scan: Volume) -> float:
     """The most frequent intensity on the faces of the volume."""
     faces = [np.take(scan.data, (0, -1), axis=axis).ravel() for axis in range(3)]
     values, counts = np.unique(np.concatenate(faces), return_counts=True)
     return float(values[counts.argmax()])
 
 
-def closed(mask: np.ndarray, spacing: np.ndarray) -> np.ndarray:
+def close_sulci(mask: np.ndarray, spacing: np.ndarray) -> np.ndarray:
     """`mask` with sulci bridged, (X, Y, Z) bool: closed by a ball of CLOSING_MM and filled."""
     margin = int(np.ceil(CLOSING_MM / spacing.min())) + 1
     padded = np.pad(mask, margin)  # a ball must not see the volume's faces
@@ -77,6 +77,6 @@ def closed(mask: np.ndarray, spacing: np.ndarray) -> np.ndarray:
     return ndimage.binary_fill_holes((near | padded)[inside])
 
 
-def looks_stripped(scan: Volume) -> bool:
+def is_skull_stripped(scan: Volume) -> bool:
     """Whether what is not background is no larger than a brain."""
-    return bool((scan.data != background(scan)).sum() * scan.voxel_mm3 < LARGEST_BRAIN_MM3)
+    return bool((scan.data != background_intensity(scan)).sum() * scan.voxel_mm3 < LARGEST_BRAIN_MM3)

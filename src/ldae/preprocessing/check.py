@@ -11,15 +11,15 @@ import click
 import numpy as np
 import pandas as pd
 
-from ldae.preprocessing.brain import closed
-from ldae.preprocessing.bids_names import entity
-from ldae.preprocessing.regions import label_maps
+from ldae.preprocessing.brain import close_sulci
+from ldae.preprocessing.bids_names import bids_entity
+from ldae.preprocessing.regions import find_label_maps
 from ldae.preprocessing.volume import Volume
 from ldae.utils.errors import UserError
 from ldae.utils.files import read_json, replacing
 
 
-def dice(first: np.ndarray, second: np.ndarray) -> float:
+def dice_overlap(first: np.ndarray, second: np.ndarray) -> float:
     """2 |A and B| / (|A| + |B|) of two masks; 1 for two empty ones."""
     total = first.sum() + second.sum()
     return float(2 * (first & second).sum() / total) if total else 1.0
@@ -31,13 +31,13 @@ def compare_masks(out: Path, labels: Path | None) -> pd.DataFrame:
     Raises:
         UserError: no finished scan in `out`, or a label map on another grid than its scan.
     """
-    maps = label_maps(labels) if labels else {}
+    maps = find_label_maps(labels) if labels else {}
     rows = []
     for path in sorted((out / "records").glob("*.json")):
         record = read_json(path)
         if record["status"] != "done":
             continue
-        key = entity(path.stem, "sub"), entity(path.stem, "ses")
+        key = bids_entity(path.stem, "sub"), bids_entity(path.stem, "ses")
         found = np.nan
         if key in maps and "native_mask" in record["files"]:
             found = _dice(out / record["files"]["native_mask"], maps[key])
@@ -51,7 +51,7 @@ def _dice(mask: Path, labels: Path) -> float:
     ours, theirs = Volume.read(mask, constant=True), Volume.read(labels, constant=True)
     if ours.data.shape != theirs.data.shape or not np.allclose(ours.affine, theirs.affine, atol=1e-2):
         raise UserError(f"{labels} is on another grid than the scan of {mask}: give label maps in native space")
-    return dice(ours.data > 0, closed(theirs.data > 0, theirs.spacing))
+    return dice_overlap(ours.data > 0, close_sulci(theirs.data > 0, theirs.spacing))
 
 
 @click.command()

@@ -9,7 +9,7 @@ from ldae.data.scans import BadScan
 VOXELS = 20_000  # that the mixture is fitted on
 
 
-def tissue_means(values: np.ndarray) -> np.ndarray:
+def estimate_tissue_means(values: np.ndarray) -> np.ndarray:
     """Means of CSF, grey and white matter in a T1w brain's voxels (N,), ascending, (3,): a mixture of three Gaussians.
 
     Raises:
@@ -32,7 +32,7 @@ class WhiteMatter:
 
     def __call__(self, data: np.ndarray, brain: np.ndarray) -> np.ndarray:
         """data (X, Y, Z), brain (X, Y, Z) bool -> data with white matter at `target`."""
-        return data * (self.target / tissue_means(data[brain])[2])
+        return data * (self.target / estimate_tissue_means(data[brain])[2])
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Tissues:
 
     def __call__(self, data: np.ndarray, brain: np.ndarray) -> np.ndarray:
         """data (X, Y, Z), brain (X, Y, Z) bool -> data on the common scale; straight on beyond white matter."""
-        knots = np.array([0.0, *tissue_means(data[brain])])
+        knots = np.array([0.0, *estimate_tissue_means(data[brain])])
         targets = np.array([0.0, *self.targets])
         slope = (targets[3] - targets[2]) / (knots[3] - knots[2])
         return np.interp(data, knots, targets) + np.maximum(data - knots[3], 0) * slope

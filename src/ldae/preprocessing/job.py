@@ -20,12 +20,12 @@ from typing import Any
 
 from ldae.data.scans import BadScan
 from ldae.preprocessing.mosaic import write_mosaic
-from ldae.preprocessing.bids_names import NATIVE, Names
+from ldae.preprocessing.bids_names import NATIVE, BidsNames
 from ldae.preprocessing.steps import PreprocessedScan, PreprocessingSteps
 from ldae.preprocessing.regions import Regions
-from ldae.preprocessing.registration import matrix
+from ldae.preprocessing.registration import read_affine
 from ldae.preprocessing.sources import SourceScan
-from ldae.preprocessing.template import inside
+from ldae.preprocessing.template import template_brain
 from ldae.preprocessing.volume import Volume
 from ldae.utils.errors import UserError
 from ldae.utils.files import file_sha256, read_json, replacing, write_json
@@ -46,7 +46,7 @@ Record = dict[str, Any]
 class Job:
     """What every scan of a cohort has in common. Goes to worker processes."""
 
-    pipeline: PreprocessingSteps
+    steps: PreprocessingSteps
     out: Path
     regions: Regions | None = None
 
@@ -64,32 +64,32 @@ class Job:
                 return self._reject(scan, names, key="", reason=error.reason)
             return self._known(names, key) or self._make(scan, labels, names, key)
 
-    def earlier(self, scan: SourceScan, labels: Path | None = None) -> Record | None:
+    def find_finished(self, scan: SourceScan, labels: Path | None = None) -> Record | None:
         """The record of an earlier run under the same content and parameters, or None."""
         try:
             return self._known(self.names(scan), self.key(scan, labels))
         except BadScan:
             return None
 
-    def names(self, scan: SourceScan) -> Names:
+    def names(self, scan: SourceScan) -> BidsNames:
         """Where what becomes of `scan` lies."""
-        return Names(scan.subject, scan.session, self.pipeline.space, self.pipeline.spacing)
+        return BidsNames(scan.subject, scan.session, self.steps.space, self.steps.spacing)
 
-    def place(self, scan: SourceScan) -> str:
+    def relative_source(self, scan: SourceScan) -> str:
         """Where the raw scan lies, from `out`: no absolute path goes into what may be passed on."""
         return os.path.relpath(scan.path, self.out)
 
     def key(self, scan: SourceScan, labels: Path | None) -> str:
         """Of content and parameters. Raises BadScan where there is no such file."""
         try:
-            parts = [self.pipeline.key(), file_sha256(scan.path), scan.problem]
+            parts = [self.steps.key(), file_sha256(scan.path), scan.problem]
             if labels is not None:
                 parts += [file_sha256(labels), repr(self.regions)]
         except OSError as error:
             raise BadScan(f"unreadable ({error.strerror})", scan.path) from error
         return ":".join(parts)
 
-    def _known(self, names: Names, key: str) -> Record | None:
+    def _known(self, names: BidsNames, key: str) -> Record | None:
         """The record under the same key, if all that it names is there."""
         path = self.out / names.record
         try:
@@ -99,13 +99,13 @@ class Job:
         complete = all((self.out / file).is_file() for file in record.get("files", {}).values())
         return record if record.get("key") == key and complete else None
 
-    def _make(self, scan: SourceScan, labels: Path | None, names: Names, key: str) -> Record:
+    def _make(self, scan: SourceScan, labels: Path | None, names: BidsNames, key: str) -> Record:
         start, processor = time.monotonic(), time.process_time()
         with tempfile.TemporaryDirectory(prefix="ldae-") as folder:
             try:
                 if scan.problem:
                     raise BadScan(scan.problem)
-                prepared = self.pipeline(scan.path, Path(folder))
+                prepared = self.steps(scan.path, Path(folder))
             except BadScan as error:
                 return self._reject(scan, names, key, error.reason)
             except FAILURES as error:
@@ -117,16 +117,16 @@ class Job:
         write_json(self.out / names.record, record)
         return record
 
-    def _reject(self, scan: SourceScan, names: Names, key: str, reason: str) -> Record:
+    def _reject(self, scan: SourceScan, names: BidsNames, key: str, reason: str) -> Record:
         """Without a key, the scan is tried again next time. Outputs of an earlier run go."""
-        record = {"status": "rejected", "reason": reason, "source": self.place(scan), "key": key, "files": {}}
+        record = {"status": "rejected", "reason": reason, "source": self.relative_source(scan), "key": key, "files": {}}
         if scan.problem:
             return record  # its name is another's too
         self._clear(names)
         write_json(self.out / names.record, record)
         return record
 
-    def _clear(self, names: Names) -> None:
+    def _clear(self, names: BidsNames) -> None:
         try:
             old = read_json(self.out / names.record).get("files", {})
         except (OSError, ValueError):
@@ -136,7 +136,7 @@ class Job:
             (self.out / file).unlink(missing_ok=True)
             (self.out / file.replace(".nii.gz", ".json")).unlink(missing_ok=True)
 
-    def _write(self, scan: SourceScan, labels: Path | None, names: Names, prepared: PreprocessedScan) -> Record:
+    def _write(self, scan: SourceScan, labels: Path | None, names: BidsNames, prepared: PreprocessedScan) -> Record:
         self._clear(names)
         files, notes, regions = {"scan": names.scan, "figure": names.figure}, list(prepared.notes), {}
         prepared.scan.write(self.out / names.scan)
@@ -152,12 +152,12 @@ class Job:
                 files["labels"] = names.labels
             except BadScan as error:
                 notes.append(f"label map left out: {error}")
-        template = inside(self.pipeline.grid(prepared.native)) if self.pipeline.registration else None
-        write_mosaic(self.out / names.figure, prepared.head.data, prepared.head.affine, prepared.mask, template)
+        template = template_brain(self.steps.grid(prepared.native)) if self.steps.registration else None
+        write_mosaic(self.out / names.figure, prepared.unmasked.data, prepared.unmasked.affine, prepared.mask, template)
         record = {
             "status": "done",
             "reason": "",
-            "source": self.place(scan),
+            "source": self.relative_source(scan),
             "files": {name: str(path) for name, path in files.items()},
             "measures": prepared.measures,
             "regions": regions,
@@ -166,7 +166,7 @@ class Job:
         self._sidecars(scan, names, prepared, record)
         return record
 
-    def _save_transforms(self, names: Names, prepared: PreprocessedScan) -> dict[str, Path]:
+    def _save_transforms(self, names: BidsNames, prepared: PreprocessedScan) -> dict[str, Path]:
         """Under BIDS names: `forward_0` ... in ANTs' order, and `inverse_0` ... where they are other files."""
         found: dict[str, Path] = {}
         if prepared.transforms is None:
@@ -181,7 +181,7 @@ class Job:
                 found[f"{way}_{index}"] = target
         return found
 
-    def _save_labels(self, labels: Path, names: Names, prepared: PreprocessedScan) -> dict[str, float]:
+    def _save_labels(self, labels: Path, names: BidsNames, prepared: PreprocessedScan) -> dict[str, float]:
         native = Volume.read(labels, constant=True)
         if prepared.transforms is None:
             raise BadScan("a label map is carried by registration alone", labels)
@@ -189,15 +189,15 @@ class Job:
         moved.write(self.out / names.labels, "uint16")
         return self.regions.volumes(native) if self.regions else {}
 
-    def _sidecars(self, scan: SourceScan, names: Names, prepared: PreprocessedScan, record: Record) -> None:
+    def _sidecars(self, scan: SourceScan, names: BidsNames, prepared: PreprocessedScan, record: Record) -> None:
         files = record["files"]
         about = {
-            "Sources": [self.place(scan)],
+            "Sources": [self.relative_source(scan)],
             "SkullStripped": prepared.mask is not None,
-            "SpatialReference": self.pipeline.space or NATIVE,
+            "SpatialReference": self.steps.space or NATIVE,
             "Resolution": " x ".join(f"{size:.4g}" for size in prepared.scan.spacing) + " mm",
             "Software": {name: version(name) for name in PACKAGES if find_spec(MODULES.get(name, name))},
-            "Parameters": self.pipeline.parameters(),
+            "Parameters": self.steps.parameters(),
             "Measures": prepared.measures,
             "Notes": record["notes"],
             "Transforms": {name: path for name, path in files.items() if name.startswith(("forward", "inverse"))},
@@ -205,11 +205,15 @@ class Job:
         forward = prepared.transforms.forward if prepared.transforms else ()
         affines = [path for path in forward if path.suffix == ".mat"]
         if affines:
-            about["TemplateToNative"] = matrix(affines[0]).tolist()  # mm to mm, RAS; a warp comes on top of it
+            about["TemplateToNative"] = read_affine(affines[0]).tolist()  # mm to mm, RAS; a warp comes on top of it
         write_json(self.out / str(names.scan).replace(".nii.gz", ".json"), about)
         for name in ("mask", "native_mask"):
             if name in files:
-                mask = {"Type": "Brain", "Sources": [self.place(scan)], "Parameters": about["Parameters"]["brain"]}
+                mask = {
+                    "Type": "Brain",
+                    "Sources": [self.relative_source(scan)],
+                    "Parameters": about["Parameters"]["brain"],
+                }
                 write_json(self.out / files[name].replace(".nii.gz", ".json"), mask)
 
 

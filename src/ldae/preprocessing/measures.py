@@ -5,33 +5,33 @@ from dataclasses import dataclass
 import numpy as np
 
 from ldae.data.scans import BadScan
-from ldae.preprocessing.template import blurred, inside
+from ldae.preprocessing.template import blur_for_spacing, template_brain
 from ldae.preprocessing.volume import Volume
 
 CORRELATION_MM = 4.0  # folds differ from person to person: brains are compared below this resolution
 MARGIN_MM = 6.0  # around the template's brain, so that a brain which does not fill or keep its place shows
 
 
-def brain_volume(mask: np.ndarray, scan: Volume) -> float:
+def measure_volume(mask: np.ndarray, scan: Volume) -> float:
     """mm3 of a mask on the scan's grid."""
     return float(mask.sum() * scan.voxel_mm3)
 
 
-def template_correlation(brain: Volume, template: Volume) -> float:
+def correlate_with_template(brain: Volume, template: Volume) -> float:
     """Pearson correlation of a registered brain with the template, both 0 outside the brain and on one grid.
 
     Over the template's brain and MARGIN_MM around it, both blurred to CORRELATION_MM.
     """
     from scipy.ndimage import distance_transform_edt
 
-    near = distance_transform_edt(~inside(template), sampling=template.spacing) <= MARGIN_MM
-    first, second = (blurred(volume, CORRELATION_MM).data[near] for volume in (brain, template))
+    near = distance_transform_edt(~template_brain(template), sampling=template.spacing) <= MARGIN_MM
+    first, second = (blur_for_spacing(volume, CORRELATION_MM).data[near] for volume in (brain, template))
     if first.std() == 0:
         return 0.0
     return float(np.corrcoef(first, second)[0, 1])
 
 
-def noise(scan: Volume, mask: np.ndarray) -> float:
+def estimate_noise(scan: Volume, mask: np.ndarray) -> float:
     """Standard deviation of the noise as a share of the brain's median intensity.
 
     From second differences along the axes, which anatomy hardly reaches: their median absolute value in the brightest

@@ -28,7 +28,7 @@ class Columns:
 
 
 @dataclass(frozen=True)
-class Person:
+class Participant:
     """months: since the first session, None where it cannot be told; age: years at the session, NaN unknown."""
 
     months: int | None
@@ -37,7 +37,7 @@ class Person:
     sex: str
 
 
-class People:
+class Participants:
     """Reads participants.tsv and every sub-*/sub-*_sessions.tsv below `root` (None: what the scans say alone)."""
 
     def __init__(self, root: Path | None, columns: Columns, participants: Path | None = None) -> None:
@@ -56,7 +56,7 @@ class People:
         self.participants = {_prefixed("sub-", row.get("participant_id", "")): row for row in found}
         self._sessions: dict[str, dict[str, dict[str, str]]] = {}
 
-    def of(self, scan: SourceScan, only: bool) -> Person:
+    def look_up(self, scan: SourceScan, only: bool) -> Participant:
         """Who `scan` shows. only: the subject has one session, which then is the first."""
         session = self._session(scan.subject).get(scan.session, {})
         sources = [scan.about, session, self.participants.get(scan.subject, {})]
@@ -64,7 +64,7 @@ class People:
         own, general = _number(_first(sources[:2], self.columns.age)), _number(_first(sources[2:], self.columns.age))
         age = own if math.isfinite(own) else general + (months or 0) / 12
         sex = _first(sources, self.columns.sex)
-        return Person(
+        return Participant(
             months=months,
             diagnosis=_first(sources, self.columns.diagnosis),
             age=round(age, 4) if 0 <= age <= MAX_AGE else math.nan,

@@ -15,9 +15,9 @@ import pandas as pd
 
 from ldae.data.table import session_label, write_table
 from ldae.preprocessing.job import Job, Record
-from ldae.preprocessing.participants import People, Person
-from ldae.preprocessing.quality import write_quality
-from ldae.preprocessing.regions import label_maps
+from ldae.preprocessing.participants import Participants, Participant
+from ldae.preprocessing.quality import write_quality_page
+from ldae.preprocessing.regions import find_label_maps
 from ldae.preprocessing.sources import SourceScan
 from ldae.utils import process_pool as pool
 from ldae.utils.files import write_json
@@ -25,12 +25,12 @@ from ldae.utils.files import write_json
 log = logging.getLogger(__name__)
 
 REJECTED = ("subject", "session", "path", "reason")
-Entry = tuple[SourceScan, Person, Record]
+Entry = tuple[SourceScan, Participant, Record]
 
 
-def preprocess(
+def preprocess_cohort(
     scans: list[SourceScan],
-    people: People,
+    people: Participants,
     job: Job,
     labels: Path | None = None,
     workers: int | None = None,
@@ -54,7 +54,7 @@ def preprocess(
 
     job.out.mkdir(parents=True, exist_ok=True)
     _describe(job.out)
-    maps = label_maps(labels) if labels else {}
+    maps = find_label_maps(labels) if labels else {}
     sessions = Counter(scan.subject for scan in {(s.subject, s.session): s for s in scans}.values())
     persons = [people.of(scan, only=sessions[scan.subject] == 1) for scan in scans]
     calls = [(_timed(scan, person), maps.get(_bare(scan))) for scan, person in zip(scans, persons, strict=True)]
@@ -71,13 +71,15 @@ def preprocess(
     except BaseException:
         # Interrupted, or the disk is full: what is done, in this run or an earlier one, is usable.
         with suppress(OSError):
-            records |= {i: found for i, call in enumerate(calls) if i not in records and (found := job.earlier(*call))}
+            records |= {
+                i: found for i, call in enumerate(calls) if i not in records and (found := job.find_finished(*call))
+            }
             _write(job.out, [(scans[index], persons[index], records[index]) for index in sorted(records)])
         raise
     return _write(job.out, [(scans[index], persons[index], records[index]) for index in range(len(scans))])
 
 
-def _timed(scan: SourceScan, person: Person) -> SourceScan:
+def _timed(scan: SourceScan, person: Participant) -> SourceScan:
     """`scan` with a problem where no one knows when it was made."""
     if person.months is not None or scan.problem:
         return scan
@@ -114,12 +116,12 @@ def _write(out: Path, entries: list[Entry]) -> pd.DataFrame:
         (out / "scans.csv").unlink(missing_ok=True)
     rejected = [entry for entry in entries if entry[2]["status"] != "done"]
     _write_rejected(out / "rejected.csv", rejected)
-    write_quality(out, [(scan, record) for scan, _, record in entries])
+    write_quality_page(out, [(scan, record) for scan, _, record in entries])
     log.info("%d scans in %s, %d set aside in %s", len(done), out / "scans.csv", len(rejected), out / "rejected.csv")
     return table
 
 
-def _row(out: Path, scan: SourceScan, person: Person, record: Record) -> dict[str, Any]:
+def _row(out: Path, scan: SourceScan, person: Participant, record: Record) -> dict[str, Any]:
     """A line of the table: what is required, what was measured, what the source says beside it."""
     files, folder = record["files"], os.path.abspath(out)
     row = {

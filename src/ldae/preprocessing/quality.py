@@ -22,9 +22,9 @@ STYLE = (
 )
 
 
-def write_quality(out: Path, entries: list[tuple[SourceScan, Record]]) -> Path:
+def write_quality_page(out: Path, entries: list[tuple[SourceScan, Record]]) -> Path:
     """Write OUT/qc.html; what was set aside comes first, then by how far the worst measure lies from the others'."""
-    scores = badness([record for _, record in entries])
+    scores = deviation_scores([record for _, record in entries])
     order = np.argsort(-scores, kind="stable")
     heads = "".join(f"<th>{heading}</th>" for heading, _, _ in MEASURES.values())
     rows = "\n".join(_row(out, *entries[index], scores[index]) for index in order)
@@ -41,7 +41,7 @@ def write_quality(out: Path, entries: list[tuple[SourceScan, Record]]) -> Path:
     return out / "qc.html"
 
 
-def badness(records: list[Record]) -> np.ndarray:
+def deviation_scores(records: list[Record]) -> np.ndarray:
     """(N,): the largest deviation of a scan's measures in the bad direction; infinite for what was set aside."""
     result = np.zeros(len(records))
     for name, (_, _, sign) in MEASURES.items():

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ldae.preprocessing.bids_names import entity
+from ldae.preprocessing.bids_names import bids_entity
 from ldae.preprocessing.volume import Volume
 from ldae.utils.errors import UserError
 
@@ -33,7 +33,7 @@ class Regions:
         return result
 
 
-def label_maps(folder: Path) -> dict[tuple[str, str], Path]:
+def find_label_maps(folder: Path) -> dict[tuple[str, str], Path]:
     """(subject, session) -> label map, of `sub-*[_ses-*]*_dseg.nii.gz` anywhere below `folder`.
 
     Raises:
@@ -41,7 +41,7 @@ def label_maps(folder: Path) -> dict[tuple[str, str], Path]:
     """
     found: dict[tuple[str, str], Path] = {}
     for path in sorted((*folder.rglob("*_dseg.nii.gz"), *folder.rglob("*_dseg.nii"))):
-        key = entity(path.name, "sub"), entity(path.name, "ses")
+        key = bids_entity(path.name, "sub"), bids_entity(path.name, "ses")
         if key in found:
             raise UserError(f"{folder} has two label maps of one session: {found[key]} and {path}; leave one")
         found[key] = path

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ldae.data.scans import BadScan
-from ldae.preprocessing.template import blurred
+from ldae.preprocessing.template import blur_for_spacing
 from ldae.preprocessing.volume import TO_LPS, Volume
 
 
@@ -25,7 +25,7 @@ class Transforms:
     inverted: tuple[bool, ...]  # of `inverse`
 
     @classmethod
-    def of(cls, out: Path, files: Mapping[str, str]) -> "Transforms":
+    def from_record(cls, out: Path, files: Mapping[str, str]) -> "Transforms":
         """Those of a finished scan: `files` is what its record (OUT/records/*.json) lists, relative to `out`."""
         forward, inverse = (
             tuple(out / files[name] for name in sorted(files) if name.startswith(way)) for way in ("forward", "inverse")
@@ -34,7 +34,7 @@ class Transforms:
 
     def to_template(self, scan: Volume, grid: Volume, interpolator: str) -> Volume:
         """`scan`, blurred to what `grid` can hold, on the template's `grid`."""
-        return _apply(blurred(scan, grid.spacing.min()), grid, self.forward, None, interpolator)
+        return _apply(blur_for_spacing(scan, grid.spacing.min()), grid, self.forward, None, interpolator)
 
     def labels_to_template(self, labels: Volume, grid: Volume) -> Volume:
         """A label map on the template's `grid`: in each voxel the label with the largest linear weight, 0 outside."""
@@ -44,7 +44,7 @@ class Transforms:
 
     def to_native(self, volume: Volume, grid: Volume, interpolator: str) -> Volume:
         """A volume in the template's space, blurred to what `grid` can hold, on the scan's own `grid`."""
-        return _apply(blurred(volume, grid.spacing.min()), grid, self.inverse, self.inverted, interpolator)
+        return _apply(blur_for_spacing(volume, grid.spacing.min()), grid, self.inverse, self.inverted, interpolator)
 
 
 def _apply(volume: Volume, grid: Volume, files: tuple[Path, ...], inverted: Any, interpolator: str) -> Volume:
@@ -119,7 +119,7 @@ class Registration:
         return Transforms(forward, inverse, tuple(path.suffix == ".mat" for path in inverse))
 
 
-def matrix(path: Path) -> np.ndarray:
+def read_affine(path: Path) -> np.ndarray:
     """The affine in one of ANTs' files as template mm to scan mm, RAS, 4x4: how ANTs pulls a scan to the template."""
     import ants
 

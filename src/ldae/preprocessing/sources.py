@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ldae.data.table import parse_session, read_cells, session_label
-from ldae.preprocessing.bids_names import entity, label
+from ldae.preprocessing.bids_names import bids_entity, bids_label
 from ldae.utils.errors import UserError
 
 NIFTI = (".nii.gz", ".nii")
@@ -18,7 +18,7 @@ class SourceScan:
     path: Path
     subject: str
     session: str
-    about: dict[str, str] = field(default_factory=dict)  # what the source itself says: age, sex, ...
+    metadata: dict[str, str] = field(default_factory=dict)  # what the source itself says: age, sex, ...
     problem: str = ""  # why it cannot be used, known without opening it
 
 
@@ -64,7 +64,7 @@ def _niftis(root: Path, folders: tuple[str, ...]) -> list[Path]:
 
 def _scan(path: Path) -> SourceScan:
     subject = next(part for part in path.parts[::-1] if part.startswith("sub-") and part != path.name)
-    session = entity(path.name, "ses")
+    session = bids_entity(path.name, "ses")
     return SourceScan(path, subject, f"ses-{session}" if session else "")
 
 
@@ -80,9 +80,9 @@ def _from_csv(table: Path) -> list[SourceScan]:
             raise UserError(f"{table}, line {line}: {len(cells)} cells, but the header has {len(header)} columns")
         about = dict(zip(header, cells, strict=True))
         path = Path(about.pop("path"))
-        subject = about.pop("subject", "") or entity(path.name, "sub") or path.name.split(".")[0]
-        session = about.pop("session", "") or entity(path.name, "ses")
-        name = label(subject.removeprefix("sub-"))
+        subject = about.pop("subject", "") or bids_entity(path.name, "sub") or path.name.split(".")[0]
+        session = about.pop("session", "") or bids_entity(path.name, "ses")
+        name = bids_label(subject.removeprefix("sub-"))
         if not name or names.setdefault(name, subject) != subject:
             raise UserError(f"{table}, line {line}: subject {subject!r} gives no file name of its own; rename it")
         scans.append(SourceScan(table.parent / path, f"sub-{name}", _session(session), about))
@@ -94,7 +94,7 @@ def _session(text: str) -> str:
     try:
         return session_label(parse_session(text))
     except ValueError:
-        name = label(text.removeprefix("ses-"))
+        name = bids_label(text.removeprefix("ses-"))
         return f"ses-{name}" if name else ""
 
 
@@ -109,5 +109,5 @@ def _mark_doubles(scans: list[SourceScan]) -> list[SourceScan]:
             continue
         names = ", ".join(scan.path.name for scan in group)
         problem = f"{len(group)} T1w scans in one session ({names}): name one in a CSV of paths"
-        marked += [SourceScan(scan.path, scan.subject, scan.session, scan.about, problem) for scan in group]
+        marked += [SourceScan(scan.path, scan.subject, scan.session, scan.metadata, problem) for scan in group]
     return marked

@@ -14,11 +14,11 @@ import numpy as np
 
 from ldae.data.transforms import Source
 from ldae.preprocessing.bias import N4
-from ldae.preprocessing.brain import BrainExtraction, DeepBet, Stripped, looks_stripped
+from ldae.preprocessing.brain import BrainExtraction, DeepBet, Stripped, is_skull_stripped
 from ldae.preprocessing.intensity import Tissues, WhiteMatter
-from ldae.preprocessing.measures import Limits, brain_volume, noise, template_correlation
+from ldae.preprocessing.measures import Limits, measure_volume, estimate_noise, correlate_with_template
 from ldae.preprocessing.registration import Registration, Transforms
-from ldae.preprocessing.template import Icbm152, Template, TemplateFile, at_spacing, resampled
+from ldae.preprocessing.template import Icbm152, Template, TemplateFile, template_at_spacing, resample
 from ldae.preprocessing.volume import Volume
 from ldae.utils.errors import UserError
 
@@ -30,11 +30,11 @@ class PreprocessedScan:
     """A scan that has been through the pipeline."""
 
     scan: Volume  # as models take it: 0 outside the brain, where one was looked for
-    head: Volume  # the same before the mask
+    unmasked: Volume  # the same before the mask
     mask: np.ndarray | None  # on the grid of `scan`
     native: Volume  # the scan as it came
     native_mask: np.ndarray | None  # on the scan's own grid
-    even: Volume  # on that grid too: after bias field and intensity, as it was resampled
+    corrected: Volume  # on that grid too: after bias field and intensity, as it was resampled
     transforms: Transforms | None
     measures: dict[str, float]
     notes: list[str]
@@ -108,8 +108,8 @@ class PreprocessingSteps:
     def grid(self, scan: Volume) -> Volume:
         """Where `scan` comes to lie."""
         if self.registration:
-            return at_spacing(self.template, self.spacing or float(self.template.volume().spacing.min()))
-        return resampled(scan, self.spacing)
+            return template_at_spacing(self.template, self.spacing or float(self.template.volume().spacing.min()))
+        return resample(scan, self.spacing)
 
     def __call__(self, source: Source, folder: Path) -> PreprocessedScan:
         """Prepare a scan, a path or an image; `folder` receives the transforms' files.
@@ -122,7 +122,9 @@ class PreprocessingSteps:
         notes: list[str] = []
         scan = self.bias(native) if self.bias else native
         mask = self._mask(native, scan, notes)
-        measures = {} if mask is None else {"head_mm3": brain_volume(mask, scan), "noise": noise(native, mask)}
+        measures = (
+            {} if mask is None else {"head_mm3": measure_volume(mask, scan), "noise": estimate_noise(native, mask)}
+        )
         if mask is not None:
             self.limits.check_brain(measures["head_mm3"])
         if self.intensity:
@@ -130,7 +132,7 @@ class PreprocessingSteps:
         grid, transforms = self.grid(scan), None
         if self.registration:
             brain = scan if mask is None else scan.with_data(scan.data * mask)
-            fixed = at_spacing(self.template, self.registration.spacing)
+            fixed = template_at_spacing(self.template, self.registration.spacing)
             transforms = self.registration(brain, fixed, folder)
         head = self._move(scan, grid, transforms, self.interpolator)
         head = head.with_data(np.maximum(head.data, 0))  # splines swing below the darkest voxel
@@ -139,20 +141,20 @@ class PreprocessingSteps:
             moved = self._move(scan.with_data(mask), grid, transforms, "linear").data >= 0.5
         result = head if moved is None else head.with_data(head.data * moved)
         if self.registration:
-            measures["template_correlation"] = template_correlation(result, grid)
+            measures["template_correlation"] = correlate_with_template(result, grid)
             self.limits.check_correlation(measures["template_correlation"], self.registration.transform == "Rigid")
         return PreprocessedScan(result, head, moved, native, mask, scan, transforms, measures, notes)
 
     def _mask(self, native: Volume, scan: Volume, notes: list[str]) -> np.ndarray | None:
         if self.brain is None:
             return None
-        if not isinstance(self.brain, Stripped) and looks_stripped(native):
+        if not isinstance(self.brain, Stripped) and is_skull_stripped(native):
             notes.append("already skull-stripped: its own background was taken for the mask")
             return Stripped()(native)
         return self.brain(native if isinstance(self.brain, Stripped) else scan)
 
     def _move(self, volume: Volume, grid: Volume, transforms: Transforms | None, interpolator: str) -> Volume:
-        return transforms.to_template(volume, grid, interpolator) if transforms else resampled(volume, self.spacing)
+        return transforms.to_template(volume, grid, interpolator) if transforms else resample(volume, self.spacing)
 
 
 STEPS = {

@@ -45,17 +45,17 @@ Template = Icbm152 | TemplateFile
 
 
 @lru_cache(maxsize=4)
-def at_spacing(template: Template, spacing: float) -> Volume:
+def template_at_spacing(template: Template, spacing: float) -> Volume:
     """The template on voxels of `spacing` mm, its box kept and centred."""
-    return resampled(template.volume(), spacing)
+    return resample(template.volume(), spacing)
 
 
-def inside(template: Volume) -> np.ndarray:
+def template_brain(template: Volume) -> np.ndarray:
     """The brain of a template that is 0 outside it, (X, Y, Z) bool; resampling has blurred its edge."""
     return template.data > EDGE * template.data.max()
 
 
-def resampled(volume: Volume, spacing: float | None) -> Volume:
+def resample(volume: Volume, spacing: float | None) -> Volume:
     """`volume` on cubes of `spacing` mm in the same axes, linearly; the box grows by less than a voxel."""
     if spacing is None or np.allclose(volume.spacing, spacing, rtol=1e-4):
         return volume
@@ -65,20 +65,22 @@ def resampled(volume: Volume, spacing: float | None) -> Volume:
     centre = nib.affines.apply_affine(volume.affine, (np.array(volume.data.shape) - 1) / 2)
     affine = np.eye(4)
     affine[:3, :3], affine[:3, 3] = linear, centre - linear @ ((shape - 1) / 2)
-    return onto(volume, Volume(np.zeros(shape, np.float32), affine))
+    return resample_onto(volume, Volume(np.zeros(shape, np.float32), affine))
 
 
-def blurred(volume: Volume, spacing: np.ndarray | float) -> Volume:
+def blur_for_spacing(volume: Volume, spacing: np.ndarray | float) -> Volume:
     """What a grid of `spacing` mm can hold of `volume`: no aliases when it is sampled there."""
     return volume.with_data(
         blur_before_downsampling(volume.data[None], np.broadcast_to(spacing, 3) / volume.spacing)[0]
     )
 
 
-def onto(volume: Volume, grid: Volume) -> Volume:
+def resample_onto(volume: Volume, grid: Volume) -> Volume:
     """`volume` sampled linearly on `grid`, both in the same world; 0 outside."""
     from scipy.ndimage import affine_transform
 
     matrix = np.linalg.inv(volume.affine) @ grid.affine
-    data = affine_transform(blurred(volume, grid.spacing.min()).data, matrix, output_shape=grid.data.shape, order=1)
+    data = affine_transform(
+        blur_for_spacing(volume, grid.spacing.min()).data, matrix, output_shape=grid.data.shape, order=1
+    )
     return grid.with_data(data)

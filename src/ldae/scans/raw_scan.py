@@ -22,7 +22,7 @@ from ldae.data.scans import BadScan
 from ldae.data.transforms import Source, Transform
 from ldae.preprocessing.job import FAILURES, MODULES, last_line
 from ldae.preprocessing.steps import PreprocessedScan, PreprocessingSteps
-from ldae.preprocessing.template import onto
+from ldae.preprocessing.template import resample_onto
 from ldae.preprocessing.volume import Volume
 from ldae.utils.errors import UserError
 from ldae.utils.files import read_json
@@ -112,7 +112,7 @@ class RawScans:
         own = self.transform.to_model_space(nib.Nifti1Image(scan.data, scan.affine)).affine
         if np.abs(own - wanted).max() < SAME_MM:
             return scan
-        return onto(scan, Volume(np.zeros(self.transform.shape, np.float32), wanted))
+        return resample_onto(scan, Volume(np.zeros(self.transform.shape, np.float32), wanted))
 
     def _said(self, pipeline: PreprocessingSteps) -> str:
         start = (
@@ -133,7 +133,7 @@ def _back(folder: _Folder, prepared: PreprocessedScan, scan: Volume, values: np.
     """`values` on the grid of `scan` brought to the raw scan's, by the transforms' files, which lie in `folder`."""
     moved = scan.with_data(values)
     if prepared.transforms is None:
-        return onto(moved, prepared.native).data
+        return resample_onto(moved, prepared.native).data
     return prepared.transforms.to_native(moved, prepared.native, "linear").data
 
 
