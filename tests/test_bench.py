@@ -9,9 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
-from tests.small_run import random_weights
 
 from ldae.bench import run as bench_run
 from ldae.bench import tasks
@@ -22,13 +20,13 @@ from ldae.bench.results import compare_with_earlier, flat
 from ldae.bench.run import bench
 from ldae.bench.straight import PlainAdam, PlainAttention, PlainEma, straighten
 from ldae.bench.voxels import counts
-from ldae.config import check_constructor_arguments, conf_dir, register
+from ldae.config import check_constructor_arguments, compose_config
 from ldae.models.autoencoder import AutoencoderKL
 from ldae.models.unet import UNet
 from ldae.training.ema import Ema
 from ldae.utils.errors import UserError
+from small_run import random_weights
 
-register()
 UNET = {"base": 8, "multipliers": (1, 2), "residual_blocks": 1, "attention_at": (2,), "groups": 4}
 TINY = [
     "data.shape=[8,8,8]", "model.autoencoder.channels=[8,8]", "model.autoencoder.groups=4",
@@ -41,8 +39,7 @@ TINY = [
 
 def composer(name, *overrides):
     def composed(more=()):
-        with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-            return compose(name, [*overrides, *more])
+        return compose_config(name, [*overrides, *more])
 
     return composed
 

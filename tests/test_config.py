@@ -6,11 +6,10 @@ from hydra.errors import ConfigCompositionException
 from omegaconf import OmegaConf
 
 from faults.scripts import run_script
-from ldae.config import check_constructor_arguments, conf_dir, register
+from ldae.config import check_constructor_arguments, compose_config, conf_dir
 from ldae.utils.errors import UserError
 
 STAGES = ("aekl", "pretrain", "repr")
-register()
 
 
 def group(name):
@@ -18,8 +17,7 @@ def group(name):
 
 
 def composed(*overrides, primary="train"):
-    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        return compose(primary, list(overrides))
+    return compose_config(primary, overrides)
 
 
 @pytest.mark.parametrize("stage", STAGES)

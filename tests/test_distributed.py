@@ -1,6 +1,6 @@
-"""Two processes (gloo, CPU) do what one does, to the content; and nobody waits in a collective while others small_chain.
+"""Two processes (gloo, on a CPU) train, encode and evaluate as one process does, and share work without deadlock.
 
-At length and with three processes: `make test-faults`.
+`make test-faults` compares longer trainings, and outputs of three processes.
 """
 
 import threading

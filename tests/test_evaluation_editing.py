@@ -11,10 +11,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 
-from ldae.config import check_constructor_arguments, conf_dir, register
+from ldae.config import check_constructor_arguments, compose_config
 from ldae.diffusion.code import Code
 from ldae.diffusion.samplers import DDIM
 from ldae.editing import directions
@@ -23,12 +22,12 @@ from ldae.editing.editor import Editor
 from ldae.evaluation.context import Context
 from ldae.evaluation.edits import counterfactuals, selection
 from ldae.evaluation.edits import figures as edit_figures
-from ldae.evaluation.edits.alpha_sweep import share_outside, run_sweep
+from ldae.evaluation.edits.alpha_sweep import run_sweep, share_outside
 from ldae.evaluation.edits.anatomy import Anatomy
 from ldae.evaluation.edits.counterfactuals import (
+    Counterfactual,
     CounterfactualRenderer,
     ExchangeRate,
-    Counterfactual,
     compare_with_counterfactuals,
 )
 from ldae.evaluation.edits.effects import correlation, slope, spearman, weighted_median
@@ -422,9 +421,9 @@ def test_animation_runs_forth_and_back(tmp_path):
 
 
 def test_configs_build_what_they_say():
-    register()
-    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        config = compose("evaluate", ["evaluation=[manipulation,selection,interpolation,variation]", "experiment=demo"])
+    config = compose_config(
+        "evaluate", ["evaluation=[manipulation,selection,interpolation,variation]", "experiment=demo"]
+    )
     check_constructor_arguments(config.evaluation)
     built = {name: instantiate(node) for name, node in config.evaluation.items()}
     assert isinstance(built["manipulation"].direction, Pattern)

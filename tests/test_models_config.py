@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from ldae.config import check_constructor_arguments, conf_dir
+from ldae.config import check_constructor_arguments, compose_config
 from ldae.models.sizes import check_strides, check_volume_shape
 from ldae.runs import estimator_node
 from ldae.utils.errors import UserError
@@ -16,10 +15,9 @@ PUBLISHED = {"autoencoder": 13_766_248, "unet": 486_927_363, "estimator": 378_41
 
 def model(name: str, *overrides: str):
     """The resolved bundle `name`, for volumes of 128 x 160 x 128."""
-    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        predicts = "+diffusion.parameterisation._target_=ldae.diffusion.process.Velocity"
-        around = [predicts, "+diffusion.schedule.timesteps=1000", "+data.shape=[128,160,128]"]
-        config = compose(f"model/{name}", [*around, *overrides])
+    predicts = "+diffusion.parameterisation._target_=ldae.diffusion.process.Velocity"
+    around = [predicts, "+diffusion.schedule.timesteps=1000", "+data.shape=[128,160,128]"]
+    config = compose_config(f"model/{name}", [*around, *overrides])
     OmegaConf.resolve(config)
     check_constructor_arguments(config.model, "model")
     return config.model

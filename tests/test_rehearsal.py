@@ -7,12 +7,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 import rehearsal
-from ldae.config import conf_dir, register
+from ldae.config import compose_config
 from ldae.data.augmentation import Augmentation
 from ldae.data.cohort import Cohort
 from ldae.data.latents import LatentSet
@@ -30,12 +29,10 @@ SIZES = {
     "published": [*FULL, "model=published", "diffusion=linear"],
 }
 COUNT = 6  # scans
-register()
 
 
 def composed(size, stage, *more):
-    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        return compose("train", [*SIZES[size], f"stage={stage}", *more])
+    return compose_config("train", [*SIZES[size], f"stage={stage}", *more])
 
 
 def cohort(config):
@@ -80,12 +77,12 @@ def stage_of(monkeypatch):
     """Builds and prepares a stage on the device; SciPy's masks and the one place that reads values are replaced."""
     monkeypatch.setattr(torch, "autocast", rehearsal.Autocast)
     for name in ("aekl", "pretrain", "repr"):
-        monkeypatch.setattr(f"ldae.stages.{name}.adam", rehearsal.FusedAdam)
+        monkeypatch.setattr(f"ldae.stages.{name}.build_adam", rehearsal.FusedAdam)
     monkeypatch.setattr(
         "ldae.evaluation.images.image_metrics.brain_mask", lambda x: torch.ones(x.shape, dtype=torch.bool)
     )
     monkeypatch.setattr(
-        "ldae.training.validation.read_back",
+        "ldae.training.validation.read_metrics",
         lambda found: {row: {name: check_scalar(value) for name, value in m.items()} for row, m in found.items()},
     )
 
@@ -207,7 +204,7 @@ def wrong_layout(module, channels_last):
 
 
 def test_one_layout_for_all_weights_is_caught(stage_of, monkeypatch):
-    monkeypatch.setattr("ldae.stages.repr.arrange_module", wrong_layout)
+    monkeypatch.setattr("ldae.stages.repr.module_to_memory_format", wrong_layout)
     with Rehearsal(), pytest.raises(RuntimeError, match="rank"):
         stage_of("smoke", "repr")
 
@@ -225,7 +222,7 @@ def test_reading_a_loss_inside_a_step_is_caught(stage_of, monkeypatch):
 
 
 def test_a_batch_that_is_not_moved_is_caught(stage_of, monkeypatch):
-    monkeypatch.setattr("ldae.stages.pretrain.on_device", lambda batch, device: batch)
+    monkeypatch.setattr("ldae.stages.pretrain.batch_to_device", lambda batch, device: batch)
     with Rehearsal():
         stage = stage_of("smoke", "pretrain")
         with pytest.raises(RuntimeError, match="on the device and on the CPU"):
@@ -234,7 +231,7 @@ def test_a_batch_that_is_not_moved_is_caught(stage_of, monkeypatch):
 
 def test_a_copy_that_waits_is_caught(stage_of, monkeypatch):
     waiting = lambda batch, device: {n: v.to(device) if torch.is_tensor(v) else v for n, v in batch.items()}  # noqa: E731
-    monkeypatch.setattr("ldae.stages.pretrain.on_device", waiting)
+    monkeypatch.setattr("ldae.stages.pretrain.batch_to_device", waiting)
     with Rehearsal() as mode:
         stage = stage_of("smoke", "pretrain")
         with mode.step(), pytest.raises(RuntimeError, match="non_blocking"):

@@ -11,10 +11,9 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import torch
-from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
-from ldae.config import conf_dir, register
+from ldae.config import compose_config
 from ldae.experiment import encode, evaluate, train
 from ldae.utils.entrypoint import one_line_errors
 
@@ -34,13 +33,6 @@ SETTINGS = (
     "trainer.log_every=1", "trainer.validate_every=3", "trainer.preview_every=4", "trainer.checkpoint_every=2",
     "trainer.validation_scans=1", "data.phantom.subjects=8", "data.workers=1", "stage.sampler.steps=2",
 )  # fmt: skip
-
-
-def compose_config(name: str, overrides: list[str]) -> DictConfig:
-    """The config of a script."""
-    register()
-    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        return compose(name, overrides)
 
 
 def train_overrides(stage: str, *more: str) -> list[str]:
