@@ -11,10 +11,10 @@ from torch import nn
 from ldae.bundle.bundle import Bundle
 from ldae.config import compose_config
 from ldae.data.latents import write_metadata
-from ldae.editing.frozen_probes import OURS, Frozen, write_frozen
+from ldae.editing.frozen_probes import EMBEDDING, FrozenProbe, write_frozen_probes
 from ldae.editing.linear_model import LinearModel
 from ldae.runs import Workspace, estimator_node
-from ldae.scans.ood_check import Likeness
+from ldae.scans.ood_check import OodCheck
 
 SMALL = [
     "experiment=smoke", "stage=repr", "model/encoder=small", "data.shape=[8,8,8]", "model.autoencoder.channels=[8,8]",
@@ -31,7 +31,7 @@ def random_weights(module: nn.Module) -> nn.Module:
     return module.eval()
 
 
-def small_run(root: Path, likeness: Likeness | None = None, about: dict | None = None) -> Path:
+def small_run(root: Path, likeness: OodCheck | None = None, about: dict | None = None) -> Path:
     """A run at `root`, as three stages and evaluate.py leave it: 8 voxels a side of 9 mm, y of 16 numbers.
 
     `about`: what encode_latents.py found besides.
@@ -60,6 +60,6 @@ def small_run(root: Path, likeness: Likeness | None = None, about: dict | None =
     rng = np.random.default_rng(0)
     probe = LinearModel("diagnosis", *rng.uniform(0.5, 1, (3, 16)), intercept=0.1, classes=("CN", "AD"))
     weights = Bundle.of_run(space.root).weights
-    write_frozen(space.evaluation / "probes.json", {"diagnosis": {OURS: Frozen([], probe)}}, weights)
+    write_frozen_probes(space.evaluation / "probes.json", {"diagnosis": {EMBEDDING: FrozenProbe([], probe)}}, weights)
     write_metadata(space.latents, found | {"autoencoder_sha256": space.stage("aekl").sha256("autoencoder")})
     return space.root

@@ -174,8 +174,8 @@ def test_nuisance_columns_of_any_kind(context):
     table = context.table.assign(
         sex=["F", "M"] * (len(context.table) // 2) + ["F"] * (len(context.table) % 2), flat=1.0
     )
-    sample = directions.Sample(context.embeddings, np.zeros(len(table)), table, DIAGNOSIS, 0)
-    design = directions.nuisance(sample, ["age", "sex", "flat", "missing", "diagnosis"])
+    sample = directions.FittingRows(context.embeddings, np.zeros(len(table)), table, DIAGNOSIS, 0)
+    design = directions.nuisance_design(sample, ["age", "sex", "flat", "missing", "diagnosis"])
     assert design.shape[1] == 2  # age and one column for sex
     np.testing.assert_allclose(design.mean(0), 0, atol=1e-9)
 

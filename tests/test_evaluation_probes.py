@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from ldae.data.subsampling import subsample_by_subject
-from ldae.editing.frozen_probes import read_frozen
+from ldae.editing.frozen_probes import read_frozen_probes
 from ldae.editing.linear_model import LinearModel
 from ldae.evaluation.context import Context
-from ldae.evaluation.embeddings import load_or_compute_embeddings, embed_parts, embed_rows, parts_folder
+from ldae.evaluation.embeddings import embed_parts, embed_rows, load_or_compute_embeddings, parts_folder
 from ldae.evaluation.probes.evaluator import ExternalCohort, Probes, find_first_visits
 from ldae.evaluation.probes.fitting import choose, fit
 from ldae.evaluation.probes.targets import Classification, Regression
@@ -61,7 +61,7 @@ def judged(tmp_path_factory):
 
 def test_the_disease_is_the_positive_class(judged):
     context, metrics = judged
-    entry = read_frozen(context.out / "probes.json")["diagnosis"]["embedding"]
+    entry = read_frozen_probes(context.out / "probes.json")["diagnosis"]["embedding"]
     assert entry.model.classes == ("CN", "AD")
     assert entry.model.coef[0] > 0
     test = context.table[context.table["split"] == "test"]
@@ -121,8 +121,8 @@ def test_a_poisoned_training_row_does_change_them(judged, tmp_path):
     y = context.embeddings.copy()
     y[context.rows("train")[0]] += 5
     dict(probes(baselines=[])(replace(context, embeddings=y, out=tmp_path)))
-    before = read_frozen(context.out / "probes.json")["age"]["embedding"].model
-    after = read_frozen(tmp_path / "probes.json")["age"]["embedding"].model
+    before = read_frozen_probes(context.out / "probes.json")["age"]["embedding"].model
+    after = read_frozen_probes(tmp_path / "probes.json")["age"]["embedding"].model
     assert not np.allclose(before.coef, after.coef)
 
 
@@ -259,7 +259,7 @@ def test_another_cohort_is_judged_without_a_refit(judged, tmp_path):
     assert metrics["external/baseline/untrained/diagnosis/auc_difference_low"] > 0
     assert metrics["external/baseline/untrained/age/mae_difference_low"] > 0
     assert metrics["external/baseline/mean/age/mae"] > metrics["external/probe/age/mae"]
-    model = read_frozen(context.out / "probes.json")["age"]["embedding"].model
+    model = read_frozen_probes(context.out / "probes.json")["age"]["embedding"].model
     expected = np.abs(model.predict(other.embeddings) - other.table["age"]).mean()
     assert metrics["external/probe/age/mae"] == pytest.approx(expected)
     assert not (tmp_path / "probes.json").exists()

@@ -8,9 +8,9 @@ import torch
 from ldae import LDAE
 from ldae.data.scans import BadScan
 from ldae.data.transforms import Transform
-from ldae.scans.ood_check import Likeness
-from ldae.scans.raw_scan import Made, RawScans
-from ldae.scans.scan import in_model_space, in_ras, open_scan, stem
+from ldae.scans.ood_check import OodCheck
+from ldae.scans.raw_scan import PreprocessedImage, TrainingPreprocessing
+from ldae.scans.scan import nifti_in_model_space, reorient_to_ras, open_scan, scan_name
 from ldae.utils.errors import UserError
 from small_run import small_run
 
@@ -39,7 +39,7 @@ def reoriented(image, axcodes):
 
 
 def likeness_of_brains(transform):
-    return Likeness.measure(torch.from_numpy(transform(brain(seed))) for seed in range(8))
+    return OodCheck.OodCheck.fit(torch.from_numpy(transform(brain(seed))) for seed in range(8))
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +127,7 @@ def doubled():
     head[20:] = np.asarray(brain().dataobj) // 2
 
     def crop(source):
-        return Made(brain(), lambda array: np.concatenate([np.zeros_like(array), array]), 0.5, "by hand")
+        return PreprocessedImage(brain(), lambda array: np.concatenate([np.zeros_like(array), array]), 0.5, "by hand")
 
     return nib.Nifti1Image(head, brain().affine), crop
 
@@ -148,18 +148,18 @@ def test_an_unlike_scan_is_preprocessed_and_comes_back_on_its_own_grid_in_its_ow
     restored = scan.restored(scan.volume).get_fdata()[20:]
     np.testing.assert_allclose(restored, 0.5 * plain.restored(scan.volume).get_fdata(), atol=1e-3)
     with pytest.raises(BadScan, match=r"unlike .* even after preprocessing"):
-        open_scan(image, model.transform, model.likeness, lambda source: Made(image, lambda array: array))
+        open_scan(image, model.transform, model.likeness, lambda source: PreprocessedImage(image, lambda array: array))
 
 
 def test_preprocessing_can_be_asked_for_and_forbidden(model, monkeypatch):
     """Where it is not known that the training scans were preprocessed, it must be asked for."""
     image, crop = doubled()
-    monkeypatch.setattr(RawScans, "__call__", lambda self, source: crop(source))
-    monkeypatch.setattr(model, "preprocess", RawScans(model.transform))
+    monkeypatch.setattr(TrainingPreprocessing, "__call__", lambda self, source: crop(source))
+    monkeypatch.setattr(model, "preprocess", TrainingPreprocessing(model.transform))
     with pytest.raises(BadScan, match="unlike"):
         model.open(image)
     y = model.embed(model.open(image, preprocess=True))
-    monkeypatch.setattr(model, "preprocess", RawScans(model.transform, affine=np.eye(4)))
+    monkeypatch.setattr(model, "preprocess", TrainingPreprocessing(model.transform, affine=np.eye(4)))
     assert torch.equal(model.embed(image), y)
     with pytest.raises(BadScan, match="unlike"):
         model.open(image, preprocess=False)
@@ -172,26 +172,26 @@ def test_preprocessing_can_be_asked_for_and_forbidden(model, monkeypatch):
 
 def test_likeness_survives_being_written_and_says_so_where_it_is_damaged(model):
     stored = model.likeness.to_dict()
-    again = Likeness.from_dict(stored)
+    again = OodCheck.from_dict(stored)
     np.testing.assert_array_equal(again.mean, model.likeness.mean)
     assert again.foreground == model.likeness.foreground
     with pytest.raises(UserError, match="damaged"):
-        Likeness.from_dict(stored | {"shape": [1, 2, 3]})
-    assert Likeness.measure([]) is None
+        OodCheck.from_dict(stored | {"shape": [1, 2, 3]})
+    assert OodCheck.OodCheck.fit([]) is None
 
 
 def test_a_volume_of_nobody_has_axes_voxels_and_a_middle():
-    image = in_model_space(torch.rand(1, 8, 10, 12), Transform((8, 10, 12), 1.5, orientation="LAS"))
+    image = nifti_in_model_space(torch.rand(1, 8, 10, 12), Transform((8, 10, 12), 1.5, orientation="LAS"))
     assert "".join(nib.aff2axcodes(image.affine)) == "LAS"
     np.testing.assert_allclose(nib.affines.voxel_sizes(image.affine), 1.5)
     np.testing.assert_allclose(nib.affines.apply_affine(image.affine, [3.5, 4.5, 5.5]), 0, atol=1e-9)
-    np.testing.assert_array_equal(in_ras(image.get_fdata(), "LAS"), image.get_fdata()[::-1])
+    np.testing.assert_array_equal(reorient_to_ras(image.get_fdata(), "LAS"), image.get_fdata()[::-1])
 
 
 def test_names_lose_folder_and_ending():
-    assert stem("a.b/sub-01_ses-M00.5_T1w.nii.gz") == "sub-01_ses-M00.5_T1w"
-    assert stem("x.mgz") == "x"
-    assert stem(brain()) == "scan"
+    assert scan_name("a.b/sub-01_ses-M00.5_T1w.nii.gz") == "sub-01_ses-M00.5_T1w"
+    assert scan_name("x.mgz") == "x"
+    assert scan_name(brain()) == "scan"
 
 
 def test_reduced_precision_changes_little_and_comes_back_in_float32(model):

@@ -28,7 +28,7 @@ from ldae.preprocessing.registration import Registration
 from ldae.preprocessing.steps import PreprocessingSteps
 from ldae.preprocessing.template import Icbm152, TemplateFile, resample_onto
 from ldae.preprocessing.volume import Volume
-from ldae.scans.raw_scan import RawScans, recorded
+from ldae.scans.raw_scan import TrainingPreprocessing, read_recorded_parameters
 from ldae.scans.scan import open_scan
 from ldae.stages.encode_latents import common_affine
 from ldae.utils.errors import UserError
@@ -77,8 +77,8 @@ def raw(tmp_path, monkeypatch):
     placed = nib.Nifti1Image(np.asarray(image.dataobj), Shift._moved(image.affine, SHIFT))
     nib.save(placed, tmp_path / "template.nii.gz")
     transform = Transform((16, 16, 16), 9.0)
-    monkeypatch.setattr(RawScans, "_check_installed", lambda self: None)
-    scans = RawScans(transform, {}, transform.to_model_space(placed).affine)
+    monkeypatch.setattr(TrainingPreprocessing, "_check_installed", lambda self: None)
+    scans = TrainingPreprocessing(transform, {}, transform.to_model_space(placed).affine)
     scans.__dict__["pipeline"] = steps(TemplateFile(str(tmp_path / "template.nii.gz")))
     return image, placed, scans
 
@@ -97,7 +97,7 @@ def test_another_box_around_the_template_is_the_training_scans_box(raw):
     image, _, scans = raw
     moved = np.array(scans.affine)
     moved[2, 3] -= 18.0
-    other = RawScans(scans.transform, {}, moved)
+    other = TrainingPreprocessing(scans.transform, {}, moved)
     other.__dict__["pipeline"] = scans.pipeline
     volumes = [s.transform.to_model_space(s(image).image) for s in (scans, other)]
     np.testing.assert_allclose(volumes[1].affine, moved, atol=0.01)
@@ -155,14 +155,14 @@ def write_scans(folder, parameters):
 def test_what_is_recorded_of_the_training_scans(tmp_path):
     ours, other = ({"Parameters": PreprocessingSteps(spacing=size).parameters()} for size in (1.5, 2.0))
     paths = write_scans(tmp_path, [ours, ours, other, {"Parameters": "someone else's"}])
-    assert recorded(paths[:2]) == ours["Parameters"]
-    assert recorded(paths[:3]) is None
-    assert recorded(paths[3:]) is None
+    assert read_recorded_parameters(paths[:2]) == ours["Parameters"]
+    assert read_recorded_parameters(paths[:3]) is None
+    assert read_recorded_parameters(paths[3:]) is None
     own = PreprocessingSteps(template=TemplateFile(str(tmp_path / "mine.nii.gz"))).parameters()
-    told = recorded(write_scans(tmp_path, [{"Parameters": own}]))
+    told = read_recorded_parameters(write_scans(tmp_path, [{"Parameters": own}]))
     assert told["template"]["path"] == "mine.nii.gz"
     with pytest.raises(BadScan, match=r"template of their own, mine.nii.gz"):
-        RawScans(Transform((8, 8, 8), 9.0), told)(brain())
+        TrainingPreprocessing(Transform((8, 8, 8), 9.0), told)(brain())
     transform = Transform((8, 8, 8), 9.0)
     np.testing.assert_array_equal(common_affine(paths, transform), transform.to_model_space(brain()).affine)
     nib.save(nib.Nifti1Image(np.asarray(brain().dataobj)[1:], brain().affine), paths[1])
@@ -189,7 +189,7 @@ def test_the_steps_and_the_grid_travel_with_the_model(tmp_path):
 def test_a_missing_package_is_named_with_what_to_type(monkeypatch):
     monkeypatch.setattr("ldae.scans.raw_scan.find_spec", lambda name: None)
     with pytest.raises(BadScan, match=r"antspyx and deepbet not installed: pip install 'ldae\[preprocess\]'"):
-        RawScans(Transform((8, 8, 8), 9.0))(brain())
+        TrainingPreprocessing(Transform((8, 8, 8), 9.0))(brain())
 
 
 @pytest.mark.skipif(not HEAD.exists(), reason=f"no real scans at {SHARED / 'data'}")
@@ -202,7 +202,7 @@ def test_a_whole_head_goes_there_and_back():
     )
     transform = Transform((40, 48, 40), 4.5)
     affine = np.array([[4.5, 0, 0, -88.25], [0, 4.5, 0, -123.25], [0, 0, 4.5, -83.25], [0, 0, 0, 1]])
-    scan = open_scan(HEAD, transform, None, RawScans(transform, quick.parameters(), affine), always=True)
+    scan = open_scan(HEAD, transform, None, TrainingPreprocessing(transform, quick.parameters(), affine), always=True)
     np.testing.assert_allclose(scan.prepared.affine, affine, atol=0.01)
     brighter = scan.volume + 0.1 * (scan.volume > 0.2)  # not what is brain in a small part only
     edited, original = scan.edited(brighter, scan.volume), nib.load(HEAD)

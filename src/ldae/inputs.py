@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ldae.data.transforms import Source
-from ldae.scans.ood_check import Likeness
-from ldae.scans.raw_scan import RawScans
+from ldae.scans.ood_check import OodCheck
+from ldae.scans.raw_scan import TrainingPreprocessing
 from ldae.scans.scan import Scan, open_scan
 from ldae.utils.errors import UserError
 
@@ -23,10 +23,10 @@ class Inputs:
     """Methods of pipeline.LDAE, which has the transform and the bundle that these use."""
 
     @cached_property
-    def likeness(self) -> Likeness | None:
+    def likeness(self) -> OodCheck | None:
         """What the training scans look like; None where nobody measured it."""
         stored = None if self.bundle is None else self.bundle.likeness
-        return None if stored is None else Likeness.from_dict(stored)
+        return None if stored is None else OodCheck.from_dict(stored)
 
     def open(self, source: Source, check: bool = True, preprocess: bool | None = None) -> Scan:
         """A scan in model space, and the way back.
@@ -44,7 +44,7 @@ class Inputs:
         steps = self.preprocess if preprocess is not False else None
         if preprocess and steps is None:
             raise UserError("this model was loaded without preprocessing")
-        if preprocess is None and isinstance(steps, RawScans) and not steps.known:
+        if preprocess is None and isinstance(steps, TrainingPreprocessing) and not steps.known:
             steps = None
         return open_scan(source, self.transform, self.likeness if check else None, steps, bool(preprocess))
 

@@ -18,11 +18,11 @@ from ldae.bundle.bundle import Bundle
 from ldae.denoiser import Denoiser
 from ldae.diffusion.code import Code
 from ldae.diffusion.samplers import Sampler
-from ldae.editing.readouts import Knowledge
+from ldae.editing.readouts import Readouts
 from ldae.inputs import Inputs, Scans
 from ldae.models.sizes import latent_sizes
-from ldae.scans.raw_scan import RawScans
-from ldae.scans.scan import Preprocess
+from ldae.scans.raw_scan import TrainingPreprocessing
+from ldae.scans.scan import PreprocessScan
 from ldae.uses import Edit, Uses
 from ldae.utils.errors import UserError
 from ldae.utils.seeding import draw_normal
@@ -73,7 +73,7 @@ class LDAE(Inputs, Uses):
         bundle: Bundle | None = None,
         dtype: torch.dtype = torch.float32,
         batch_size: int = 8,
-        preprocess: Preprocess | None = None,
+        preprocess: PreprocessScan | None = None,
     ) -> None:
         if dtype not in DTYPES:
             raise UserError(f"dtype={dtype}: one of {', '.join(map(str, DTYPES))} is needed")
@@ -114,7 +114,7 @@ class LDAE(Inputs, Uses):
         networks = {name: part.build() for name, part in bundle.parts.items()}
         diffusion = [instantiate(node) for node in (bundle.schedule, bundle.parameterisation)]
         transform = instantiate(bundle.transform)
-        options = {"preprocess": RawScans(transform, bundle.preprocess, bundle.affine), **options}
+        options = {"preprocess": TrainingPreprocessing(transform, bundle.preprocess, bundle.affine), **options}
         return cls(
             autoencoder=networks["autoencoder"],
             encoder=networks["encoder"],
@@ -139,10 +139,10 @@ class LDAE(Inputs, Uses):
         return self.bundle.save(folder)
 
     @cached_property
-    def knowledge(self) -> Knowledge:
+    def knowledge(self) -> Readouts:
         """Probes, directions and the settings of an edit, as evaluate.py left them; empty without any."""
         bundle = self.bundle
-        return Knowledge() if bundle is None else Knowledge.read(bundle.probes, bundle.directions, bundle.weights)
+        return Readouts() if bundle is None else Readouts.read(bundle.probes, bundle.directions, bundle.weights)
 
     @property
     def probes(self) -> Any:

@@ -21,7 +21,7 @@ from ldae.bundle import official_weights as official
 from ldae.bundle.bundle import Bundle, Part
 from ldae.bundle.description import PROBES
 from ldae.config import conf_dir
-from ldae.editing.frozen_probes import OURS, Frozen, write_frozen
+from ldae.editing.frozen_probes import EMBEDDING, FrozenProbe, write_frozen_probes
 from ldae.editing.linear_model import LinearModel
 from ldae.models.state import read_tensors
 from ldae.runs import estimator_node, save_tensors, to_container
@@ -85,7 +85,7 @@ def import_official(
         **settings,
     )
     if probed is not None:
-        write_frozen(folder / PROBES, {"diagnosis": {OURS: Frozen([], probed)}}, bundle.weights)
+        write_frozen_probes(folder / PROBES, {"diagnosis": {EMBEDDING: FrozenProbe([], probed)}}, bundle.weights)
     return bundle.save(folder)
 
 

@@ -90,9 +90,9 @@ def verdicts(ldae: "LDAE", name: str, scan: "Scan", start: "Tensor", edited: "di
 
 
 def _write_viewer(ldae: "LDAE", scan: "Scan", direction: str, volumes: "dict[float, Tensor]", output: Path) -> None:
-    from ldae.scans.scan import in_ras
+    from ldae.scans.scan import reorient_to_ras
     from ldae.utils.html_viewer import write_viewer
 
     axes, spacing = ldae.transform.orientation, ldae.transform.spacing or (1.0, 1.0, 1.0)
-    frames = {f"alpha {said(a)}": in_ras(volumes[a][0, 0].cpu().numpy(), axes) for a in sorted(volumes)}
+    frames = {f"alpha {said(a)}": reorient_to_ras(volumes[a][0, 0].cpu().numpy(), axes) for a in sorted(volumes)}
     write_viewer(output / f"{scan.name}_{direction}.html", f"{scan.name}: {direction}", frames, "alpha +0", spacing)

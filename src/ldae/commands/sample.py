@@ -20,12 +20,12 @@ def sample(count: int, seed: int, output: Path, steps: int | None, **model: Any)
     ldae = load_model(**model)
     from tqdm import tqdm
 
-    from ldae.scans.scan import in_model_space, write_image
+    from ldae.scans.scan import nifti_in_model_space, write_image
 
     codes = ldae.utils.seeding(count, seed)
     for number in tqdm(range(count), desc="samples"):
         volume = ldae.sample_from(codes[number : number + 1], steps)[0]
         write_image(
-            in_model_space(volume, ldae.transform, ldae.bundle.affine), output / f"sample{number + 1:02d}.nii.gz"
+            nifti_in_model_space(volume, ldae.transform, ldae.bundle.affine), output / f"sample{number + 1:02d}.nii.gz"
         )
     click.echo(output)

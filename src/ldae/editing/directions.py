@@ -73,7 +73,7 @@ class Probe(Protocol):
 
 
 @dataclass(frozen=True)
-class Sample:
+class FittingRows:
     """Fitting rows. x: (N, dim) standardised y; truth: (N,), 0/1 or a number; table: their rows."""
 
     x: np.ndarray
@@ -89,13 +89,13 @@ class DirectionEstimator(Protocol):
     Estimators are no dataclasses: Hydra would hand a nested one on as a config.
     """
 
-    def estimate(self, sample: Sample) -> np.ndarray: ...
+    def estimate(self, sample: FittingRows) -> np.ndarray: ...
 
 
 class Weights:
     """The probe's weights w, as published."""
 
-    def estimate(self, sample: Sample) -> np.ndarray:
+    def estimate(self, sample: FittingRows) -> np.ndarray:
         """w of the probe fitted on standardised y."""
         model = sample.probe.fit(sample.x, sample.truth, sample.table["subject"].to_numpy(str), sample.seed)
         # The probe may standardise again (residuals have no unit variance): weights of x itself.
@@ -105,7 +105,7 @@ class Weights:
 class Pattern:
     """cov(y) w: how y moves with the probe's decision (Haufe et al. 2014)."""
 
-    def estimate(self, sample: Sample) -> np.ndarray:
+    def estimate(self, sample: FittingRows) -> np.ndarray:
         """cov(x) w."""
         centred = sample.x - sample.x.mean(0)
         return centred.T @ (centred @ Weights().estimate(sample)) / len(centred)
@@ -114,7 +114,7 @@ class Pattern:
 class MeanDifference:
     """Difference of class means; for a number cov(y, number), which is the same thing."""
 
-    def estimate(self, sample: Sample) -> np.ndarray:
+    def estimate(self, sample: FittingRows) -> np.ndarray:
         """cov(x, truth)."""
         return (sample.x - sample.x.mean(0)).T @ (sample.truth - sample.truth.mean()) / len(sample.x)
 
@@ -131,7 +131,7 @@ class Shrunken:
             raise UserError(f"direction.shrinkage={shrinkage}: more than 0 and at most 1 is needed")
         self.shrinkage = shrinkage
 
-    def estimate(self, sample: Sample) -> np.ndarray:
+    def estimate(self, sample: FittingRows) -> np.ndarray:
         """The vector above."""
         slope = MeanDifference().estimate(sample)
         within = _residuals(sample.x, sample.truth[:, None])
@@ -150,10 +150,10 @@ class HeldFixed:
     def __init__(self, base: DirectionEstimator, columns: Sequence[str] = ()) -> None:
         self.base, self.columns = base, list(columns)
 
-    def estimate(self, sample: Sample) -> np.ndarray:
+    def estimate(self, sample: FittingRows) -> np.ndarray:
         """The base estimator's vector on residuals of y."""
-        residuals = _residuals(sample.x, nuisance(sample, self.columns))
-        return self.base.estimate(Sample(residuals, sample.truth, sample.table, sample.probe, sample.seed))
+        residuals = _residuals(sample.x, nuisance_design(sample, self.columns))
+        return self.base.estimate(FittingRows(residuals, sample.truth, sample.table, sample.probe, sample.seed))
 
 
 class ProjectedOut:
@@ -162,9 +162,9 @@ class ProjectedOut:
     def __init__(self, base: DirectionEstimator, columns: Sequence[str] = ()) -> None:
         self.base, self.columns = base, list(columns)
 
-    def estimate(self, sample: Sample) -> np.ndarray:
+    def estimate(self, sample: FittingRows) -> np.ndarray:
         """The base estimator's vector less its part in the span of the nuisance effects."""
-        design = nuisance(sample, self.columns)
+        design = nuisance_design(sample, self.columns)
         vector = self.base.estimate(sample)
         if design.shape[1] == 0:
             return vector
@@ -174,7 +174,7 @@ class ProjectedOut:
         return vector - effects.T @ np.linalg.lstsq(effects.T, vector, rcond=None)[0]
 
 
-def nuisance(sample: Sample, columns: Sequence[str]) -> np.ndarray:
+def nuisance_design(sample: FittingRows, columns: Sequence[str]) -> np.ndarray:
     """Design matrix (N, K) of these columns: standardised numbers (missing = mean), categories as 0/1, all centred."""
     parts = []
     for column in columns:
@@ -200,7 +200,7 @@ def _residuals(x: np.ndarray, design: np.ndarray) -> np.ndarray:
     return centred - design @ np.linalg.lstsq(design, centred, rcond=None)[0]
 
 
-def known_rows(table: pd.DataFrame, probe: Probe, rows: np.ndarray) -> np.ndarray:
+def labelled_rows(table: pd.DataFrame, probe: Probe, rows: np.ndarray) -> np.ndarray:
     """Those of `rows` whose label is known."""
     return rows[np.isfinite(probe.target(table)[rows])]
 
@@ -221,7 +221,7 @@ def find_direction(
     Raises:
         UserError: too few labels among the rows, or a direction of length zero.
     """
-    rows = known_rows(table, probe, rows)
+    rows = labelled_rows(table, probe, rows)
     truth, chosen = probe.target(table)[rows], table.iloc[rows]
     why = probe.reason_unusable(truth, chosen["subject"].to_numpy(str), fitting=True)
     if why:
@@ -229,7 +229,7 @@ def find_direction(
     y = embeddings[rows].astype(np.float64)
     mean, std = y.mean(0), y.std(0)
     std = np.where(std > 0, std, 1.0)
-    vector = estimator.estimate(Sample((y - mean) / std, truth, chosen, probe, seed))
+    vector = estimator.estimate(FittingRows((y - mean) / std, truth, chosen, probe, seed))
     length = float(np.linalg.norm(vector))
     if not length > 1e-12:
         raise UserError(f"the direction of {probe.column} has length zero: nothing in y goes with it; hold less fixed")

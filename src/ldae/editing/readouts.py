@@ -12,21 +12,21 @@ import numpy as np
 
 from ldae.editing.directions import Direction
 from ldae.editing.editor import Editor
-from ldae.editing.frozen_probes import OURS, read_frozen
+from ldae.editing.frozen_probes import EMBEDDING, read_frozen_probes
 from ldae.editing.linear_model import LinearModel
 from ldae.utils.errors import UserError
 from ldae.utils.files import read_json
 
-WHOLE = Editor(depth=1.0)  # inversion, where nobody chose better
+FULL_INVERSION = Editor(depth=1.0)  # inversion, where nobody chose better
 
 
 @dataclass(frozen=True)
-class Knowledge:
+class Readouts:
     """Probes and directions by name, and how deep an edit goes."""
 
     probes: Mapping[str, LinearModel] = field(default_factory=dict)
     directions: Mapping[str, Direction] = field(default_factory=dict)
-    editor: Editor = WHOLE
+    editor: Editor = FULL_INVERSION
 
     @classmethod
     def read(cls, probes: Path | None, directions: Path | None, weights: str) -> "Knowledge":
@@ -35,14 +35,14 @@ class Knowledge:
         Raises:
             UserError: a file is damaged or belongs to other networks.
         """
-        known = {} if probes is None else read_frozen(probes, weights)
-        models = {name: found[OURS].model for name, found in known.items()}
+        known = {} if probes is None else read_frozen_probes(probes, weights)
+        models = {name: found[EMBEDDING].model for name, found in known.items()}
         if directions is None:
             return cls(models)
         try:
             stored = read_json(directions)
             found = {name: Direction.from_dict(value) for name, value in stored["directions"].items()}
-            editor, made_for = Editor(**stored.get("editor", vars(WHOLE))), stored["weights"]
+            editor, made_for = Editor(**stored.get("editor", vars(FULL_INVERSION))), stored["weights"]
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{directions} is damaged ({error}): run evaluation=[manipulation] again") from error
         if made_for != weights:

@@ -24,7 +24,7 @@ ENOUGH = 2000  # scans that are looked at, at most
 
 
 @dataclass(frozen=True)
-class Likeness:
+class OodCheck:
     """Of the training scans.
 
     Attributes:
@@ -38,7 +38,7 @@ class Likeness:
     foreground: tuple[float, float]
 
     @classmethod
-    def measure(cls, volumes: Iterable[torch.Tensor]) -> "Likeness | None":
+    def OodCheck.fit(cls, volumes: Iterable[torch.Tensor]) -> "Likeness | None":
         """From volumes (1, X, Y, Z) in [0, 1]; None of fewer than four: they say nothing about others."""
         found = [(_coarse(volume), _foreground(volume)) for volume in volumes]
         if len(found) < 4:

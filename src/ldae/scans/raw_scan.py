@@ -34,7 +34,7 @@ DARK = 1e-3  # of the brightest voxel: below, a ratio of intensities says nothin
 
 
 @dataclass(frozen=True)
-class Made:
+class PreprocessedImage:
     """A scan made from a raw one.
 
     Attributes:
@@ -51,7 +51,7 @@ class Made:
 
 
 @dataclass(frozen=True)
-class RawScans:
+class TrainingPreprocessing:
     """Makes raw scans into what a model takes.
 
     Attributes:
@@ -74,7 +74,7 @@ class RawScans:
         """The steps. Raises UserError where they cannot be had here."""
         return PreprocessingSteps() if self.parameters is None else PreprocessingSteps.from_parameters(self.parameters)
 
-    def __call__(self, source: Source) -> Made:
+    def __call__(self, source: Source) -> PreprocessedImage:
         """Make a raw scan into what the model takes.
 
         Raises:
@@ -96,7 +96,7 @@ class RawScans:
             raise BadScan(f"it cannot be preprocessed: {type(error).__name__}: {last_line(error)}") from error
         scan = self._placed(prepared.scan)
         image = nib.Nifti1Image(scan.data, scan.affine)
-        return Made(image, partial(_back, folder, prepared, scan), _gain(prepared), how)
+        return PreprocessedImage(image, partial(_back, folder, prepared, scan), _gain(prepared), how)
 
     def _check_installed(self) -> None:
         steps = {"antspyx": self.pipeline.bias or self.pipeline.registration, "deepbet": self.pipeline.brain}
@@ -147,7 +147,7 @@ def _gain(prepared: PreprocessedScan) -> np.ndarray:
     return np.where(inside, ratio, np.median(ratio[inside])).astype(np.float32)
 
 
-def recorded(paths: Sequence[str]) -> dict[str, Any] | None:
+def read_recorded_parameters(paths: Sequence[str]) -> dict[str, Any] | None:
     """The parameters under which `ldae preprocess` made all scans of `paths`, from their sidecars; None if it did not.
 
     A template of one's own is named without its folder.

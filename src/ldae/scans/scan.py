@@ -18,12 +18,12 @@ from torch import Tensor
 
 from ldae.data.scans import BadScan, nifti_like
 from ldae.data.transforms import ModelSpaceScan, Source, Transform
-from ldae.scans.ood_check import Likeness
-from ldae.scans.raw_scan import Made
+from ldae.scans.ood_check import OodCheck
+from ldae.scans.raw_scan import PreprocessedImage
 
 log = logging.getLogger(__name__)
 
-Preprocess = Callable[[Source], Made]
+PreprocessScan = Callable[[Source], PreprocessedImage]
 UNLIKE = "unlike the scans that this model was trained on"
 
 
@@ -75,8 +75,8 @@ class Scan:
 def open_scan(
     source: Source,
     transform: Transform,
-    likeness: Likeness | None = None,
-    preprocess: Preprocess | None = None,
+    likeness: OodCheck | None = None,
+    preprocess: PreprocessScan | None = None,
     always: bool = False,
 ) -> Scan:
     """Read a scan for a model.
@@ -96,10 +96,10 @@ def open_scan(
     if preprocess is None or (why is None and not always):
         if why is not None:
             raise BadScan(f"{UNLIKE}: {why}; a raw head needs --preprocess, or `ldae preprocess` first", path)
-        return Scan(image, prepared, stem(source), prepared.back)
+        return Scan(image, prepared, scan_name(source), prepared.to_scan_grid)
     reason = f"{UNLIKE}: {why}; " if why else ""
     if why is not None:
-        log.warning("%s: %s: %s", stem(source), UNLIKE, why)
+        log.warning("%s: %s: %s", scan_name(source), UNLIKE, why)
     try:
         made = preprocess(source)
         prepared = transform.to_model_space(made.image)
@@ -108,8 +108,8 @@ def open_scan(
     still = None if likeness is None else likeness.why_unlike(torch.from_numpy(prepared.volume))
     if still is not None:
         raise BadScan(f"{UNLIKE}, even after preprocessing {made.how}: {still}", path)
-    inner = prepared.back
-    return Scan(image, prepared, stem(source), lambda volume: made.back(inner(volume)), made.gain)
+    inner = prepared.to_scan_grid
+    return Scan(image, prepared, scan_name(source), lambda volume: made.back(inner(volume)), made.gain)
 
 
 def write_image(image: nib.Nifti1Image, path: Path) -> None:
@@ -120,7 +120,7 @@ def write_image(image: nib.Nifti1Image, path: Path) -> None:
         nib.save(image, temporary)
 
 
-def in_model_space(
+def nifti_in_model_space(
     volume: Tensor, transform: Transform, affine: Sequence[Sequence[float]] | None = None
 ) -> nib.Nifti1Image:
     """A volume that belongs to no scan, (1, X, Y, Z), in the model's own axes.
@@ -148,12 +148,12 @@ def _centred(shape: Sequence[int], transform: Transform) -> np.ndarray:
     return affine
 
 
-def in_ras(volume: np.ndarray, orientation: str) -> np.ndarray:
+def reorient_to_ras(volume: np.ndarray, orientation: str) -> np.ndarray:
     """An array (X, Y, Z) of these axes in RAS, as pictures want it."""
     return nib.orientations.apply_orientation(volume, nib.orientations.axcodes2ornt(orientation))
 
 
-def stem(source: Source) -> str:
+def scan_name(source: Source) -> str:
     """A scan's name without folder and ending; "scan" for an image that has no file."""
     path = _path(source)
     if path is None:

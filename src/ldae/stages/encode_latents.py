@@ -25,8 +25,8 @@ from ldae.data.sharing import work_order
 from ldae.data.table import scan_names, write_table
 from ldae.data.transforms import Transform
 from ldae.runs import Run
-from ldae.scans.ood_check import ENOUGH, Likeness
-from ldae.scans.raw_scan import recorded
+from ldae.scans.ood_check import ENOUGH, OodCheck
+from ldae.scans.raw_scan import read_recorded_parameters
 from ldae.utils.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -51,7 +51,7 @@ def encode_cohort(
     _encode_missing(encode, cohort, encoded, batches, accelerator)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        latents = encoded.merge(batches, lambda rows: encode(rows, cohort.volumes.stored(rows)))
+        latents = encoded.merge(batches, lambda rows: encode(rows, cohort.volumes.read_stored(rows)))
         _finish(run, cohort, folder, table, latents, weights)
         encoded.remove_shards()
 
@@ -64,7 +64,7 @@ def scan_digests(cohort: Cohort, precision: str = "no") -> np.ndarray:
     Args:
         precision: of the networks, as Accelerate names it; other last digits are other latents.
     """
-    how = (cohort.transform.key(), cohort.volumes.top, *([] if precision == "no" else [precision]))
+    how = (cohort.transform.key(), cohort.volumes.stored_maximum, *([] if precision == "no" else [precision]))
     states = map(os.stat, cohort.table["path"])
     return digest_each(repr((state.st_size, state.st_mtime_ns, *how)).encode() for state in states)
 
@@ -76,7 +76,7 @@ def _encoder(run: Run, cohort: Cohort, accelerator: Accelerator) -> Encode:
 
     def encode(rows: np.ndarray, x: Tensor) -> Posterior:
         with torch.inference_mode(), accelerator.autocast():
-            x = cohort.volumes.decoded(x.to(accelerator.device, non_blocking=True)).to(memory_format=layout)
+            x = cohort.volumes.decode(x.to(accelerator.device, non_blocking=True)).to(memory_format=layout)
             mean, std = autoencoder.encode(x)
             mean, std = torch.stack((mean.float(), std.float())).cpu().numpy()  # one transfer
         finite = np.isfinite(mean) & np.isfinite(std)
@@ -120,7 +120,7 @@ def _read_ahead(
     """Batches and their volumes as stored, (B, 1, X, Y, Z); the next one is read while one is at work."""
     waiting: tuple[np.ndarray, Future[Tensor]] | None = None
     for rows in batches:
-        following = (rows, threads.submit(cohort.volumes.stored, rows))
+        following = (rows, threads.submit(cohort.volumes.read_stored, rows))
         if waiting is not None:
             yield waiting[0], waiting[1].result()
         waiting = following
@@ -154,10 +154,10 @@ def _training_scans(cohort: Cohort) -> dict[str, Any]:
     rows = cohort.rows("train")
     rows = rows[np.linspace(0, len(rows) - 1, min(len(rows), ENOUGH)).astype(int)]
     paths = [cohort.table["path"].iloc[row] for row in rows]
-    likeness = Likeness.measure(cohort.volumes[row] for row in rows)
+    likeness = OodCheck.fit(cohort.volumes[row] for row in rows)
     return {
         "likeness": None if likeness is None else likeness.to_dict(),
-        "preprocess": recorded(paths),
+        "prepread_recorded_parameters recorded(paths),
         "affine": common_affine(paths, cohort.transform),
     }
 

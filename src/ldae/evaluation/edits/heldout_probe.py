@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ldae.editing.directions import Direction, DirectionEstimator, find_direction, known_rows
+from ldae.editing.directions import Direction, DirectionEstimator, find_direction, labelled_rows
 from ldae.editing.editor import Editor
 from ldae.editing.linear_model import LinearModel
 from ldae.evaluation.context import Context
@@ -44,7 +44,7 @@ class HeldOutProbe:
     def fit(cls, context: Context, probe: Any, estimator: DirectionEstimator, alpha: float) -> "HeldOutProbe | None":
         """None (and a line in the log) where half of the train subjects is too few."""
         table = context.table
-        rows = known_rows(table, probe, context.rows("train"))
+        rows = labelled_rows(table, probe, context.rows("train"))
         truth, subjects = probe.target(table)[rows], table["subject"].to_numpy(str)[rows]
         member = split_subjects_in_halves(subjects, truth, context.seed)
         why = probe.reason_unusable(truth[~member], subjects[~member], fitting=True)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ldae.data.subsampling import subsample_by_subject
-from ldae.editing.directions import known_rows
+from ldae.editing.directions import labelled_rows
 from ldae.editing.linear_model import LinearModel
 from ldae.evaluation.context import Context
 from ldae.evaluation.edits import figures as edit_figures
@@ -118,7 +118,7 @@ def fit_probes(context: Context, probes: Mapping[str, Any]) -> dict[str, LinearM
     """Probes fitted on train; those without enough labels are left out."""
     fitted, subjects = {}, context.table["subject"].to_numpy(str)
     for name, probe in probes.items():
-        rows = known_rows(context.table, probe, context.rows("train"))
+        rows = labelled_rows(context.table, probe, context.rows("train"))
         truth = probe.target(context.table)[rows]
         why = probe.reason_unusable(truth, subjects[rows], fitting=True)
         if why:

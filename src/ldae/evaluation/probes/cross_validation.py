@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ldae.editing.frozen_probes import OURS
+from ldae.editing.frozen_probes import EMBEDDING
 from ldae.evaluation import figures
 from ldae.evaluation.context import Context
 from ldae.evaluation.probes.baselines import CHOICES, Features, read_numbers
@@ -164,6 +164,6 @@ def score_folds(
     truth = repeats[0]["truth"].to_numpy()
     first = {key: repeats[0][key].to_numpy() for key in keys}
     if probe.classes is None:
-        figures.draw_scatter(context.out / f"{stem}_scatter.png", probe.column, truth, first[OURS])
+        figures.draw_scatter(context.out / f"{stem}_scatter.png", probe.column, truth, first[EMBEDDING])
     else:
         figures.draw_roc_curves(context.out / f"{stem}_roc.png", truth, first)

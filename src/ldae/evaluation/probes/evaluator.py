@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ldae.editing.frozen_probes import OURS, Frozen, read_frozen, write_frozen
+from ldae.editing.frozen_probes import EMBEDDING, FrozenProbe, read_frozen_probes, write_frozen_probes
 from ldae.evaluation import figures
 from ldae.evaluation.context import Context
 from ldae.evaluation.probes.baselines import BASELINES, CHOICES, REDUCED, Features, read_numbers
@@ -73,7 +73,7 @@ class Probes:
             )
             frozen[name] = entries
             yield from score_predictors(context, name, probe, entries, features, truth, rows["test"], self.resamples)
-        write_frozen(context.out / "probes.json", frozen, context.weights)
+        write_frozen_probes(context.out / "probes.json", frozen, context.weights)
 
     def _problem(self, probe: Probe, truth: np.ndarray, table: pd.DataFrame, rows: dict[str, np.ndarray]) -> str | None:
         for part, index in rows.items():
@@ -100,13 +100,13 @@ def fit_predictors(
     baselines: Sequence[str],
     widths: Sequence[int],
     seed: int,
-) -> dict[str, Frozen]:
+) -> dict[str, FrozenProbe]:
     """Our probe and the baselines, which must apply, fitted on `rows` and on nothing else."""
     subjects, fitted = context.table["subject"].to_numpy(str)[rows], {}
-    for name in (OURS, *baselines):
+    for name in (EMBEDDING, *baselines):
         columns, values = features(name)
         model = fit(probe, values[rows], truth[rows], subjects, seed, widths if name in REDUCED else None)
-        fitted[name] = Frozen(columns, model)
+        fitted[name] = FrozenProbe(columns, model)
     return fitted
 
 
@@ -123,8 +123,8 @@ class ExternalCohort:
     def __call__(self, context: Context) -> Iterator[tuple[str, float]]:
         features, table = Features(context), context.table
         usable = find_first_visits(table) if self.baseline_visits_only else np.ones(len(table), bool)
-        for name, entries in read_frozen(self.frozen, context.weights).items():
-            model = entries[OURS].model
+        for name, entries in read_frozen_probes(self.frozen, context.weights).items():
+            model = entries[EMBEDDING].model
             probe = Regression(model.column, bias_correction=model.bias is not None)
             if model.classes is not None:
                 probe = Classification(model.column, positive=model.classes[1], negative=model.classes[0])
@@ -149,7 +149,7 @@ def score_predictors(
     context: Context,
     name: str,
     probe: Probe,
-    entries: Mapping[str, Frozen],
+    entries: Mapping[str, FrozenProbe],
     features: Features,
     truth: np.ndarray,
     rows: np.ndarray,
@@ -196,14 +196,14 @@ def metrics_by_name(
     yield f"{prefix}probe/{name}/scans", float(len(table))
     yield f"{prefix}probe/{name}/subjects", float(table["subject"].nunique())
     for key, scores in found.items():
-        stem = f"{prefix}probe/{name}" if key == OURS else f"{prefix}baseline/{key}/{name}"
+        stem = f"{prefix}probe/{name}" if key == EMBEDDING else f"{prefix}baseline/{key}/{name}"
         for metric, values in scores.items():
             yield from summarise(f"{stem}/{metric}", values)
-            if key != OURS and metric in probe.better and metric in found[OURS]:
-                difference = probe.better[metric] * (found[OURS][metric] - values)
+            if key != EMBEDDING and metric in probe.better and metric in found[EMBEDDING]:
+                difference = probe.better[metric] * (found[EMBEDDING][metric] - values)
                 yield from summarise(f"{stem}/{metric}_difference", difference)
-    if {"mean", "volumes"} <= found.keys() and "mae" in found[OURS]:
-        mean, volumes, ours = (found[key]["mae"] for key in ("mean", "volumes", OURS))
+    if {"mean", "volumes"} <= found.keys() and "mae" in found[EMBEDDING]:
+        mean, volumes, ours = (found[key]["mae"] for key in ("mean", "volumes", EMBEDDING))
         yield from summarise(f"{prefix}probe/{name}/mae_share_to_volumes", (mean - ours) / (mean - volumes))
 
 
@@ -224,7 +224,7 @@ def _record(
             temporary, index=False
         )
     if probe.classes is None:
-        figures.draw_scatter(context.out / f"{stem}_scatter.png", probe.column, truth, predictions[OURS])
+        figures.draw_scatter(context.out / f"{stem}_scatter.png", probe.column, truth, predictions[EMBEDDING])
         return
     figures.draw_roc_curves(context.out / f"{stem}_roc.png", truth, predictions)
-    figures.draw_confusion_matrix(context.out / f"{stem}_confusion.png", truth, predictions[OURS], probe.classes)
+    figures.draw_confusion_matrix(context.out / f"{stem}_confusion.png", truth, predictions[EMBEDDING], probe.classes)
