@@ -119,7 +119,7 @@ def _train(config: DictConfig, accelerator: Accelerator, space: Workspace, run: 
     # A run that is killed before its first checkpoint starts again from the same weights.
     set_seed(derive_seed(config.seed, "weights", config.stage._target_) % 2**32)
     # Partial: Hydra would turn the cohort, a dataclass, into a config.
-    stage = instantiate(config.stage, _partial_=True)(cohort=cohort, open_workspace=space)
+    stage = instantiate(config.stage, _partial_=True)(cohort=cohort, workspace=space)
     if accelerator.is_main_process:
         run.write_config(config)
         cohort.write_rejected(run.path / "rejected.csv")
@@ -179,7 +179,7 @@ def _publish_untrained(config: DictConfig, run: Run, cohort: Cohort) -> None:
 
 def evaluate(config: DictConfig) -> None:
     """Embed every scan, then run each chosen evaluation; see ldae/evaluation/."""
-    from ldae.evaluation.run import EXTERNAL, embed_together, run_evaluations
+    from ldae.evaluation.run import EXTERNAL, embed_in_all_processes, run_evaluations
     from ldae.pipeline import LDAE
     from ldae.training.precision import inference_dtype
 
@@ -196,7 +196,7 @@ def evaluate(config: DictConfig) -> None:
     dtype = inference_dtype(accelerator)
     model = LDAE.load(space.root, device=accelerator.device, sampler=instantiate(config.sampler), dtype=dtype)
     if accelerator.num_processes > 1:
-        embed_together(model, cohort, evaluators, space, config, accelerator)
+        embed_in_all_processes(model, cohort, evaluators, space, config, accelerator)
     # From here on the main process is alone: others that waited for it would give up after half an hour.
     accelerator.end_training()
     if main:

@@ -58,7 +58,7 @@ class Evaluator(Protocol):
     def __call__(self, context: Context) -> Iterator[tuple[str, float]]: ...
 
 
-def batches(rows: Sequence[int], size: int) -> Iterator[list[int]]:
+def iterate_batches(rows: Sequence[int], size: int) -> Iterator[list[int]]:
     """`rows` in consecutive lists of at most `size`."""
     rows = [int(row) for row in rows]
     for start in range(0, len(rows), size):

@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from ldae.data.sharing import work_order
-from ldae.evaluation.context import batches
+from ldae.evaluation.context import iterate_batches
 from ldae.utils.files import read_json, replacing, write_json
 
 log = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ def embed_rows(
     from tqdm import tqdm
 
     found = []
-    for number, rows in enumerate(tqdm(list(batches(range(count), batch_size)), "embed", disable=not progress)):
+    for number, rows in enumerate(tqdm(list(iterate_batches(range(count), batch_size)), "embed", disable=not progress)):
         part = None if parts is None else _part(parts, number)
         stored = part is not None and part.exists()
         found.append(np.load(part, allow_pickle=False) if stored else _embedded(embed, volumes(rows)))
@@ -60,7 +60,7 @@ def embed_parts(
     """
     from tqdm import tqdm
 
-    chunks = list(batches(range(count), batch_size))
+    chunks = list(iterate_batches(range(count), batch_size))
     order = work_order(len(chunks), accelerator.process_index, accelerator.num_processes)
     for number in tqdm(order, "embed", disable=not accelerator.is_main_process):
         path = _part(parts, int(number))

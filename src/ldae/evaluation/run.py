@@ -93,7 +93,7 @@ def _check_cohort(run: Run, cohort: Cohort, external: bool) -> None:
         raise UserError(f"{run.path} was trained on another split; for another cohort give evaluation=[external]")
 
 
-def embed_together(
+def embed_in_all_processes(
     model: Any,
     cohort: Cohort,
     evaluators: Mapping[str, Evaluator],

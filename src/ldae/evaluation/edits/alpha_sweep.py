@@ -12,7 +12,7 @@ from ldae.editing.editor import Editor
 from ldae.evaluation.context import Context
 from ldae.evaluation.edits.anatomy import Anatomy
 from ldae.evaluation.edits.inverted_scans import InvertedScans
-from ldae.evaluation.images.image_metrics import as_arrays, ssim
+from ldae.evaluation.images.image_metrics import to_arrays, ssim
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class AlphaSweep:
 
     def change(self, alpha: float) -> np.ndarray:
         """Difference of the images at `alpha` from those at 0, (B, X, Y, Z)."""
-        return as_arrays(self.at(alpha) - self.at(0.0))
+        return to_arrays(self.at(alpha) - self.at(0.0))
 
     def volume_change(self, name: str, alpha: float) -> np.ndarray:
         """(B,) mm3 against alpha = 0."""

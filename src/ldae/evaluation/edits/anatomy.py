@@ -21,8 +21,8 @@ import numpy as np
 from torch import Tensor
 
 from ldae.data.subsampling import subsample_by_subject
-from ldae.evaluation.context import Context, batches
-from ldae.evaluation.images.image_metrics import BrainMasks, as_arrays
+from ldae.evaluation.context import Context, iterate_batches
+from ldae.evaluation.images.image_metrics import BrainMasks, to_arrays
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +75,7 @@ def build_soft_volume(context: Context, labels: Sequence[int]) -> SoftVolume | N
         return None
     rows = subsample_by_subject(context.rows("train"), context.table["subject"].tolist(), TRAIN_SCANS, context.seed)
     total, count = 0.0, 0
-    for part in batches(rows, 16):
+    for part in iterate_batches(rows, 16):
         total = total + (context.regions(part, labels) > 0.5).sum(0)
         count += len(part)
     if not count or not np.any(total):
@@ -90,7 +90,7 @@ def read_true_volumes(context: Context, name: str, rows: Sequence[int]) -> np.nd
     if column in context.table and context.table[column].iloc[list(rows)].notna().all():
         return context.table[column].iloc[list(rows)].to_numpy(np.float64)
     voxel = float(np.prod(context.spacing))
-    parts = [context.regions(part, STRUCTURES[name]).sum((1, 2, 3)) * voxel for part in batches(rows, 16)]
+    parts = [context.regions(part, STRUCTURES[name]).sum((1, 2, 3)) * voxel for part in iterate_batches(rows, 16)]
     return np.concatenate(parts)
 
 
@@ -118,7 +118,7 @@ class Anatomy:
     def levels(self, rows: Sequence[int], images: Tensor) -> list[dict[str, Levels]]:
         """Intensity levels of each of the scans `rows`, from images (B, 1, X, Y, Z) that show the same anatomy."""
         rows = [int(row) for row in rows]
-        arrays, found = as_arrays(images), [{} for _ in rows]
+        arrays, found = to_arrays(images), [{} for _ in rows]
         for name, measure in self.measures.items():
             for levels, image, share in zip(found, arrays, self.context.regions(rows, STRUCTURES[name]), strict=True):
                 levels[name] = measure.levels(image, np.asarray(share))
@@ -126,7 +126,7 @@ class Anatomy:
 
     def volumes(self, images: Tensor, levels: Sequence[Mapping[str, Levels]]) -> dict[str, np.ndarray]:
         """mm3 by structure, (B,) each."""
-        arrays = as_arrays(images)
+        arrays = to_arrays(images)
         return {
             name: np.array([measure.measure(image, own[name]) for image, own in zip(arrays, levels, strict=True)])
             for name, measure in self.measures.items()

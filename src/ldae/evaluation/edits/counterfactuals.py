@@ -15,12 +15,12 @@ from torch import Tensor
 from ldae.data.subsampling import subsample_by_subject
 from ldae.editing.directions import Direction
 from ldae.editing.editor import Editor
-from ldae.evaluation.context import Context, batches
+from ldae.evaluation.context import Context, iterate_batches
 from ldae.evaluation.edits.alpha_sweep import AlphaSweep, run_sweep, share_outside
 from ldae.evaluation.edits.anatomy import Anatomy
 from ldae.evaluation.edits.effects import correlation, slope
 from ldae.evaluation.edits.inverted_scans import invert_scans
-from ldae.evaluation.images.image_metrics import as_arrays
+from ldae.evaluation.images.image_metrics import to_arrays
 
 log = logging.getLogger(__name__)
 
@@ -108,7 +108,7 @@ def calibrate_exchange_rate(
     if factor not in LIMITS or not source.available or "ventricle" not in anatomy.measures or not len(rows):
         return None
     alphas, slopes = [-alpha, 0.0, alpha], []
-    for part in batches(rows, batch_size):
+    for part in iterate_batches(rows, batch_size):
         opened = invert_scans(context, editor, anatomy, part)
         ladder = run_sweep(context, editor, anatomy, direction, opened, alphas)
         slopes.append(slope(np.array(alphas), ladder.volumes["ventricle"]))
@@ -144,13 +144,13 @@ def compare_with_counterfactuals(
     ends, rows, brain = (-alpha, alpha), ladder.opened.rows, ladder.brain
     truths = {move: [rate.source.render(row, rate.factor, rate.change(move)) for row in rows] for move in (0.0, *ends)}
     volumes = {move: torch.stack([truth.volume for truth in found]) for move, found in truths.items()}
-    true = {end: as_arrays(volumes[end] - volumes[0.0]) for end in ends}
+    true = {end: to_arrays(volumes[end] - volumes[0.0]) for end in ends}
     decoded = {end: ladder.change(end) for end in ends}
     found = {"difference_r": _correlations(decoded, true, brain)}
     if ceiling:
         passed = {move: context.model.decompress(context.model.compress(x)) for move, x in volumes.items()}
         found["difference_r_ceiling"] = _correlations(
-            {end: as_arrays(passed[end] - passed[0.0]) for end in ends}, true, brain
+            {end: to_arrays(passed[end] - passed[0.0]) for end in ends}, true, brain
         )
     if anatomy.region is not None:
         found["outside_share_true"] = np.mean([share_outside(true[end], brain, anatomy.region) for end in ends], 0)

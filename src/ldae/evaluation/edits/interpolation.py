@@ -29,7 +29,7 @@ from ldae.evaluation.edits import figures as edit_figures
 from ldae.evaluation.edits.anatomy import Anatomy, interpolate_levels
 from ldae.evaluation.edits.counterfactuals import CounterfactualRenderer
 from ldae.evaluation.edits.inverted_scans import embeddings_of
-from ldae.evaluation.images.image_metrics import BrainMasks, as_arrays, copy_to_host, mse, ssim_whole_and_masked
+from ldae.evaluation.images.image_metrics import BrainMasks, to_arrays, copy_to_host, mse, ssim_whole_and_masked
 from ldae.evaluation.probes.bootstrap import draw_subject_weights, summarise
 from ldae.utils.files import replacing
 
@@ -158,9 +158,9 @@ class Interpolation:
 
     def _draw(self, context: Context, triple: Triple, stem: Path) -> None:
         table = context.table
-        x = as_arrays(context.volumes([triple.start, triple.target, triple.end]))
+        x = to_arrays(context.volumes([triple.start, triple.target, triple.end]))
         shares = np.linspace(0, 1, FRAMES).tolist()
-        frames = as_arrays(self.predict(context, triple, [*shares, triple.share]))
+        frames = to_arrays(self.predict(context, triple, [*shares, triple.share]))
         months = [int(table["months"].iloc[row]) for row in (triple.start, triple.target, triple.end)]
         shown = [(f"month {month}", volume) for month, volume in zip(months, x, strict=True)]
         shown.insert(2, (f"month {months[1]}, ours", frames[-1]))

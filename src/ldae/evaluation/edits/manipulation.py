@@ -13,7 +13,7 @@ import numpy as np
 from ldae.data.subsampling import subsample_by_subject
 from ldae.editing.directions import Direction, DirectionEstimator, find_direction
 from ldae.editing.editor import Editor
-from ldae.evaluation.context import Context, batches
+from ldae.evaluation.context import Context, iterate_batches
 from ldae.evaluation.edits.alpha_sweep import AlphaSweep, measure_reversibility, run_sweep, share_outside
 from ldae.evaluation.edits.anatomy import Anatomy
 from ldae.evaluation.edits.counterfactuals import FACTORS, calibrate_exchange_rate, compare_with_counterfactuals
@@ -95,7 +95,7 @@ class Manipulation:
         judge = HeldOutProbe.fit(context, probe, self.direction, self.shown)
         place = context.out / f"manipulation_{name}"
         measured = ManipulationResults(place, self.alphas, self.shown, self.pictures, context.spacing)
-        for part in tqdm(list(batches(rows, self.batch_size)), f"manipulation of {name}"):
+        for part in tqdm(list(iterate_batches(rows, self.batch_size)), f"manipulation of {name}"):
             opened = invert_scans(context, self.editor, anatomy, part)
             ladder = run_sweep(context, self.editor, anatomy, direction, opened, self.alphas)
             found, true = self._scan_numbers(context, anatomy, direction, ladder), None

@@ -8,7 +8,7 @@ import pandas as pd
 
 from ldae.evaluation.edits import figures as edit_figures
 from ldae.evaluation.edits.alpha_sweep import AlphaSweep
-from ldae.evaluation.images.image_metrics import as_arrays
+from ldae.evaluation.images.image_metrics import to_arrays
 from ldae.utils.files import replacing
 from ldae.utils.html_viewer import write_viewer
 
@@ -75,7 +75,7 @@ class ManipulationResults:
     def _draw(
         self, ladder: AlphaSweep, place: int, true: np.ndarray | None, row: pd.Series, region: np.ndarray | None
     ) -> None:
-        frames = as_arrays(ladder.images[:, place])  # (A, X, Y, Z)
+        frames = to_arrays(ladder.images[:, place])  # (A, X, Y, Z)
         cut = edit_figures.choose_cut(region, frames.shape[1:])
         ends = [self.alphas.index(end) for end in (-self.shown, 0.0, self.shown)]
         title = f"{row['subject']} {row['session']}: {self.stem.name.replace('_', ' along ', 1)}"

@@ -17,7 +17,7 @@ import pandas as pd
 from ldae.data.subsampling import subsample_by_subject
 from ldae.editing.directions import Direction, DirectionEstimator, find_direction
 from ldae.editing.editor import Editor
-from ldae.evaluation.context import Context, batches
+from ldae.evaluation.context import Context, iterate_batches
 from ldae.evaluation.edits import figures as edit_figures
 from ldae.evaluation.edits.alpha_sweep import run_sweep
 from ldae.evaluation.edits.anatomy import Anatomy
@@ -129,7 +129,7 @@ class Selection:
         found: dict[tuple[str, Editor, float], list[dict[str, np.ndarray]]] = {}
         remembered = CachedCounterfactuals(rate.source)
         for editor in tqdm(editors, "settings"):
-            for part in batches(rows, self.batch_size):
+            for part in iterate_batches(rows, self.batch_size):
                 opened = invert_scans(context, editor, anatomy, part)
                 for (key, direction), alpha in product(directions.items(), self.alphas):
                     trial = ExchangeRate(remembered, rate.factor, rate.per_alpha / alpha)

@@ -10,7 +10,7 @@ import numpy as np
 
 from ldae.data.subsampling import subsample_by_subject
 from ldae.evaluation import figures
-from ldae.evaluation.context import Context, batches
+from ldae.evaluation.context import Context, iterate_batches
 from ldae.evaluation.probes.bootstrap import draw_subject_weights, summarise
 
 AXES = ("x, mm to the right", "y, mm to the front", "z, mm upwards")
@@ -34,7 +34,7 @@ class Attention:
         if not len(rows):
             return
         model, parts, total = context.model, [], 0.0
-        for part in batches(rows, self.batch_size):
+        for part in iterate_batches(rows, self.batch_size):
             x = context.volumes(part)
             parts.append(model.attention(x).cpu().numpy().astype(np.float64))
             total = total + x[:, 0].numpy().sum(0)

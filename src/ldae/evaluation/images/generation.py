@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ldae.evaluation import figures
-from ldae.evaluation.context import Context, batches
+from ldae.evaluation.context import Context, iterate_batches
 from ldae.evaluation.images.image_metrics import ms_ssim
 from ldae.utils.seeding import draw_normal
 
@@ -83,7 +83,7 @@ class Generation:
 
         model, parts = context.model, []
         like = model.compress(context.volumes([0]).to(model.device))
-        for keys in tqdm(list(batches(range(self.samples), self.batch_size)), "samples"):
+        for keys in tqdm(list(iterate_batches(range(self.samples), self.batch_size)), "samples"):
             noise = draw_normal(like.shape[1:], context.seed, keys, "generation").to(like)
             z0 = model.sampler.sample(model.denoiser.eps, noise, model.denoiser.schedule)
             parts.append(model.decompress(z0).float().cpu())
@@ -98,7 +98,7 @@ class Generation:
         if self.features is None:
             return context.embeddings[rows].astype(np.float64)
         return np.concatenate(
-            [self._features(context, context.volumes(part)) for part in batches(rows, self.batch_size)]
+            [self._features(context, context.volumes(part)) for part in iterate_batches(rows, self.batch_size)]
         )
 
     def _likeness(self, context: Context, volumes: Callable[[np.ndarray], Tensor], count: int) -> float:
@@ -106,7 +106,7 @@ class Generation:
         rng, device = np.random.default_rng(context.seed), context.model.device
         first = rng.integers(count, size=self.pairs)
         second = (first + rng.integers(1, count, size=self.pairs)) % count
-        chunks = [np.array(part) for part in batches(range(self.pairs), self.batch_size)]
+        chunks = [np.array(part) for part in iterate_batches(range(self.pairs), self.batch_size)]
         pairs = ((volumes(first[part]).to(device), volumes(second[part]).to(device)) for part in chunks)
         return float(torch.cat([ms_ssim(x, y) for x, y in pairs]).mean())
 

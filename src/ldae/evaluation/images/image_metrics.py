@@ -126,7 +126,7 @@ class BrainMasks:
         return torch.cat([self._masks[row] for row in rows]).to(x.device)
 
 
-def as_arrays(images: Tensor) -> np.ndarray:
+def to_arrays(images: Tensor) -> np.ndarray:
     """(B, 1, X, Y, Z) -> (B, X, Y, Z) float32 on the CPU."""
     return images[:, 0].detach().float().cpu().numpy()
 

@@ -24,7 +24,7 @@ from ldae.data.subsampling import subsample_by_subject
 from ldae.diffusion.diagnostics import measure_gaussianity
 from ldae.diffusion.samplers import Sampler
 from ldae.evaluation import figures
-from ldae.evaluation.context import Context, batches
+from ldae.evaluation.context import Context, iterate_batches
 from ldae.evaluation.images.image_metrics import brain_mask, compare_images, copy_to_host
 from ldae.evaluation.probes.bootstrap import draw_subject_weights, summarise
 from ldae.utils.files import replacing
@@ -92,7 +92,7 @@ class Reconstruction:
         from tqdm import tqdm
 
         model, found = context.model, {}
-        for part in tqdm(list(batches(rows, self.batch_size)), "autoencoder"):
+        for part in tqdm(list(iterate_batches(rows, self.batch_size)), "autoencoder"):
             scans = context.volumes(part)
             x, mask = scans.to(model.device), brain_mask(scans).to(model.device)
             numbers = compare_images(model.decompress(model.compress(x)), x, mask, context.perceptual)

@@ -16,7 +16,7 @@ from torch import Tensor
 from ldae.data.subsampling import subsample_by_subject
 from ldae.diffusion.process import add_noise, eps_to_z0
 from ldae.evaluation import figures
-from ldae.evaluation.context import Context, batches
+from ldae.evaluation.context import Context, iterate_batches
 from ldae.evaluation.edits.anatomy import STRUCTURES, SoftVolume, build_soft_volume, read_true_volumes
 from ldae.evaluation.images.image_metrics import brain_mask, copy_to_host, ssim_whole_and_masked
 from ldae.evaluation.probes import scores
@@ -151,7 +151,7 @@ class Semantics:
         found: dict[str, list[np.ndarray]] = {}
         decoded = np.empty((len(rows), *context.volumes(rows[:1]).shape[2:]), np.float32)
         levels: dict[str, list[Any]] = {name: [] for name, measure in measures.items() if measure is not None}
-        chunks = list(batches(range(len(rows)), self.batch_size))
+        chunks = list(iterate_batches(range(len(rows)), self.batch_size))
         for places in tqdm(chunks, "semantics"):
             numbers, images, reconstruction = self._batch(context, rows[places], rows[partner[places]])
             decoded[places] = images

@@ -19,7 +19,7 @@ from ldae.evaluation.context import Context
 from ldae.evaluation.edits import figures as edit_figures
 from ldae.evaluation.edits.anatomy import Anatomy
 from ldae.evaluation.edits.inverted_scans import embeddings_of
-from ldae.evaluation.images.image_metrics import as_arrays, brain_mask
+from ldae.evaluation.images.image_metrics import to_arrays, brain_mask
 from ldae.evaluation.probes import scores
 from ldae.evaluation.probes.bootstrap import draw_subject_weights, summarise
 from ldae.evaluation.probes.fitting import fit
@@ -83,7 +83,7 @@ class Variation:
             reconstruction, variants = self._variants(context, row)
             embedded = context.model.embed(variants).float().cpu().numpy()
             reconstruction, variants = reconstruction.cpu(), variants.cpu()  # what follows is measured there
-            deviation, image = as_arrays(variants).std(0, ddof=1), as_arrays(reconstruction)[0]
+            deviation, image = to_arrays(variants).std(0, ddof=1), to_arrays(reconstruction)[0]
             mask = brain_mask(reconstruction)[0, 0].numpy()
             total, squares = total + image, squares + image.astype(np.float64) ** 2
             levels = anatomy.levels([row], reconstruction) * self.variants

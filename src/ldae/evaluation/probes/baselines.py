@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pandas as pd
 
-from ldae.evaluation.context import Context, batches
+from ldae.evaluation.context import Context, iterate_batches
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +59,9 @@ def read_numbers(table: pd.DataFrame, column: str) -> np.ndarray:
 
 def flatten_latents(context: Context, batch_size: int = 32) -> np.ndarray:
     """Posterior means of all scans, flattened: (N, C x y z) float32."""
-    parts = [context.posterior(rows)[0].flatten(1).numpy() for rows in batches(range(len(context.table)), batch_size)]
+    parts = [
+        context.posterior(rows)[0].flatten(1).numpy() for rows in iterate_batches(range(len(context.table)), batch_size)
+    ]
     return np.concatenate(parts).astype(np.float32)
 
 
@@ -69,7 +71,9 @@ def downsample_scans(context: Context, batch_size: int = 8) -> np.ndarray:
 
     size = [max(1, round(IMAGES_MM / spacing)) for spacing in context.spacing]
     rows = range(len(context.table))
-    parts = [avg_pool3d(context.volumes(part).float(), size).flatten(1).numpy() for part in batches(rows, batch_size)]
+    parts = [
+        avg_pool3d(context.volumes(part).float(), size).flatten(1).numpy() for part in iterate_batches(rows, batch_size)
+    ]
     return np.concatenate(parts)
 
 
