@@ -22,7 +22,7 @@ def plainly(change: Augmentation, x: Tensor, seed: int, keys) -> Tensor:
     """Scan by scan, in float64, with PyTorch's own grid."""
     result = []
     for volume, key in zip(x.double(), keys, strict=True):
-        drawn = torch.rand(12, make_generator=make_generator(seed, "augmentation", key), dtype=torch.float64)
+        drawn = torch.rand(12, generator=make_generator(seed, "augmentation", key), dtype=torch.float64)
         even = (2 * drawn - 1).tolist()
         if drawn[0] < change.flip:
             volume = volume.flip(1)
@@ -52,7 +52,7 @@ def moved(change: Augmentation, volume: Tensor, angles: list, sizes: list, moves
 
 @pytest.mark.parametrize("names", [*([name] for name in ALL), ["flip", "rotation"], list(ALL)], ids="-".join)
 def test_a_batch_is_changed_as_each_scan_would_be(names: list[str]) -> None:
-    x = torch.rand(6, 1, 10, 12, 8, make_generator=make_generator(0, "x"))
+    x = torch.rand(6, 1, 10, 12, 8, generator=make_generator(0, "x"))
     change = Augmentation(**{name: ALL[name] for name in names})
     found = augment(change, x, 3, range(10, 16))
     torch.testing.assert_close(found, plainly(change, x, 3, range(10, 16)), atol=1e-5, rtol=0)

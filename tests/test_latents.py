@@ -21,7 +21,7 @@ import torch
 from ldae.data.cohort import load_cohort
 from ldae.data.latent_file import LATENT_FILE, LatentFile, digest_rows, write_latents
 from ldae.data.latent_npz import npz_name, write_npz
-from ldae.data.latents import METADATA_FILE, CHUNK, LatentSet, channel_scale, write_metadata
+from ldae.data.latents import CHUNK, METADATA_FILE, LatentSet, channel_scale, write_metadata
 from ldae.data.table import read_table, write_table
 from ldae.data.transforms import Transform
 from ldae.stages.encode_latents import encode_cohort, scan_digests
@@ -359,7 +359,7 @@ def test_the_moments_are_those_of_all_rows_at_once(tmp_path):
     np.testing.assert_allclose(m, scale * mean[rows].mean(0), atol=1e-6)
     variance = mean[rows].astype(float).var(0) + np.square(std[rows].astype(float)).mean(0)
     np.testing.assert_allclose(v, scale**2 * variance, rtol=1e-6)
-    assert LatentFile.open(tmp_path / LATENT_FILE, WEIGHTS).intact()
+    assert LatentFile.open(tmp_path / LATENT_FILE, WEIGHTS).is_intact()
 
 
 def test_latents_of_another_precision_are_other_latents(scans):

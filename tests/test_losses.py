@@ -10,11 +10,11 @@ from ldae.losses.denoising import denoising_loss, gap_filling_loss
 from ldae.losses.perceptual import MedicalNetDistance, SliceLpips, SqueezeLpips, plane_slices
 from ldae.losses.structural import _gaussian_mean, ssim_map, structural_dissimilarity
 from ldae.utils.errors import UserError
-from ldae.utils.seeding import make_generator, draw_normal
+from ldae.utils.seeding import draw_normal, make_generator
 
 
 def drawn(*shape, key=0):
-    return torch.randn(*shape, make_generator=make_generator(0, key))
+    return torch.randn(*shape, generator=make_generator(0, key))
 
 
 def test_kl_is_summed_over_the_latent_and_averaged_over_the_batch():
@@ -139,7 +139,7 @@ def test_medicalnet_loads_its_file_strictly_and_measures(tmp_path):
 
 def test_structural_dissimilarity_is_one_minus_ssim_and_leads_to_its_optimum():
     """0 for equal volumes, and descending it makes a blurred volume like the sharp one again."""
-    x = torch.rand(1, 1, 12, 12, 12, make_generator=torch.Generator().manual_seed(0))
+    x = torch.rand(1, 1, 12, 12, 12, generator=torch.Generator().manual_seed(0))
     assert float(structural_dissimilarity(x, x)) == pytest.approx(0, abs=1e-6)
     blurred = torch.nn.functional.avg_pool3d(x, 3, 1, 1).requires_grad_(True)
     start = structural_dissimilarity(blurred, x)

@@ -40,9 +40,9 @@ def cohort(config):
     shape = tuple(config.data.shape)
     volumes = SimpleNamespace(
         shape=shape,
-        stored=lambda rows: torch.zeros(len(rows), 1, *shape, dtype=torch.float16),
+        read_stored=lambda rows: torch.zeros(len(rows), 1, *shape, dtype=torch.float16),
         batch=lambda rows: torch.zeros(len(rows), 1, *shape),
-        decoded=lambda stored: stored.float(),
+        decode=lambda stored: stored.float(),
     )
     table = pd.DataFrame(
         {"subject": [f"s{i}" for i in range(COUNT)], "session": "ses-M000", "split": ["train"] * 4 + ["val"] * 2}

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from ldae.data.splits import assign_splits, load_or_draw_split, read_split, hash_split
+from ldae.data.splits import assign_splits, hash_split, load_or_draw_split, read_split
 from ldae.utils.errors import UserError
 
 SHARES = {"train": 0.8, "val": 0.05, "test": 0.15}

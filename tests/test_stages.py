@@ -34,9 +34,9 @@ class Cohort:
     split_hash = "h"
 
     def __init__(self):
-        self.x = torch.rand(8, 1, *SHAPE, make_generator=make_generator(0, "x"))
+        self.x = torch.rand(8, 1, *SHAPE, generator=make_generator(0, "x"))
         take = lambda rows: self.x[torch.as_tensor(np.array(rows))]  # noqa: E731
-        self.volumes = SimpleNamespace(batch=take, stored=take, decoded=lambda x: x, shape=SHAPE)
+        self.volumes = SimpleNamespace(batch=take, read_stored=take, decode=lambda x: x, shape=SHAPE)
         subjects = ["a", "a", "b", "c", "d", "e", "f", "f"]
         self.table = pd.DataFrame(
             {"subject": subjects, "session": ["ses-M000", "ses-M006"] * 4, "split": ["train"] * 4 + ["val"] * 4}
@@ -48,7 +48,7 @@ class Cohort:
     def draw_augmentation(self, seed, keys):
         return {}
 
-    def augmented(self, x, batch):
+    def augment(self, x, batch):
         return x
 
 
@@ -136,7 +136,7 @@ def test_the_autoencoders_validation_is_better_for_a_better_reconstruction(aekl)
 
 def latents(cohort):
     shape = (8, 3, 4, 4, 4)
-    mean = torch.randn(shape, make_generator=make_generator(1, "latent"))
+    mean = torch.randn(shape, generator=make_generator(1, "latent"))
     return LatentSet(cohort.table, mean, torch.full(shape, 0.1), torch.ones(3), "h", "sha")
 
 

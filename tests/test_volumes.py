@@ -61,18 +61,18 @@ def test_volumes_travel_as_they_are_stored(tmp_path: Path, scans: list[str], dty
     np.save(file, (whole if dtype == "uint8" else whole / 255).astype(dtype))  # every value of uint8
     cache.build(scans, progress=False)
     volumes = cache.open(scans)
-    stored = volumes.stored(np.array([1, 4]))
+    stored = volumes.read_stored(np.array([1, 4]))
     assert stored.shape == (2, 1, *SHAPE)
     assert stored.dtype == getattr(torch, dtype)
     for volume, scan in zip(stored, (scans[1], scans[4]), strict=True):
         np.testing.assert_array_equal(volume[0].numpy(), np.load(cache.file(scan)))
-    decoded = volumes.decoded(stored)
+    decoded = volumes.decode(stored)
     top = np.float32(255 if dtype == "uint8" else 1)
     np.testing.assert_array_equal(decoded.numpy(), np.divide(stored.numpy(), top, dtype=np.float32))
     assert torch.equal(decoded, volumes.batch([1, 4]))
     assert stored.dtype == getattr(torch, dtype)  # and is left as it was
     np.testing.assert_array_equal(stored[0, 0].numpy(), np.load(file))
-    there = volumes.decoded(stored.to("meta"))
+    there = volumes.decode(stored.to("meta"))
     assert (there.device.type, there.dtype, there.shape) == ("meta", torch.float32, stored.shape)
 
 
@@ -81,7 +81,7 @@ def test_a_file_of_another_type_is_damaged(tmp_path: Path, scans: list[str]) -> 
     cache.build(scans, progress=False)
     np.save(cache.file(scans[0]), np.zeros(SHAPE, np.float16))
     with pytest.raises(UserError, match=r"0\.nii is gone or damaged .*it holds float16, not uint8"):
-        cache.open(scans).stored([0])
+        cache.open(scans).read_stored([0])
 
 
 def test_a_second_build_does_nothing_and_a_replaced_scan_is_done_again(tmp_path: Path, scans: list[str]) -> None:
@@ -112,7 +112,7 @@ def test_another_transform_has_another_folder(tmp_path: Path, scans: list[str]) 
 
 
 def test_a_pool_makes_the_same_bytes(tmp_path: Path, scans: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ldae.data.volumes.FEW", 1)
+    monkeypatch.setattr("ldae.data.volumes.MIN_SCANS_PER_PROCESS", 1)
     bad = tmp_path / "bad.nii"
     bad.write_bytes(b"nothing")
     alone, pooled = VolumeCache(tmp_path / "a", transform()), VolumeCache(tmp_path / "b", transform())
@@ -187,7 +187,7 @@ def test_rows_of_table_and_volumes_are_the_same_scans(tmp_path: Path) -> None:
     assert set(cohort.table["split"][cohort.rows("val")]) == {"val"}
     x = cohort.volumes.batch([0])
     assert cohort.draw_augmentation(0, [0]) == {}
-    assert cohort.augmented(x, {"x": x, "position": np.array([0])}) is x
+    assert cohort.augment(x, {"x": x, "position": np.array([0])}) is x
 
 
 def test_a_cohort_augments_as_drawn_into_the_batch(tmp_path: Path) -> None:
@@ -197,7 +197,7 @@ def test_a_cohort_augments_as_drawn_into_the_batch(tmp_path: Path) -> None:
     drawn = cohort.draw_augmentation(3, [20, 21])
     assert set(drawn) == {"augment_flip", "augment_theta"}
     expected = change.apply(x, change.draw(3, [20, 21], SHAPE))
-    assert torch.equal(cohort.augmented(x, {"x": x, "position": np.array([20, 21]), **drawn}), expected)
+    assert torch.equal(cohort.augment(x, {"x": x, "position": np.array([20, 21]), **drawn}), expected)
     assert not torch.equal(expected, x)
 
 

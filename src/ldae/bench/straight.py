@@ -114,13 +114,13 @@ class NpzVolumes:
 
     def batch(self, indices: Iterable[int]) -> Tensor:
         """(B, 1, X, Y, Z) float32."""
-        return self.stored(indices)
+        return self.read_stored(indices)
 
-    def decoded(self, stored: Tensor) -> Tensor:
+    def decode(self, stored: Tensor) -> Tensor:
         """The files hold float32 already."""
         return stored
 
-    def stored(self, indices: Iterable[int]) -> Tensor:
+    def read_stored(self, indices: Iterable[int]) -> Tensor:
         """(B, 1, X, Y, Z) float32."""
         with self.waiting:
             volumes = []

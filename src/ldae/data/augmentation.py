@@ -56,7 +56,7 @@ class Augmentation:
             "augment_gamma" and "augment_shift" (B,).
         """
         generators = [make_generator(seed, "augmentation", int(key)) for key in keys]
-        drawn = torch.stack([torch.rand(12, make_generator=source, dtype=torch.float64) for source in generators])
+        drawn = torch.stack([torch.rand(12, generator=source, dtype=torch.float64) for source in generators])
         even = 2 * drawn - 1
         changes = {}
         if self.flip:

@@ -12,7 +12,7 @@ import pandas as pd
 from torch import Tensor
 
 from ldae.data.augmentation import Augmentation
-from ldae.data.splits import refuse_empty_split, load_or_draw_split, read_split, hash_split
+from ldae.data.splits import hash_split, load_or_draw_split, read_split, refuse_empty_split
 from ldae.data.table import read_table, write_table
 from ldae.data.transforms import Transform
 from ldae.data.volumes import VolumeCache, Volumes
@@ -47,7 +47,7 @@ class Cohort:
         """How B samples are to be augmented, by name in the batch, on the CPU; empty where augmentation is off."""
         return {} if self.augmentation.is_off else self.augmentation.draw(seed, keys, self.transform.shape)
 
-    def augmented(self, x: Tensor, batch: Mapping[str, Any]) -> Tensor:
+    def augment(self, x: Tensor, batch: Mapping[str, Any]) -> Tensor:
         """`x`, (B, 1, X, Y, Z), changed as was drawn into `batch`, on its device; `x` itself where nothing was."""
         return self.augmentation.apply(x, batch)
 

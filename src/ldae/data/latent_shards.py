@@ -38,7 +38,7 @@ class EncodedLatents:
     npz: Sequence[Path | None]  # (N,) or empty: files of an earlier version
 
     @classmethod
-    def find(cls, folder: Path, autoencoder: str, table: pd.DataFrame, scan: np.ndarray) -> "Encoded":
+    def find(cls, folder: Path, autoencoder: str, table: pd.DataFrame, scan: np.ndarray) -> "EncodedLatents":
         """Look for what earlier runs left; latents of another autoencoder are never taken, and this is said.
 
         Args:
@@ -50,7 +50,7 @@ class EncodedLatents:
         if (folder / LATENT_FILE).exists():
             try:
                 whole = LatentFile.open(folder / LATENT_FILE, autoencoder)
-                places = whole.places(row)
+                places = whole.find_rows(row)
                 places[(whole.scan[places] != scan).any(axis=1)] = -1
             except UserError as error:
                 log.warning("all scans are encoded anew: %s", error)

@@ -129,7 +129,7 @@ def _read_file(table: pd.DataFrame, folder: Path, autoencoder: str) -> tuple[Ten
     if table["latent_path"].nunique() != 1:
         raise UserError(f"the table in {folder} names other latents beside {LATENT_FILE}: run encode_latents.py again")
     file = LatentFile.open(folder / LATENT_FILE, autoencoder)
-    places = file.places(digest_rows(table))
+    places = file.find_rows(digest_rows(table))
     if (places < 0).any():
         name = scan_names(table, [int(np.argmin(places))])[0]
         raise UserError(f"{file.path} has no latent of {name}: run encode_latents.py again")

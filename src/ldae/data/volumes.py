@@ -53,16 +53,16 @@ class Volumes:
         Raises:
             UserError: a cached file is gone or damaged.
         """
-        return self.decoded(self.stored(indices))
+        return self.decode(self.read_stored(indices))
 
-    def decoded(self, stored: Tensor) -> Tensor:
+    def decode(self, stored: Tensor) -> Tensor:
         """What `stored` gave, (B, 1, X, Y, Z), on any device, as float32 in [0, 1] there."""
         if self.stored_maximum == 1:
             return stored.float()
         # By a tensor of the device: by a number, CUDA multiplies with its reciprocal, which rounds otherwise.
         return stored.float().div_(torch.full((), self.stored_maximum, device=stored.device))
 
-    def stored(self, indices: Iterable[int]) -> Tensor:
+    def read_stored(self, indices: Iterable[int]) -> Tensor:
         """Volumes `indices` as they lie in the cache, (B, 1, X, Y, Z) float16 or uint8: half or a quarter to move.
 
         Raises:

@@ -26,15 +26,15 @@ from ldae.training.stage import (
     Stage,
     StepResult,
     Updater,
-    build_adam,
-    to_memory_format,
-    module_to_memory_format,
     batch_to_device,
+    build_adam,
+    module_to_memory_format,
+    to_memory_format,
     uses_channels_last,
 )
 from ldae.training.validation import mean_over_scans, shard_rows
 from ldae.utils.errors import UserError
-from ldae.utils.seeding import make_generator, draw_normal
+from ldae.utils.seeding import draw_normal, make_generator
 
 REFERENCE_SCANS = 96
 
@@ -115,7 +115,7 @@ class AutoencoderStage(Stage):
         volumes, autoencoder = self.cohort.volumes, self.modules["autoencoder"]
         shape = (autoencoder.latent_channels, *latent_sizes(volumes.shape, autoencoder.strides))
         batch = {
-            "x": volumes.stored(self.train_rows[index]),
+            "x": volumes.read_stored(self.train_rows[index]),
             "noise": draw_normal(shape, self.seed, position, stream="posterior"),
             **self.cohort.draw_augmentation(self.seed, position),
         }
@@ -125,8 +125,8 @@ class AutoencoderStage(Stage):
 
     def _scans(self, rows: np.ndarray) -> Tensor:
         """Volumes (B, 1, X, Y, Z) of table rows, on the device."""
-        x = self.cohort.volumes.stored(rows).to(self.accelerator.device, non_blocking=True)
-        return to_memory_format(self.cohort.volumes.decoded(x), self.channels_last)
+        x = self.cohort.volumes.read_stored(rows).to(self.accelerator.device, non_blocking=True)
+        return to_memory_format(self.cohort.volumes.decode(x), self.channels_last)
 
     def run_step(self, micro_batches: Sequence[Batch], step: int) -> StepResult:
         """The generator's update, and the discriminator's on the same reconstructions: both are taken, or neither."""
@@ -136,7 +136,7 @@ class AutoencoderStage(Stage):
 
         def generator_loss(batch: Batch) -> dict[str, Tensor]:
             batch = batch_to_device(batch, self.accelerator.device)
-            x = self.cohort.augmented(self.cohort.volumes.decoded(batch["x"]), batch)
+            x = self.cohort.augment(self.cohort.volumes.decode(batch["x"]), batch)
             x = to_memory_format(x, self.channels_last)
             reconstruction, mean, std = self.autoencode(x, batch["noise"])
             terms = {"l1": losses.reconstruction_l1(reconstruction, x), "kl": losses.kl_divergence(mean, std)}

@@ -19,7 +19,7 @@ from ldae.data.table import scan_names
 from ldae.denoiser import Denoiser
 from ldae.diffusion.process import add_noise
 from ldae.evaluation.images.image_metrics import BrainMasks, ssim_whole_and_masked
-from ldae.evaluation.images.semantics import pair_with_other_subjects, measure_z0_errors_of_scan
+from ldae.evaluation.images.semantics import measure_z0_errors_of_scan, pair_with_other_subjects
 from ldae.losses.denoising import gap_filling_loss
 from ldae.models.state import load_weights
 from ldae.models.unet import Features, UNet
@@ -32,15 +32,15 @@ from ldae.training.stage import (
     Stage,
     StepResult,
     Updater,
-    build_adam,
-    to_memory_format,
-    module_to_memory_format,
     batch_to_device,
+    build_adam,
+    module_to_memory_format,
+    to_memory_format,
     uses_channels_last,
 )
 from ldae.training.validation import mean_over_scans, shard_rows
 from ldae.utils.errors import UserError
-from ldae.utils.seeding import make_generator, draw_normal, draw_timesteps
+from ldae.utils.seeding import draw_normal, draw_timesteps, make_generator
 
 REFERENCE_SCANS = 512
 
@@ -188,7 +188,7 @@ class ReprStage(Stage):
         """Volumes as they are stored, the rows of the latents that y must explain, and what is drawn for them."""
         rows, shape = self.train_rows[index], self.latents.mean.shape[1:]
         return {
-            "x": self.cohort.volumes.stored(rows),
+            "x": self.cohort.volumes.read_stored(rows),
             "row": torch.from_numpy(self.pairs[self._explained(rows, position)]),
             "posterior": draw_normal(shape, self.seed, position, "train/posterior"),
             "noise": draw_normal(shape, self.seed, position, "train/noise"),
@@ -198,8 +198,8 @@ class ReprStage(Stage):
 
     def _scans(self, rows: np.ndarray) -> Tensor:
         """Volumes (B, 1, X, Y, Z) of table rows, on the device."""
-        x = self.cohort.volumes.stored(rows).to(self.accelerator.device, non_blocking=True)
-        return self.cohort.volumes.decoded(x)
+        x = self.cohort.volumes.read_stored(rows).to(self.accelerator.device, non_blocking=True)
+        return self.cohort.volumes.decode(x)
 
     def _validation_noise(self, keys: Sequence[int], purpose: str) -> Tensor:
         noise = draw_normal(self.latents.mean.shape[1:], self.seed, keys, f"validation/{purpose}")
@@ -219,7 +219,7 @@ class ReprStage(Stage):
         for i, (row, key) in enumerate(zip(rows, keys, strict=True)):
             visits = self.visits[self.cohort.table["subject"].iat[row]]
             others = visits[visits != row]
-            chance, which = torch.rand(2, make_generator=make_generator(self.seed, "train/visit", int(key))).tolist()
+            chance, which = torch.rand(2, generator=make_generator(self.seed, "train/visit", int(key))).tolist()
             if len(others) and chance < self.other_visit:
                 chosen[i] = others[int(which * len(others))]
         return chosen
@@ -227,7 +227,7 @@ class ReprStage(Stage):
     def _loss(self, batch: Batch) -> dict[str, Tensor]:
         batch = batch_to_device(batch, self.accelerator.device)
         # The encoder may see an augmented scan; what it must explain is the unchanged latent, or another visit's.
-        x = self.cohort.augmented(self.cohort.volumes.decoded(batch["x"]), batch)
+        x = self.cohort.augment(self.cohort.volumes.decode(batch["x"]), batch)
         z0 = self.latents.sample(batch["row"], batch["posterior"])
         z0, noise, t = (
             to_memory_format(z0, self.channels_last),

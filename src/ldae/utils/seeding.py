@@ -24,13 +24,9 @@ def make_generator(seed: int, *keys: int | str) -> torch.Generator:
 
 def draw_normal(shape: Sequence[int], seed: int, keys: Sequence[int], stream: int | str = 0) -> Tensor:
     """Standard normal noise, (len(keys), *shape): row i depends on (seed, stream, keys[i]) alone."""
-    return torch.stack(
-        [torch.randn(tuple(shape), make_generator=make_generator(seed, stream, int(key))) for key in keys]
-    )
+    return torch.stack([torch.randn(tuple(shape), generator=make_generator(seed, stream, int(key))) for key in keys])
 
 
 def draw_timesteps(count: int, seed: int, keys: Sequence[int], stream: int | str = 0) -> Tensor:
     """Uniform timesteps in [0, count), (len(keys),) int64: row i depends on (seed, stream, keys[i]) alone."""
-    return torch.stack(
-        [torch.randint(count, (), make_generator=make_generator(seed, stream, int(key))) for key in keys]
-    )
+    return torch.stack([torch.randint(count, (), generator=make_generator(seed, stream, int(key))) for key in keys])
