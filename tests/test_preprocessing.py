@@ -18,7 +18,7 @@ from ldae.data.table import read_table
 from ldae.preprocessing.brain import Stripped, close_sulci, is_skull_stripped
 from ldae.preprocessing.intensity import Tissues, WhiteMatter
 from ldae.preprocessing.job import Job
-from ldae.preprocessing.measures import Limits, estimate_noise, correlate_with_template
+from ldae.preprocessing.measures import Limits, correlate_with_template, estimate_noise
 from ldae.preprocessing.participants import Columns, Participants
 from ldae.preprocessing.preprocess_cohort import preprocess_cohort
 from ldae.preprocessing.quality import deviation_scores

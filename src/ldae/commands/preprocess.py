@@ -87,12 +87,12 @@ def preprocess_folder(
     """
     from hydra.utils import instantiate
 
-    from ldae.preprocessing.preprocess_cohort import preprocess_cohort as preprocess_cohort
-    from ldae.preprocessing.job import Job
     from ldae.preprocessing.bids_names import bids_entity
+    from ldae.preprocessing.job import Job
     from ldae.preprocessing.participants import Participants
-    from ldae.preprocessing.steps import PreprocessingSteps
+    from ldae.preprocessing.preprocess_cohort import preprocess_cohort
     from ldae.preprocessing.sources import find_scans
+    from ldae.preprocessing.steps import PreprocessingSteps
 
     steps = instantiate(compose_steps(overrides), _convert_="all")
     regions, columns = steps.pop("regions"), steps.pop("columns")

@@ -11,8 +11,8 @@ import click
 import numpy as np
 import pandas as pd
 
-from ldae.preprocessing.brain import close_sulci
 from ldae.preprocessing.bids_names import bids_entity
+from ldae.preprocessing.brain import close_sulci
 from ldae.preprocessing.regions import find_label_maps
 from ldae.preprocessing.volume import Volume
 from ldae.utils.errors import UserError

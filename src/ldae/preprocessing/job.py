@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from ldae.data.scans import BadScan
-from ldae.preprocessing.mosaic import write_mosaic
 from ldae.preprocessing.bids_names import NATIVE, BidsNames
-from ldae.preprocessing.steps import PreprocessedScan, PreprocessingSteps
+from ldae.preprocessing.mosaic import write_mosaic
 from ldae.preprocessing.regions import Regions
 from ldae.preprocessing.registration import read_affine
 from ldae.preprocessing.sources import SourceScan
+from ldae.preprocessing.steps import PreprocessedScan, PreprocessingSteps
 from ldae.preprocessing.template import template_brain
 from ldae.preprocessing.volume import Volume
 from ldae.utils.errors import UserError

@@ -59,7 +59,7 @@ class Participants:
     def look_up(self, scan: SourceScan, only: bool) -> Participant:
         """Who `scan` shows. only: the subject has one session, which then is the first."""
         session = self._session(scan.subject).get(scan.session, {})
-        sources = [scan.about, session, self.participants.get(scan.subject, {})]
+        sources = [scan.metadata, session, self.participants.get(scan.subject, {})]
         months = self._months(scan, sources, only)
         own, general = _number(_first(sources[:2], self.columns.age)), _number(_first(sources[2:], self.columns.age))
         age = own if math.isfinite(own) else general + (months or 0) / 12

@@ -15,7 +15,7 @@ import pandas as pd
 
 from ldae.data.table import session_label, write_table
 from ldae.preprocessing.job import Job, Record
-from ldae.preprocessing.participants import Participants, Participant
+from ldae.preprocessing.participants import Participant, Participants
 from ldae.preprocessing.quality import write_quality_page
 from ldae.preprocessing.regions import find_label_maps
 from ldae.preprocessing.sources import SourceScan
@@ -43,7 +43,7 @@ def preprocess_cohort(
     done, and the same call goes on.
 
     Args:
-        labels: folder of label maps, see `regions.label_maps`.
+        labels: folder of label maps, see `regions.find_label_maps`.
         workers: processes; default: one a core.
         threads: of each process.
 
@@ -56,7 +56,7 @@ def preprocess_cohort(
     _describe(job.out)
     maps = find_label_maps(labels) if labels else {}
     sessions = Counter(scan.subject for scan in {(s.subject, s.session): s for s in scans}.values())
-    persons = [people.of(scan, only=sessions[scan.subject] == 1) for scan in scans]
+    persons = [people.look_up(scan, only=sessions[scan.subject] == 1) for scan in scans]
     calls = [(_timed(scan, person), maps.get(_bare(scan))) for scan, person in zip(scans, persons, strict=True)]
     workers = workers or len(os.sched_getaffinity(0))
     records: dict[int, Record] = {}
@@ -86,7 +86,7 @@ def _timed(scan: SourceScan, person: Participant) -> SourceScan:
     problem = (
         f"its session {scan.session!r} is not in months (ses-M012), and sessions.tsv gives neither months nor ages"
     )
-    return SourceScan(scan.path, scan.subject, scan.session, scan.about, problem)
+    return SourceScan(scan.path, scan.subject, scan.session, scan.metadata, problem)
 
 
 def _bare(scan: SourceScan) -> tuple[str, str]:
@@ -95,7 +95,7 @@ def _bare(scan: SourceScan) -> tuple[str, str]:
 
 def _died(job: Job, scan: SourceScan) -> Record:
     reason = "its process died twice, most likely for lack of memory"
-    return {"status": "rejected", "reason": reason, "source": job.place(scan), "files": {}}
+    return {"status": "rejected", "reason": reason, "source": job.relative_source(scan), "files": {}}
 
 
 def _describe(out: Path) -> None:
@@ -135,7 +135,7 @@ def _row(out: Path, scan: SourceScan, person: Participant, record: Record) -> di
     if "labels" in files:
         row["labels_path"] = os.path.join(folder, files["labels"])
     measures = {name: value for name, value in record["measures"].items() if "seconds" not in name}
-    extra = {name: value for name, value in scan.about.items() if name not in row}
+    extra = {name: value for name, value in scan.metadata.items() if name not in row}
     return row | measures | record["regions"] | extra
 
 

@@ -16,9 +16,9 @@ from ldae.data.transforms import Source
 from ldae.preprocessing.bias import N4
 from ldae.preprocessing.brain import BrainExtraction, DeepBet, Stripped, is_skull_stripped
 from ldae.preprocessing.intensity import Tissues, WhiteMatter
-from ldae.preprocessing.measures import Limits, measure_volume, estimate_noise, correlate_with_template
+from ldae.preprocessing.measures import Limits, correlate_with_template, estimate_noise, measure_volume
 from ldae.preprocessing.registration import Registration, Transforms
-from ldae.preprocessing.template import Icbm152, Template, TemplateFile, template_at_spacing, resample
+from ldae.preprocessing.template import Icbm152, Template, TemplateFile, resample, template_at_spacing
 from ldae.preprocessing.volume import Volume
 from ldae.utils.errors import UserError
 

@@ -139,7 +139,7 @@ def _back(folder: _Folder, prepared: PreprocessedScan, scan: Volume, values: np.
 
 def _gain(prepared: PreprocessedScan) -> np.ndarray:
     """Bias field and normalisation, undone: (X, Y, Z) on the raw scan's grid; its middle value outside the brain."""
-    made = prepared.even.data
+    made = prepared.corrected.data
     inside = np.abs(made) > DARK * np.abs(made).max()
     if prepared.native_mask is not None:
         inside &= prepared.native_mask
