@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from ldae.data.labels import RegionCache
-from ldae.data.scans import BadScan
+from ldae.data.nifti import BadScan
 from ldae.data.transforms import Transform
 
 VENTRICLES, HIPPOCAMPI, OTHER = (49, 51), (47, 48), (60,)

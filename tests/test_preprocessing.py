@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 
 from ldae.commands.preprocess import compose_steps
-from ldae.data.scans import BadScan
+from ldae.data.nifti import BadScan
 from ldae.data.table import read_table
 from ldae.preprocessing.brain import Stripped, close_sulci, is_skull_stripped
 from ldae.preprocessing.intensity import Tissues, WhiteMatter

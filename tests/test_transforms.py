@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from ldae.data.scans import MAX_VOXELS, BadScan
+from ldae.data.nifti import MAX_VOXELS, BadScan
 from ldae.data.transforms import MinMax, Percentiles, Transform
 from ldae.utils.errors import UserError
 

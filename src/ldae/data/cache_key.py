@@ -4,7 +4,7 @@ import hashlib
 import os
 from pathlib import Path
 
-from ldae.data.scans import BadScan
+from ldae.data.nifti import BadScan
 
 
 def cache_key(source: str | Path, *further: object) -> str:

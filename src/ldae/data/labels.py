@@ -13,7 +13,7 @@ import nibabel as nib
 import numpy as np
 
 from ldae.data.cache_key import cache_key
-from ldae.data.scans import BadScan, load_scan
+from ldae.data.nifti import BadScan, load_scan
 from ldae.data.transforms import Transform
 from ldae.utils.files import replacing
 

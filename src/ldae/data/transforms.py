@@ -18,7 +18,7 @@ import nibabel as nib
 import numpy as np
 import torch
 
-from ldae.data.scans import BadScan, load_scan, nifti_like
+from ldae.data.nifti import BadScan, load_scan, nifti_like
 from ldae.utils.errors import UserError
 
 VERSION = 1  # of the arithmetic: raise it when the same parameters give other voxels, so that caches are made anew

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ldae.data.cache_key import cache_key
-from ldae.data.scans import BadScan
+from ldae.data.nifti import BadScan
 from ldae.data.sharing import work_order
 from ldae.data.transforms import Transform
 from ldae.utils.errors import UserError

@@ -8,7 +8,7 @@ import nibabel as nib
 import numpy as np
 from scipy import ndimage
 
-from ldae.data.scans import BadScan
+from ldae.data.nifti import BadScan
 from ldae.preprocessing.volume import Volume
 
 # A brain with all its CSF stays below; a head, even defaced, lies above.

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ldae.data.scans import BadScan
+from ldae.data.nifti import BadScan
 
 VOXELS = 20_000  # that the mixture is fitted on
 

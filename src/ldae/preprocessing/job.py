@@ -18,7 +18,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ldae.data.scans import BadScan
+from ldae.data.nifti import BadScan
 from ldae.preprocessing.bids_names import NATIVE, BidsNames
 from ldae.preprocessing.mosaic import write_mosaic
 from ldae.preprocessing.regions import Regions

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ldae.data.scans import BadScan
+from ldae.data.nifti import BadScan
 from ldae.preprocessing.template import blur_for_spacing, template_brain
 from ldae.preprocessing.volume import Volume
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ldae.data.scans import BadScan
+from ldae.data.nifti import BadScan
 from ldae.preprocessing.template import blur_for_spacing
 from ldae.preprocessing.volume import TO_LPS, Volume
 

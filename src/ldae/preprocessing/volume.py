@@ -12,7 +12,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 
-from ldae.data.scans import BadScan, load_scan
+from ldae.data.nifti import BadScan, load_scan
 from ldae.data.transforms import Source
 from ldae.utils.files import replacing
 

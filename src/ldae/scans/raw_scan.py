@@ -18,7 +18,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 
-from ldae.data.scans import BadScan
+from ldae.data.nifti import BadScan
 from ldae.data.transforms import Source, Transform
 from ldae.preprocessing.job import FAILURES, MODULES, last_line
 from ldae.preprocessing.steps import PreprocessedScan, PreprocessingSteps

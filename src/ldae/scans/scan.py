@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ldae.data.scans import BadScan, nifti_like
+from ldae.data.nifti import BadScan, nifti_like
 from ldae.data.transforms import ModelSpaceScan, Source, Transform
 from ldae.scans.ood_check import OodCheck
 from ldae.scans.raw_scan import PreprocessedImage
@@ -92,7 +92,7 @@ def open_scan(
     path = _path(source)
     prepared = transform.to_model_space(source)
     image = nib.load(source) if path is not None else source
-    why = None if likeness is None else likeness.why_unlike(torch.from_numpy(prepared.volume))
+    why = None if likeness is None else likeness.reason_rejected(torch.from_numpy(prepared.volume))
     if preprocess is None or (why is None and not always):
         if why is not None:
             raise BadScan(f"{UNLIKE}: {why}; a raw head needs --preprocess, or `ldae preprocess` first", path)
@@ -105,7 +105,7 @@ def open_scan(
         prepared = transform.to_model_space(made.image)
     except BadScan as error:
         raise BadScan(f"{reason}{error.reason}", path) from error
-    still = None if likeness is None else likeness.why_unlike(torch.from_numpy(prepared.volume))
+    still = None if likeness is None else likeness.reason_rejected(torch.from_numpy(prepared.volume))
     if still is not None:
         raise BadScan(f"{UNLIKE}, even after preprocessing {made.how}: {still}", path)
     inner = prepared.to_scan_grid

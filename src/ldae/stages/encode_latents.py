@@ -25,7 +25,7 @@ from ldae.data.sharing import work_order
 from ldae.data.table import scan_names, write_table
 from ldae.data.transforms import Transform
 from ldae.runs import Run
-from ldae.scans.ood_check import ENOUGH, OodCheck
+from ldae.scans.ood_check import MAX_SCANS, OodCheck
 from ldae.scans.raw_scan import read_recorded_parameters
 from ldae.utils.errors import UserError
 
@@ -152,12 +152,12 @@ def _finish(run: Run, cohort: Cohort, folder: Path, table: Path, latents: Latent
 def _training_scans(cohort: Cohort) -> dict[str, Any]:
     """What they look like (data/likeness.py), how they were made (raw_scans.py), and their common grid, if any."""
     rows = cohort.rows("train")
-    rows = rows[np.linspace(0, len(rows) - 1, min(len(rows), ENOUGH)).astype(int)]
+    rows = rows[np.linspace(0, len(rows) - 1, min(len(rows), MAX_SCANS)).astype(int)]
     paths = [cohort.table["path"].iloc[row] for row in rows]
     likeness = OodCheck.fit(cohort.volumes[row] for row in rows)
     return {
         "likeness": None if likeness is None else likeness.to_dict(),
-        "prepread_recorded_parameters recorded(paths),
+        "preprocess": read_recorded_parameters(paths),
         "affine": common_affine(paths, cohort.transform),
     }
 

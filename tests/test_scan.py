@@ -1,0 +1,204 @@
+"""Proves what a scan gets back: its own grid and intensities, its twin's answer, nothing where nothing was changed."""
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+
+from ldae import LDAE
+from ldae.data.nifti import BadScan
+from ldae.data.transforms import Transform
+from ldae.scans.ood_check import OodCheck
+from ldae.scans.raw_scan import PreprocessedImage, TrainingPreprocessing
+from ldae.scans.scan import nifti_in_model_space, open_scan, reorient_to_ras, scan_name
+from ldae.utils.errors import UserError
+from small_run import small_run
+
+SHAPE = (20, 24, 22)
+
+
+def brain(seed=0, size=0.7, empty=0.0):
+    """A blob with a few random bumps, in RAS at 4 mm, as int16; `empty` is the intensity outside of it."""
+    grid = np.stack(np.meshgrid(*(np.linspace(-1, 1, n) for n in SHAPE), indexing="ij"))
+    rng = np.random.default_rng(seed)
+    bumps = sum(
+        rng.uniform(100, 300) * np.exp(-((grid - rng.uniform(-0.4, 0.4, (3, 1, 1, 1))) ** 2).sum(0) / 0.1)
+        for _ in range(6)
+    )
+    data = np.where((grid**2).sum(0) < size, 300 + bumps, empty)
+    affine = np.diag([4.0, 4.0, 4.0, 1.0])
+    affine[:3, 3] = (-31, 7, 12)
+    return nib.Nifti1Image(data.astype(np.int16), affine)
+
+
+def reoriented(image, axcodes):
+    change = nib.orientations.ornt_transform(
+        nib.orientations.io_orientation(image.affine), nib.orientations.axcodes2ornt(axcodes)
+    )
+    return image.as_reoriented(change)
+
+
+def likeness_of_brains(transform):
+    return OodCheck.OodCheck.fit(torch.from_numpy(transform(brain(seed))) for seed in range(8))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    likeness = likeness_of_brains(Transform((8, 8, 8), 9.0))
+    return LDAE.load(small_run(tmp_path_factory.mktemp("runs") / "small", likeness), device="cpu")
+
+
+@pytest.mark.parametrize("axcodes", ["LPI", "PSR", "ASL"])
+def test_a_scan_and_its_twin_in_another_orientation_get_the_same(model, axcodes):
+    """y to the bit; images on their own grids, equal once both are in RAS."""
+    scan, twin = model.open(brain()), model.open(reoriented(brain(), axcodes))
+    assert torch.equal(model.embed(scan), model.embed(twin))
+    start, edited = model.ladder(scan, "diagnosis", [0.0, 2.0])
+    for mine, other in (
+        (scan.restored(edited), twin.restored(edited)),
+        (scan.edited(edited, start), twin.edited(edited, start)),
+    ):
+        assert "".join(nib.aff2axcodes(other.affine)) == axcodes
+        back = reoriented(other, "RAS")
+        np.testing.assert_allclose(back.affine, mine.affine)
+        np.testing.assert_allclose(back.get_fdata(), mine.get_fdata(), atol=1e-3)
+
+
+def test_an_edit_that_changes_nothing_gives_the_scan_back(model):
+    scan = model.open(brain(empty=3), check=False)
+    volume = model.reconstruct(scan)
+    same = scan.edited(volume, volume)
+    np.testing.assert_array_equal(same.get_fdata(), scan.image.get_fdata())
+    np.testing.assert_array_equal(same.affine, scan.image.affine)
+
+
+def test_a_change_lands_where_it_was_made_in_the_scans_own_units():
+    """One bright block of the model's space, at the same millimetres of the scan, and nothing elsewhere."""
+    transform = Transform((8, 8, 8), 9.0)
+    scan = open_scan(reoriented(brain(), "PSR"), transform)
+    before, after = scan.volume, scan.volume.clone()
+    after[0, 0, 5:7, 2:4, 4:6] += 0.5
+    image = scan.edited(after, before)
+    change = image.get_fdata() - scan.image.get_fdata()
+    assert change.max() == pytest.approx(0.5 * (scan.prepared.high - scan.prepared.low), rel=1e-3)
+    assert change.min() > -1e-3
+    centre = (np.indices(change.shape).reshape(3, -1) * change.ravel()).sum(1) / change.sum()
+    expected = scan.prepared.affine @ [5.5, 2.5, 4.5, 1]
+    np.testing.assert_allclose(nib.affines.apply_affine(image.affine, centre), expected[:3], atol=1.0)
+    assert np.count_nonzero(np.abs(change) > 1) < 8 * (9 / 4) ** 3 * 4
+
+
+def test_paths_images_and_lists_are_scans_and_tensors_are_not_transformed(model, tmp_path):
+    nib.save(brain(), tmp_path / "sub-01_T1w.nii.gz")
+    scan = model.open(tmp_path / "sub-01_T1w.nii.gz")
+    assert scan.name == "sub-01_T1w"
+    y = model.embed(scan.volume)
+    for x in (tmp_path / "sub-01_T1w.nii.gz", str(tmp_path / "sub-01_T1w.nii.gz"), brain(), scan):
+        assert torch.equal(model.embed(x), y)
+    both = model.embed([brain(), brain(1)])
+    torch.testing.assert_close(both, torch.cat([y, model.embed(brain(1))]))
+    assert model.interpolate(brain(), scan, 0.5).shape == scan.volume.shape
+
+
+def test_a_scan_of_four_axes_with_one_volume_keeps_its_shape(model):
+    image = brain()
+    four = nib.Nifti1Image(np.asarray(image.dataobj)[..., None], image.affine)
+    scan = model.open(four)
+    assert scan.restored(scan.volume).shape == (*SHAPE, 1)
+    assert scan.edited(scan.volume, scan.volume).shape == (*SHAPE, 1)
+
+
+def test_scans_unlike_the_training_scans_are_refused_with_the_reason(model, tmp_path):
+    """Other brains of the kind pass; a head that fills the field of view, and a brain that lies elsewhere, do not."""
+    for seed in range(20, 30):
+        model.open(brain(seed))
+    nib.save(brain(size=3.0), tmp_path / "head.nii.gz")
+    with pytest.raises(BadScan, match=r"head.nii.gz: unlike the scans .* of its field of view is not background"):
+        model.open(tmp_path / "head.nii.gz")
+    data = np.roll(np.asarray(brain().dataobj), 6, axis=1)
+    with pytest.raises(BadScan, match="correlates"):
+        model.embed(nib.Nifti1Image(data, brain().affine))
+    assert model.open(brain(size=3.0), check=False).volume.shape == (1, 1, 8, 8, 8)
+
+
+def doubled():
+    """A "head", twice as wide as its brain; and steps that cut the brain out, twice as bright, and the way back."""
+    head = np.zeros((40, 24, 22), np.int16)
+    head[20:] = np.asarray(brain().dataobj) // 2
+
+    def crop(source):
+        return PreprocessedImage(brain(), lambda array: np.concatenate([np.zeros_like(array), array]), 0.5, "by hand")
+
+    return nib.Nifti1Image(head, brain().affine), crop
+
+
+def test_an_unlike_scan_is_preprocessed_and_comes_back_on_its_own_grid_in_its_own_intensities(model, caplog):
+    image, crop = doubled()
+    head = image.get_fdata()
+    scan = open_scan(image, model.transform, model.likeness, crop)
+    assert "unlike" in caplog.text
+    plain = model.open(brain())
+    torch.testing.assert_close(scan.volume, plain.volume)
+    change = scan.edited(scan.volume + 0.1, scan.volume).get_fdata() - head
+    expected = plain.edited(scan.volume + 0.1, scan.volume).get_fdata() - brain().get_fdata()
+    assert change.shape == head.shape
+    assert np.abs(change[:20]).max() == 0
+    np.testing.assert_allclose(change[20:], 0.5 * expected, atol=1e-3)
+    np.testing.assert_array_equal(scan.edited(scan.volume, scan.volume).get_fdata(), head)
+    restored = scan.restored(scan.volume).get_fdata()[20:]
+    np.testing.assert_allclose(restored, 0.5 * plain.restored(scan.volume).get_fdata(), atol=1e-3)
+    with pytest.raises(BadScan, match=r"unlike .* even after preprocessing"):
+        open_scan(image, model.transform, model.likeness, lambda source: PreprocessedImage(image, lambda array: array))
+
+
+def test_preprocessing_can_be_asked_for_and_forbidden(model, monkeypatch):
+    """Where it is not known that the training scans were preprocessed, it must be asked for."""
+    image, crop = doubled()
+    monkeypatch.setattr(TrainingPreprocessing, "__call__", lambda self, source: crop(source))
+    monkeypatch.setattr(model, "preprocess", TrainingPreprocessing(model.transform))
+    with pytest.raises(BadScan, match="unlike"):
+        model.open(image)
+    y = model.embed(model.open(image, preprocess=True))
+    monkeypatch.setattr(model, "preprocess", TrainingPreprocessing(model.transform, affine=np.eye(4)))
+    assert torch.equal(model.embed(image), y)
+    with pytest.raises(BadScan, match="unlike"):
+        model.open(image, preprocess=False)
+    monkeypatch.setattr(model, "preprocess", None)
+    with pytest.raises(BadScan, match="unlike"):
+        model.embed(image)
+    with pytest.raises(UserError, match="without preprocessing"):
+        model.open(image, preprocess=True)
+
+
+def test_likeness_survives_being_written_and_says_so_where_it_is_damaged(model):
+    stored = model.likeness.to_dict()
+    again = OodCheck.from_dict(stored)
+    np.testing.assert_array_equal(again.mean, model.likeness.mean)
+    assert again.foreground == model.likeness.foreground
+    with pytest.raises(UserError, match="damaged"):
+        OodCheck.from_dict(stored | {"shape": [1, 2, 3]})
+    assert OodCheck.OodCheck.fit([]) is None
+
+
+def test_a_volume_of_nobody_has_axes_voxels_and_a_middle():
+    image = nifti_in_model_space(torch.rand(1, 8, 10, 12), Transform((8, 10, 12), 1.5, orientation="LAS"))
+    assert "".join(nib.aff2axcodes(image.affine)) == "LAS"
+    np.testing.assert_allclose(nib.affines.voxel_sizes(image.affine), 1.5)
+    np.testing.assert_allclose(nib.affines.apply_affine(image.affine, [3.5, 4.5, 5.5]), 0, atol=1e-9)
+    np.testing.assert_array_equal(reorient_to_ras(image.get_fdata(), "LAS"), image.get_fdata()[::-1])
+
+
+def test_names_lose_folder_and_ending():
+    assert scan_name("a.b/sub-01_ses-M00.5_T1w.nii.gz") == "sub-01_ses-M00.5_T1w"
+    assert scan_name("x.mgz") == "x"
+    assert scan_name(brain()) == "scan"
+
+
+def test_reduced_precision_changes_little_and_comes_back_in_float32(model):
+    coarse = LDAE.load(model.bundle.parts["unet"].file.parents[2], device="cpu", dtype=torch.bfloat16)
+    y, exact = coarse.embed(brain()), model.embed(brain())
+    assert y.dtype == torch.float32
+    assert 0 < (y - exact).norm() < 0.05 * exact.norm()
+    assert coarse.generate(coarse.noise(1), y).dtype == torch.float32
+    with pytest.raises(UserError, match="dtype"):
+        LDAE.load(model.bundle.parts["unet"].file.parents[2], dtype=torch.int8)
