@@ -10,11 +10,11 @@ import torch
 from scipy.stats import norm
 
 from ldae.data.phantom import regions, render
-from ldae.data.phantom.anatomy import GRID, load_fields, random_shape, region_maps
-from ldae.data.phantom.base import load_base
-from ldae.data.phantom.deform import exponential, jacobian, sample
-from ldae.data.phantom.rendering import deformation, find_factors
-from ldae.data.phantom.subjects import draw_subject, draw_table, row, targets
+from ldae.data.phantom.anatomy import GRID, load_fields, draw_shape_field, region_maps
+from ldae.data.phantom.base import load_template
+from ldae.data.phantom.deform import exponentiate, jacobian, sample_maps
+from ldae.data.phantom.rendering import compute_deformation, find_factors
+from ldae.data.phantom.subjects import draw_subject, draw_table, table_row, target_volumes
 
 SEED = 11
 COARSE = {"spacing": 9.0, "shape": (24, 28, 24)}
@@ -30,9 +30,9 @@ def one_thread():
 
 def test_exponential_of_a_linear_field_is_known():
     # v = a x on every axis: exp(v) = e^a x, and its Jacobian is e^(3 a).
-    base = load_base(3)
+    base = load_template(3)
     points, extent = base.points(), base.extent
-    displacement = exponential(0.1 * points.movedim(-1, 0), points, extent)
+    displacement = exponentiate(0.1 * points.movedim(-1, 0), points, extent)
     inner = (slice(None), slice(10, -10), slice(10, -10), slice(10, -10))
     expected = (np.exp(0.1) - 1) * points.movedim(-1, 0)
     assert torch.allclose(displacement[inner], expected[inner], atol=0.002)
@@ -45,13 +45,13 @@ def test_deformations_are_invertible_with_positive_jacobian():
     table = draw_table(60, SEED)
     extremes = [table.ventricle_mm3.idxmax(), table.hippocampus_mm3.idxmin(), table.brain_mm3.idxmin()]
     for index in [*extremes, 0]:
-        displacement, _ = deformation(find_factors((SEED, *table.loc[index, ["subject", "session"]])))
+        displacement, _ = compute_deformation(find_factors((SEED, *table.loc[index, ["subject", "session"]])))
         assert jacobian(displacement, GRID).min() > 0
-    shape = random_shape(5)
+    shape = draw_shape_field(5)
     strengths = np.array([6.0, 1.0, 5.0])
     there, back = (fields.displacement(strengths, shape, sign) for sign in (1, -1))
     moved = fields.points + there.movedim(0, -1)
-    returned = moved + sample(back, moved, fields.extent, "border").movedim(0, -1)
+    returned = moved + sample_maps(back, moved, fields.extent, "border").movedim(0, -1)
     assert (returned - fields.points)[fields.head > 0.5].norm(dim=-1).quantile(0.99) < 0.5
 
 
@@ -59,7 +59,7 @@ def test_built_volumes_are_those_of_the_drawn_table():
     errors = []
     for subject in range(1, 9):
         factors = draw_subject(SEED, subject)[-1]
-        built, wanted = render(factors, **COARSE).volumes, targets(factors)
+        built, wanted = render(factors, **COARSE).volumes, target_volumes(factors)
         errors.append([np.log(built[name] / wanted[name]) for name in ("ventricle", "hippocampus", "brain", "head")])
     assert np.abs(errors).max(0) == pytest.approx(0, abs=0.06)
     assert np.abs(errors).max(0)[2:] == pytest.approx(0, abs=0.02)
@@ -119,10 +119,10 @@ def test_counterfactuals_change_the_anatomy_alone():
 
 def csf_behind_and_in_front(factors):
     """Fluid outside the ventricles in mm3 behind and in front of the middle, of the deformed maps."""
-    displacement, scale = deformation(factors)
+    displacement, scale = compute_deformation(factors)
     fields = load_fields()
-    ventricle, _, brain, head = sample(
-        region_maps(load_base(GRID)), fields.points + displacement.movedim(0, -1), fields.extent
+    ventricle, _, brain, head = sample_maps(
+        region_maps(load_template(GRID)), fields.points + displacement.movedim(0, -1), fields.extent
     )
     fluid, behind = head - brain - ventricle, fields.points[..., 1] < 0
     return (torch.stack([fluid[behind].sum(), fluid[~behind].sum()]) * GRID**3 * scale.prod()).numpy()
@@ -147,7 +147,7 @@ def test_a_key_is_a_row_or_seed_subject_session():
     table = draw_table(3, SEED)
     last = table.iloc[-1]
     assert find_factors(last) == find_factors((SEED, 3, last.session)) == draw_subject(SEED, 3)[-1]
-    assert row(find_factors(last), targets(find_factors(last))) == last.to_dict()
+    assert table_row(find_factors(last), target_volumes(find_factors(last))) == last.to_dict()
     with pytest.raises(KeyError, match="no session at 7 months"):
         find_factors((SEED, 3, "ses-M007"))
 

@@ -172,8 +172,8 @@ def test_what_is_recorded_of_the_training_scans(tmp_path):
 def test_the_steps_and_the_grid_travel_with_the_model(tmp_path):
     about = {"preprocess": PreprocessingSteps(spacing=2.0).parameters(), "affine": np.diag([9.0, 9, 9, 1]).tolist()}
     run = small_run(tmp_path / "run", about=about)
-    Bundle.of_run(run).save(tmp_path / "bundle")
-    for bundle in (Bundle.of_run(run), Bundle.open(tmp_path / "bundle")):
+    Bundle.from_run(run).save(tmp_path / "bundle")
+    for bundle in (Bundle.from_run(run), Bundle.open(tmp_path / "bundle")):
         assert bundle.preprocess == json.loads(json.dumps(about["preprocess"]))
         assert bundle.affine == about["affine"]
     assert "N4, DeepBet" in (tmp_path / "bundle" / "README.md").read_text()

@@ -34,7 +34,7 @@ from ldae.bundle.description import (
     described_file,
     read_description,
 )
-from ldae.bundle.model_card import CARD, model_card, provenance
+from ldae.bundle.model_card import CARD, render_model_card, describe_provenance
 from ldae.data.latents import METADATA_FILE
 from ldae.runs import Run, Workspace, build_stored, estimator_node, load_module, to_container
 from ldae.utils.errors import UserError
@@ -42,7 +42,7 @@ from ldae.utils.files import file_sha256, read_json, replacing, write_json, writ
 
 
 @dataclass(frozen=True)
-class Part:
+class StoredNetwork:
     """One network: its config with `_target_`, its safetensors file, and that file's SHA-256."""
 
     config: dict[str, Any]
@@ -70,7 +70,7 @@ class Bundle:
         sources: where it came from, for people.
     """
 
-    parts: dict[str, Part]
+    parts: dict[str, StoredNetwork]
     scale: list[float]
     transform: dict[str, Any]
     schedule: dict[str, Any]
@@ -84,7 +84,7 @@ class Bundle:
     sources: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def weights(self) -> str:
+    def weights_hash(self) -> str:
         """The hash that frozen probes are tied to: of encoder and autoencoder, as evaluate.py writes it."""
         return hashlib.sha256(f"{self.parts['encoder'].sha256}{self.parts['autoencoder'].sha256}".encode()).hexdigest()
 
@@ -99,14 +99,14 @@ class Bundle:
             if (place / DESCRIPTION).is_file():
                 return cls.open(place, trust)
             if (place / "aekl").is_dir():
-                return cls.of_run(place)
+                return cls.from_run(place)
         if Path(path).is_dir():
-            return cls.of_run(path)  # which says what is missing
+            return cls.from_run(path)  # which says what is missing
         known = ", ".join(sorted(found.parent.name for found in Path(runs).glob("*/repr"))) or "none"
         raise UserError(f"no run or bundle '{path}'; the runs in {runs} are: {known}")
 
     @classmethod
-    def of_run(cls, root: Path | str) -> "Bundle":
+    def from_run(cls, root: Path | str) -> "Bundle":
         """The model of `runs/<name>`, each network with the config it was trained with.
 
         Raises:
@@ -130,7 +130,7 @@ class Bundle:
             "estimator": (third, estimator_node(second.config.model.unet, encoder.dim, third.config.model.estimator)),
         }
         parts = {
-            name: Part(to_container(node), run.weights_file(name), run.sha256(name))
+            name: StoredNetwork(to_container(node), run.weights_file(name), run.sha256(name))
             for name, (run, node) in configs.items()
         }
         probes, directions = space.evaluation / PROBES, space.evaluation / DIRECTIONS
@@ -144,7 +144,7 @@ class Bundle:
             probes=probes if probes.is_file() else None,
             directions=directions if directions.is_file() else None,
             **_measured(space, first),
-            sources=provenance(space, runs),
+            sources=describe_provenance(space, runs),
         )
 
     @classmethod
@@ -164,7 +164,7 @@ class Bundle:
         for key in DESCRIBED:
             build_stored(about[key], f"{folder / DESCRIPTION}: {key}")
         parts = {
-            name: Part(
+            name: StoredNetwork(
                 about["modules"][name]["config"], described_file(folder, about["modules"][name]), entry["sha256"]
             )
             for name, entry in about["modules"].items()
@@ -197,7 +197,7 @@ class Bundle:
             **{key: getattr(self, key) for key in MEASURED},
             "sources": self.sources,
         }
-        write_text(folder / CARD, model_card(about))
+        write_text(folder / CARD, render_model_card(about))
         write_json(folder / DESCRIPTION, about)
         return folder
 

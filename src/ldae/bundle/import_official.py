@@ -18,7 +18,7 @@ from hydra.utils import instantiate
 from torch import Tensor, nn
 
 from ldae.bundle import official_weights as official
-from ldae.bundle.bundle import Bundle, Part
+from ldae.bundle.bundle import Bundle, StoredNetwork
 from ldae.bundle.description import PROBES
 from ldae.config import conf_dir
 from ldae.editing.frozen_probes import EMBEDDING, FrozenProbe, write_frozen_probes
@@ -73,7 +73,7 @@ def import_official(
     for name, tensors in _converted(modules, files):
         path = folder / f"{name}.safetensors"
         save_tensors(path, tensors)
-        parts[name] = Part(configs[name], path, file_sha256(path))
+        parts[name] = StoredNetwork(configs[name], path, file_sha256(path))
         log.info("%s: %d tensors, %.1f M values", name, len(tensors), sum(t.numel() for t in tensors.values()) / 1e6)
     settings = _settings()
     bundle = Bundle(
@@ -85,7 +85,7 @@ def import_official(
         **settings,
     )
     if probed is not None:
-        write_frozen_probes(folder / PROBES, {"diagnosis": {EMBEDDING: FrozenProbe([], probed)}}, bundle.weights)
+        write_frozen_probes(folder / PROBES, {"diagnosis": {EMBEDDING: FrozenProbe([], probed)}}, bundle.weights_hash)
     return bundle.save(folder)
 
 
@@ -131,7 +131,7 @@ def _same(given: dict[str, Tensor], trunk: dict[str, Tensor], files: dict[str, A
     for name, tensor in given.items():
         if not torch.allclose(tensor, trunk[name], rtol=1e-3, atol=1e-5):
             raise UserError(
-                f"{files['unet']}: '{official.unet_name(name)}' is not what {files['decoder']} holds: "
+                f"{files['unet']}: '{official.official_unet_name(name)}' is not what {files['decoder']} holds: "
                 "the decoder was trained on another U-Net"
             )
 

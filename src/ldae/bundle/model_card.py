@@ -27,7 +27,7 @@ LIMITS = """\
 """
 
 
-def provenance(space: Workspace, runs: Mapping[str, Run]) -> dict[str, Any]:
+def describe_provenance(space: Workspace, runs: Mapping[str, Run]) -> dict[str, Any]:
     """Where a run's model came from, as JSON values: cohort, split, steps, numbers. No path is kept, only names."""
     config = runs["aekl"].config
     metrics = space.evaluation / "metrics.json"
@@ -55,7 +55,7 @@ def _subjects(space: Workspace) -> dict[str, int]:
     return dict(sorted(Counter(read_split(space.split_file).values()).items()))
 
 
-def model_card(about: Mapping[str, Any]) -> str:
+def render_model_card(about: Mapping[str, Any]) -> str:
     """Markdown from what bundle.json holds."""
     sources = about["sources"]
     name = sources.get("run", "imported checkpoints")

@@ -63,7 +63,7 @@ def _path(name: str, prefix: str) -> str:
     return f"{prefix}output_blocks.{stage}.{index}.{_block(rest)}"
 
 
-def unet_name(name: str) -> str:
+def official_unet_name(name: str) -> str:
     """Official name of a tensor of our UNet."""
     part, rest = name.split(".", 1)
     if part == "time":
@@ -76,18 +76,18 @@ def unet_name(name: str) -> str:
     return _path(name, "")
 
 
-def estimator_name(name: str) -> str:
+def official_estimator_name(name: str) -> str:
     """Official name of a tensor of our GradientEstimator."""
     return name.replace("semantic.", "label_emb.", 1) if name.startswith("semantic.") else _path(name, "shift_")
 
 
-def encoder_name(name: str) -> str:
+def official_encoder_name(name: str) -> str:
     """Official name of a tensor of our SemanticEncoder."""
     part, rest = name.split(".", 1)
     return f"{BACKBONE}{name}" if part == "backbone" else f"{_ENCODER.get(part, part)}.{rest}"
 
 
-def autoencoder_name(name: str) -> str:
+def official_autoencoder_name(name: str) -> str:
     """Official name of a tensor of our AutoencoderKL."""
     return name.replace(".postconv.", ".conv.")
 
@@ -103,7 +103,7 @@ def _renamed(module: nn.Module, tensors: Tensors, official: Callable[[str], str]
 
 def convert_autoencoder(module: nn.Module, tensors: Tensors, source: Path | str) -> Tensors:
     """autoencoderkl.pth under the names of `module`, an AutoencoderKL (may be on the meta device)."""
-    return _renamed(module, tensors, autoencoder_name, source)
+    return _renamed(module, tensors, official_autoencoder_name, source)
 
 
 def convert_encoder(module: nn.Module, tensors: Tensors, source: Path | str) -> Tensors:
@@ -121,7 +121,7 @@ def convert_encoder(module: nn.Module, tensors: Tensors, source: Path | str) -> 
     positions = rest.pop(POSITIONS, None)
     if positions is not None and not _are_sinusoids(positions):
         raise UserError(f"{source}: tensor '{POSITIONS}' is not the plain sinusoid")
-    return _renamed(module, rest, encoder_name, source)
+    return _renamed(module, rest, official_encoder_name, source)
 
 
 def _are_sinusoids(positions: Tensor) -> bool:
@@ -137,10 +137,12 @@ def convert_decoder(
     own = [name for name in tensors if name.startswith(("shift_", "label_emb."))]
     shift = {name: tensors[name] for name in own}
     trunk = {name: tensor for name, tensor in tensors.items() if name not in shift}
-    return _renamed(unet, trunk, unet_name, source), _renamed(estimator, shift, estimator_name, source)
+    return _renamed(unet, trunk, official_unet_name, source), _renamed(
+        estimator, shift, official_estimator_name, source
+    )
 
 
 def convert_unet(module: nn.Module, tensors: Tensors, source: Path | str) -> Tensors:
     """The U-Net of a training checkpoint (its `ema_unet.` tensors; the rest is not read), under our names."""
     averaged = {name.removeprefix(EMA): tensor for name, tensor in tensors.items() if name.startswith(EMA)}
-    return _renamed(module, averaged or tensors, unet_name, source)
+    return _renamed(module, averaged or tensors, official_unet_name, source)

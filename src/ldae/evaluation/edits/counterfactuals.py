@@ -69,13 +69,13 @@ class CounterfactualRenderer:
     def ventricle_slope(self, rows: Sequence[int], factor: str) -> float:
         """Mean true change of the ventricles per unit of `factor`, mm3; nothing is rendered."""
         from ldae.data.phantom.rendering import find_factors
-        from ldae.data.phantom.subjects import targets
+        from ldae.data.phantom.subjects import target_volumes
 
         slopes, step = [], STEPS[factor]
         for row in rows:
             own = find_factors(self.table.iloc[row])
             ends = [own.changed(**{factor: getattr(own, factor) + sign * step}) for sign in (-1, 1)]
-            below, above = (targets(end)["ventricle"] for end in ends)
+            below, above = (target_volumes(end)["ventricle"] for end in ends)
             slopes.append((above - below) / (2 * step))
         return float(np.mean(slopes))
 
