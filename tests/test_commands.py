@@ -16,7 +16,7 @@ from ldae.data.transforms import Transform
 from ldae.utils.errors import UserError
 from ldae.utils.resumable_csv import ResumableCsv
 from small_run import small_run
-from test_native import brain, likeness_of_brains, reoriented
+from test_scan import brain, likeness_of_brains, reoriented
 
 
 @pytest.fixture(scope="module")

@@ -39,7 +39,7 @@ def reoriented(image, axcodes):
 
 
 def likeness_of_brains(transform):
-    return OodCheck.OodCheck.fit(torch.from_numpy(transform(brain(seed))) for seed in range(8))
+    return OodCheck.fit(torch.from_numpy(transform(brain(seed))) for seed in range(8))
 
 
 @pytest.fixture(scope="module")
@@ -177,7 +177,7 @@ def test_likeness_survives_being_written_and_says_so_where_it_is_damaged(model):
     assert again.foreground == model.likeness.foreground
     with pytest.raises(UserError, match="damaged"):
         OodCheck.from_dict(stored | {"shape": [1, 2, 3]})
-    assert OodCheck.OodCheck.fit([]) is None
+    assert OodCheck.fit([]) is None
 
 
 def test_a_volume_of_nobody_has_axes_voxels_and_a_middle():

@@ -66,6 +66,6 @@ class Uses:
         editor = Editor(**{**vars(self.knowledge.editor), **settings})
         x = self.volumes(x)
         y = self.embed(x)
-        code = editor.Editor.invert(self, self.compress(x), y, seed, range(len(y)))
+        code = editor.invert(self, self.compress(x), y, seed, range(len(y)))
         for alpha in alphas:
             yield editor.decode(self, code, chosen.edit(y, alpha))

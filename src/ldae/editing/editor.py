@@ -36,7 +36,7 @@ class Editor:
         tuned.sampler = replace(model.sampler, guidance=Guidance(own.form, self.strength, own.stop))
         return tuned
 
-    def Editor.invert(self, model: Any, z: Tensor, y: Tensor, seed: int, keys: Sequence[int]) -> Code:
+    def invert(self, model: Any, z: Tensor, y: Tensor, seed: int, keys: Sequence[int]) -> Code:
         """The codes of latents z (B, C, ...) given y (B, dim); scan i's noise depends on (seed, keys[i])."""
         noise = draw_normal(z.shape[1:], seed, keys, "edit").to(z) if self.renoise else None
         return self.tuned(model).invert(z, y, self.steps, depth=self.depth, noise=noise, renoise=self.renoise)

@@ -20,7 +20,7 @@ from ldae.utils.errors import UserError
 COARSE = 16  # cells along an axis, at most
 FOREGROUND = 0.1  # of the intensity range; below it is background
 MARGIN = 3.0  # times the distance of the training scans' extreme from their median
-ENOUGH = 2000  # scans that are looked at, at most
+MAX_SCANS = 2000  # scans that are looked at, at most
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class OodCheck:
     foreground: tuple[float, float]
 
     @classmethod
-    def OodCheck.fit(cls, volumes: Iterable[torch.Tensor]) -> "Likeness | None":
+    def fit(cls, volumes: Iterable[torch.Tensor]) -> "OodCheck | None":
         """From volumes (1, X, Y, Z) in [0, 1]; None of fewer than four: they say nothing about others."""
         found = [(_coarse(volume), _foreground(volume)) for volume in volumes]
         if len(found) < 4:
@@ -51,7 +51,7 @@ class OodCheck:
         low, high = _bounds(shares)
         return cls(_stored(mean), _bounds(fits)[0], (max(low, 0.0), min(high, 1.0)))
 
-    def why_unlike(self, volume: torch.Tensor) -> str | None:
+    def reason_rejected(self, volume: torch.Tensor) -> str | None:
         """Why a volume (1, X, Y, Z) cannot be a scan like those, or None."""
         share, (low, high) = _foreground(volume), self.foreground
         if not low <= share <= high:
@@ -75,7 +75,7 @@ class OodCheck:
         }
 
     @classmethod
-    def from_dict(cls, value: dict[str, Any]) -> "Likeness":
+    def from_dict(cls, value: dict[str, Any]) -> "OodCheck":
         """The inverse of `to_dict`.
 
         Raises:

@@ -84,6 +84,6 @@ def measure_reversibility(
     """There and back, (B,): the edited scans, taken as if they were real, edited by -alpha; SSIM in the brain."""
     model, edited = context.model, ladder.at(alpha)
     y = model.embed(edited)
-    code = editor.code(model, model.compress(edited), y, context.seed, ladder.opened.rows)
+    code = editor.invert(model, model.compress(edited), y, context.seed, ladder.opened.rows)
     back = editor.decode(model, code, direction.edit(y, -alpha))
     return ssim(back, ladder.at(0.0), ladder.opened.mask).double().cpu().numpy()

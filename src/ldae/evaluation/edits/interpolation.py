@@ -149,7 +149,7 @@ class Interpolation:
         y = embeddings_of(context, ends)
         z = model.compress(context.volumes(ends).to(model.device))
         # One noise for both ends, else renoising would make the scan's code differ where the brain does not.
-        code = self.editor.code(model, z, y, context.seed, [triple.start, triple.start])
+        code = self.editor.invert(model, z, y, context.seed, [triple.start, triple.start])
         images = []
         for share in shares:
             middle = code[:1].slerp(code[1:], share)

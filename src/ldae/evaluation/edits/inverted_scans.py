@@ -40,6 +40,6 @@ def invert_scans(context: Context, editor: Editor, anatomy: Anatomy, rows: Seque
     model, rows = context.model, [int(row) for row in rows]
     z, y = model.compress(context.volumes(rows).to(model.device)), embeddings_of(context, rows)
     reconstruction = model.decompress(z)
-    code = editor.code(model, z, y, context.seed, rows)
+    code = editor.invert(model, z, y, context.seed, rows)
     mask, levels = anatomy.brains(reconstruction, rows), anatomy.levels(rows, reconstruction)
     return InvertedScans(rows, z, y, reconstruction, mask, code, levels)
