@@ -59,7 +59,7 @@ def small_run(root: Path, likeness: OodCheck | None = None, about: dict | None =
         at.write_config(config)
     rng = np.random.default_rng(0)
     probe = LinearModel("diagnosis", *rng.uniform(0.5, 1, (3, 16)), intercept=0.1, classes=("CN", "AD"))
-    weights = Bundle.from_run(space.root).weights
+    weights = Bundle.from_run(space.root).weights_hash
     write_frozen_probes(space.evaluation / "probes.json", {"diagnosis": {EMBEDDING: FrozenProbe([], probe)}}, weights)
     write_metadata(space.latents, found | {"autoencoder_sha256": space.stage("aekl").sha256("autoencoder")})
     return space.root

@@ -9,8 +9,8 @@ import pytest
 import torch
 from scipy.stats import norm
 
-from ldae.data.phantom import regions, render
-from ldae.data.phantom.anatomy import GRID, load_fields, draw_shape_field, region_maps
+from ldae.data.phantom import render, render_labels
+from ldae.data.phantom.anatomy import GRID, draw_shape_field, load_fields, region_maps
 from ldae.data.phantom.base import load_template
 from ldae.data.phantom.deform import exponentiate, jacobian, sample_maps
 from ldae.data.phantom.rendering import compute_deformation, find_factors
@@ -112,7 +112,7 @@ def test_counterfactuals_change_the_anatomy_alone():
     both = (healthy.image > 0) & (sick.image > 0) & (healthy.labels == 1) & (sick.labels == 1)
     assert np.corrcoef(noise[0][both], noise[1][both])[0, 1] > 0.97
     assert both.sum() > 0.95 * (healthy.labels == 1).sum()
-    assert (regions(key, severity=1.0) == sick.labels).all()
+    assert (render_labels(key, severity=1.0) == sick.labels).all()
     factors = find_factors(key)
     assert (render(key).image == render(key, severity=factors.severity, age=factors.age).image).all()
 

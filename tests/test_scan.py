@@ -195,10 +195,10 @@ def test_names_lose_folder_and_ending():
 
 
 def test_reduced_precision_changes_little_and_comes_back_in_float32(model):
-    coarse = LDAE.load(model.bundle.parts["unet"].file.parents[2], device="cpu", dtype=torch.bfloat16)
+    coarse = LDAE.load(model.bundle.networks["unet"].file.parents[2], device="cpu", dtype=torch.bfloat16)
     y, exact = coarse.embed(brain()), model.embed(brain())
     assert y.dtype == torch.float32
     assert 0 < (y - exact).norm() < 0.05 * exact.norm()
     assert coarse.generate(coarse.noise(1), y).dtype == torch.float32
     with pytest.raises(UserError, match="dtype"):
-        LDAE.load(model.bundle.parts["unet"].file.parents[2], dtype=torch.int8)
+        LDAE.load(model.bundle.networks["unet"].file.parents[2], dtype=torch.int8)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ldae.bundle.bundle import Bundle
 from ldae.denoiser import Denoiser
 from ldae.diffusion.code import Code
+from ldae.diffusion.guidance import GuidedEps
 from ldae.diffusion.samplers import Sampler
 from ldae.editing.readouts import Readouts
 from ldae.inputs import Inputs, Scans
@@ -111,7 +112,7 @@ class LDAE(Inputs, Uses):
             UserError: there is no such model, a stage or file is missing or altered, or weights do not fit.
         """
         bundle = Bundle.find(path, runs, trust)
-        networks = {name: part.build() for name, part in bundle.parts.items()}
+        networks = {name: part.build() for name, part in bundle.networks.items()}
         diffusion = [instantiate(node) for node in (bundle.schedule, bundle.parameterisation)]
         transform = instantiate(bundle.transform)
         options = {"preprocess": TrainingPreprocessing(transform, bundle.preprocess, bundle.affine), **options}
@@ -142,7 +143,7 @@ class LDAE(Inputs, Uses):
     def knowledge(self) -> Readouts:
         """Probes, directions and the settings of an edit, as evaluate.py left them; empty without any."""
         bundle = self.bundle
-        return Readouts() if bundle is None else Readouts.read(bundle.probes, bundle.directions, bundle.weights)
+        return Readouts() if bundle is None else Readouts.read(bundle.probes, bundle.directions, bundle.weights_hash)
 
     @property
     def probes(self) -> Any:
@@ -159,13 +160,8 @@ class LDAE(Inputs, Uses):
     def _sampler(self, steps: int | None) -> Sampler:
         return self.sampler if steps is None else self.sampler.with_steps(steps)
 
-    def _guided(self, y: Tensor) -> Any:
-        guidance = self.sampler.guidance
-        denoiser = self.denoiser
-        if guidance.form is not None:
-            parts = (denoiser.unet, denoiser.estimator, denoiser.schedule, denoiser.parameterisation)
-            denoiser = Denoiser(*parts, form=guidance.form)
-        return denoiser.guided_eps(y.to(self.device), guidance.strength, guidance.stop)
+    def _guided(self, y: Tensor) -> GuidedEps:
+        return self.denoiser.guided_eps(y.to(self.device), self.sampler.guidance)
 
     @_inference
     def embed(self, x: Scans) -> Tensor:

@@ -34,7 +34,7 @@ from ldae.bundle.description import (
     described_file,
     read_description,
 )
-from ldae.bundle.model_card import CARD, render_model_card, describe_provenance
+from ldae.bundle.model_card import CARD, describe_provenance, render_model_card
 from ldae.data.latents import METADATA_FILE
 from ldae.runs import Run, Workspace, build_stored, estimator_node, load_module, to_container
 from ldae.utils.errors import UserError
@@ -59,7 +59,7 @@ class Bundle:
     """Everything that `LDAE` is made of.
 
     Attributes:
-        parts: the four networks by name.
+        networks: the four networks by name.
         scale: 1 / standard deviation of each latent channel.
         transform, schedule, parameterisation, sampler: configs with `_target_`; the sampler holds the guidance.
         probes: file of frozen probes, or None.
@@ -70,7 +70,7 @@ class Bundle:
         sources: where it came from, for people.
     """
 
-    parts: dict[str, StoredNetwork]
+    networks: dict[str, StoredNetwork]
     scale: list[float]
     transform: dict[str, Any]
     schedule: dict[str, Any]
@@ -86,14 +86,16 @@ class Bundle:
     @property
     def weights_hash(self) -> str:
         """The hash that frozen probes are tied to: of encoder and autoencoder, as evaluate.py writes it."""
-        return hashlib.sha256(f"{self.parts['encoder'].sha256}{self.parts['autoencoder'].sha256}".encode()).hexdigest()
+        return hashlib.sha256(
+            f"{self.networks['encoder'].sha256}{self.networks['autoencoder'].sha256}".encode()
+        ).hexdigest()
 
     @classmethod
     def find(cls, path: Path | str, runs: Path | str = "runs", trust: Sequence[str] = ()) -> "Bundle":
         """The model at `path`: a bundle, a run's folder, or the name of a run below `runs`.
 
         Raises:
-            UserError: there is none, or see `of_run` and `open`.
+            UserError: there is none, or see `from_run` and `open`.
         """
         for place in (Path(path), Path(runs) / path):
             if (place / DESCRIPTION).is_file():
@@ -129,13 +131,13 @@ class Bundle:
             "unet": (second, second.config.model.unet),
             "estimator": (third, estimator_node(second.config.model.unet, encoder.dim, third.config.model.estimator)),
         }
-        parts = {
+        networks = {
             name: StoredNetwork(to_container(node), run.weights_file(name), run.sha256(name))
             for name, (run, node) in configs.items()
         }
         probes, directions = space.evaluation / PROBES, space.evaluation / DIRECTIONS
         return cls(
-            parts=parts,
+            networks=networks,
             scale=[float(value) for value in second.metadata["scale"]],
             transform=to_container(first.config.data.transform),
             schedule=to_container(second.config.diffusion.schedule),
@@ -163,7 +165,7 @@ class Bundle:
             refuse_untrusted_targets(about[key], f"{folder / DESCRIPTION}: {key}", (*ALLOWED, *trust))
         for key in DESCRIBED:
             build_stored(about[key], f"{folder / DESCRIPTION}: {key}")
-        parts = {
+        networks = {
             name: StoredNetwork(
                 about["modules"][name]["config"], described_file(folder, about["modules"][name]), entry["sha256"]
             )
@@ -172,16 +174,16 @@ class Bundle:
         files = {name: described_file(folder, about[name]) for name in ("probes", "directions") if about.get(name)}
         kept = {key: about[key] for key in (*DESCRIBED, "sources", "scale")}
         refuse_untrusted_targets(about.get("preprocess"), f"{folder / DESCRIPTION}: preprocess")
-        return cls(parts=parts, **{key: about.get(key) for key in MEASURED}, **files, **kept)
+        return cls(networks=networks, **{key: about.get(key) for key in MEASURED}, **files, **kept)
 
     def save(self, folder: Path | str) -> Path:
         """Write the bundle; files that lie there already, as described, stay. Returns the folder."""
         folder = Path(folder)
         modules = {
             name: {"config": part.config, **_copy(part.file, folder / f"{name}.safetensors")}
-            for name, part in self.parts.items()
+            for name, part in self.networks.items()
         }
-        for name, part in self.parts.items():
+        for name, part in self.networks.items():
             if modules[name]["sha256"] != part.sha256:
                 raise UserError(f"{part.file} has changed since it was published: train or export it again")
         about = {

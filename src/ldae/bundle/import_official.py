@@ -77,7 +77,7 @@ def import_official(
         log.info("%s: %d tensors, %.1f M values", name, len(tensors), sum(t.numel() for t in tensors.values()) / 1e6)
     settings = _settings()
     bundle = Bundle(
-        parts=parts,
+        networks=parts,
         scale=[SCALE] * modules["autoencoder"].latent_channels,
         transform=TRANSFORM,
         probes=None if probed is None else folder / PROBES,

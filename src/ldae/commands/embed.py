@@ -40,7 +40,7 @@ def embed(
 
     from ldae.utils.resumable_csv import ResumableCsv, content_key
 
-    identity = f"{ldae.bundle.weights}{ldae.transform.key()}"
+    identity = f"{ldae.bundle.weights_hash}{ldae.transform.key()}"
     if str(ldae.dtype) != "torch.float32":  # whose last digits are others
         identity += str(ldae.dtype)
     if force or preprocess is not None:  # another y, where the scan is unlike the training scans

@@ -6,11 +6,11 @@ severity and age or with others. The names are resolved on first use: torch and 
 
 from typing import Any
 
-__all__ = ["SHAPE", "SPACING", "Rendered", "draw_table", "make_cohort", "regions", "render"]
+__all__ = ["SHAPE", "SPACING", "RenderedScan", "draw_table", "make_cohort", "render", "render_labels"]
 
 SPACING, SHAPE = 4.75, (32, 40, 32)  # mm and voxels of a cohort, unless it says otherwise
 
-_HOMES = {name: "rendering" for name in ("Rendered", "regions", "render")} | {
+_HOMES = {name: "rendering" for name in ("RenderedScan", "render_labels", "render")} | {
     "draw_table": "subjects",
     "make_cohort": "synthetic_cohort",
 }

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ldae.data.phantom.base import Base, load_base
-from ldae.data.phantom.deform import exponential, sample
+from ldae.data.phantom.base import TemplateMaps, load_template
+from ldae.data.phantom.deform import exponentiate, sample_maps
 
 GRID = 3  # mm, of the velocity fields
 MAP_GRID = 2  # mm, of the maps that measure volumes during calibration
@@ -29,7 +29,7 @@ SYMMETRY = 0.85  # share of the random field's variance that is the same on both
 
 
 @dataclass(frozen=True)
-class Fields:
+class VelocityFields:
     """`velocities` (3 effects, 3, X, Y, Z) of unit strength, `pattern` (3, X, Y, Z) of the sulci's, grid `points`
     (X, Y, Z, 3) mm, `extent` (3,) mm, `head` (X, Y, Z) the brain mask as fractions."""
 
@@ -42,10 +42,10 @@ class Fields:
     def displacement(self, strengths: np.ndarray, shape: Tensor | float = 0.0, sign: int = -1) -> Tensor:
         """exp(sign * v), v of `strengths` (3,) plus `shape`; -1 maps a subject's points to the template's."""
         velocity = torch.einsum("e,ecxyz->cxyz", torch.as_tensor(strengths, dtype=torch.float32), self.velocities)
-        return exponential(sign * (velocity + shape), self.points, self.extent)
+        return exponentiate(sign * (velocity + shape), self.points, self.extent)
 
 
-def region_maps(base: Base) -> Tensor:
+def region_maps(base: TemplateMaps) -> Tensor:
     """Fractions of ventricle, hippocampus, brain tissue and head (the mask), (len(REGIONS), X, Y, Z)."""
     return torch.stack([
         base.channel("ventricle_r") + base.channel("ventricle_l"),
@@ -64,9 +64,9 @@ def _gradient(volume: np.ndarray, sigma: float) -> np.ndarray:
 
 
 @lru_cache(maxsize=1)
-def load_fields() -> Fields:
+def load_fields() -> VelocityFields:
     """The fields at unit strength (a largest velocity of 1 mm)."""
-    base = load_base(GRID)
+    base = load_template(GRID)
     ventricle, hippocampus, brain, _ = region_maps(base).numpy()
     inside = np.clip((base.depth[0].numpy() - 2) / 4, 0, 1)  # no effect may move the brain's edge
     # CSF outside the ventricles; what lies outside the head counts as CSF, so that the cortex recedes from its edge.
@@ -79,7 +79,7 @@ def load_fields() -> Fields:
     points = base.points()
     pattern = _back_not_front(velocities[2], brain, points[..., 1].numpy())
     maps = (torch.from_numpy(field).float() for field in (velocities, pattern))
-    return Fields(*maps, points, base.extent, base.channel("mask"))
+    return VelocityFields(*maps, points, base.extent, base.channel("mask"))
 
 
 def _back_not_front(sulci: np.ndarray, brain: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -90,7 +90,7 @@ def _back_not_front(sulci: np.ndarray, brain: np.ndarray, y: np.ndarray) -> np.n
     return sulci * (weight - (weight * loss).sum() / loss.sum())
 
 
-def random_shape(seed: int) -> Tensor:
+def draw_shape_field(seed: int) -> Tensor:
     """An individual's smooth random velocity field, (3, X, Y, Z) mm, without net translation of the brain."""
     fields, rng = load_fields(), np.random.default_rng(seed)
     total = torch.zeros(fields.velocities.shape[1:])
@@ -115,10 +115,10 @@ def _bumps(scale: float) -> tuple[Tensor, Tensor, Tensor]:
     return tuple(out)
 
 
-def volumes(displacement: Tensor) -> np.ndarray:
+def measure_volumes(displacement: Tensor) -> np.ndarray:
     """Volumes in mm3 of the deformed regions (no head scaling), (len(REGIONS),)."""
-    fields, base = load_fields(), load_base(MAP_GRID)
-    warped = sample(region_maps(base), fields.points + displacement.movedim(0, -1), fields.extent)
+    fields, base = load_fields(), load_template(MAP_GRID)
+    warped = sample_maps(region_maps(base), fields.points + displacement.movedim(0, -1), fields.extent)
     return warped.sum((1, 2, 3)).numpy().astype(float) * GRID**3
 
 
@@ -159,11 +159,12 @@ def load_calibration() -> Calibration:
     from scipy.interpolate import PchipInterpolator
 
     fields = load_fields()
-    template = np.log(volumes(torch.zeros_like(fields.velocities[0])))
+    template = np.log(measure_volumes(torch.zeros_like(fields.velocities[0])))
     knots, curves = [], []
     for index, strengths in enumerate(DESIGN):
         measured = [
-            template if s == 0 else np.log(volumes(fields.displacement(s * np.eye(3)[index]))) for s in strengths
+            template if s == 0 else np.log(measure_volumes(fields.displacement(s * np.eye(3)[index])))
+            for s in strengths
         ]
         knots.append(np.linspace(strengths[0], strengths[-1], 200))
         curves.append(PchipInterpolator(strengths, np.stack(measured) - template)(knots[-1]))

@@ -28,7 +28,7 @@ GREY_LEVEL, WHITE_LEVEL, CSF_LEVEL = 0.65, 0.86, 0.25  # the template's own tiss
 
 
 @dataclass(frozen=True)
-class Base:
+class TemplateMaps:
     """Template maps on one grid: `maps` (len(CHANNELS), X, Y, Z) float32 fractions, `depth` (1, X, Y, Z) mm inside the
     brain's edge (negative outside), voxel size `spacing` in mm, `extent` (3,) the box's size in mm, `centre` (3,) its
     centre in MNI mm."""
@@ -128,9 +128,9 @@ def _full() -> tuple[dict[str, np.ndarray], np.ndarray]:
 
 
 @lru_cache(maxsize=3)
-def load_base(spacing: int) -> Base:
+def load_template(spacing: int) -> TemplateMaps:
     """The template at 1, 2 or 3 mm; coarser voxels are means of the 1 mm ones, that is, fractions of tissue."""
     maps, centre = _full()
     pooled = [avg_pool3d(torch.from_numpy(maps[name])[None], spacing) for name in (*CHANNELS, "depth")]
     extent = torch.tensor(maps["t1"].shape, dtype=torch.float32)
-    return Base(torch.cat(pooled[:-1]), pooled[-1], spacing, extent, centre)
+    return TemplateMaps(torch.cat(pooled[:-1]), pooled[-1], spacing, extent, centre)

@@ -10,19 +10,19 @@ from torch.nn.functional import grid_sample
 SQUARINGS = 3  # velocities reach 25 mm; by the midpoint rule within 0.1 mm of many more
 
 
-def sample(maps: Tensor, points: Tensor, extent: Tensor, outside: str = "zeros") -> Tensor:
+def sample_maps(maps: Tensor, points: Tensor, extent: Tensor, outside: str = "zeros") -> Tensor:
     """Trilinear values of `maps` (C, X, Y, Z) at `points` (..., 3) mm, as (C, ...); `outside` is the padding."""
     grid = (points / (extent / 2)).flip(-1).reshape(1, 1, 1, -1, 3)
     values = grid_sample(maps[None], grid, mode="bilinear", padding_mode=outside, align_corners=False)
     return values.reshape(maps.shape[0], *points.shape[:-1])
 
 
-def exponential(velocity: Tensor, points: Tensor, extent: Tensor, squarings: int = SQUARINGS) -> Tensor:
+def exponentiate(velocity: Tensor, points: Tensor, extent: Tensor, squarings: int = SQUARINGS) -> Tensor:
     """The displacement u of exp(velocity): x -> x + u(x), (3, X, Y, Z) mm; `points` are the grid's own (X, Y, Z, 3)."""
     first = velocity / 2**squarings
-    displacement = sample(first, points + first.movedim(0, -1) / 2, extent, "border")
+    displacement = sample_maps(first, points + first.movedim(0, -1) / 2, extent, "border")
     for _ in range(squarings):
-        displacement = displacement + sample(displacement, points + displacement.movedim(0, -1), extent, "border")
+        displacement = displacement + sample_maps(displacement, points + displacement.movedim(0, -1), extent, "border")
     return displacement
 
 

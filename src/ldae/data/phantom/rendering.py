@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from ldae.data.phantom import SHAPE, SPACING
-from ldae.data.phantom.anatomy import REGIONS, load_calibration, load_fields, random_shape, volumes
-from ldae.data.phantom.base import CHANNELS, CSF_LEVEL, GREY_LEVEL, LABELS, WHITE_LEVEL, Base, load_base
-from ldae.data.phantom.deform import sample
-from ldae.data.phantom.subjects import Factors, draw_subject, pattern, targets
+from ldae.data.phantom.anatomy import REGIONS, draw_shape_field, load_calibration, load_fields, measure_volumes
+from ldae.data.phantom.base import CHANNELS, CSF_LEVEL, GREY_LEVEL, LABELS, WHITE_LEVEL, TemplateMaps, load_template
+from ldae.data.phantom.deform import sample_maps
+from ldae.data.phantom.subjects import Factors, draw_subject, sulcal_pattern, target_volumes
 
 ASPECT_SD = 0.02  # of the logarithm of length, width and height of the head at constant volume
 CORRECTIONS = 2
@@ -49,7 +49,7 @@ SCANNERS = {
 
 
 @dataclass(frozen=True)
-class Rendered:
+class RenderedScan:
     """A scan: `image` (X, Y, Z) float32, 0 outside the brain; `labels` (X, Y, Z) uint8, DLMUSE numbers; `affine` RAS;
     `volumes` in mm3 by region, measured on the deformed maps before they become hard labels."""
 
@@ -85,22 +85,22 @@ def _person(seed: int, subject: int) -> tuple[Tensor, np.ndarray, Tensor]:
     """What stays with a subject through ageing: the random field (3, X, Y, Z), its correction of the log volumes, and
     the head's proportions (3,)."""
     first = draw_subject(seed, subject)[0]
-    shape = random_shape(first.key("shape"))
+    shape = draw_shape_field(first.key("shape"))
     wanted, correction = _log_targets(first), np.zeros(len(REGIONS))
     for _ in range(CORRECTIONS):
         strengths, scale = load_calibration().solve(wanted, correction)
-        built = np.log(volumes(_displacement(first, strengths, shape))) + 3 * np.log(scale)
+        built = np.log(measure_volumes(_displacement(first, strengths, shape))) + 3 * np.log(scale)
         correction += built - wanted
     aspect = np.random.default_rng(first.key("aspect")).normal(0, ASPECT_SD, 3)
     return shape, correction, torch.from_numpy(np.exp(aspect - aspect.mean())).float()
 
 
 def _log_targets(factors: Factors) -> np.ndarray:
-    wanted = targets(factors)
+    wanted = target_volumes(factors)
     return np.log([wanted[region] for region in REGIONS])
 
 
-def deformation(factors: Factors) -> tuple[Tensor, Tensor]:
+def compute_deformation(factors: Factors) -> tuple[Tensor, Tensor]:
     """A subject's displacement from head-scaled points to the template, (3, X, Y, Z) mm, and the head's scale (3,)."""
     shape, correction, aspect = _person(factors.seed, factors.subject)
     strengths, scale = load_calibration().solve(_log_targets(factors), correction)
@@ -110,7 +110,7 @@ def deformation(factors: Factors) -> tuple[Tensor, Tensor]:
 def _displacement(factors: Factors, strengths: np.ndarray, shape: Tensor) -> Tensor:
     """Of the effects' `strengths`, the sulci's pattern and the random field `shape` together, (3, X, Y, Z) mm."""
     fields = load_fields()
-    return fields.displacement(strengths, shape + pattern(factors) * fields.pattern)
+    return fields.displacement(strengths, shape + sulcal_pattern(factors) * fields.pattern)
 
 
 def _axes(spacing: float, shape: tuple[int, ...]) -> list[Tensor]:
@@ -121,22 +121,22 @@ def _axes(spacing: float, shape: tuple[int, ...]) -> list[Tensor]:
 def _voxel_means(factors: Factors, spacing: float, shape: tuple[int, ...]) -> Tensor:
     """The deformed template maps as voxel means, (len(CHANNELS), X, Y, Z)."""
     per_axis = ceil(spacing / 2.5 - 1e-6)
-    base = load_base(1 if spacing / per_axis < 1.75 else 2)
-    displacement, scale = deformation(factors)
+    base = load_template(1 if spacing / per_axis < 1.75 else 2)
+    displacement, scale = compute_deformation(factors)
 
     def to_template(points: Tensor) -> Tensor:
         points = points / scale
-        return points + sample(displacement, points, base.extent, "border").movedim(0, -1)
+        return points + sample_maps(displacement, points, base.extent, "border").movedim(0, -1)
 
     centres = torch.stack(torch.meshgrid(*_axes(spacing, shape), indexing="ij"), dim=-1).reshape(-1, 3)
-    coarse = load_base(3)
+    coarse = load_template(3)
     # Only voxels that may touch the head are sampled finely.
-    inside = sample(coarse.depth, to_template(centres), base.extent, "border")[0] > -(1.1 * spacing + 1)
+    inside = sample_maps(coarse.depth, to_template(centres), base.extent, "border")[0] > -(1.1 * spacing + 1)
     inside = inside.nonzero()[:, 0]
     steps = ((torch.arange(per_axis) + 0.5) / per_axis - 0.5) * spacing
     total = torch.zeros(len(CHANNELS), len(inside))
     for offset in torch.cartesian_prod(steps, steps, steps).reshape(-1, 3):
-        total += sample(base.maps, to_template(centres[inside] + offset), base.extent)
+        total += sample_maps(base.maps, to_template(centres[inside] + offset), base.extent)
     means = torch.zeros(len(CHANNELS), len(centres))
     means[:, inside] = total / per_axis**3
     return means.reshape(len(CHANNELS), *shape)
@@ -180,7 +180,7 @@ def _labels(means: Tensor) -> Tensor:
     return torch.where(mask >= 0.5, labels, torch.zeros((), dtype=torch.uint8))
 
 
-def _affine(base: Base, spacing: float, shape: tuple[int, ...]) -> np.ndarray:
+def _affine(base: TemplateMaps, spacing: float, shape: tuple[int, ...]) -> np.ndarray:
     affine = np.diag([spacing, spacing, spacing, 1.0])
     affine[:3, 3] = base.centre - spacing * (np.array(shape) - 1) / 2
     return affine
@@ -203,7 +203,7 @@ def render(
     noise: bool = True,
     spacing: float = SPACING,
     shape: tuple[int, int, int] = SHAPE,
-) -> Rendered:
+) -> RenderedScan:
     """One scan; with `severity` or `age` its true counterfactual: same person, session, scanner and noise.
 
     `key` is a row of a phantom table or (seed, subject, session); `spacing` in mm, `shape` in voxels. Without `noise`
@@ -213,11 +213,11 @@ def render(
     with torch.no_grad():
         means = _voxel_means(factors, spacing, tuple(shape))
         image, labels = _scan(factors, means, spacing, noise), _labels(means)
-    affine = _affine(load_base(3), spacing, tuple(shape))
-    return Rendered(image.numpy(), labels.numpy(), affine, _measure(means, spacing), factors)
+    affine = _affine(load_template(3), spacing, tuple(shape))
+    return RenderedScan(image.numpy(), labels.numpy(), affine, _measure(means, spacing), factors)
 
 
-def regions(
+def render_labels(
     key: Key,
     severity: float | None = None,
     age: float | None = None,

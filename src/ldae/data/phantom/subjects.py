@@ -2,7 +2,7 @@
 
 A subject is drawn from (seed, number) alone, so that cohorts of different sizes share their first subjects. Latent
 factors that know nothing of the labels (head size, own ventricles, hippocampi, sulci) meet the effects of age and of
-disease severity in `targets`, the volumes that the renderer then builds, and in `pattern`, where the sulci are wide.
+disease severity in `target_volumes`, the volumes that the renderer then builds, and in `sulcal_pattern`, where the sulci are wide.
 """
 
 from dataclasses import dataclass, replace
@@ -111,7 +111,7 @@ def draw_subject(seed: int, subject: int) -> tuple[Factors, ...]:
     return tuple(sessions)
 
 
-def targets(factors: Factors) -> dict[str, float]:
+def target_volumes(factors: Factors) -> dict[str, float]:
     """The volumes, in mm3, that this anatomy is to have: ventricle, hippocampus, brain, head."""
     size, disease = factors.head / HEAD_REFERENCE, factors.severity - HEALTHY
     ventricle, hippocampus, brain = (
@@ -127,14 +127,14 @@ def targets(factors: Factors) -> dict[str, float]:
     return {"ventricle": ventricle, "hippocampus": hippocampus, "brain": brain, "head": factors.head}
 
 
-def pattern(factors: Factors) -> float:
+def sulcal_pattern(factors: Factors) -> float:
     """How far the sulci's widening lies behind rather than in front, in mm of the field of unit strength; volumes
     hardly know of it."""
     disease, decades = factors.severity - HEALTHY, (factors.age - 70) / 10
     return POSTERIOR_SD * factors.posterior + POSTERIOR_DISEASE * disease + POSTERIOR_DECADE * decades
 
 
-def row(factors: Factors, volumes: dict[str, float]) -> dict[str, object]:
+def table_row(factors: Factors, volumes: dict[str, float]) -> dict[str, object]:
     """The table's row of one scan, without its paths."""
     return {
         "subject": f"sub-{factors.subject:04d}",
@@ -154,4 +154,4 @@ def draw_table(subjects: int, seed: int) -> "pd.DataFrame":
     import pandas as pd
 
     drawn = (scan for subject in range(1, subjects + 1) for scan in draw_subject(seed, subject))
-    return pd.DataFrame([row(factors, targets(factors)) for factors in drawn])
+    return pd.DataFrame([table_row(factors, target_volumes(factors)) for factors in drawn])

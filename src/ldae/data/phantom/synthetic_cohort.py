@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from ldae.data.phantom import SHAPE, SPACING
-from ldae.data.phantom.subjects import draw_subject, row
+from ldae.data.phantom.subjects import draw_subject, table_row
 from ldae.utils.errors import UserError
 from ldae.utils.files import read_json, replacing, write_json
 
@@ -142,7 +142,7 @@ def _render_subject(out: Path, seed: int, subject: int, spacing: float, shape: t
     with _one_thread():
         for factors in draw_subject(seed, subject):
             scan = render(factors, spacing=spacing, shape=shape)
-            described = row(factors, scan.volumes)
+            described = table_row(factors, scan.volumes)
             name = f"{described['subject']}/{described['session']}"
             stem = f"{name}/{name.replace('/', '_')}"
             described |= {"path": f"{stem}_T1w.nii.gz", "labels_path": f"{stem}_dseg.nii.gz"}
