@@ -389,3 +389,39 @@ def test_an_optimiser_goes_on_in_channels_last_as_if_it_had_not_been_written(tmp
     step(resumed, fresh, 2)
     assert not weight.is_contiguous()
     assert torch.equal(weight, resumed)
+
+
+def test_validation_once_an_epoch_is_counted_in_optimiser_steps(tmp_path):
+    """11 samples, 3 x 2 a step: an epoch is 1.83 steps, two epochs 3.67."""
+    for epochs, steps in ((1, 2), (2, 4), (0.1, 1)):
+        trainer = Trainer(
+            Accelerator(cpu=True), Run(tmp_path), Settings(batch_size=3, accumulate=2, validate_every_epochs=epochs),
+            Optim(), seed=5,
+        )  # fmt: skip
+        assert trainer.validation_interval(len(DATA)) == steps
+
+
+class FlatToy(Toy):
+    """Its training loss is what `losses` says, so that it is known when it stops falling."""
+
+    monitor = Monitor("train_loss", higher_is_better=False)
+    publishes_last = True
+    losses = (8.0, 8.0, 4.0, 4.0, 6.0, 6.0, 5.0, 5.0, 7.0, 7.0)
+
+    def run_step(self, micro_batches, step):
+        result = super().run_step(micro_batches, step)
+        result.scalars["loss"] = torch.tensor(self.losses[step])
+        return result
+
+
+def test_training_ends_when_the_mean_training_loss_has_not_fallen_for_patience_validations(tmp_path):
+    """Means over two steps: 8, 4, 6, 5, 7. With patience 1 the second one above 4 ends it, at step 8."""
+    stage, progress = fit(tmp_path / "whole", 10, FlatToy(), patience=1)
+    assert (progress.step, progress.best, progress.best_step) == (8, 4.0, 4)
+    published = load_file(tmp_path / "whole" / "weights" / "net.safetensors")
+    for name, tensor in stage.averages["net"].state_dict().items():
+        assert torch.equal(published[name], tensor), "the last weights, not the best"
+    with pytest.raises(RuntimeError, match="crash"):
+        fit(tmp_path / "parts", 10, FlatToy(on_step=_crash_at(5)), patience=1, checkpoint_every=1)
+    _, resumed = fit(tmp_path / "parts", 10, FlatToy(), patience=1, checkpoint_every=1)
+    assert resumed == progress

@@ -43,6 +43,7 @@ class TrainerSettings:
     ema: float | None = 0.999
     log_every: int = 50
     validate_every: int | None = 500
+    validate_every_epochs: float | None = None  # in place of validate_every
     preview_every: int | None = None
     checkpoint_every: int = 500
     keep_states: int = 2

@@ -23,15 +23,17 @@ from ldae.models.state import load_weights
 from ldae.training.ema import Ema
 from ldae.training.stage import (
     Batch,
+    Monitor,
     Stage,
     StepResult,
     Updater,
-    build_adam,
-    to_memory_format,
-    module_to_memory_format,
     batch_to_device,
+    build_adam,
+    module_to_memory_format,
+    to_memory_format,
     uses_channels_last,
 )
+from ldae.training.train_loss import NAME as TRAIN_LOSS
 from ldae.training.validation import mean_over_scans, shard_rows
 from ldae.utils.errors import UserError
 from ldae.utils.seeding import draw_normal, draw_timesteps
@@ -56,6 +58,8 @@ class PretrainStage(Stage):
     """
 
     name = "pretrain"
+    monitor = Monitor(TRAIN_LOSS, higher_is_better=False)
+    publishes_last = True
     published = ("unet",)
 
     def __init__(

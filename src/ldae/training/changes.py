@@ -18,9 +18,10 @@ PRECISION = "accelerator.mixed_precision"
 # Cadence, places, speed; and data, where the checkpoint itself knows which scans and samples it was trained on.
 HARMLESS = (
     "trainer.max_steps", "trainer.max_epochs", "trainer.batch_size", "trainer.accumulate", "trainer.log_every",
-    "trainer.validate_every", "trainer.preview_every", "trainer.checkpoint_every", "trainer.keep_states",
-    "trainer.patience", "trainer.checkpointing", "trainer.compile", "trainer.channels_last", "trainer.workers",
-    "trainer.max_skipped", "trainer.accept_changes", "accelerator.cpu", "accelerator.timeout", "accelerator._target_",
+    "trainer.validate_every", "trainer.validate_every_epochs", "trainer.preview_every", "trainer.checkpoint_every",
+    "trainer.keep_states", "trainer.patience", "trainer.checkpointing", "trainer.compile", "trainer.channels_last",
+    "trainer.workers", "trainer.max_skipped", "trainer.accept_changes", "accelerator.cpu", "accelerator.timeout",
+    "accelerator._target_",
     "stage.aekl", "stage.pretrain", "stage.latents", "stage.initial_weights", "data.table", "data.workers",
     "data.on_bad_scan", "data.diagnoses", "data.phantom", "data.split",
 )  # fmt: skip

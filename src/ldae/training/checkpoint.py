@@ -36,6 +36,8 @@ class Progress:
     skipped: int = 0  # steps without a finite loss and gradient
     skipped_in_a_row: int = 0
     overflowed: int = 0  # steps that fp16's gradient scaler refused while it looked for its scale
+    loss_sum: float = 0.0  # of training losses since the last validation (train_loss.py)
+    loss_count: float = 0.0
 
     last_not_taken: int = -1  # the newest step that was skipped or overflowed
 

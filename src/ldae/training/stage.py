@@ -61,7 +61,8 @@ class Stage(ABC):
     """
 
     name: ClassVar[str]
-    monitor: Monitor | None = None  # None: the last weights are published
+    monitor: Monitor | None = None  # None: publish the last weights, never stop early
+    publishes_last: bool = False  # `monitor` then decides about early stopping alone
 
     accelerator: Accelerator  # from `prepare` on
     modules: dict[str, nn.Module]  # trained; what a checkpoint holds
@@ -93,7 +94,7 @@ class Stage(ABC):
     def validate(self) -> dict[str, float]:
         """Validation metrics with the weights that would be published, the same on every process."""
 
-    def take_step(self, step: int, *updates: tuple["Updater", "Accumulated"]) -> StepResult:
+    def take_step(self, step: int, *updates: tuple["Updater", "AccumulatedGradients"]) -> StepResult:
         """Apply the gradients of optimiser step `step`, of all optimisers or of none, then move the averages."""
         result = apply_all_or_none(self.accelerator, *updates)
         for ema in self.averages.values():

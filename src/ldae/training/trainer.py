@@ -24,6 +24,8 @@ from ldae.training.health import refuse_non_finite
 from ldae.training.signals import StopSignals
 from ldae.training.stage import Stage
 from ldae.training.tracking import Tracker
+from ldae.training.train_loss import NAME as TRAIN_LOSS
+from ldae.training.train_loss import MeanTrainLoss
 from ldae.utils.errors import UserError
 from ldae.utils.files import remove_temporaries
 from ldae.utils.seeding import derive_seed
@@ -58,6 +60,12 @@ class Trainer:
             raise UserError("trainer.max_steps or trainer.max_epochs must be given")
         return math.ceil(self.settings.max_epochs * length / self._samples_a_step)
 
+    def validation_interval(self, length: int) -> int | None:
+        """Optimiser steps between two validations; epochs are converted with the global batch size. None: none."""
+        if self.settings.validate_every_epochs is None:
+            return self.settings.validate_every
+        return max(1, round(self.settings.validate_every_epochs * length / self._samples_a_step))
+
     @property
     def _samples_a_step(self) -> int:
         return self.settings.batch_size * self.settings.accumulate * self.accelerator.num_processes
@@ -73,6 +81,10 @@ class Trainer:
         base_lrs = {name: [g["lr"] for g in o.param_groups] for name, o in stage.optimizers.items()}
         progress = self._resume(stage, metadata)
         total = self.total_steps(stage.length)
+        self.validate_every = self.validation_interval(stage.length)
+        watches_train_loss = stage.monitor is not None and stage.monitor.metric == TRAIN_LOSS
+        stops_early = watches_train_loss and self.settings.patience is not None
+        self.train_loss = MeanTrainLoss(self.accelerator, progress) if stops_early else None
         main = self.accelerator.is_main_process
         tracker = Tracker(self.run.path, stage.name, progress.step, total) if main else None
         stream = SampleStream(stage.length, self.seed)
@@ -95,6 +107,8 @@ class Trainer:
                     torch.manual_seed(derive_seed(self.seed, "dropout", progress.step, rank))
                     scalars = guard(batches.at(progress.step))
                     progress.step += 1
+                    if self.train_loss:
+                        self.train_loss.add(scalars["loss"])
                     if progress.step % settings.log_every == 0 or progress.step == total:
                         guard.read_all_reports()
                         self._log(progress, {} if guard.last_skipped else scalars, tracker)
@@ -161,9 +175,9 @@ class Trainer:
         def due(every: int | None) -> bool:
             return every is not None and step > 0 and (last or step % every == 0)
 
-        if last or any(map(due, (settings.validate_every, settings.preview_every, settings.checkpoint_every))):
+        if last or any(map(due, (self.validate_every, settings.preview_every, settings.checkpoint_every))):
             guard.read_all_reports()
-        if due(settings.validate_every) and progress.validated != step:
+        if due(self.validate_every) and progress.validated != step:
             self._validate(stage, progress, metadata, tracker)
         last = last or (settings.patience is not None and progress.stale > settings.patience)
         if tracker and due(settings.preview_every) and progress.previewed != step:
@@ -187,12 +201,14 @@ class Trainer:
         return self.signals.received is not None if alone else guard.stopping
 
     def _save(self, stage: Stage, progress: Progress, metadata: dict[str, Any], tracker: Tracker | None) -> None:
+        if self.train_loss:
+            self.train_loss.store()
         if not self.accelerator.is_main_process:
             return
         try:
             if tracker:
                 tracker.flush()
-            if stage.monitor is None or progress.best is None:
+            if stage.monitor is None or stage.publishes_last or progress.best is None:
                 self._publish(stage, progress, metadata, {})
             self.checkpoints.save(stage, progress, self.accelerator.scaler, self.identity)
         except OSError as error:
@@ -204,6 +220,8 @@ class Trainer:
     def _validate(self, stage: Stage, progress: Progress, metadata: dict[str, Any], tracker: Tracker | None) -> None:
         with torch.no_grad(), stage.averaged():
             metrics = stage.validate()
+        if self.train_loss:
+            metrics |= self.train_loss.take()
         progress.validated = progress.step
         if tracker and metrics:
             tracker.log_scalars(progress.step, {f"val/{name}": value for name, value in metrics.items()})
@@ -213,7 +231,7 @@ class Trainer:
         value = metrics[stage.monitor.metric]
         if math.isfinite(value) and stage.monitor.improved(value, progress.best):
             progress.best, progress.best_step, progress.stale = value, progress.step, 0
-            if self.accelerator.is_main_process:
+            if self.accelerator.is_main_process and not stage.publishes_last:
                 self._publish(stage, progress, metadata, metrics)
         else:
             progress.stale += 1
