@@ -128,6 +128,7 @@ class EstimatorSettings:
     """What the gradient estimator does not share with the U-Net; see ldae.models.gradient_estimator."""
 
     modes: int = 0
+    start_from_unet: bool = False
 
 
 @dataclass

@@ -83,11 +83,14 @@ class GradientEstimator(nn.Module):
         modes: cosine modes an axis of a smooth map of y that is added to G, and z_t times a factor of t; 0: neither, as
             published. The blocks scale and shift whole channels by y, which can say what but hardly where; through
             them alone, z_0 errors with the own and with another's y stay equal to four digits for hundreds of steps.
+        start_from_unet: whether stage 3 starts this way up as a copy of the trained U-Net's (`start_from`); False, as
+            published: from its own random start.
         unet: the arguments of the U-Net whose features it takes (see Architecture).
     """
 
-    def __init__(self, semantic_dim: int = 768, modes: int = 0, **unet: Any) -> None:
+    def __init__(self, semantic_dim: int = 768, modes: int = 0, start_from_unet: bool = False, **unet: Any) -> None:
         super().__init__()
+        self.start_from_unet = start_from_unet
         shape = Architecture(**unet)
         self.checkpointing = shape.checkpointing
         self.semantic = nn.Linear(semantic_dim, shape.embedding)

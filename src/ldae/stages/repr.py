@@ -115,7 +115,8 @@ class ReprStage(Stage):
         diffusion = instantiate(second.config.diffusion)
         self.schedule, self.parameterisation = diffusion.schedule, diffusion.parameterisation
         estimator = instantiate(estimator_node(second.config.model.unet, encoder.dim, estimator))
-        estimator.start_from(self.unet)
+        if estimator.start_from_unet:
+            estimator.start_from(self.unet)
         self.modules = {"encoder": encoder, "estimator": estimator}
         if initial_weights is not None:
             for name, module in self.modules.items():

@@ -21,7 +21,7 @@ HARMLESS = (
     "trainer.validate_every", "trainer.validate_every_epochs", "trainer.preview_every", "trainer.checkpoint_every",
     "trainer.keep_states", "trainer.patience", "trainer.checkpointing", "trainer.compile", "trainer.channels_last",
     "trainer.workers", "trainer.max_skipped", "trainer.accept_changes", "accelerator.cpu", "accelerator.timeout",
-    "accelerator._target_",
+    "accelerator._target_", "stage.estimator.start_from_unet",
     "stage.aekl", "stage.pretrain", "stage.latents", "stage.initial_weights", "data.table", "data.workers",
     "data.on_bad_scan", "data.diagnoses", "data.phantom", "data.split",
 )  # fmt: skip
