@@ -14,9 +14,9 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from faults.corruption import count_corrupted_loads
 
 from faults import small_chain
-from faults.corruption import count_corrupted_loads
 from faults.input_check import read_mutated
 from faults.kills import kill_and_restart, list_differences
 from ldae.data.transforms import Transform
@@ -25,6 +25,7 @@ from ldae.training.signals import StopSignals
 from ldae.utils.entrypoint import explain
 from ldae.utils.errors import EXIT_REQUEUE, EXIT_USER_ERROR, UserError
 from ldae.utils.locks import lock_folder
+from ldae.utils.process_pool import DIED_REASON
 
 
 @pytest.fixture(scope="module")
@@ -108,14 +109,15 @@ class Deadly(Transform):
         return super().__call__(source, *arguments, **options)
 
 
-def test_a_scan_that_takes_its_process_down_is_named(tmp_path: Path) -> None:
+def test_a_scan_that_takes_its_process_down_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ldae.data.volumes.MIN_SCANS_PER_PROCESS", 1)
     for name in ("first", "deadly", "last"):
         image = nib.Nifti1Image(np.random.default_rng(0).random((9, 9, 9), np.float32), np.diag([2.0, 2, 2, 1]))
         nib.save(image, tmp_path / f"{name}.nii")
     cache = VolumeCache(tmp_path / "cache", Deadly((8, 8, 8), 2.0))
     scans = [str(tmp_path / f"{name}.nii") for name in ("first", "deadly", "last")]
-    found = dict(cache._one_by_one(scans))
-    assert found == {scans[0]: None, scans[1]: "the process that transformed it died", scans[2]: None}
+    assert cache.build(scans, workers=2, progress=False) == {scans[1]: DIED_REASON}
+    assert all(cache.file(scan).exists() for scan in (scans[0], scans[2]))
 
 
 @pytest.mark.parametrize(

@@ -27,22 +27,11 @@ from ldae.preprocessing.sources import SourceScan, find_scans
 from ldae.preprocessing.steps import PreprocessingSteps
 from ldae.preprocessing.template import resample
 from ldae.preprocessing.volume import Volume
-from ldae.utils import process_pool as pool
 from ldae.utils.errors import UserError
 from ldae.utils.files import read_json
+from ldae.utils.process_pool import DIED, run_in_processes
 
-REAL_POOL = pool.run
 OFF = PreprocessingSteps(bias=None, brain=Stripped(), registration=None, spacing=4.0)
-
-
-def inline(work, calls, workers, threads):
-    """pool.run without processes, which take seconds to start."""
-    yield from ((index, work(*call)) for index, call in enumerate(calls))
-
-
-@pytest.fixture(autouse=True)
-def _no_processes(monkeypatch):
-    monkeypatch.setattr(pool, "run", inline)
 
 
 def brain(spacing=4.0, half=(65, 80, 60), shape=(44, 52, 40), seed=0):
@@ -69,7 +58,7 @@ def run(root, out, pipeline=OFF, **options):
     scans = find_scans(root)
     people = Participants(root, Columns())
     return preprocess_cohort(
-        scans, people, Job(pipeline, out, options.pop("regions", None)), workers=1, progress=False, **options
+        scans, people, Job(pipeline, out, options.pop("regions", None)), workers=0, progress=False, **options
     )
 
 
@@ -147,20 +136,20 @@ def test_a_full_disk_stops_in_one_line_and_the_next_run_goes_on(tmp_path, monkey
 def test_an_interrupt_leaves_tables_of_what_is_done(tmp_path, monkeypatch):
     root = bids(tmp_path / "raw", {f"sub-{n}": brain() for n in range(3)})
 
-    def interrupted(work, calls, workers, threads):
-        yield 0, work(*calls[0])
+    def interrupted(function, items, *arguments, **options):
+        yield 0, function(*items[0])
         raise KeyboardInterrupt
 
     run(root, tmp_path / "out")
-    monkeypatch.setattr(pool, "run", interrupted)
+    monkeypatch.setattr("ldae.preprocessing.preprocess_cohort.run_in_processes", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(root, tmp_path / "out")
     assert len(read_table(tmp_path / "out" / "scans.csv")) == 3  # those of the run before count
 
 
 def test_a_process_that_dies_takes_nobody_along():
-    found = dict(REAL_POOL(_dies_at_three, [(n,) for n in range(6)], workers=2, threads=1))
-    assert found.pop(3) is pool.DIED
+    found = dict(run_in_processes(_dies_at_three, [(n,) for n in range(6)], workers=2, progress=False))
+    assert found.pop(3) is DIED
     assert found == {n: 10 * n for n in (0, 1, 2, 4, 5)}
 
 

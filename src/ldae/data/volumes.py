@@ -1,12 +1,8 @@
 """Scans in model space on disk: made once, in parallel, under a key of file and transform; read memory-mapped."""
 
 import logging
-import os
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +15,7 @@ from ldae.data.sharing import work_order
 from ldae.data.transforms import Transform
 from ldae.utils.errors import UserError
 from ldae.utils.files import replacing
+from ldae.utils.process_pool import DIED, DIED_REASON, available_cores, run_in_processes
 
 log = logging.getLogger(__name__)
 
@@ -143,12 +140,13 @@ class VolumeCache:
             except BadScan as error:
                 bad[scan] = error.reason
         if todo:
-            from tqdm import tqdm
-
             log.info("transforming %d scans into %s", len(todo), self.folder)
-            results = self._results(todo, workers or len(os.sched_getaffinity(0)))
-            with tqdm(results, total=len(todo), desc="volumes", unit="scan", disable=not progress) as bar:
-                bad |= {scan: reason for scan, reason in bar if reason is not None}
+            workers = workers or available_cores()
+            workers = workers if min(workers, len(todo) // MIN_SCANS_PER_PROCESS) > 1 else 0
+            items = [(self, scan) for scan in todo]
+            for index, reason in run_in_processes(_store, items, workers, label="volumes", progress=progress):
+                if reason is not None:
+                    bad[todo[index]] = DIED_REASON if reason is DIED else reason
         return bad
 
     def open(self, scans: Sequence[str]) -> Volumes:
@@ -162,47 +160,6 @@ class VolumeCache:
             if not file.exists():
                 raise UserError(f"{scan} is not in the cache {self.folder}: build it first")
         return Volumes(tuple(scans), tuple(files), self.transform.shape, STORED_MAXIMUM[self.dtype])
-
-    def _results(self, scans: Sequence[str], workers: int) -> Iterator[tuple[str, str | None]]:
-        """(scan, why it is bad or None), in any order."""
-        if min(workers, len(scans) // MIN_SCANS_PER_PROCESS) <= 1:
-            for scan in scans:
-                yield scan, _store(self, scan)
-            return
-        from joblib import Parallel, delayed
-        from joblib.externals.loky.process_executor import TerminatedWorkerError
-
-        # Processes of one thread each; only names and reasons travel.
-        # One scan a task: where other processes have made many, joblib would put ever more into one, and one of those
-        # that are left would then wait behind many others.
-        pool = Parallel(workers, return_as="generator_unordered", inner_max_num_threads=1, backend="loky", batch_size=1)
-        done = set()
-        try:
-            for scan, reason in pool(delayed(_store_by_name)(self, scan) for scan in scans):
-                done.add(scan)
-                yield scan, reason
-        except TerminatedWorkerError:
-            log.warning("a process died while transforming scans, maybe for lack of memory: one by one from here")
-            yield from self._one_by_one([scan for scan in scans if scan not in done])
-
-    def _one_by_one(self, scans: Sequence[str]) -> Iterator[tuple[str, str | None]]:
-        """Each scan alone in a process: one that takes its process down is bad, and named."""
-        pool: ProcessPoolExecutor | None = None
-        for scan in scans:
-            pool = pool or ProcessPoolExecutor(1, mp_context=get_context("spawn"))
-            try:
-                yield pool.submit(_store_by_name, self, scan).result()
-            except BrokenProcessPool:
-                pool.shutdown()
-                pool = None
-                yield scan, "the process that transformed it died"
-        if pool is not None:
-            pool.shutdown()
-
-
-def _store_by_name(cache: VolumeCache, scan: str) -> tuple[str, str | None]:
-    torch.set_num_threads(1)
-    return scan, _store(cache, scan)
 
 
 def _store(cache: VolumeCache, scan: str) -> str | None:

@@ -19,8 +19,8 @@ from ldae.preprocessing.participants import Participant, Participants
 from ldae.preprocessing.quality import write_quality_page
 from ldae.preprocessing.regions import find_label_maps
 from ldae.preprocessing.sources import SourceScan
-from ldae.utils import process_pool as pool
 from ldae.utils.files import write_json
+from ldae.utils.process_pool import DIED, DIED_REASON, available_cores, run_in_processes
 
 log = logging.getLogger(__name__)
 
@@ -50,22 +50,18 @@ def preprocess_cohort(
     Raises:
         UserError: the disk is full or cannot be written, or `labels` is ambiguous.
     """
-    from tqdm import tqdm
-
     job.out.mkdir(parents=True, exist_ok=True)
     _describe(job.out)
     maps = find_label_maps(labels) if labels else {}
     sessions = Counter(scan.subject for scan in {(s.subject, s.session): s for s in scans}.values())
     persons = [people.look_up(scan, only=sessions[scan.subject] == 1) for scan in scans]
     calls = [(_timed(scan, person), maps.get(_bare(scan))) for scan, person in zip(scans, persons, strict=True)]
-    workers = workers or len(os.sched_getaffinity(0))
+    workers = available_cores() if workers is None else workers
     records: dict[int, Record] = {}
-    bar = tqdm(total=len(calls), desc="preprocess", unit="scan", disable=not progress)
     try:
-        with bar, closing(pool.run(job, calls, workers, threads)) as results:
+        with closing(run_in_processes(job, calls, workers, threads, "preprocess", progress=progress)) as results:
             for index, record in results:
-                records[index] = _died(job, scans[index]) if record is pool.DIED else record
-                bar.update()
+                records[index] = _died(job, scans[index]) if record is DIED else record
                 if records[index]["status"] == "rejected":
                     log.warning("set aside: %s: %s", scans[index].path, records[index]["reason"])
     except BaseException:
@@ -94,8 +90,7 @@ def _bare(scan: SourceScan) -> tuple[str, str]:
 
 
 def _died(job: Job, scan: SourceScan) -> Record:
-    reason = "its process died twice, most likely for lack of memory"
-    return {"status": "rejected", "reason": reason, "source": job.relative_source(scan), "files": {}}
+    return {"status": "rejected", "reason": DIED_REASON, "source": job.relative_source(scan), "files": {}}
 
 
 def _describe(out: Path) -> None:

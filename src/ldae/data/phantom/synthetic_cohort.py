@@ -12,6 +12,7 @@ from ldae.data.phantom import SHAPE, SPACING
 from ldae.data.phantom.subjects import draw_subject, table_row
 from ldae.utils.errors import UserError
 from ldae.utils.files import read_json, replacing, write_json
+from ldae.utils.process_pool import DIED, DIED_REASON, available_cores, run_in_processes
 
 log = logging.getLogger(__name__)
 
@@ -107,16 +108,14 @@ def _sidecar(out: Path, subject: int) -> Path:
 def _render_all(
     todo: list[int], out: Path, seed: int, spacing: float, shape: tuple[int, ...], workers: int | None, progress: bool
 ) -> None:
-    # joblib's loky starts fresh interpreters that do not import the caller's main script: no guard is needed there.
-    from joblib import Parallel, cpu_count, delayed
-    from tqdm import tqdm
-
-    workers = min(workers or cpu_count(), -(-len(todo) // 4)) or 1  # a process takes seconds to start
-    pool = Parallel(n_jobs=workers, return_as="generator_unordered", batch_size=1, pre_dispatch="4*n_jobs")
-    bar = tqdm(total=len(todo), desc="phantoms", unit="subject", disable=not progress or not todo)
-    with bar:
-        for _ in pool(delayed(_render_subject)(out, seed, subject, spacing, shape) for subject in todo):
-            bar.update()
+    workers = min(workers or available_cores(), -(-len(todo) // 4))  # starting a process takes seconds
+    items = [(out, seed, subject, spacing, shape) for subject in todo]
+    results = run_in_processes(
+        _render_subject, items, workers if workers > 1 else 0, label="phantoms", unit="subject", progress=progress
+    )
+    died = [todo[index] for index, result in results if result is DIED]
+    if died:
+        raise UserError(f"phantom subject {died[0]} is missing: {DIED_REASON}; run again with fewer workers")
 
 
 @contextmanager
