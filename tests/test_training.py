@@ -8,6 +8,7 @@ import signal
 import pytest
 import torch
 from accelerate import Accelerator
+from omegaconf import OmegaConf
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -15,6 +16,7 @@ from torch import nn
 from ldae.config import Optim
 from ldae.config import TrainerSettings as Settings
 from ldae.runs import Run
+from ldae.training.changes import changed_keys
 from ldae.training.checkpoint import flatten_optimizer, restore_optimizer
 from ldae.training.ema import Ema
 from ldae.training.health import SpikeDetector
@@ -247,6 +249,18 @@ def test_an_average_does_not_move_with_a_skipped_step():
     torch.testing.assert_close(ema.shadow["weight"], before + 1 - 6 / 15)
 
 
+def test_without_warm_up_every_step_keeps_the_published_share_of_the_average():
+    net = nn.Linear(3, 2)
+    averages = {warmup: Ema(net, 0.999, warmup) for warmup in (True, False)}
+    before = net.weight.detach().clone()
+    with torch.no_grad():
+        net.weight.add_(1.0)
+    for average in averages.values():
+        average.update(0)
+    torch.testing.assert_close(averages[False].shadow["weight"], before + 0.001)
+    torch.testing.assert_close(averages[True].shadow["weight"], before + 0.9)
+
+
 class Spoilt(Toy):
     """One scan is NaN; a batch norm sees it before the loss does."""
 
@@ -425,3 +439,11 @@ def test_training_ends_when_the_mean_training_loss_has_not_fallen_for_patience_v
         fit(tmp_path / "parts", 10, FlatToy(on_step=_crash_at(5)), patience=1, checkpoint_every=1)
     _, resumed = fit(tmp_path / "parts", 10, FlatToy(), patience=1, checkpoint_every=1)
     assert resumed == progress
+
+
+def test_a_setting_newer_than_the_run_counts_with_its_default_on_resume():
+    before = OmegaConf.create({"trainer": {"batch_size": 4}})
+    now = OmegaConf.create({"trainer": {"batch_size": 4, "ema_warmup": True}})
+    assert changed_keys(before, now) == ([], [])
+    now.trainer.ema_warmup = False
+    assert changed_keys(before, now)[0] == ["trainer.ema_warmup: True -> False"]

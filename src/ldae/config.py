@@ -40,7 +40,8 @@ class TrainerSettings:
     batch_size: int = 4
     accumulate: int = 1
     clip: float | None = 1.0
-    ema: float | None = 0.999
+    ema: float | None = 0.999  # decay of the weights' moving average; None: no average
+    ema_warmup: bool = True  # a smaller decay in the first steps, so that the average forgets the initial weights
     log_every: int = 50
     validate_every: int | None = 500
     validate_every_epochs: float | None = None  # in place of validate_every

@@ -62,7 +62,7 @@ class PlainEma(Ema):
         """See Ema."""
         if skipped is not None and bool(skipped):
             return
-        decay = min(self.decay, (1 + step) / (10 + step))
+        decay = self.decay_at(step)
         for name, tensor in self.module.state_dict().items():
             if tensor.is_floating_point():
                 self.shadow[name].mul_(decay).add_(tensor, alpha=1 - decay)
@@ -88,7 +88,7 @@ def straighten_stage(stage: Stage) -> None:
             group["fused"] = None
         optimizer.__class__ = PlainAdam
         optimizer._step_supports_amp_scaling = False  # torch's sign for a scaler: it divides gradients itself
-    stage.averages = {name: PlainEma(ema.module, ema.decay) for name, ema in stage.averages.items()}
+    stage.averages = {name: PlainEma(ema.module, ema.decay, ema.warmup) for name, ema in stage.averages.items()}
 
 
 class Waiting:

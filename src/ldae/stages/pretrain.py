@@ -98,7 +98,7 @@ class PretrainStage(Stage):
         self.optimizers = {"unet": build_adam(unet.parameters(), optim.lr, optim)}
         self.unet = accelerator.prepare(torch.compile(unet) if trainer.compile else unet)
         self.update = Updater(accelerator, self.unet, self.optimizers["unet"], trainer.clip)
-        self.averages = {"unet": Ema(unet, trainer.ema)} if trainer.ema else {}
+        self.averages = {"unet": Ema(unet, trainer.ema, trainer.ema_warmup)} if trainer.ema else {}
         unet.train()
 
     def fetch(self, index: np.ndarray, position: np.ndarray, number: int) -> Batch:

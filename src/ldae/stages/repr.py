@@ -170,7 +170,9 @@ class ReprStage(Stage):
         self.trunk = torch.compile(trunk) if trainer.compile else trunk
         self.conditioner = accelerator.prepare(torch.compile(conditioner) if trainer.compile else conditioner)
         self.update = Updater(accelerator, self.conditioner, self.optimizers["conditioner"], trainer.clip)
-        self.averages = {n: Ema(m, trainer.ema) for n, m in self.modules.items()} if trainer.ema else {}
+        self.averages = (
+            {n: Ema(m, trainer.ema, trainer.ema_warmup) for n, m in self.modules.items()} if trainer.ema else {}
+        )
         self.denoiser = Denoiser(self.unet, estimator, self.schedule, self.parameterisation)
         conditioner.train()
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from ldae.config import Config
 from ldae.runs import Run
 from ldae.training.precision import FASTEST, choose_precision
 from ldae.utils.errors import UserError
@@ -38,6 +39,9 @@ def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
 def changed_keys(before: DictConfig, now: DictConfig) -> tuple[list[str], list[str]]:
     """Keys with other values: those that matter to a training that goes on, as "key: old -> new", and the harmless."""
     old, new = (dict(_leaves(OmegaConf.to_container(config, resolve=True))) for config in (before, now))
+    # A setting that did not exist yet when the run was started had what is its default now.
+    defaults = dict(_leaves(OmegaConf.to_container(OmegaConf.structured(Config))))
+    old = {**{key: value for key, value in defaults.items() if key in new}, **old}
     changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
     matters = [key for key in changed if key.split(".")[0] in TRAINING and not _harmless(key, now)]
     if PRECISION in matters and _precision(old) == _precision(new):

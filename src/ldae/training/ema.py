@@ -10,12 +10,17 @@ from torch import Tensor, nn
 class Ema:
     """Averages the floating-point tensors of `module` (buffers too, so that norms match their weights).
 
-    The decay of step n (from 0) is min(decay, (1 + n) / (10 + n)): the first steps do not remember the initialisation.
+    Args:
+        module: whose weights are averaged.
+        decay: share of the average that a step keeps.
+        warmup: in step n (from 0) the decay is min(decay, (1 + n) / (10 + n)), so that the average soon forgets the
+            initial weights. False: `decay` in every step, as published.
     """
 
-    def __init__(self, module: nn.Module, decay: float) -> None:
+    def __init__(self, module: nn.Module, decay: float, warmup: bool = True) -> None:
         self.module = module
         self.decay = decay
+        self.warmup = warmup
         # Aliases of the module's tensors, taken once: a step need not walk the module.
         current = module.state_dict()
         self.shadow = {name: tensor.detach().clone() for name, tensor in current.items()}
@@ -24,10 +29,14 @@ class Ema:
         self._averaged = [self.shadow[name] for name in averaged]
         self._copied = [(self.shadow[name], current[name]) for name in current.keys() - set(averaged)]
 
+    def decay_at(self, step: int) -> float:
+        """The decay in optimiser step number `step`."""
+        return min(self.decay, (1 + step) / (10 + step)) if self.warmup else self.decay
+
     @torch.no_grad()
     def update(self, step: int, skipped: Tensor | None = None) -> None:
         """Move the average towards the module, after optimiser step number `step`; not where `skipped` (0-d) is 1."""
-        share = 1 - min(self.decay, (1 + step) / (10 + step))
+        share = 1 - self.decay_at(step)
         if skipped is None:
             torch._foreach_lerp_(self._averaged, self._current, share)
         else:
