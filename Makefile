@@ -57,8 +57,8 @@ pictures: ## the README's pictures, out of the demo's evaluation
 test: $(STAMP) ## the test suite
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
-test-faults: $(STAMP) ## kill, corrupt and mutate at length: 50 kills, 20 checkpoints, 100 inputs of each kind, 2 processes against 1
-	$(BIN)/python -m tests.faults $(ARGS)
+test-faults: $(STAMP) ## the slow tests: kills, damaged checkpoints, hostile inputs, several processes; ARGS="--repeats 3"
+	$(BIN)/python -m pytest -q -m slow --durations 0 $(ARGS)
 
 lint: $(STAMP) ## ruff
 	$(BIN)/ruff check .

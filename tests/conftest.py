@@ -1,11 +1,11 @@
-"""Shared fixtures."""
+"""Command-line options, the order of test files, and the fixtures that several files share."""
 
 import os
 
-# Two workers on two cores: more threads only wait for each other.
+# The tests run in as many workers as there are cores, so each works with one thread.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HYDRA_FULL_ERROR", "0")
-os.environ.setdefault("MPLBACKEND", "Agg")  # before any process imports matplotlib
+os.environ.setdefault("MPLBACKEND", "Agg")  # set before matplotlib is imported
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ import pytest
 
 from faults.scripts import run_script
 
-# The slowest files begin first, so that no worker is left with one of them at the end.
+# The slowest files start first, so that no worker is still busy with one of them when the others have finished.
 SLOWEST = (
     "test_chain",
     "test_distributed",
@@ -27,14 +27,23 @@ SLOWEST = (
 )
 
 
-def pytest_collection_modifyitems(items):
-    """The order in which workers take files (`--dist loadfile --no-loadscope-reorder`)."""
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Options of the slow fault tests (`make test-faults`)."""
+    group = parser.getgroup("fault tests")
+    group.addoption(
+        "--repeats", type=int, help="kills, damaged files or training steps in each; default: its own count"
+    )
+    group.addoption("--fault-seed", type=int, default=0, help="seed from which kills and damages are drawn")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Sort the files into the order in which workers take them (`--dist loadfile --no-loadscope-reorder`)."""
     items.sort(key=lambda item: SLOWEST.index(item.path.stem) if item.path.stem in SLOWEST else len(SLOWEST))
 
 
 @pytest.fixture(scope="session")
-def smoke(tmp_path_factory) -> Path:
-    """A folder in which the whole smoke experiment has run through the real scripts."""
+def smoke(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which the scripts have run `experiment=smoke` from phantoms to evaluation. Read only."""
     folder = tmp_path_factory.mktemp("smoke")
     run_script("train", "experiment=smoke", "stage=aekl", cwd=folder)
     run_script("encode_latents", "experiment=smoke", cwd=folder)

@@ -1,10 +1,9 @@
-"""Faults, in short, on real processes: kill -9, signals, a second process, damaged checkpoints, hostile inputs.
+"""Kills, signals, a second process, damaged checkpoints and hostile inputs, on real processes: a short form.
 
-`make test-faults` does the same at length.
+`make test-faults` runs the kills, damages and inputs at length, for all stages.
 """
 
 import errno
-import multiprocessing
 import os
 import signal
 import time
@@ -14,13 +13,15 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from faults.corruption import count_corrupted_loads
 
-from faults import small_chain
-from faults.input_check import read_mutated
+from faults.damaged_checkpoints import damaged_copies
+from faults.input_check import read_hostile_inputs
 from faults.kills import kill_and_restart, list_differences
+from faults.scripts import start_process
+from faults.small_chain import copy_runs, read_log, run_to_end, start_script, train_chain, train_overrides
 from ldae.data.transforms import Transform
 from ldae.data.volumes import VolumeCache
+from ldae.training.checkpoint import Checkpoints
 from ldae.training.signals import StopSignals
 from ldae.utils.entrypoint import explain
 from ldae.utils.errors import EXIT_REQUEUE, EXIT_USER_ERROR, UserError
@@ -29,60 +30,65 @@ from ldae.utils.process_pool import DIED_REASON
 
 
 @pytest.fixture(scope="module")
-def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a stage 1 that was never disturbed, `whole`, and one that was killed on the way."""
-    folder = tmp_path_factory.mktemp("faults")
-    assert kill_and_restart(folder, 2, ("aekl",))["kills"] == 2
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which stage 1 was trained without a disturbance. Read only."""
+    folder = tmp_path_factory.mktemp("faults") / "undisturbed"
+    train_chain(folder, ("aekl",))
     return folder
 
 
 def wait_for(folder: Path, text: str, limit: float = 300.0) -> None:
+    """Wait until the processes in `folder` have printed `text`."""
     end = time.monotonic() + limit
-    while text not in small_chain.read_log(folder):
-        assert time.monotonic() < end, small_chain.read_log(folder)[-2000:]
+    while text not in read_log(folder):
+        assert time.monotonic() < end, read_log(folder)[-2000:]
         time.sleep(0.02)
 
 
-def test_a_signal_saves_a_second_process_is_refused_and_the_end_is_the_same(killed: Path, tmp_path: Path) -> None:
-    folder, arguments = (
-        tmp_path,
-        small_chain.train_overrides("aekl", small_chain.copy_runs(killed / "whole", tmp_path, "aekl")),
-    )
-    process = small_chain.start_script("train", arguments, folder)
-    wait_for(folder, "aekl 1/8")
-    small_chain.send_signal(process, signal.SIGSTOP)
-    second = small_chain.start_script("train", arguments, folder)
+def test_a_killed_stage_ends_as_if_it_had_not_been_killed(trained: Path, tmp_path: Path) -> None:
+    assert kill_and_restart(trained, tmp_path, "aekl", kills=2) > 0
+
+
+def test_a_stopped_stage_saves_refuses_a_second_process_and_ends_as_if_undisturbed(
+    trained: Path, tmp_path: Path
+) -> None:
+    overrides = train_overrides("aekl", copy_runs(trained, tmp_path, "aekl"))
+    process = start_script("train", overrides, tmp_path)
+    wait_for(tmp_path, "aekl 1/8")
+    os.kill(process.pid, signal.SIGSTOP)
+    second = start_script("train", overrides, tmp_path)
     second.join(300)
     assert second.exitcode == EXIT_USER_ERROR
-    assert "another process writes to" in small_chain.read_log(folder)
-    small_chain.send_signal(process, signal.SIGTERM)
-    small_chain.send_signal(process, signal.SIGCONT)
+    assert "another process writes to" in read_log(tmp_path)
+    os.kill(process.pid, signal.SIGTERM)
+    os.kill(process.pid, signal.SIGCONT)
     process.join(300)
-    assert process.exitcode == EXIT_REQUEUE, small_chain.read_log(folder)[-2000:]
-    small_chain.run_to_end("train", arguments, folder)
-    assert "Traceback" not in small_chain.read_log(folder)
-    assert not list_differences(folder / "runs/smoke/aekl", killed / "whole/runs/smoke/aekl")
+    assert process.exitcode == EXIT_REQUEUE, read_log(tmp_path)[-2000:]
+    run_to_end("train", overrides, tmp_path)
+    assert "Traceback" not in read_log(tmp_path)
+    assert not list_differences(tmp_path / "runs/smoke/aekl", trained / "runs/smoke/aekl")
 
 
-def test_changed_settings_are_named_and_harmless_ones_pass(killed: Path, tmp_path: Path) -> None:
-    folder, data = tmp_path, small_chain.copy_runs(killed / "whole", tmp_path)
-    process = small_chain.start_script(
-        "train", small_chain.train_overrides("aekl", data, "optim.lr=0.01", "trainer.log_every=3"), folder
-    )
+def test_resuming_names_changed_settings_and_allows_harmless_ones(trained: Path, tmp_path: Path) -> None:
+    overrides = train_overrides("aekl", copy_runs(trained, tmp_path), "optim.lr=0.01", "trainer.log_every=3")
+    process = start_script("train", overrides, tmp_path)
     process.join(300)
     assert process.exitcode == EXIT_USER_ERROR
-    assert "optim.lr: 0.0001 -> 0.01" in small_chain.read_log(folder).splitlines()[-1]
-    assert "trainer.log_every" not in small_chain.read_log(folder).splitlines()[-1]
+    assert "optim.lr: 0.0001 -> 0.01" in read_log(tmp_path).splitlines()[-1]
+    assert "trainer.log_every" not in read_log(tmp_path).splitlines()[-1]
 
 
-def test_damaged_checkpoints_are_never_loaded(killed: Path, tmp_path: Path) -> None:
-    assert count_corrupted_loads(killed / "whole/runs/smoke/aekl", tmp_path, 20)["loaded"] == 0
+def test_a_damaged_checkpoint_is_passed_over(trained: Path, tmp_path: Path) -> None:
+    state = trained / "runs/smoke/aekl/state"
+    previous = sorted(state.glob("step_*.safetensors"))[-2].name
+    for copy in damaged_copies(state, tmp_path, 20):
+        assert Checkpoints(copy, keep=2).newest() == copy / previous
 
 
-def test_hostile_inputs_are_refused_in_one_line(killed: Path, tmp_path: Path) -> None:
-    outcomes = read_mutated(tmp_path / "inputs", killed / "whole/runs/smoke/aekl", 10)
+def test_hostile_inputs_are_read_or_refused_in_one_line(trained: Path, tmp_path: Path) -> None:
+    outcomes = read_hostile_inputs(trained / "runs/smoke/aekl", tmp_path / "inputs", 10)
     assert outcomes["bundle"] == outcomes["npz"] == {"refused": 10}
-    assert all(sum(counts.values()) == 10 for counts in outcomes.values())
+    assert all(counts.total() == 10 for counts in outcomes.values())
 
 
 def _signalled_twice() -> None:
@@ -94,14 +100,13 @@ def _signalled_twice() -> None:
 
 
 def test_a_second_signal_ends_a_process_at_once() -> None:
-    process = multiprocessing.get_context("forkserver").Process(target=_signalled_twice)
-    process.start()
+    process = start_process(_signalled_twice)
     process.join(60)
     assert process.exitcode == 128 + signal.SIGTERM
 
 
 class Deadly(Transform):
-    """Takes its process down with one scan."""
+    """A transform that ends its process at a scan named deadly."""
 
     def __call__(self, source, *arguments, **options):
         if "deadly" in str(source):

@@ -1,1 +1,1 @@
-"""Fault injection on real processes: `python -m tests.faults` or `make test-faults`; in short in test_faults.py."""
+"""Fault injection on real processes. `make test-faults` runs it at length; tests/test_faults.py runs a short form."""

@@ -1,13 +1,13 @@
-"""Mutated NIfTI, NPZ, CSV, YAML, JSON and PyTorch files: refused in one line or read, in bounded time and memory."""
+"""Reads hostile inputs in a process of limited memory: each must be read, or refused in one line, within seconds."""
 
 import json
-import multiprocessing
 import os
 import random
 import resource
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
@@ -24,84 +24,97 @@ from ldae.models.state import read_tensors
 from ldae.runs import Run
 from ldae.utils.entrypoint import explain
 
-from . import hostile_inputs
-from .hostile_inputs import CANARY, Case
+from . import hostile_inputs, scripts
 
-LIMIT = 10.0  # seconds of processor time
-PATIENCE = 300.0  # seconds, for one input on a busy machine
-MEMORY = 6 * 2**30
+TIME_LIMIT = 10.0  # seconds of processor time for one input
+PATIENCE = 300.0  # seconds without a result, on a busy machine, after which the process is ended
+MEMORY_LIMIT = 6 * 2**30  # bytes
 
 
 def _read_run(path: Path) -> None:
     run = Run(path)
-    # A run's own config may name any class; one from a stranger comes as a bundle.
+    # One's own config may name any class. A model of someone else comes as a bundle, whose targets are checked so.
     node = run.config.model.autoencoder
     if isinstance(node, DictConfig):
         refuse_untrusted_targets(OmegaConf.to_container(node), str(path))
     run.module("autoencoder", node)
 
 
-READ: dict[str, Callable[[Path], object]] = {
-    "nifti": Transform((8, 8, 8), 9.0), "npz": lambda path: read_npz(path, "hash"), "csv": read_table,
-    "yaml": _read_run, "bundle": Bundle.open, "pt": read_tensors, "split": read_split, "latents.json": LatentSet.open,
-    "safetensors": lambda path: LatentFile.open(path, "hash"),
+WRITERS: dict[str, Callable[[Path, int, random.Random], Iterator[Path]]] = {
+    "nifti": hostile_inputs.write_niftis, "npz": hostile_inputs.write_npzs, "table": hostile_inputs.write_tables,
+    "bundle": hostile_inputs.write_bundles, "pytorch": hostile_inputs.write_checkpoints,
+    "split": hostile_inputs.write_splits, "latents.json": hostile_inputs.write_latent_metadata,
+    "latents": hostile_inputs.write_latent_files,
 }  # fmt: skip
+READERS: dict[str, Callable[[Path], object]] = {
+    "nifti": Transform((8, 8, 8), 9.0), "npz": lambda path: read_npz(path, "hash"), "table": read_table,
+    "bundle": Bundle.open, "pytorch": read_tensors, "split": read_split, "latents.json": LatentSet.open,
+    "latents": lambda path: LatentFile.open(path, "hash"), "run": _read_run,
+}  # fmt: skip
+KINDS = tuple(READERS)
 
 
-def _judge(cases: list[Case], folder: Path) -> None:
-    """In a process of its own: read each case, one JSON line each."""
-    # No part of what is timed.
+def _read_all(inputs: list[tuple[str, Path]], folder: Path) -> None:
+    """Read each (kind, path) and append (kind, file name, outcome, seconds) to `folder`/results: a process's body."""
+    # Imported first, so that the import is not counted as part of a reading.
     import monai.data
     import monai.transforms  # noqa: F401
 
     os.chdir(folder)
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, MEMORY_LIMIT))
     with open("results", "a", encoding="utf-8") as results:
-        for kind, path in cases:
+        for kind, path in inputs:
             begin = time.process_time()
-            try:
-                READ[kind](path)
-                outcome = "read"
-            except Exception as error:  # noqa: BLE001  what is looked for
-                line = explain(error)  # as the scripts do
-                fine = line is not None and "\n" not in line and "Traceback" not in line
-                outcome = "refused" if fine else f"{type(error).__name__}: {str(error)[:200]}"
+            outcome = _read(kind, path)
             results.write(json.dumps([kind, path.name, outcome, time.process_time() - begin]) + "\n")
             results.flush()
 
 
-def _cases(folder: Path, run: Path, each: int, draw: random.Random) -> list[Case]:
-    """`each` files of every kind."""
-    kinds = (
-        hostile_inputs.niftis, hostile_inputs.npzs, hostile_inputs.csvs, hostile_inputs.bundles, hostile_inputs.checkpoints, hostile_inputs.splits, hostile_inputs.abouts,
-        hostile_inputs.latent_files,
-    )  # fmt: skip
-    return [case for make in kinds for case in make(folder, each, draw)] + [
-        *hostile_inputs.yamls(folder, each, draw, run)
-    ]
+def _read(kind: str, path: Path) -> str:
+    """ "read", or "refused" for an error that the scripts report in one line, or else the error."""
+    try:
+        READERS[kind](path)
+    except Exception as error:  # noqa: BLE001  any error other than a refusal is what the test is to find
+        line = explain(error)
+        one_line = line is not None and "\n" not in line and "Traceback" not in line
+        return "refused" if one_line else f"{type(error).__name__}: {str(error)[:200]}"
+    return "read"
 
 
-def read_mutated(folder: Path, run: Path, each: int, seed: int = 0) -> dict[str, dict[str, int]]:
-    """Read `each` mutated inputs of every kind; outcomes by kind. `run` is a finished run of stage 1."""
+def read_hostile_inputs(
+    run: Path, folder: Path, count: int, kinds: tuple[str, ...] = KINDS, seed: int = 0
+) -> dict[str, Counter]:
+    """Write `count` hostile inputs of each kind to `folder` and read them; numbers of "read" and "refused" by kind.
+
+    Args:
+        run: a finished run of stage 1.
+
+    Raises:
+        AssertionError: an input ended the process, took too long, failed without a one-line error, or was executed.
+    """
     folder.mkdir(parents=True)
-    cases = _cases(folder, run, each, random.Random(seed))
+    draw = random.Random(seed)
+    writers = WRITERS | {"run": partial(hostile_inputs.write_run_configs, run=run)}
+    inputs = [(kind, path) for kind in kinds for path in writers[kind](folder, count, draw)]
+    found, exit_code = _results(inputs, folder)
+    assert len(found) == len(inputs), f"the process died or hung (exit {exit_code}) at {inputs[len(found)]}"
+    faults = [row for row in found if row[2] not in ("read", "refused") or row[3] > TIME_LIMIT]
+    assert not faults, "\n".join(map(str, faults))
+    assert not list(folder.rglob(hostile_inputs.CANARY)), "code from an input was executed"
+    return {kind: Counter(row[2] for row in found if row[0] == kind) for kind in kinds}
+
+
+def _results(inputs: list[tuple[str, Path]], folder: Path) -> tuple[list[tuple], int | None]:
+    """Rows that the reading process wrote until it ended, or until it was ended for its silence, and its exit code."""
     results = folder / "results"
     results.touch()
-    process = multiprocessing.get_context("forkserver").Process(target=_judge, args=(cases, folder))
-    process.start()
+    process = scripts.start_process(_read_all, inputs, folder)
     done, since = 0, time.monotonic()
     while process.is_alive():
         process.join(0.2)
         now = len(results.read_text().splitlines())
-        done, since = (now, time.monotonic()) if now > done else (done, since)
+        if now > done:
+            done, since = now, time.monotonic()
         if time.monotonic() - since > PATIENCE:
             process.kill()
-    found = [json.loads(line) for line in results.read_text().splitlines()]
-    outcomes: dict[str, Counter] = {kind: Counter() for kind in READ}
-    for kind, _, outcome, _ in found:
-        outcomes[kind][outcome] += 1
-    assert len(found) == len(cases), f"the process died or hung (exit {process.exitcode}) at {cases[len(found)]}"
-    faults = [row for row in found if row[2] not in ("read", "refused") or row[3] > LIMIT]
-    assert not faults, "\n".join(map(str, faults))
-    assert not list(folder.rglob(CANARY)), "something was executed"
-    return {kind: dict(counts) for kind, counts in outcomes.items()}
+    return [json.loads(line) for line in results.read_text().splitlines()], process.exitcode

@@ -1,6 +1,6 @@
-"""kill -9 at random instants: whatever is started again with the same command ends as if it had never been killed.
+"""Kills a training with SIGKILL at random instants, starts it again, and compares the end with an undisturbed one.
 
-Instants are drawn in processor time, so that they fall evenly over a run's work however busy the machine is.
+The instants are drawn in processor time, so that they fall evenly over a run's work however busy the machine is.
 """
 
 import json
@@ -16,87 +16,97 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from . import small_chain
 
-LIMIT = 1800.0  # seconds of a run, on a machine that does much else
-POLL = 0.002
-JITTER = 0.02  # seconds beyond the processor time drawn: into a write that waits for the disk, too
+POLL = 0.002  # seconds between two looks at the processor time
+JITTER = 0.02  # seconds waited at most beyond the instant drawn, so that kills also hit writes that wait for the disk
 
 
-def list_differences(run: Path, whole: Path) -> list[str]:
-    """In what a run differs from one that was never disturbed: state, weights, metrics, TensorBoard."""
+def list_differences(run: Path, undisturbed: Path) -> list[str]:
+    """Names of what differs between two runs of a stage: states, weights, metrics, metadata, TensorBoard events."""
     found = []
-    for path in sorted([*whole.glob("state/step_*.safetensors"), *whole.glob("weights/*.safetensors")]):
-        other = run / path.relative_to(whole)
-        mine, theirs = (load_file(p) if p.exists() else {} for p in (other, path))
-        same = mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in theirs)
-        found += [] if same else [str(path.relative_to(whole))]
-    for name in ("metrics.jsonl", "weights/metadata.json"):
-        mine, theirs = ((folder / name).read_text().splitlines() for folder in (run, whole))
-        found += (
-            []
-            if [json.loads(s) if s[0] == "{" and s[-1] == "}" else s for s in mine]
-            == [json.loads(s) if s[0] == "{" and s[-1] == "}" else s for s in theirs]
-            else [name]
-        )
-    found += [] if read_tensorboard(run) == read_tensorboard(whole) else ["tensorboard"]
+    for path in sorted([*undisturbed.glob("state/step_*.safetensors"), *undisturbed.glob("weights/*.safetensors")]):
+        name = path.relative_to(undisturbed)
+        if not (run / name).exists() or not _same_tensors(run / name, path):
+            found.append(str(name))
+    if _read_records(run / "metrics.jsonl") != _read_records(undisturbed / "metrics.jsonl"):
+        found.append("metrics.jsonl")
+    if (run / "weights/metadata.json").read_text() != (undisturbed / "weights/metadata.json").read_text():
+        found.append("weights/metadata.json")
+    if read_tensorboard(run) != read_tensorboard(undisturbed):
+        found.append("tensorboard")
     return found
 
 
+def _same_tensors(path: Path, other: Path) -> bool:
+    mine, theirs = load_file(path), load_file(other)
+    return mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in theirs)
+
+
+def _read_records(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
 def read_tensorboard(run: Path) -> dict[str, list[tuple[int, float]]]:
-    """Steps and values of every TensorBoard scalar, and steps of every picture."""
+    """Steps and values of every TensorBoard scalar by its tag, and the steps of every image."""
     events = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0, "images": 0})
     events.Reload()
     scalars = {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
     return scalars | {tag: [(e.step, 0.0) for e in events.Images(tag)] for tag in events.Tags()["images"]}
 
 
-def kill_and_restart(
-    folder: Path, count: int, stages: tuple[str, ...] = small_chain.STAGES, seed: int = 0
-) -> dict[str, int]:
-    """Kill runs of `stages` `count` times in all; the numbers of kills, finished runs, and runs that differ."""
-    draw = random.Random(seed)
-    whole = folder / "whole"
-    small_chain.train_chain(whole, small_chain.STAGES[: small_chain.STAGES.index(stages[-1]) + 1])
-    total = {"kills": 0, "finished runs": 0, "runs that differ": 0}
-    for place, stage in enumerate(stages):
-        share = count * (place + 1) // len(stages) - count * place // len(stages)
-        spoilt = folder / stage
-        arguments = small_chain.train_overrides(stage, small_chain.copy_runs(whole, spoilt))
-        run = spoilt / "runs/smoke" / stage
+def kill_and_restart(undisturbed: Path, folder: Path, stage: str, kills: int, seed: int = 0) -> int:
+    """Train `stage` again and again, killing and restarting it, until it was killed `kills` times; compare each end.
+
+    Args:
+        undisturbed: folder in which the chain was trained without a kill, up to this stage at least.
+        folder: where the killed runs are kept.
+
+    Returns:
+        Number of runs that reached their end, all of which equal the undisturbed one.
+
+    Raises:
+        AssertionError: a run failed, or its end differs.
+    """
+    draw = random.Random(f"{stage} {seed}")
+    overrides = small_chain.train_overrides(stage, small_chain.copy_runs(undisturbed, folder))
+    run = folder / "runs/smoke" / stage
+    shutil.rmtree(run)
+    seconds = small_chain.run_to_end("train", overrides, folder)
+    finished = 0
+    while kills > 0:
         shutil.rmtree(run)
-        seconds = small_chain.run_to_end("train", arguments, spoilt)  # its data is made
-        while share > 0:
-            shutil.rmtree(run)
-            share -= _until_finished(spoilt, arguments, share, seconds, draw, total)
-            total["finished runs"] += 1
-            different = list_differences(run, whole / "runs/smoke" / stage)
-            total["runs that differ"] += bool(different)
-            if different:
-                raise AssertionError(f"{stage} differs in {different}\n{small_chain.read_log(spoilt)[-5000:]}")
-    return total
+        kills -= _train_through_kills(folder, overrides, kills, seconds, draw)
+        finished += 1
+        differences = list_differences(run, undisturbed / "runs/smoke" / stage)
+        assert not differences, f"{stage} differs in {differences}\n{small_chain.read_log(folder)[-5000:]}"
+    return finished
 
 
-def _wait(process: BaseProcess, busy: float, jitter: float) -> None:
-    """Until a process has used `busy` seconds of processor time, and `jitter` seconds more, or has ended."""
-    end = time.monotonic() + LIMIT
-    while process.is_alive() and small_chain.processor_seconds(process) < busy and time.monotonic() < end:
-        process.join(POLL)
-    process.join(jitter)
+def _train_through_kills(folder: Path, overrides: list[str], limit: int, seconds: float, draw: random.Random) -> int:
+    """Start train.py until it reaches its end; returns how often it was killed, `limit` times at most.
 
-
-def _until_finished(
-    folder: Path, arguments: list[str], limit: int, seconds: float, draw: random.Random, total: dict
-) -> int:
-    """Start train.py until it ends, killing it up to `limit` times; how often that was."""
-    done = 0
+    Args:
+        seconds: processor time of an undisturbed run.
+    """
+    kills = 0
     while True:
-        process = small_chain.start_script("train", arguments, folder)
-        _wait(process, draw.uniform(0, seconds) if done < limit else LIMIT, draw.uniform(0, JITTER))
-        if process.exitcode is None:
-            small_chain.send_signal(process)
-            process.join()
-            done += 1
-            total["kills"] += 1
-        elif process.exitcode == 0:
-            return done
+        process = small_chain.start_script("train", overrides, folder)
+        if kills < limit:
+            _wait_until_used(process, draw.uniform(0, seconds))
+            process.join(draw.uniform(0, JITTER))
         else:
-            raise AssertionError(f"{arguments}: exit {process.exitcode}\n{small_chain.read_log(folder)[-5000:]}")
+            process.join(small_chain.TIMEOUT)
+        if process.exitcode == 0:
+            return kills
+        failure = f"{overrides}: exit {process.exitcode}\n{small_chain.read_log(folder)[-5000:]}"
+        assert process.exitcode is None, failure
+        process.kill()
+        process.join()
+        assert kills < limit, f"not finished after {small_chain.TIMEOUT} s: {failure}"
+        kills += 1
+
+
+def _wait_until_used(process: BaseProcess, seconds: float) -> None:
+    """Wait until a process has used so much processor time, or has ended."""
+    end = time.monotonic() + small_chain.TIMEOUT
+    while process.is_alive() and small_chain.processor_seconds(process) < seconds and time.monotonic() < end:
+        process.join(POLL)

@@ -1,6 +1,7 @@
-"""Scripts as a user would run them, each in a process of its own, forked from one that has the slow imports behind it.
+"""Runs train.py, encode_latents.py and evaluate.py as a user would, each in a process of its own.
 
-torch and MONAI take seconds to import; a suite that starts some sixty scripts would spend most of its time on that.
+The processes are forked from a server that has already imported torch and MONAI: importing them takes seconds, and the
+tests start some sixty scripts.
 """
 
 import multiprocessing
@@ -10,11 +11,13 @@ import subprocess
 import sys
 import tempfile
 import threading
+from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-# What the scripts need, imported once.
+TIMEOUT = 600.0  # seconds
+# Modules that the scripts need, imported once by the server.
 PRELOAD = [
     "hydra", "monai.networks.nets", "torch.utils.tensorboard", "matplotlib.pyplot", "tqdm", "sklearn", "joblib",
     "accelerate", "ldae.experiment", "ldae.training.trainer", "ldae.stages.aekl", "ldae.stages.repr",
@@ -22,8 +25,8 @@ PRELOAD = [
 ]  # fmt: skip
 
 
-def start_process(target, *arguments) -> BaseProcess:
-    """A process that calls `target`, which must be importable, with `arguments`."""
+def start_process(target: Callable, *arguments) -> BaseProcess:
+    """Start a process that calls `target`, which must be importable by its name, with `arguments`."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
     process = context.Process(target=target, args=arguments)
@@ -32,7 +35,7 @@ def start_process(target, *arguments) -> BaseProcess:
 
 
 def enter_folder(folder: Path, environment: dict[str, str], out: Path, err: Path) -> None:
-    """Make this process one that was started in `folder`, its streams going to the files `out` and `err`."""
+    """Set this process's working folder and further environment variables, and append its two streams to files."""
     os.environ |= environment
     os.chdir(folder)
     for path, stream in ((out, 1), (err, 2)):
@@ -51,19 +54,26 @@ def _execute(path: Path, arguments: tuple[str, ...], folder: Path, environment: 
 def run_script(
     name: str | Path, *arguments: str, cwd: Path, check: bool = True, environment: dict[str, str] | None = None
 ) -> subprocess.CompletedProcess:
-    """Run train.py, encode_latents.py or evaluate.py by its name, or any file by its path, to its end.
+    """Run a script to its end.
 
-    Raises AssertionError where `check` is asked for and the exit status is not 0.
+    Args:
+        name: "train", "encode_latents" or "evaluate", or the path of a Python file.
+        cwd: the working folder.
+        check: whether an exit status other than 0 is an error.
+        environment: variables added to the environment.
+
+    Raises:
+        AssertionError: the script failed, or did not end within `TIMEOUT`, and `check` is true.
     """
     path = name if isinstance(name, Path) else ROOT / f"{name}.py"
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder) / "out", Path(folder) / "err"
         process = start_process(_execute, path, arguments, cwd, environment or {}, out, err)
-        process.join(600)
+        process.join(TIMEOUT)
         if process.exitcode is None:
             process.kill()
             process.join()
-        said = [file.read_text(errors="replace") if file.exists() else "" for file in (out, err)]
+        printed = [file.read_text(errors="replace") if file.exists() else "" for file in (out, err)]
     if check and process.exitcode != 0:
-        raise AssertionError(f"{path.name} {arguments} exited with {process.exitcode}:\n{said[1][-4000:]}")
-    return subprocess.CompletedProcess([str(path), *arguments], process.exitcode, *said)
+        raise AssertionError(f"{path.name} {arguments} exited with {process.exitcode}:\n{printed[1][-4000:]}")
+    return subprocess.CompletedProcess([str(path), *arguments], process.exitcode, *printed)

@@ -1,4 +1,4 @@
-"""A transform that takes its time; what it makes is what the usual one makes."""
+"""A transform that takes longer than the usual one, and makes the same volumes."""
 
 import time
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from ldae.data.transforms import Source, Transform
 
 
 class SlowTransform(Transform):
-    """As Transform, `seconds` a scan later. Of the same key: a slow scan is no other volume."""
+    """As Transform, and with its key, but each scan takes `seconds` longer."""
 
     def __init__(self, shape: Sequence[int], spacing: float, seconds: float) -> None:
         super().__init__(shape, spacing)
