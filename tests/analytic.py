@@ -1,4 +1,4 @@
-"""Networks whose answer is known: the exact eps of Gaussians and of mixtures, in float64, and their flow."""
+"""Networks with a known answer: the exact eps of Gaussians and of mixtures in float64, and their probability flow."""
 
 import torch
 from torch import Tensor
@@ -22,10 +22,10 @@ class Gaussian:
         return sigma * z / (alpha**2 * self.std**2 + sigma**2)
 
     def flow(self, z: Tensor, path) -> Tensor:
-        """z at the path's last node from z at its first: each axis keeps its quantile."""
+        """z at the last node of the path from z at its first: every coordinate keeps its quantile."""
         alpha, sigma = torch.from_numpy(path.alpha.copy()), torch.from_numpy(path.sigma.copy())
-        spread = (alpha[:, None] ** 2 * self.std**2 + sigma[:, None] ** 2).sqrt()
-        return z * spread[-1] / spread[0]
+        std = (alpha[:, None] ** 2 * self.std**2 + sigma[:, None] ** 2).sqrt()
+        return z * std[-1] / std[0]
 
 
 class Mixture:
@@ -43,7 +43,7 @@ class Mixture:
 
 
 class Counted:
-    """Counts the evaluations of an eps_fn and remembers their timesteps."""
+    """An eps_fn that records the timestep of every evaluation."""
 
     def __init__(self, eps_fn) -> None:
         self.eps_fn, self.times = eps_fn, []

@@ -1,5 +1,5 @@
-"""Proves the edits on codes (slerp, fresh noise, batches), the diagnostics against distributions with known answers,
-and that every diffusion and sampler config builds."""
+"""Codes (interpolation and batches), the diagnostics against distributions with known answers, and the configs of
+diffusion and samplers, which all build."""
 
 import math
 from pathlib import Path
@@ -10,11 +10,10 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 import analytic
-from ldae.diffusion.code import Code, concatenate
+from ldae.diffusion.code import Code
 from ldae.diffusion.diagnostics import measure_gaussianity, posterior_mean_gap
 from ldae.diffusion.samplers import DDIM, Exact, Multistep
 from ldae.diffusion.schedule import linear
-from ldae.diffusion.slerp import slerp
 from ldae.utils.errors import UserError
 
 CONF = Path(__file__).parents[1] / "conf"
@@ -24,40 +23,39 @@ def normal(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def test_slerp_ends_and_norms():
+def slerp(a: torch.Tensor, b: torch.Tensor, t: float | torch.Tensor) -> torch.Tensor:
+    return Code(a).slerp(Code(b), t).z
+
+
+def test_slerp_starts_at_a_ends_at_b_and_keeps_the_norm():
     a, b = normal(2, 3, 8, 8, 8), normal(2, 3, 8, 8, 8, seed=1)
     torch.testing.assert_close(slerp(a, b, 0.0), a)
     torch.testing.assert_close(slerp(a, b, 1.0), b)
     middle = slerp(a, b, 0.5).flatten(1).norm(dim=1)
     torch.testing.assert_close(middle, (a.flatten(1).norm(dim=1) + b.flatten(1).norm(dim=1)) / 2, rtol=0.02, atol=0)
-    assert float(((a + b) / 2).flatten(1).norm(dim=1)[0]) < 0.8 * float(middle[0])  # a straight line shrinks
+    assert float(((a + b) / 2).flatten(1).norm(dim=1)[0]) < 0.8 * float(middle[0])  # on a straight line it shrinks
     each = slerp(a, b, torch.tensor([0.0, 1.0]))
     torch.testing.assert_close(each, torch.stack([a[0], b[1]]))
     torch.testing.assert_close(slerp(a, a, 0.3), a)
     assert slerp(a.float(), b.float(), 0.3).dtype == torch.float32
 
 
-def test_edits_of_a_code():
+def test_neighbours_are_interpolated_only_if_both_codes_have_one():
     code, other = Code(normal(4, 3, 8, 8, 8), normal(4, 3, 8, 8, 8, seed=1)), Code(normal(4, 3, 8, 8, 8, seed=2))
-    assert code.slerp(other, 0.5).carried is None
-    pair = code.slerp(Code(other.z, code.carried), 0.0)
-    torch.testing.assert_close(pair.carried, code.carried)
-    assert code.mix(other.z, 0) is code
-    mixed = code.mix(other.z, 0.3)
-    assert mixed.carried is None
-    assert float(mixed.z.std()) == pytest.approx(1, abs=0.03)
-    torch.testing.assert_close(code.mix(other.z, 1).z, other.z)
-    assert len(code[1:3]) == 2
-    joined = concatenate([code[:1], code[1:]])
-    assert torch.equal(joined.z, code.z)
-    assert torch.equal(joined.carried, code.carried)
+    assert code.slerp(other, 0.5).neighbour is None
+    pair = code.slerp(Code(other.z, other.z), 0.0)
+    torch.testing.assert_close(pair.neighbour, code.neighbour)
+    part = code[1:3]
+    assert len(part) == 2
+    assert torch.equal(part.neighbour, code.neighbour[1:3])
+
+
+def test_codes_of_different_depths_are_not_interpolated():
     with pytest.raises(UserError, match="depth"):
-        code.slerp(Code(other.z, depth=0.5), 0.5)
-    with pytest.raises(UserError, match="joined"):
-        concatenate([code, other])
+        Code(normal(2, 4)).slerp(Code(normal(2, 4), depth=0.5), 0.5)
 
 
-def test_interpolated_exact_codes_start_and_end_at_the_scans():
+def test_interpolated_codes_of_an_exact_scheme_decode_to_the_scans_at_both_ends():
     schedule, network = linear(), analytic.random_network(2)
     z, sampler = normal(2, 3, 4, 4, 4), Exact()
     code = sampler.invert(network, z, schedule)
@@ -66,7 +64,7 @@ def test_interpolated_exact_codes_start_and_end_at_the_scans():
         torch.testing.assert_close(sampler.sample(network, first.slerp(second, share), schedule), expected)
 
 
-def test_gap_is_none_with_the_truth_and_known_without():
+def test_the_gap_is_zero_for_the_true_noise_and_as_calculated_for_the_best_guess():
     schedule, z0, steps = linear(), normal(500, 4), [1, 100, 500, 999]
 
     def noise(t: int) -> torch.Tensor:
@@ -80,17 +78,17 @@ def test_gap_is_none_with_the_truth_and_known_without():
     factor = previous.sqrt() * (1 - a) / (1 - schedule.alpha_bar[t])
     torch.testing.assert_close(unit.gap, factor * unit.z0_error)
 
-    def knowing(z_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    def true_eps(z_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         alpha, sigma = analytic.levels(schedule, t)
         return (z_t - alpha * z0) / sigma
 
-    filled = posterior_mean_gap(knowing, z0, schedule, steps, noise)
+    filled = posterior_mean_gap(true_eps, z0, schedule, steps, noise)
     assert filled.rms < 1e-6
     assert unit.filled_share(filled) == pytest.approx(1)
     assert unit.filled_share(unit) == 0
 
 
-def test_gaussianity_knows_noise_from_what_is_not():
+def test_gaussianity_tells_noise_from_shrunk_and_from_uniform_codes():
     noise = measure_gaussianity(normal(200, 3, 6, 6, 6))
     assert abs(noise.mean) < 0.02
     assert noise.std == pytest.approx(1, abs=0.02)
@@ -120,11 +118,11 @@ def test_sampler_configs_build(name):
         assert (sampler.steps, sampler.grid, sampler.end) == (100, "uniform", "published")
         assert type(sampler.guidance.form).__name__ == "Score"
     else:
-        assert sampler == type(sampler)()  # the YAML says what the class does
+        assert sampler == type(sampler)()  # the YAML holds the defaults of the class
     assert sampler.with_steps(7).steps == 7
 
 
-def test_the_default_sampler_is_the_measured_one():
+def test_the_default_sampler_and_its_evaluations():
     default = OmegaConf.load(CONF / "sampler" / "default.yaml")
     assert default.defaults == ["multistep"]
     assert Multistep().evaluations == 15

@@ -1,5 +1,5 @@
-"""Proves the samplers on networks whose flow is known: orders of convergence both ways, exact inversion, evaluations
-counted, partial and renoised inversion, and the pinned error of DDIM on unit-Gaussian latents."""
+"""Samplers on networks whose probability flow is known: orders of convergence of sampling and inversion, exact
+inversion, numbers of evaluations, partial and renoised inversion, and the known error of DDIM on unit Gaussians."""
 
 from functools import cache
 
@@ -91,7 +91,7 @@ def test_ddim_recovers_a_gaussian():
 
 @pytest.mark.parametrize("end", ["closed", "published"])
 @pytest.mark.parametrize(("steps", "std"), [(10, 0.83), (20, 0.91), (50, 0.96)])
-def test_code_of_unit_gaussian_latents_shrinks_as_known(end, steps, std):
+def test_ddim_shrinks_the_code_of_unit_gaussian_latents_by_the_known_factor(end, steps, std):
     eps_fn = analytic.Gaussian(LINEAR, torch.ones(1))
     one = torch.ones(1, 1, dtype=torch.float64)
     assert float(DDIM(steps=steps, end=end).invert(eps_fn, one, LINEAR).z) == pytest.approx(std, abs=0.006)
@@ -100,7 +100,7 @@ def test_code_of_unit_gaussian_latents_shrinks_as_known(end, steps, std):
 
 
 @pytest.mark.parametrize("sampler", [DDIM(), Multistep(), Multistep(order=2, corrector=False)])
-def test_there_and_back_converges(sampler):
+def test_inversion_and_sampling_return_the_start_with_many_steps(sampler):
     eps_fn, z = mixture(), normal(16, 4) * 0.8
 
     def error(steps: int) -> float:
@@ -129,32 +129,32 @@ def test_exact_inversion_returns_the_start_for_any_network(schedule, end):
     network, z0 = analytic.random_network(0), normal(2, 3, 4, 5, 4)
     sampler = Exact(steps=20, end=end)
     code = sampler.invert(network, z0, schedule)
-    assert rms(code.z - z0) > 0.1  # it went somewhere
+    assert rms(code.z - z0) > 0.1  # the inversion is not the identity
     scale = float(code.z.abs().max())
     assert float((sampler.sample(network, code, schedule) - z0).abs().max()) < 1e-10 * max(1.0, scale)
-    assert rms(sampler.sample(network, code.strip(), schedule) - z0) > 1e-6  # and needs what it carries
+    assert rms(sampler.sample(network, Code(code.z), schedule) - z0) > 1e-6  # without the second latent it is not exact
 
 
 @pytest.mark.parametrize("end", ["closed", "published"])
 @pytest.mark.parametrize("sampler", [DDIM(), Multistep(), Exact(), DDPM()])
-def test_evaluations_are_counted(sampler, end):
+def test_the_number_of_evaluations_is_that_of_the_steps(sampler, end):
     sampler = type(sampler)(**{**vars(sampler), "steps": 12, "end": end})
     z = normal(2, 4)
     counted = analytic.Counted(gaussian())
     sampler.sample(counted, z, LINEAR)
     assert len(counted.times) == sampler.evaluations == 12
     assert counted.times[0] == 999
-    assert min(counted.times) > 0  # the noise-free end is reached, not asked
+    assert min(counted.times) > 0  # at the noise-free end itself the network is not evaluated
     if isinstance(sampler, DDPM):
         return
     counted = analytic.Counted(gaussian())
     sampler.invert(counted, z, LINEAR)
     assert len(counted.times) == 12
-    assert counted.times[0] == min(counted.times) == 0  # under either rule the network is asked at t = 0
+    assert counted.times[0] == min(counted.times) == 0  # under either rule the first evaluation is at t = 0
     assert max(counted.times) < 999
 
 
-def test_sampling_and_inversion_walk_the_same_nodes():
+def test_sampling_and_inversion_use_the_same_nodes():
     up = make_path(LINEAR, 7, "uniform", "published")
     assert up.times.tolist() == [int(t) for t in np.linspace(0, 999, 8)]
     assert up.alpha[0] ** 2 == pytest.approx(0.9999)
@@ -180,11 +180,11 @@ def test_grids_rise_from_0_to_their_depth(schedule, grid, depth):
 
 
 @pytest.mark.parametrize(
-    ("settings", "named"),
+    ("settings", "name"),
     [({"grid": "karras"}, "grid"), ({"end": "open"}, "end"), ({"steps": 0}, "steps"), ({"steps": 1001}, "steps")],
 )
-def test_bad_settings_are_named(settings, named):
-    with pytest.raises(UserError, match=named):
+def test_bad_settings_are_refused_by_name(settings, name):
+    with pytest.raises(UserError, match=name):
         DDIM(**settings).sample(gaussian(), normal(1, 4), LINEAR)
     with pytest.raises(UserError, match="order"):
         Multistep(order=4)
@@ -195,12 +195,12 @@ def test_bad_settings_are_named(settings, named):
 
 
 @pytest.mark.parametrize("sampler", [DDIM(steps=200), Multistep(steps=40), Exact(steps=40)])
-def test_partial_inversion_stops_at_its_depth_and_returns(sampler):
+def test_sampling_from_a_partial_inversion_starts_at_its_depth(sampler):
     eps_fn, z = mixture(), normal(16, 4) * 0.8
     code = sampler.invert(eps_fn, z, LINEAR, depth=0.4)
     assert code.depth == 0.4
     assert rms(sampler.sample(eps_fn, code, LINEAR) - z) < 0.02
-    assert rms(sampler.sample(eps_fn, Code(code.z), LINEAR) - z) > 0.1  # the level belongs to the code
+    assert rms(sampler.sample(eps_fn, Code(code.z), LINEAR) - z) > 0.1  # sampling from full depth misses the start
 
 
 def test_renoised_inversion_replaces_the_first_steps():
@@ -221,10 +221,10 @@ def test_renoised_inversion_replaces_the_first_steps():
 @pytest.mark.parametrize("sampler", [DDIM(steps=10), Multistep(steps=10), Exact(steps=10), DDPM(steps=10)])
 def test_zero_gradient_leaves_the_unconditional_sampler_unchanged_to_the_bit(sampler):
     network, z = analytic.random_network(1).float(), torch.randn(2, 3, 4, 4, 4)
-    zero = GuidedEps(network, lambda z, t: (network(z, t), torch.zeros_like(z)), Posterior(), LINEAR)
-    plain, shifted = sampler.sample(network, z, LINEAR), sampler.sample(zero, z, LINEAR)
-    assert plain.dtype == torch.float32
-    assert torch.equal(plain, shifted)
+    guided = GuidedEps(network, lambda z, t: (network(z, t), torch.zeros_like(z)), Posterior(), LINEAR)
+    expected, found = sampler.sample(network, z, LINEAR), sampler.sample(guided, z, LINEAR)
+    assert expected.dtype == torch.float32
+    assert torch.equal(found, expected)
 
 
 def test_clipping_is_off_by_default_and_bounds_the_prediction():
@@ -233,7 +233,7 @@ def test_clipping_is_off_by_default_and_bounds_the_prediction():
     assert float(DDIM(steps=50, clip=1.0).sample(eps_fn, z, LINEAR).abs().max()) <= 1 + 1e-9
 
 
-def test_ddpm_draws_the_distribution_and_each_sample_its_own_noise():
+def test_ddpm_samples_the_distribution_whatever_the_batch_size():
     samples = DDPM(steps=200).sample(gaussian(), normal(1500, 4), LINEAR)
     torch.testing.assert_close(samples.std(0), gaussian().std, rtol=0.08, atol=0)
     z = normal(3, 4)
@@ -241,7 +241,7 @@ def test_ddpm_draws_the_distribution_and_each_sample_its_own_noise():
     torch.testing.assert_close(alone, together[:1])
 
 
-def test_a_node_knows_its_level():
+def test_a_path_gives_the_angle_of_each_node_and_can_be_sliced():
     path = Path(np.array([0.0, 10.0]), np.array([0.0, np.log(0.5)]))
     assert path.angle.tolist() == pytest.approx([0, np.pi / 4])
     assert path[1:].times.tolist() == [10]

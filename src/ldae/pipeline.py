@@ -1,64 +1,79 @@
-"""class LDAE: the whole trained model behind a few methods (arXiv 2504.08635, section 4 of the method).
+"""class LDAE: a trained model and everything that one does with it (arXiv 2504.08635, section 4).
 
-Tensors are in model space: volumes (B, 1, X, Y, Z) in [0, 1], latents (B, C, X', Y', Z') of unit variance, y (B, dim).
-Where a method takes volumes it takes scans as well (inputs.py); uses.py has the methods made of those here.
+Tensors are in model space: volumes (B, 1, X, Y, Z) in [0, 1], latents z (B, C, X', Y', Z') of unit variance, semantic
+vectors y (B, dim). Methods that take volumes also take scans: the path of a NIfTI, a nibabel image, a `Scan` from
+`open`, or a list of these. They return tensors; `Scan.restored` and `Scan.edited` turn these into NIfTIs that overlay
+on the scan.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Concatenate, Literal, ParamSpec, TypeVar, Unpack
 
 import torch
 from hydra.utils import instantiate
 from torch import Tensor, nn
 
 from ldae.bundle.bundle import Bundle
+from ldae.data.transforms import Source, Transform
 from ldae.denoiser import Denoiser
 from ldae.diffusion.code import Code
 from ldae.diffusion.guidance import GuidedEps
 from ldae.diffusion.samplers import Sampler
+from ldae.editing.directions import Direction, EditDirection
+from ldae.editing.editor import EditSettings
+from ldae.editing.linear_model import LinearModel
 from ldae.editing.readouts import Readouts
-from ldae.inputs import Inputs, Scans
 from ldae.models.sizes import latent_sizes
+from ldae.scans.ood_check import OodCheck
 from ldae.scans.raw_scan import TrainingPreprocessing
-from ldae.scans.scan import PreprocessScan
-from ldae.uses import Edit, Uses
+from ldae.scans.scan import Scan, open_scan
 from ldae.utils.errors import UserError
 from ldae.utils.seeding import draw_normal
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+Scans = Tensor | Scan | Source | Sequence[Scan | Source]
+PreprocessMode = Literal["auto", "always", "never"]
+_MODES = {"auto": "auto", "always": "always", "never": "never", None: "auto", True: "always", False: "never"}
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
-def _inference(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Without gradients, networks in the model's dtype."""
+def _inference(method: Callable[Concatenate["LDAE", P], R]) -> Callable[Concatenate["LDAE", P], R]:
+    """Run a method without gradients, its networks in the model's dtype."""
 
     @functools.wraps(method)
-    def wrapped(self: "LDAE", *args: Any, **options: Any) -> Any:
+    def run(self: "LDAE", *args: P.args, **options: P.kwargs) -> R:
         reduced = self.dtype != torch.float32
         with torch.no_grad(), torch.autocast(self.device.type, self.dtype if reduced else None, enabled=reduced):
             return method(self, *args, **options)
 
-    return wrapped
+    return run
 
 
-class LDAE(Inputs, Uses):
+class LDAE:
     """A trained model.
 
     Args:
-        autoencoder, encoder: networks of stages 1 and 3.
-        denoiser: U-Net and gradient estimator with their diffusion.
-        scale: (C,), latents times this have unit variance.
-        sampler: the default sampler; its guidance form, strength and stop hold for inversion and decoding alike.
-        shape: (X, Y, Z) of a volume.
-        transform: from a scan's file to a volume; None where only tensors are used.
-        bundle: what the model was built from; needed for `export`, and for probes and directions by name.
-        dtype: of the networks' arithmetic: float32, or bfloat16 or float16 where the device is good at them. Samplers
-            count in float32 all the same.
-        batch_size: volumes that encoder and autoencoder see at a time, at most.
-        preprocess: what scans go through that are unlike the training scans (see native.open_scan); None refuses them.
-            `load` gives the steps that the training scans went through.
+        autoencoder: network of stage 1.
+        encoder: semantic encoder of stage 3.
+        denoiser: U-Net and gradient estimator with their diffusion process.
+        scale: (C,), 1 / standard deviation of each latent channel.
+        sampler: the default sampler. Its guidance form, strength and stop hold for inversion and decoding alike.
+        shape: (X, Y, Z) of a volume, in voxels.
+        transform: brings a scan's file to model space; None if only tensors are used.
+        device: None selects a GPU if there is one.
+        bundle: what the model was built from; `export`, `probes` and `direction` need it.
+        dtype: precision of the networks: float32, bfloat16 or float16. Samplers always compute in float32.
+        batch_size: largest number of volumes that the encoder and the autoencoder process at a time.
+        preprocess: preprocessing for scans that fail the out-of-distribution check; None rejects such scans.
+
+    Raises:
+        UserError: `dtype` is none of the three.
     """
 
     def __init__(
@@ -69,15 +84,15 @@ class LDAE(Inputs, Uses):
         scale: Tensor | Sequence[float],
         sampler: Sampler,
         shape: Sequence[int],
-        transform: Any = None,
+        transform: Transform | None = None,
         device: str | torch.device | None = None,
         bundle: Bundle | None = None,
         dtype: torch.dtype = torch.float32,
         batch_size: int = 8,
-        preprocess: PreprocessScan | None = None,
+        preprocess: TrainingPreprocessing | None = None,
     ) -> None:
         if dtype not in DTYPES:
-            raise UserError(f"dtype={dtype}: one of {', '.join(map(str, DTYPES))} is needed")
+            raise UserError(f"dtype={dtype}: choose one of {', '.join(map(str, DTYPES))}")
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.autoencoder, self.encoder, self.denoiser = autoencoder, encoder, denoiser
         for module in (autoencoder, encoder, denoiser.unet, denoiser.estimator):
@@ -98,24 +113,25 @@ class LDAE(Inputs, Uses):
         sampler: Sampler | None = None,
         trust: Sequence[str] = (),
         runs: str | Path = "runs",
-        **options: Any,
+        dtype: torch.dtype = torch.float32,
+        batch_size: int = 8,
+        preprocess: bool | None = True,
     ) -> "LDAE":
-        """The model of a run, `runs/<name>` or its name alone, or of an exported bundle.
+        """Load the model of a run, `runs/<name>` or its name alone, or of an exported bundle.
 
         Args:
-            sampler: instead of the one that the run or bundle was made with.
-            trust: further modules whose classes a bundle may name (see bundle.py).
-            runs: folder of runs, where `path` is a name.
-            options: dtype, batch_size, preprocess (None: raw scans are refused).
+            sampler: replaces the sampler stored with the model.
+            trust: additional modules whose classes a bundle may name (ldae/bundle/).
+            runs: folder of runs, if `path` is a name.
+            preprocess: whether raw scans may be preprocessed as the training scans were; otherwise they are rejected.
 
         Raises:
             UserError: there is no such model, a stage or file is missing or altered, or weights do not fit.
         """
         bundle = Bundle.find(path, runs, trust)
-        networks = {name: part.build() for name, part in bundle.networks.items()}
+        networks = {name: network.build() for name, network in bundle.networks.items()}
         diffusion = [instantiate(node) for node in (bundle.schedule, bundle.parameterisation)]
         transform = instantiate(bundle.transform)
-        options = {"preprocess": TrainingPreprocessing(transform, bundle.preprocess, bundle.affine), **options}
         return cls(
             autoencoder=networks["autoencoder"],
             encoder=networks["encoder"],
@@ -126,103 +142,253 @@ class LDAE(Inputs, Uses):
             transform=transform,
             device=device,
             bundle=bundle,
-            **options,
+            dtype=dtype,
+            batch_size=batch_size,
+            preprocess=TrainingPreprocessing(transform, bundle.preprocess, bundle.affine) if preprocess else None,
         )
 
     def export(self, folder: str | Path) -> Path:
-        """Write the model as a bundle: a folder that can be moved and shared. Returns it.
+        """Write the model as a bundle, a folder that can be moved and shared, and return the folder.
 
         Raises:
-            UserError: the model was put together by hand, or its files have changed since.
+            UserError: the model was not loaded from a run or bundle, or its files have changed since.
         """
         if self.bundle is None:
             raise UserError("only a model that was loaded from a run or a bundle can be exported")
         return self.bundle.save(folder)
 
+    # Scans
+
+    def open(self, source: Source, check: bool = True, preprocess: PreprocessMode | bool | None = "auto") -> Scan:
+        """Bring a scan to model space, and keep what is needed to bring results back to the scan's own grid.
+
+        Args:
+            check: reject a scan that fails the out-of-distribution check, unless preprocessing can help.
+            preprocess: "auto": run the training preprocessing if the scan fails the out-of-distribution check and the
+                training scans are known to have been preprocessed; "always"; "never". None, True and False mean the
+                same three.
+
+        Raises:
+            BadScan: the scan is rejected; the message gives the reason.
+            UserError: the model has no transform, or no preprocessing although "always" was asked for.
+        """
+        if self.transform is None:
+            raise UserError("this model has no transform and takes tensors only; load it from a run or a bundle")
+        if preprocess not in _MODES:
+            raise UserError(f"preprocess={preprocess!r}: choose auto, always or never")
+        mode, steps = _MODES[preprocess], self.preprocess
+        if mode == "always" and steps is None:
+            raise UserError("this model was loaded without preprocessing; load it with preprocess=True")
+        if mode == "never" or (mode == "auto" and steps is not None and not steps.training_scans_preprocessed):
+            steps = None
+        return open_scan(source, self.transform, self.ood_check if check else None, steps, mode == "always")
+
+    def volumes(self, x: Scans) -> Tensor:
+        """(B, 1, X, Y, Z) on the model's device; a tensor is taken to be in model space, scans pass through `open`."""
+        if isinstance(x, Tensor):
+            return x.to(self.device)
+        if isinstance(x, list | tuple):
+            return torch.cat([self.volumes(item) for item in x])
+        return (x if isinstance(x, Scan) else self.open(x)).volume.to(self.device)
+
     @cached_property
-    def knowledge(self) -> Readouts:
-        """Probes, directions and the settings of an edit, as evaluate.py left them; empty without any."""
-        bundle = self.bundle
-        return Readouts() if bundle is None else Readouts.read(bundle.probes, bundle.directions, bundle.weights_hash)
+    def ood_check(self) -> OodCheck | None:
+        """The out-of-distribution check measured on the training scans; None if the model has none."""
+        stored = None if self.bundle is None else self.bundle.likeness
+        return None if stored is None else OodCheck.from_dict(stored)
 
-    @property
-    def probes(self) -> Any:
-        """Frozen linear probes of y by name (evaluation.linear.LinearModel)."""
-        return self.knowledge.probes
-
-    def direction(self, name: str) -> Edit:
-        """A direction by name: alpha > 0 moves towards the probe's positive class or larger number."""
-        return self.knowledge.direction(name)
-
-    def _in_batches(self, work: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        return torch.cat([work(part).float() for part in x.to(self.device).split(self.batch_size)])
-
-    def _sampler(self, steps: int | None) -> Sampler:
-        return self.sampler if steps is None else self.sampler.with_steps(steps)
-
-    def _guided(self, y: Tensor) -> GuidedEps:
-        return self.denoiser.guided_eps(y.to(self.device), self.sampler.guidance)
+    # Semantic vector and latent
 
     @_inference
     def embed(self, x: Scans) -> Tensor:
-        """y = Enc(x), (B, dim)."""
+        """Semantic vector y = Enc(x), (B, dim)."""
         return self._in_batches(self.encoder, self.volumes(x))
 
     @_inference
     def attention(self, x: Scans) -> Tensor:
-        """How much the encoder looked at each slice, (B, slices), rows sum to 1."""
+        """Attention weight of the encoder on each slice, (B, slices); rows sum to 1."""
         return self._in_batches(self.encoder.attention, self.volumes(x))
 
     @_inference
     def posterior(self, x: Scans) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of the latent, unscaled, (B, C, X', Y', Z') each."""
+        """Mean and standard deviation of the autoencoder's posterior, unscaled, (B, C, X', Y', Z') each."""
         both = self._in_batches(lambda part: torch.stack(self.autoencoder.encode(part), 1), self.volumes(x))
         return both[:, 0], both[:, 1]
 
     def compress(self, x: Scans) -> Tensor:
-        """z, the posterior's mean in units of the latent's standard deviation."""
+        """Latent z: the posterior mean, scaled to unit variance."""
         return self.posterior(x)[0] * self.scale
 
     @_inference
     def decompress(self, z: Tensor) -> Tensor:
-        """The volume of z, as the autoencoder decodes it: near [0, 1], not clipped to it."""
+        """Volume of a latent, as the autoencoder decodes it: close to [0, 1], but not clipped."""
         return self._in_batches(self.autoencoder.decode, z.to(self.device) / self.scale)
 
-    @_inference
-    def invert(self, z: Tensor, y: Tensor, steps: int | None = None, **options: Any) -> Code:
-        """z_T of z given y; `options` as in Sampler.invert (depth, noise, renoise)."""
-        return self._sampler(steps).invert(self._guided(y), z.to(self.device), self.denoiser.schedule, **options)
+    # Diffusion: from a latent to its code and back
 
     @_inference
-    def generate(self, code: Code | Tensor, y: Tensor, steps: int | None = None) -> Tensor:
-        """z_0 decoded from a code, or from noise, given y."""
-        return self._sampler(steps).sample(self._guided(y), code.to(self.device), self.denoiser.schedule)
+    def invert(
+        self,
+        z: Tensor,
+        y: Tensor,
+        steps: int | None = None,
+        sampler: Sampler | None = None,
+        strength: float | None = None,
+        depth: float = 1.0,
+        noise: Tensor | None = None,
+        renoise: float = 0.0,
+    ) -> Code:
+        """The code (z_T) of a latent given y.
 
-    def decode(self, code: Code | Tensor, y: Tensor, steps: int | None = None) -> Tensor:
-        """The volume decoded from a code, or from noise, given y, clipped to [0, 1]."""
-        return self.decompress(self.generate(code, y, steps)).clamp(0, 1)
+        Args:
+            steps: number of steps; None: the sampler's.
+            sampler: replaces the model's.
+            strength: of guidance; None: the sampler's.
+            depth, noise, renoise: see Sampler.invert.
+        """
+        sampler = self._sampler(steps, sampler)
+        eps_fn = self._guided_eps(y, sampler, strength)
+        return sampler.invert(eps_fn, z.to(self.device), self.denoiser.schedule, depth, noise, renoise)
+
+    @_inference
+    def generate(
+        self,
+        code: Code | Tensor,
+        y: Tensor,
+        steps: int | None = None,
+        sampler: Sampler | None = None,
+        strength: float | None = None,
+    ) -> Tensor:
+        """Latent z_0 sampled from a code, or from noise, given y; arguments as in `invert`."""
+        sampler = self._sampler(steps, sampler)
+        return sampler.sample(self._guided_eps(y, sampler, strength), code.to(self.device), self.denoiser.schedule)
+
+    def decode(
+        self,
+        code: Code | Tensor,
+        y: Tensor,
+        steps: int | None = None,
+        sampler: Sampler | None = None,
+        strength: float | None = None,
+    ) -> Tensor:
+        """Volume decoded from a code, or from noise, given y, clipped to [0, 1]; arguments as in `invert`."""
+        return self.decompress(self.generate(code, y, steps, sampler, strength)).clamp(0, 1)
+
+    # What one does with a model
+
+    def reconstruct(self, x: Scans, steps: int | None = None, depth: float = 1.0) -> Tensor:
+        """The scan decoded from its y and its own code, inverted up to `depth`. From y alone: see `vary`."""
+        x = self.volumes(x)
+        y = self.embed(x)
+        return self.decode(self.invert(self.compress(x), y, steps, depth=depth), y, steps)
+
+    def vary(self, x: Scans, count: int, seed: int = 0, steps: int | None = None) -> Tensor:
+        """One scan's y decoded with `count` random codes, (count, 1, X, Y, Z); code i depends on (seed, i) only."""
+        return self.decode(self.noise(count, seed), self.embed(x).expand(count, -1), steps)
+
+    def interpolate(self, xa: Scans, xb: Scans, t: float | Tensor, steps: int | None = None) -> Tensor:
+        """Between two scans: y on the line between theirs, the code on the arc (slerp); t in [0, 1], 0 is `xa`."""
+        return next(self.interpolate_each(xa, xb, [t], steps))
+
+    def interpolate_each(
+        self, xa: Scans, xb: Scans, ts: Sequence[float | Tensor], steps: int | None = None
+    ) -> Iterator[Tensor]:
+        """`interpolate` at each of `ts`; the two scans are inverted only once."""
+        xa, xb = self.volumes(xa), self.volumes(xb)
+        ya, yb = self.embed(xa), self.embed(xb)
+        code_a = self.invert(self.compress(xa), ya, steps)
+        code_b = self.invert(self.compress(xb), yb, steps)
+        for t in ts:
+            weight = torch.as_tensor(t, dtype=ya.dtype, device=self.device).view(-1, 1)
+            yield self.decode(code_a.slerp(code_b, t), torch.lerp(ya, yb, weight.expand_as(ya)), steps)
+
+    def manipulate(
+        self, x: Scans, direction: str | EditDirection, alpha: float, seed: int = 0, **settings: Unpack[EditSettings]
+    ) -> Tensor:
+        """The scan with y moved along a direction, decoded from the scan's own code.
+
+        Args:
+            direction: the name of a direction or probe, or an object with `edit(y, alpha)`.
+            alpha: 1 is a step of sqrt(dim) along the unit direction in standardised y, the length of a typical y.
+            seed: of the noise, if `renoise` is used.
+            settings: replace the model's own settings of an edit, see editing.editor.Editor.
+        """
+        return next(self.manipulate_each(x, direction, [alpha], seed, **settings))
+
+    def manipulate_each(
+        self,
+        x: Scans,
+        direction: str | EditDirection,
+        alphas: Sequence[float],
+        seed: int = 0,
+        **settings: Unpack[EditSettings],
+    ) -> Iterator[Tensor]:
+        """`manipulate` with each of `alphas`; the scan is embedded and inverted only once."""
+        direction = self.direction(direction) if isinstance(direction, str) else direction
+        editor = self.readouts.editor.with_settings(**settings)
+        x = self.volumes(x)
+        y = self.embed(x)
+        code = editor.invert(self, self.compress(x), y, seed, range(len(y)))
+        for alpha in alphas:
+            yield editor.decode(self, code, direction.edit(y, alpha))
+
+    ladder = manipulate_each  # its former name
+
+    def sample(self, count: int, seed: int = 0, steps: int | None = None) -> Tensor:
+        """`count` unconditional volumes, (count, 1, X, Y, Z); volume i depends on (seed, i) only."""
+        return self.sample_from(self.noise(count, seed), steps)
+
+    @_inference
+    def sample_from(self, noise: Tensor, steps: int | None = None) -> Tensor:
+        """Unconditional volumes of noise z_T (B, C, X', Y', Z'), from the U-Net alone, clipped to [0, 1]."""
+        z = self._sampler(steps).sample(self.denoiser.eps, noise.to(self.device), self.denoiser.schedule)
+        return self.decompress(z).clamp(0, 1)
+
+    # Probes and directions
+
+    @cached_property
+    def readouts(self) -> Readouts:
+        """Probes, directions and edit settings that evaluate.py stored with the model; empty without any."""
+        bundle = self.bundle
+        return Readouts() if bundle is None else Readouts.read(bundle.probes, bundle.directions, bundle.weights_hash)
+
+    @property
+    def probes(self) -> Mapping[str, LinearModel]:
+        """Linear probes of y, by name."""
+        return self.readouts.probes
+
+    def direction(self, name: str) -> Direction:
+        """A direction by name: alpha > 0 moves towards the probe's positive class or larger values.
+
+        Raises:
+            UserError: the model has neither a direction nor a probe of this name.
+        """
+        return self.readouts.direction(name)
+
+    # Primitives
 
     def noise(self, count: int, seed: int = 0) -> Tensor:
-        """z_T ~ N(0, I), (count, C, X', Y', Z'): sample i depends on (seed, i) alone."""
+        """z_T ~ N(0, I), (count, C, X', Y', Z'); sample i depends on (seed, i) only."""
         shape = (self.autoencoder.latent_channels, *latent_sizes(self.shape, self.autoencoder.strides))
         return draw_normal(shape, seed, range(count), "sample").to(self.device)
 
     @_inference
-    def sample_from(self, noise: Tensor, steps: int | None = None) -> Tensor:
-        """Unconditional volumes of z_T, from the U-Net alone, clipped to [0, 1]."""
-        z = self._sampler(steps).sample(self.denoiser.eps, noise.to(self.device), self.denoiser.schedule)
-        return self.decompress(z).clamp(0, 1)
-
-    def sample(self, count: int, seed: int = 0, steps: int | None = None) -> Tensor:
-        """`count` unconditional volumes; volume i depends on (seed, i) alone."""
-        return self.sample_from(self.noise(count, seed), steps)
-
-    @_inference
     def predict_noise(self, z_t: Tensor, t: Tensor) -> Tensor:
-        """Unconditional eps, (B, C, X', Y', Z')."""
+        """Unconditional eps of z_t at t (B,), (B, C, X', Y', Z')."""
         return self.denoiser.eps(z_t.to(self.device), t.to(self.device))
 
     @_inference
     def estimate_gradient(self, z_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        """G(z_t, t, y), (B, C, X', Y', Z')."""
+        """Gradient estimate G(z_t, t, y), (B, C, X', Y', Z')."""
         return self.denoiser.gradient(z_t.to(self.device), t.to(self.device), y.to(self.device))
+
+    def _in_batches(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        return torch.cat([function(part).float() for part in x.to(self.device).split(self.batch_size)])
+
+    def _sampler(self, steps: int | None, sampler: Sampler | None = None) -> Sampler:
+        sampler = sampler or self.sampler
+        return sampler if steps is None else sampler.with_steps(steps)
+
+    def _guided_eps(self, y: Tensor, sampler: Sampler, strength: float | None) -> GuidedEps:
+        guidance = sampler.guidance if strength is None else replace(sampler.guidance, strength=strength)
+        return self.denoiser.guided_eps(y.to(self.device), guidance)

@@ -1,1 +1,1 @@
-"""Diffusion without networks and without config: coefficients in float64, samplers over `eps_fn(z_t, t) -> eps`."""
+"""Diffusion without networks or config: coefficients in float64, and samplers over `eps_fn(z_t, t) -> eps`."""

@@ -1,4 +1,4 @@
-"""Code: what an inversion leaves, z_T and what an exact scheme carries with it, and the edits defined on it."""
+"""Code: the result of inverting a latent, z_T and the second latent of an exact scheme; interpolation of codes."""
 
 from dataclasses import dataclass, replace
 
@@ -14,37 +14,35 @@ class Code:
     """The stochastic code of a batch of latents.
 
     Attributes:
-        z: (B, C, X, Y, Z), the latent at noise level `depth`: z_T for 1.
-        carried: the second tensor of an exact scheme (exact.py: the latent one node before z), of the shape of z; None
-            for one-tensor schemes and fresh noise. Edits that have no meaning for it drop it: decoding then starts as
-            from fresh noise, right up to discretisation error.
-        depth: share of the schedule that the inversion walked; sampling starts there.
+        z: latent at the noise level given by `depth`, (B, C, X, Y, Z); z_T for depth 1.
+        neighbour: latent one node before z, needed by an exact scheme (exact.py), of the shape of z. None for other
+            schemes and for fresh noise: decoding is then correct up to discretisation error.
+        depth: share of the schedule that the inversion covered; sampling starts there.
     """
 
     z: Tensor
-    carried: Tensor | None = None
+    neighbour: Tensor | None = None
     depth: float = 1.0
 
     def __len__(self) -> int:
         return len(self.z)
 
     def __getitem__(self, index: slice | Tensor | list[int]) -> "Code":
-        """Some samples of the batch."""
-        return replace(self, z=self.z[index], carried=None if self.carried is None else self.carried[index])
+        """The code of some samples of the batch."""
+        return replace(self, z=self.z[index], neighbour=None if self.neighbour is None else self.neighbour[index])
 
     def to(self, device: torch.device | str) -> "Code":
-        """On another device."""
-        return replace(self, z=self.z.to(device), carried=None if self.carried is None else self.carried.to(device))
-
-    def replace(self, z: Tensor) -> "Code":
-        """Another z at this depth; what was carried belonged to the old one and is dropped."""
-        return replace(self, z=z, carried=None)
+        """The same code on another device."""
+        neighbour = None if self.neighbour is None else self.neighbour.to(device)
+        return replace(self, z=self.z.to(device), neighbour=neighbour)
 
     def slerp(self, other: "Code", t: float | Tensor) -> "Code":
-        """Spherical interpolation; t in [0, 1], a number or (B,). What is carried gets the same weights as z.
+        """Spherical interpolation; t in [0, 1], a number or (B,); 0 gives this code, 1 the other.
+
+        The neighbours are interpolated with the weights of z; if either code has none, neither has the result.
 
         Raises:
-            UserError: the codes end at different depths.
+            UserError: the codes have different depths.
         """
         if self.depth != other.depth:
             raise UserError(f"codes of depth {self.depth} and {other.depth} cannot be interpolated; invert both alike")
@@ -53,36 +51,12 @@ class Code:
         def between(a: Tensor, b: Tensor) -> Tensor:
             return (weight_a * a + weight_b * b).to(a.dtype)
 
-        z = between(self.z, other.z)
-        if self.carried is None or other.carried is None:
-            return self.replace(z)
-        return replace(self, z=z, carried=between(self.carried, other.carried))
-
-    def mix(self, noise: Tensor, share: float) -> "Code":
-        """sqrt(1 - share) z + sqrt(share) noise, which keeps unit variance; share = 1 forgets the scan's own noise."""
-        if share == 0:
-            return self
-        return self.replace((1 - share) ** 0.5 * self.z + share**0.5 * noise)
-
-    def strip(self) -> "Code":
-        """z alone, decoded as fresh noise would be."""
-        return self.replace(self.z)
+        neighbour = None
+        if self.neighbour is not None and other.neighbour is not None:
+            neighbour = between(self.neighbour, other.neighbour)
+        return replace(self, z=between(self.z, other.z), neighbour=neighbour)
 
 
 def as_code(code: Code | Tensor) -> Code:
-    """Noise (B, ...) as a full-depth code; a Code as it is."""
+    """A code as it is; noise (B, ...) as a code of full depth."""
     return code if isinstance(code, Code) else Code(code)
-
-
-def concatenate(codes: list[Code]) -> Code:
-    """One batch of several.
-
-    Raises:
-        UserError: their depths differ, or only some carry a second tensor.
-    """
-    depths = {code.depth for code in codes}
-    carrying = {code.carried is not None for code in codes}
-    if len(depths) != 1 or len(carrying) != 1:
-        raise UserError("codes of different depths or samplers cannot be joined; invert them alike")
-    carried = torch.cat([code.carried for code in codes]) if carrying.pop() else None
-    return Code(torch.cat([code.z for code in codes]), carried, depths.pop())

@@ -1,4 +1,4 @@
-"""DDIM (arXiv 2010.02502, equation 12, eta = 0), one rule both ways: the order of the path is the direction."""
+"""DDIM (arXiv 2010.02502, equation 12 with eta = 0). The order of the path decides between sampling and inversion."""
 
 from torch import Tensor
 
@@ -8,16 +8,16 @@ from ldae.diffusion.prediction import predict_eps
 
 
 def step(z: Tensor, eps: Tensor, path: Path, node: int) -> Tensor:
-    """z at the next node of the path: z_0 and eps are taken for constant on the way."""
+    """z at node + 1 from z and eps at `node`, with z_0 and eps held constant over the step."""
     alpha, sigma = path.alpha, path.sigma
     ratio = alpha[node + 1] / alpha[node]
     return float(ratio) * z + float(sigma[node + 1] - ratio * sigma[node]) * eps
 
 
 def ddim(eps_fn: EpsFn, z: Tensor, path: Path, clip: float | None = None) -> Tensor:
-    """Walk z (B, ...) along the path, one evaluation a step, order 1.
+    """z (B, ...) at the last node of the path, from z at its first node; order 1, one evaluation per step.
 
-    Descending in noise this samples, ascending it inverts: `ddim(eps_fn, z0, path)` undoes
+    A path of descending noise samples, an ascending one inverts: `ddim(eps_fn, z0, path)` is undone by
     `ddim(eps_fn, z, path.reversed())` up to discretisation error.
     """
     for node in range(len(path) - 1):

@@ -1,4 +1,4 @@
-"""What tells a good diffusion autoencoder from a bad one: the posterior-mean gap, and how Gaussian its codes are."""
+"""Quality of a diffusion autoencoder: its posterior-mean gap, and how close its codes are to Gaussian noise."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,12 +13,13 @@ from ldae.diffusion.schedule import Schedule
 
 @dataclass(frozen=True)
 class GapCurve:
-    """The gap by timestep; all (K,) float64.
+    """The posterior-mean gap at K timesteps.
 
     Attributes:
-        timesteps: t.
-        gap: root mean square of mu(z_t, z_0) - mu_theta(z_t), the posterior means of z_{t-1}.
-        z0_error: root mean square of z_0 - z_0,theta, the same gap before its factor.
+        timesteps: t, (K,) int64.
+        gap: root mean square of mu(z_t, z_0) - mu_theta(z_t), the true and the predicted posterior mean of z_{t-1},
+            (K,) float64.
+        z0_error: root mean square of the error of the predicted z_0, (K,) float64; gap is a function of t times this.
     """
 
     timesteps: Tensor
@@ -27,11 +28,15 @@ class GapCurve:
 
     @property
     def rms(self) -> float:
-        """The number: root mean square of the gap over the timesteps."""
+        """Root mean square of the gap over the timesteps."""
         return float(self.gap.square().mean().sqrt())
 
     def filled_share(self, filled: "GapCurve") -> float:
-        """Share of the squared gap that another prediction (guided by y) fills: 0 none, 1 all, negative if worse."""
+        """Share of this squared gap that another prediction closes: 1 all of it, 0 none, negative if it is wider.
+
+        Args:
+            filled: gap of the other prediction, such as the one guided by y, at the same timesteps.
+        """
         return float(1 - filled.gap.square().mean() / self.gap.square().mean())
 
 
@@ -39,16 +44,16 @@ class GapCurve:
 def posterior_mean_gap(
     eps_fn: EpsFn, z0: Tensor, schedule: Schedule, timesteps: Sequence[int], noise: Callable[[int], Tensor]
 ) -> GapCurve:
-    """Gap between the posterior mean that a prediction implies and the true one (PDAE, arXiv 2212.12990, section 3).
+    """Gap between the true posterior mean and the one that a prediction implies (PDAE, arXiv 2212.12990, section 3).
 
-    q(z_{t-1} | z_t, z_0) has mean k z_0 + (..) z_t with k = sqrt(A_{t-1}) (1 - a_t) / (1 - A_t), so the gap is k times
-    the error of z_0.
+    The mean of q(z_{t-1} | z_t, z_0) is k z_0 plus a multiple of z_t, with k = sqrt(A_{t-1}) (1 - a_t) / (1 - A_t), so
+    the gap is k times the error of the predicted z_0.
 
     Args:
-        eps_fn: unconditional for the gap as it is, guided by y for the gap as filled.
-        z0: (B, ...) latents.
-        timesteps: whole t in [0, T-1].
-        noise: noise(t), like z0; give both predictions the same.
+        eps_fn: the prediction: unconditional for the gap of the U-Net, guided by y for the gap that remains.
+        z0: latents, (B, ...).
+        timesteps: integers in [0, T-1].
+        noise: noise of timestep t, of the shape of z0; use the same for predictions that are compared.
     """
     errors = []
     for step in timesteps:
@@ -65,14 +70,14 @@ def posterior_mean_gap(
 
 @dataclass(frozen=True)
 class Gaussianity:
-    """How far codes are from standard normal noise.
+    """Summary statistics that tell codes from standard normal noise.
 
     Attributes:
-        mean, std: over all numbers; 0 and 1 for noise.
-        kurtosis: excess over a normal's, 0 for noise.
-        norm_ratio: mean of |z|^2 over its expectation, the number of dimensions.
-        norm_ks: Kolmogorov-Smirnov distance between the samples' |z|^2 and chi-square; 0 to 1, about 0.9 / sqrt(B) for
-            B samples of noise.
+        mean, std: over all elements; 0 and 1 for noise.
+        kurtosis: excess kurtosis over all elements; 0 for noise.
+        norm_ratio: mean of |z|^2 divided by its expectation, the number of dimensions; 1 for noise.
+        norm_ks: Kolmogorov-Smirnov distance, in [0, 1], between the |z|^2 of the samples and the chi-square
+            distribution; about 0.9 / sqrt(B) for B samples of noise.
     """
 
     mean: float
@@ -83,7 +88,7 @@ class Gaussianity:
 
 
 def measure_gaussianity(z: Tensor) -> Gaussianity:
-    """Gaussianity of codes z (B, ...)."""
+    """`Gaussianity` of codes z (B, ...)."""
     from scipy.stats import chi2, kstest
 
     values = z.detach().double().cpu().flatten(1)

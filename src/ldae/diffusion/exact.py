@@ -1,11 +1,11 @@
-"""Inversion that is exact in algebra: explicit midpoint steps in the angle, carrying two neighbouring latents.
+"""Inversion without discretisation error: explicit midpoint steps in the angle phi, on two neighbouring latents.
 
     z_{i+1} = z_{i-1} + (phi_{i+1} - phi_{i-1}) v(z_i)
 
-is solved for z_{i-1} as easily as for z_{i+1}, whatever the network: BDIA's idea with gamma = 1 (arXiv 2307.10829), of
-the two-step family of BELM (arXiv 2410.07273), on dz/dphi = v (multistep.py). Order 2, one evaluation a step. The price
-of a two-step rule without damping: what disturbs the pair while sampling (an edit, fresh noise) is not forgotten on the
-way down, and dropping the second tensor loses more than a one-tensor scheme would.
+can be solved for z_{i-1} as directly as for z_{i+1}, for any network. This is BDIA with gamma = 1 (arXiv 2307.10829),
+a member of the two-step family of BELM (arXiv 2410.07273), applied to dz/dphi = v (multistep.py). Order 2, one
+evaluation per step. The disadvantage of a two-step rule without damping: a disturbance of the pair during sampling (an
+edit, fresh noise) does not decay, and without the second latent the error is larger than that of a one-step scheme.
 """
 
 from torch import Tensor
@@ -18,14 +18,15 @@ from ldae.diffusion.prediction import predict_velocity
 def exact(
     eps_fn: EpsFn, z: Tensor, path: Path, neighbour: Tensor | None = None, clip: float | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Walk the pair along the path, ascending (inversion) or descending (sampling).
+    """The pair of latents at the end of an ascending (inversion) or descending (sampling) path.
 
     Args:
-        z: (B, ...) latent at the path's first node.
-        neighbour: latent at its second node, as a walk the other way returned it; None: an Euler step finds it.
+        z: latent at the first node of the path, (B, ...).
+        neighbour: latent at its second node, as returned by the walk in the other direction; None: one Euler step
+            from z approximates it.
 
     Returns:
-        latents at the last and at the second last node. Walking back from them returns the start to rounding error.
+        Latents at the last and at the second last node. Walking back from them returns the start up to rounding error.
     """
     phi = path.angle
     previous, current = z, neighbour

@@ -1,28 +1,28 @@
-"""How the gradient estimate G(z_t, t, y) shifts the predicted noise: eps + k(t) G, each form beside its equation.
+"""Guidance: how the gradient estimate G(z_t, t, y) shifts the predicted noise, eps + k(t) G.
 
-    Posterior      k = c_t = -sqrt(a_t) (1 - A_{t-1}) / sqrt(1 - A_t)   what stage 3 trains with eps (PDAE, 2212.12990)
-    Score          k = -sqrt(1 - A_t)                                   PDAE's and the released code's sampling
-    VelocityShift  k = sqrt(A_t)                                        what stage 3 trains with v: (v + G) as noise
+    Posterior      k = c_t = -sqrt(a_t) (1 - A_{t-1}) / sqrt(1 - A_t)   trained by stage 3 with eps (PDAE, 2212.12990)
+    Score          k = -sqrt(1 - A_t)                                   used for sampling by PDAE and released weights
+    VelocityShift  k = sqrt(A_t)                                        trained by stage 3 with v: v + G as noise
 
-Posterior and Score agree within 2 % from t ~ 100 on and part at the start, where c_0 = 0: G is never trained there, so
-Score drops it too. All forms are (B,) float64 in t, which may be fractional.
+Posterior and Score agree within 2 % for t above about 100 and differ at small t. Because c_0 = 0, G is never trained at
+t = 0, so Score sets it to 0 there as well. Every k(t) is a (B,) float64 tensor; t may be fractional.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ldae.diffusion.schedule import Schedule
 
+# Predicted noise: z_t (B, C, X, Y, Z) and t (B,) to eps of the shape of z_t. Samplers see networks only as this.
 EpsFn = Callable[[Tensor, Tensor], Tensor]
 
 
 class GuidanceForm(Protocol):
-    """One way to add G to eps."""
+    """One choice of k(t)."""
 
     def coefficient(self, schedule: Schedule, t: Tensor) -> Tensor:
         """k(t), (B,) float64."""
@@ -31,10 +31,10 @@ class GuidanceForm(Protocol):
 
 @dataclass(frozen=True)
 class Posterior:
-    """k = c_t: the shift of the posterior mean that stage 3 trains, written as a shift of eps."""
+    """k = c_t: the shift of the posterior mean of z_{t-1} that stage 3 trains, expressed as a shift of eps."""
 
     def coefficient(self, schedule: Schedule, t: Tensor) -> Tensor:
-        """c_t = -sqrt(a_t) (1 - A_{t-1}) / sqrt(1 - A_t), with a_t = A_t / A_{t-1}; 0 for t <= 0."""
+        """c_t = -sqrt(a_t) (1 - A_{t-1}) / sqrt(1 - A_t) with a_t = A_t / A_{t-1}; 0 for t <= 0."""
         previous = schedule.log_alpha_bar(torch.as_tensor(t) - 1)
         current = schedule.log_alpha_bar(t)
         value = torch.exp((current - previous) / 2) * torch.expm1(previous) / (-torch.expm1(current)).sqrt()
@@ -43,7 +43,7 @@ class Posterior:
 
 @dataclass(frozen=True)
 class Score:
-    """k = -sqrt(1 - A_t): G as the gradient of log p(y | z_t)."""
+    """k = -sqrt(1 - A_t): G is read as the gradient of log p(y | z_t)."""
 
     def coefficient(self, schedule: Schedule, t: Tensor) -> Tensor:
         """-sqrt(1 - A_t); 0 for t <= 0, where G is not trained."""
@@ -53,7 +53,7 @@ class Score:
 
 @dataclass(frozen=True)
 class VelocityShift:
-    """k = sqrt(A_t): a velocity v + G converted to noise."""
+    """k = sqrt(A_t): the velocity v + G converted to noise."""
 
     def coefficient(self, schedule: Schedule, t: Tensor) -> Tensor:
         """sqrt(A_t)."""
@@ -62,12 +62,12 @@ class VelocityShift:
 
 @dataclass(frozen=True)
 class Guidance:
-    """Guidance as a sampler's setting.
+    """Guidance settings of a sampler.
 
     Args:
-        form: how G shifts eps; None: as the parameterisation trained it (its `natural_form`).
-        strength: factor on k(t) G.
-        stop: share of the schedule, at its noise-free end, where guidance is dropped: t < stop * T.
+        form: choice of k(t); None uses the form that the parameterisation was trained with (its `trained_form`).
+        strength: factor on k(t) G; 1 as trained, 0 unconditional.
+        stop: share of the schedule, at its noise-free end, without guidance: G is not added where t < stop * T.
     """
 
     form: GuidanceForm | None = None
@@ -75,53 +75,39 @@ class Guidance:
     stop: float = 0.0
 
 
-def stop_share(times: Sequence[float], share: float, timesteps: int) -> float:
-    """The `stop` that drops guidance at the last `share` of a path's evaluations, whatever its grid.
-
-    Args:
-        times: t of the path's evaluations, any order.
-        share: in [0, 1].
-        timesteps: T.
-    """
-    ascending = np.sort(np.asarray(times, dtype=float))
-    dropped = round(share * len(ascending))
-    if dropped == 0:
-        return 0.0
-    upper = ascending[dropped] if dropped < len(ascending) else timesteps
-    return float(ascending[dropped - 1] + upper) / 2 / timesteps
-
-
 class GuidedEps:
-    """eps_fn conditioned on y: eps + strength k(t) G; below t = stop * T, G is dropped.
+    """The eps_fn conditioned on y: eps + strength k(t) G, and eps alone where t < stop * T.
 
-    A sampler knows the time of a node on the host and asks for what to evaluate there (`at`), so that nobody has to
-    read t back from the device to know whether G is needed.
+    A sampler knows the timestep of a node as a Python number and asks `at(time)` for the function to evaluate there.
+    Whether G is needed is thus decided on the host, without reading t back from the device.
 
     Args:
-        eps_fn: unconditional, (z_t (B, ...), t (B,)) -> (B, ...).
-        both_fn: eps and G of (z_t, t), where the two share work.
+        eps_fn: unconditional eps of z_t (B, ...) and t (B,).
+        eps_and_gradient: (eps, G) of z_t and t, from one pass through the network layers that the two share.
+        form: choice of k(t).
+        strength, stop: see `Guidance`.
     """
 
     def __init__(
         self,
         eps_fn: EpsFn,
-        both_fn: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+        eps_and_gradient: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
         form: GuidanceForm,
         schedule: Schedule,
         strength: float = 1.0,
         stop: float = 0.0,
     ) -> None:
-        self.eps_fn, self.both_fn = eps_fn, both_fn
+        self.eps_fn, self.eps_and_gradient = eps_fn, eps_and_gradient
         self.form, self.schedule = form, schedule
         self.strength, self.threshold = strength, stop * schedule.timesteps
 
     def at(self, time: float) -> EpsFn:
-        """What to evaluate where all samples are at t = `time`."""
+        """The function to evaluate when every sample of the batch is at t = `time`."""
         return self.eps_fn if self.strength == 0 or time < self.threshold else self
 
     def __call__(self, z_t: Tensor, t: Tensor) -> Tensor:
-        """eps of z_t (B, ...) at t (B,), which may differ between samples."""
-        eps, gradient = self.both_fn(z_t, t)
-        k = self.strength * self.form.coefficient(self.schedule, t)
+        """Guided eps of z_t (B, ...) at t (B,), which may differ between samples."""
+        eps, gradient = self.eps_and_gradient(z_t, t)
+        k = self.strength * self.form.coefficient(self.schedule, t)  # (B,)
         k = torch.where(t < self.threshold, torch.zeros_like(k), k)
         return eps + k.to(eps.dtype).view(-1, *[1] * (eps.ndim - 1)) * gradient

@@ -1,4 +1,4 @@
-"""Samplers as config: how many steps on which path, around the free functions that do the walking."""
+"""Samplers as config groups: settings around the functions `ddim`, `ddpm`, `multistep` and `exact`."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, replace
@@ -17,19 +17,19 @@ from ldae.diffusion.schedule import Schedule
 from ldae.utils.errors import UserError
 from ldae.utils.seeding import draw_normal
 
-STEPS_FOR_ORDER_3 = 15
+STEPS_FOR_ORDER_3 = 15  # below that, the third-order solver can be unstable (see Multistep)
 
 
 @dataclass(frozen=True)
 class Sampler(ABC):
-    """What all samplers share.
+    """Sampling and inversion on a path of noise levels.
 
     Args:
-        steps: S, of the whole path, whatever its depth.
-        grid: uniform, log_snr, angle or balanced (grids.py).
-        end: closed or published (grids.py).
-        clip: clamp the predicted z_0 to [-clip, clip]; None: off, as unit-variance latents need.
-        guidance: form, strength and stop, for whoever builds the guided eps_fn.
+        steps: S, the number of steps of one walk, whatever its depth.
+        grid: "uniform", "log_snr", "angle" or "balanced" (grids.py).
+        end: "closed" or "published" (grids.py).
+        clip: clamp the predicted z_0 to [-clip, clip]; None does not clip, as latents of unit variance require.
+        guidance: how y shifts eps. Not used here: the caller builds the guided eps_fn with it.
     """
 
     steps: int = 20
@@ -40,27 +40,27 @@ class Sampler(ABC):
 
     @property
     def evaluations(self) -> int:
-        """Network evaluations of one `sample` or one `invert`, at most."""
+        """Largest number of network evaluations of one `sample` or one `invert`."""
         return self.steps
 
     def with_steps(self, steps: int) -> Self:
-        """The same sampler with another number of steps."""
+        """This sampler with another number of steps."""
         return replace(self, steps=steps)
 
     def path(self, schedule: Schedule, depth: float = 1.0) -> Path:
-        """The nodes, ascending in noise up to t = depth (T - 1)."""
+        """The nodes in order of increasing noise, up to t = depth (T - 1)."""
         return make_path(schedule, self.steps, self.grid, self.end, depth)
 
     @abstractmethod
     def _descend(self, eps_fn: EpsFn, code: Code, path: Path) -> Tensor:
-        """z_0 from a code along a descending path."""
+        """z_0 from a code, along a path of decreasing noise."""
 
     @abstractmethod
     def _ascend(self, eps_fn: EpsFn, z: Tensor, path: Path) -> tuple[Tensor, Tensor | None]:
-        """z at the end of an ascending path, and what is carried with it."""
+        """The last and, for an exact scheme, the second last latent along a path of increasing noise."""
 
     def sample(self, eps_fn: EpsFn, code: Code | Tensor, schedule: Schedule) -> Tensor:
-        """z_0 (B, ...) in the dtype of the code, which is a Code or noise (B, ...)."""
+        """z_0 (B, ...) from a code, or from noise (B, ...) at full depth, in its dtype."""
         code = as_code(code)
         return self._descend(eps_fn, code, self.path(schedule, code.depth).reversed())
 
@@ -73,28 +73,31 @@ class Sampler(ABC):
         noise: Tensor | None = None,
         renoise: float = 0.0,
     ) -> Code:
-        """The code of z0 (B, ...): `sample` of it gives z0 back, up to the scheme's error.
+        """The code of z0 (B, ...), from which `sample` returns z0 up to the error of the scheme.
 
         Args:
-            depth: walk only up to t = depth (T - 1), with the same number of steps; the code remembers it.
-            noise: like z0; needed with `renoise`.
-            renoise: share of the steps, at the noise-free end, replaced by adding this noise (arXiv 2410.23530): those
-                steps write the latent's structure into the code, which makes it resist edits.
+            depth: invert only up to t = depth (T - 1), with the same number of steps; stored in the code.
+            noise: standard normal noise of the shape of z0; required with `renoise`.
+            renoise: share of the steps, at the noise-free end, that is replaced by adding `noise` (arXiv 2410.23530).
+                Those first steps write structure of the latent into the code, which then resists edits.
+
+        Raises:
+            UserError: `renoise` is not in [0, 1], or `noise` is missing.
         """
         path = self.path(schedule, depth)
         start = round(renoise * (len(path) - 1))
         if start:
             if noise is None or start >= len(path):
-                raise UserError(f"renoise={renoise}: must lie in [0, 1] and needs noise")
+                raise UserError(f"renoise={renoise}: give a number in [0, 1], together with noise")
             z0 = float(path.alpha[start]) * z0 + float(path.sigma[start]) * noise
             path = path[start:]
-        z, carried = self._ascend(eps_fn, z0, path) if len(path) > 1 else (z0, None)
-        return Code(z, carried, depth)
+        z, neighbour = self._ascend(eps_fn, z0, path) if len(path) > 1 else (z0, None)
+        return Code(z, neighbour, depth)
 
 
 @dataclass(frozen=True)
 class DDIM(Sampler):
-    """DDIM both ways (ddim.py): order 1, one evaluation a step."""
+    """DDIM (ddim.py): order 1, one evaluation per step; the published sampler."""
 
     steps: int = 100
     grid: str = "uniform"
@@ -108,11 +111,12 @@ class DDIM(Sampler):
 
 @dataclass(frozen=True)
 class Multistep(Sampler):
-    """Adams predictor-corrector in the angle, both ways (multistep.py): one evaluation a step. The default.
+    """Adams predictor-corrector in the angle (multistep.py): one evaluation per step. The default sampler.
 
-    Measured on analytic networks in 64 dimensions (Gaussians of variance 1/i and 1/i^2, mixtures of 5 wide and of 40
-    narrow Gaussians; each with a smooth error of v, rms 0.15, or of eps, rms 0.03; linear schedule, closed end). The
-    worst of the eight, medians over samples of the rms error against an 800-step solution, latents of variance 1:
+    Measured on eight analytic networks in 64 dimensions: Gaussians of variance 1/i and 1/i^2, mixtures of 5 wide and of
+    40 narrow Gaussians, each with a smooth error of v (rms 0.15) or of eps (rms 0.03); linear schedule, closed end.
+    Median over samples of the rms error against a solution of 800 steps, for latents of variance 1, largest of the
+    eight:
 
                                      sampling   inversion   there and back
         DDIM, uniform, 100             0.020      0.076        0.039
@@ -121,13 +125,16 @@ class Multistep(Sampler):
         order 3, uniform, 20           0.028      0.127        0.041
         Exact, balanced, 20            0.052      0.030        0 (rounding)
 
-    At 10 steps order 3 is unstable on the narrow mixtures and where eps errs at high noise (0.15 and worse), order 2 is
-    not (0.03, 0.045, 0.07): hence the lower order below `STEPS_FOR_ORDER_3`. Codes near the border between two narrow
-    modes may come back in the other one under any one-tensor scheme; `Exact` returns them.
+    At 10 steps, order 3 is unstable on the narrow mixtures and with errors of eps at high noise (0.15 and more) while
+    order 2 is stable (0.03, 0.045, 0.07), hence the lower order below `STEPS_FOR_ORDER_3`. A latent near the border
+    between two narrow modes may return in the other mode with every scheme except `Exact`.
 
     Args:
-        order: 1 to 3, of predictor and corrector; at most 2 below `STEPS_FOR_ORDER_3` steps.
-        corrector: correct each step with the evaluation that the next one needs anyway.
+        order: of predictor and corrector, 1 to 3; at most 2 is used below `STEPS_FOR_ORDER_3` steps.
+        corrector: correct every step with the evaluation that the next step needs in any case.
+
+    Raises:
+        UserError: another order.
     """
 
     steps: int = 15
@@ -140,7 +147,7 @@ class Multistep(Sampler):
 
     @property
     def used_order(self) -> int:
-        """The order that this number of steps allows."""
+        """The order that is used with this number of steps."""
         return self.order if self.steps >= STEPS_FOR_ORDER_3 else min(self.order, 2)
 
     def _walk(self, eps_fn: EpsFn, z: Tensor, path: Path) -> Tensor:
@@ -155,17 +162,20 @@ class Multistep(Sampler):
 
 @dataclass(frozen=True)
 class Exact(Sampler):
-    """Two-step scheme whose inversion is exact to rounding error (exact.py); its codes carry a second tensor.
+    """Two-step scheme whose inversion is exact up to rounding error (exact.py); its codes hold a second latent.
 
-    `steps` evaluations, one fewer when sampling a code with its second tensor.
+    It takes `steps` evaluations, one fewer when it samples from a code that holds the second latent.
+
+    Raises:
+        UserError: fewer than 2 steps.
     """
 
     def __post_init__(self) -> None:
-        if self.steps < 2:  # one step would carry z_0 itself
+        if self.steps < 2:  # with one step, the second latent would be z_0 itself
             raise UserError(f"sampler.steps={self.steps}: an exact scheme needs at least 2")
 
     def _descend(self, eps_fn: EpsFn, code: Code, path: Path) -> Tensor:
-        return exact(eps_fn, code.z, path, code.carried, self.clip)[0]
+        return exact(eps_fn, code.z, path, code.neighbour, self.clip)[0]
 
     def _ascend(self, eps_fn: EpsFn, z: Tensor, path: Path) -> tuple[Tensor, Tensor | None]:
         return exact(eps_fn, z, path, None, self.clip)
@@ -173,10 +183,10 @@ class Exact(Sampler):
 
 @dataclass(frozen=True)
 class DDPM(Sampler):
-    """Ancestral sampling (ddpm.py), for reference: many steps, and no inversion.
+    """Ancestral sampling (ddpm.py), as a reference: it needs many steps and cannot invert.
 
     Args:
-        seed: of the noise that each step adds; sample i of a batch gets the same draws whatever the batch size.
+        seed: of the noise that every step adds; sample i of a batch gets the same noise whatever the batch size.
     """
 
     steps: int = 1000

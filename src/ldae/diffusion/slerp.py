@@ -1,11 +1,19 @@
-"""Spherical interpolation, which keeps the norm of Gaussian noise where a straight line would shrink it."""
+"""Spherical interpolation, which preserves the norm of Gaussian noise; a straight line would reduce it."""
 
 import torch
 from torch import Tensor
 
 
 def slerp_weights(a: Tensor, b: Tensor, t: float | Tensor) -> tuple[Tensor, Tensor]:
-    """(B, 1, ...) float64 weights of a and b (B, ...) at share t of the arc between them; see `slerp`."""
+    """Weights w_a and w_b for which w_a a + w_b b is the point at share t of the arc from a to b, per sample.
+
+    Args:
+        a, b: (B, ...), each sample read as one vector.
+        t: in [0, 1], a number or (B,); 0 gives a, 1 gives b.
+
+    Returns:
+        Two float64 tensors (B, 1, ...). For (anti)parallel a and b: those of the straight line, 1 - t and t.
+    """
     left, right = a.flatten(1).double(), b.flatten(1).double()
     t = torch.as_tensor(t, dtype=torch.float64, device=a.device).expand(len(a))
     norms = left.norm(dim=1) * right.norm(dim=1)
@@ -17,17 +25,3 @@ def slerp_weights(a: Tensor, b: Tensor, t: float | Tensor) -> tuple[Tensor, Tens
     weight_a = torch.where(straight, 1 - t, ((1 - t) * omega).sin() / safe)
     weight_b = torch.where(straight, t, (t * omega).sin() / safe)
     return weight_a.view(shape), weight_b.view(shape)
-
-
-def slerp(a: Tensor, b: Tensor, t: float | Tensor) -> Tensor:
-    """The point at share t of the arc from a to b, per sample.
-
-    Args:
-        a, b: (B, ...).
-        t: in [0, 1], a number or (B,).
-
-    Returns:
-        (B, ...) in the dtype of a; a at t = 0, b at t = 1. Where a and b are (anti)parallel: the straight line.
-    """
-    weight_a, weight_b = slerp_weights(a, b, t)
-    return (weight_a * a + weight_b * b).to(a.dtype)

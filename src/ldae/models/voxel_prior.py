@@ -25,7 +25,7 @@ LEAST = 0.02  # deviation of a voxel, in units of the latents': air varies less,
 class Predicted(Protocol):
     """What a network predicts; diffusion/process.py has those that there are."""
 
-    def of_normal(
+    def gaussian_prediction(
         self, z_t: Tensor, alpha: Tensor, sigma: Tensor, mean: Tensor, variance: Tensor
     ) -> tuple[Tensor, Tensor]:
         """For z_0 ~ N(mean, variance): the best output, and the target's deviation from it."""
@@ -82,7 +82,7 @@ class VoxelPrior(nn.Module):
         log_a = log_a.view(-1, 1, 1, 1, 1)
         alpha, sigma = (log_a / 2).exp(), torch.expm1(log_a).abs().sqrt()
         mean, variance = (_resampled(map_, z_t.shape[2:]) for map_ in (self.mean, self.variance))
-        expected, deviation = self.parameterisation.of_normal(z_t, alpha, sigma, mean, variance)
+        expected, deviation = self.parameterisation.gaussian_prediction(z_t, alpha, sigma, mean, variance)
         return Normal((z_t - alpha * mean) / (alpha**2 * variance + sigma**2).sqrt(), expected, deviation)
 
 
