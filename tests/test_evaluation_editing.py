@@ -85,10 +85,10 @@ class LinearModelOfBrains:
     def _mean(self, y):
         return torch.einsum("bd,dxyz->bxyz", y, self.templates)[:, None]
 
-    def invert(self, z, y, steps=None, depth=1.0, noise=None, renoise=0.0):
+    def invert(self, z, y, steps=None, strength=None, depth=1.0, noise=None, renoise=0.0):
         return Code(z - self._mean(y), None, depth)
 
-    def decode(self, code, y, steps=None):
+    def decode(self, code, y, steps=None, strength=None):
         noise = code.z if isinstance(code, Code) else base() + 0.01 * code
         return self.decompress(noise + self._mean(y))
 
@@ -398,17 +398,6 @@ def test_an_edit_without_effect_is_held_to_a_real_change(context, monkeypatch):
 def test_rank_prefers_sure_settings():
     table = pd.DataFrame({"difference_r": [0.9, 0.4, 0.6], "monotone": [0.5, 1.0, 0.8]})
     assert selection.rank_settings(table)["difference_r"].tolist() == [0.6, 0.4, 0.9]
-
-
-def test_slices_are_the_right_way_up():
-    """A mark at the front, top and right of the head is at the top and right of the axial slice, top of the coronal."""
-    volume = np.zeros((8, 10, 6), np.float32)
-    volume[6, 8, 4] = 1
-    axial, coronal, sagittal = edit_figures.slices(volume, (6, 8, 4))
-    assert axial.shape == (10, 8)
-    assert axial[1, 6] == 1
-    assert coronal[1, 6] == 1
-    assert sagittal[1, 8] == 1
 
 
 def test_animation_runs_forth_and_back(tmp_path):

@@ -135,7 +135,7 @@ def doubled():
 def test_an_unlike_scan_is_preprocessed_and_comes_back_on_its_own_grid_in_its_own_intensities(model, caplog):
     image, crop = doubled()
     head = image.get_fdata()
-    scan = open_scan(image, model.transform, model.likeness, crop)
+    scan = open_scan(image, model.transform, model.ood_check, crop)
     assert "unlike" in caplog.text
     plain = model.open(brain())
     torch.testing.assert_close(scan.volume, plain.volume)
@@ -148,7 +148,7 @@ def test_an_unlike_scan_is_preprocessed_and_comes_back_on_its_own_grid_in_its_ow
     restored = scan.restored(scan.volume).get_fdata()[20:]
     np.testing.assert_allclose(restored, 0.5 * plain.restored(scan.volume).get_fdata(), atol=1e-3)
     with pytest.raises(BadScan, match=r"unlike .* even after preprocessing"):
-        open_scan(image, model.transform, model.likeness, lambda source: PreprocessedImage(image, lambda array: array))
+        open_scan(image, model.transform, model.ood_check, lambda source: PreprocessedImage(image, lambda array: array))
 
 
 def test_preprocessing_can_be_asked_for_and_forbidden(model, monkeypatch):
@@ -171,10 +171,10 @@ def test_preprocessing_can_be_asked_for_and_forbidden(model, monkeypatch):
 
 
 def test_likeness_survives_being_written_and_says_so_where_it_is_damaged(model):
-    stored = model.likeness.to_dict()
+    stored = model.ood_check.to_dict()
     again = OodCheck.from_dict(stored)
-    np.testing.assert_array_equal(again.mean, model.likeness.mean)
-    assert again.foreground == model.likeness.foreground
+    np.testing.assert_array_equal(again.mean, model.ood_check.mean)
+    assert again.foreground == model.ood_check.foreground
     with pytest.raises(UserError, match="damaged"):
         OodCheck.from_dict(stored | {"shape": [1, 2, 3]})
     assert OodCheck.fit([]) is None

@@ -75,7 +75,7 @@ def manipulate(
 
 def verdicts(ldae: "LDAE", name: str, scan: "Scan", start: "Tensor", edited: "dict[float, Tensor]") -> "list[str]":
     """A table of what the probe says before and after, tab-separated; one line where there is no such probe."""
-    knowledge, y, direction = ldae.editing.readouts, ldae.embed(scan), ldae.direction(name)
+    knowledge, y, direction = ldae.readouts, ldae.embed(scan), ldae.direction(name)
 
     def say(values: "Tensor") -> str:
         return knowledge.predict_label(name, values.cpu().numpy())[0]

@@ -22,7 +22,7 @@ def sample(count: int, seed: int, output: Path, steps: int | None, **model: Any)
 
     from ldae.scans.scan import nifti_in_model_space, write_image
 
-    codes = ldae.utils.seeding(count, seed)
+    codes = ldae.noise(count, seed)
     for number in tqdm(range(count), desc="samples"):
         volume = ldae.sample_from(codes[number : number + 1], steps)[0]
         write_image(

@@ -41,7 +41,7 @@ def vary(
     from ldae.scans.scan import write_image
 
     scan = ldae.open(path, not force, preprocess)
-    y, codes = ldae.embed(scan), ldae.utils.seeding(count, seed)
+    y, codes = ldae.embed(scan), ldae.noise(count, seed)
     for number in tqdm(range(count), desc="variants"):
         variant = ldae.decode(codes[number : number + 1], y, steps)
         write_image(scan.restored(variant), output / f"{scan.name}_vary{number + 1:02d}.nii.gz")

@@ -1,1 +1,1 @@
-"""Edits of a scan through y: directions, the editor, and the probes that read the result."""
+"""Edits of scans along directions in y, and the linear probes that directions and their names come from."""

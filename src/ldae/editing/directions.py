@@ -1,33 +1,50 @@
-"""Directions in y along which a label grows: estimators to choose from by config, and the edit they make.
+"""Directions in y along which a label increases: the edit along a direction, and estimators of it.
 
-With s(y) = (y - mean) / std on the fitting rows and u a unit vector,
+With s(y) = (y - mean) / std, mean and std those of the fitting rows, and a unit vector u, an edit by alpha is
 
     y' = mean + std (s(y) + alpha sqrt(dim) u),
 
-so alpha = 1 is a step as long as a typical standardised y. alpha > 0 moves towards the positive class or larger number.
+so that alpha = 1 is a step as long as a typical standardised y. alpha > 0 moves towards the positive class or larger
+values.
 
-What predicts a label best (the probe's weights, as published) is not what changes with it (the pattern cov(y) w, Haufe
-et al. 2014, doi 10.1016/j.neuroimage.2013.10.067): edits want the latter. And what changes with a label in a cohort
-may be something else that goes with it, such as age: `HeldFixed` and `ProjectedOut` take such columns away.
+The vector that predicts a label best (the probe's weights w, as published) is not the vector that changes with it (the
+pattern cov(y) w; Haufe et al. 2014, doi 10.1016/j.neuroimage.2013.10.067). Edits need the latter. In a cohort, other
+variables change along with a label, such as age with diagnosis: `HeldFixed` and `ProjectedOut` remove their effect.
 """
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, replace
+from typing import Protocol, TypeVar
 
 import numpy as np
 import pandas as pd
+from torch import Tensor
 
 from ldae.editing.linear_model import LinearModel
 from ldae.utils.errors import UserError
 
 log = logging.getLogger(__name__)
 
+Array = TypeVar("Array", np.ndarray, Tensor)
+
+
+class EditDirection(Protocol):
+    """Anything that moves y."""
+
+    def edit(self, y: Tensor, alpha: float) -> Tensor:
+        """y' of y (B, dim)."""
+        ...
+
 
 @dataclass(frozen=True)
 class Direction:
-    """mean, std, unit: (dim,) float64; unit has length 1 in standardised y."""
+    """A unit vector in standardised y.
+
+    Attributes:
+        mean, std: (dim,) float64, of y in the fitting rows.
+        unit: (dim,) float64, u above.
+    """
 
     mean: np.ndarray
     std: np.ndarray
@@ -37,12 +54,10 @@ class Direction:
         """What alpha = 1 adds to y, (dim,)."""
         return self.std * np.sqrt(len(self.unit)) * self.unit
 
-    def edit(self, y: Any, alpha: float) -> Any:
-        """y' of y (B, dim), a tensor or an array."""
+    def edit(self, y: Array, alpha: float) -> Array:
+        """y' of y (B, dim)."""
         step = alpha * self.step()
-        if isinstance(y, np.ndarray):
-            return y + step.astype(y.dtype)
-        return y + y.new_tensor(step)
+        return y + (step.astype(y.dtype) if isinstance(y, np.ndarray) else y.new_tensor(step))
 
     def to_dict(self) -> dict[str, list[float]]:
         """As JSON values."""
@@ -68,13 +83,21 @@ class Probe(Protocol):
         ...
 
     def fit(self, features: np.ndarray, truth: np.ndarray, subjects: np.ndarray, seed: int) -> LinearModel:
-        """The probe fitted on features (N, D) and truth (N,)."""
+        """The probe fitted on features (N, D) and labels (N,), its penalty chosen by folds over subjects (N,)."""
         ...
 
 
 @dataclass(frozen=True)
 class FittingRows:
-    """Fitting rows. x: (N, dim) standardised y; truth: (N,), 0/1 or a number; table: their rows."""
+    """The rows that a direction is estimated from.
+
+    Attributes:
+        x: (N, dim) float64, standardised y.
+        truth: (N,), labels: 0/1 or a number.
+        table: the rows of the table.
+        probe: the label's probe.
+        seed: of the probe's folds.
+    """
 
     x: np.ndarray
     truth: np.ndarray
@@ -84,9 +107,9 @@ class FittingRows:
 
 
 class DirectionEstimator(Protocol):
-    """From the fitting rows to a vector (dim,) of any length.
+    """Estimates a vector (dim,), of any length, from the fitting rows.
 
-    Estimators are no dataclasses: Hydra would hand a nested one on as a config.
+    Implementations are plain classes: Hydra would pass a nested dataclass on as a config.
     """
 
     def estimate(self, sample: FittingRows) -> np.ndarray: ...
@@ -98,12 +121,12 @@ class Weights:
     def estimate(self, sample: FittingRows) -> np.ndarray:
         """w of the probe fitted on standardised y."""
         model = sample.probe.fit(sample.x, sample.truth, sample.table["subject"].to_numpy(str), sample.seed)
-        # The probe may standardise again (residuals have no unit variance): weights of x itself.
+        # The probe standardises its input again, and residuals do not have unit variance: convert to weights of x.
         return model.coef / model.std
 
 
 class Pattern:
-    """cov(y) w: how y moves with the probe's decision (Haufe et al. 2014)."""
+    """cov(y) w: how y changes with the probe's decision (Haufe et al. 2014)."""
 
     def estimate(self, sample: FittingRows) -> np.ndarray:
         """cov(x) w."""
@@ -112,7 +135,7 @@ class Pattern:
 
 
 class MeanDifference:
-    """Difference of class means; for a number cov(y, number), which is the same thing."""
+    """Difference of the class means; for a numeric label cov(y, label), which is the same up to length."""
 
     def estimate(self, sample: FittingRows) -> np.ndarray:
         """cov(x, truth)."""
@@ -120,31 +143,31 @@ class MeanDifference:
 
 
 class Shrunken:
-    """Between the two: ((1 - s) W + s I)^-1 cov(y, label), with W the covariance left when the label is known.
+    """Between weights and mean difference: ((1 - s) W + s I)^-1 cov(y, label), W the covariance within a label.
 
     Args:
-        shrinkage: s; 1 is MeanDifference, towards 0 the weights of linear discriminant analysis.
+        shrinkage: s in (0, 1]; 1 gives MeanDifference, towards 0 the weights of linear discriminant analysis.
     """
 
     def __init__(self, shrinkage: float = 0.5) -> None:
         if not 0 < shrinkage <= 1:
-            raise UserError(f"direction.shrinkage={shrinkage}: more than 0 and at most 1 is needed")
+            raise UserError(f"direction.shrinkage={shrinkage}: must be more than 0 and at most 1")
         self.shrinkage = shrinkage
 
     def estimate(self, sample: FittingRows) -> np.ndarray:
         """The vector above."""
-        slope = MeanDifference().estimate(sample)
+        difference = MeanDifference().estimate(sample)
         within = _residuals(sample.x, sample.truth[:, None])
         covariance = within.T @ within / len(within)
-        return np.linalg.solve((1 - self.shrinkage) * covariance + self.shrinkage * np.eye(len(slope)), slope)
+        return np.linalg.solve((1 - self.shrinkage) * covariance + self.shrinkage * np.eye(len(difference)), difference)
 
 
 class HeldFixed:
-    """`base` on what is left of y when nuisance columns are known: the label's effect at equal age, head size, ...
+    """`base` estimated on the residuals of y given nuisance columns: the label's effect at equal age, head size, ...
 
     Args:
         base: an estimator.
-        columns: of the table, numbers or categories. The label's own column and missing ones are passed over.
+        columns: of the table, numeric or categorical. The label's own column and missing columns are ignored.
     """
 
     def __init__(self, base: DirectionEstimator, columns: Sequence[str] = ()) -> None:
@@ -152,34 +175,39 @@ class HeldFixed:
 
     def estimate(self, sample: FittingRows) -> np.ndarray:
         """The base estimator's vector on residuals of y."""
-        residuals = _residuals(sample.x, nuisance_design(sample, self.columns))
-        return self.base.estimate(FittingRows(residuals, sample.truth, sample.table, sample.probe, sample.seed))
+        return self.base.estimate(replace(sample, x=_residuals(sample.x, nuisance_design(sample, self.columns))))
 
 
 class ProjectedOut:
-    """`base`, then orthogonal to each nuisance column's own effect on y. Takes away what label and nuisance share."""
+    """`base`, made orthogonal to each nuisance column's own effect on y.
+
+    It removes what label and nuisance share, whereas `HeldFixed` estimates the label's effect at a fixed nuisance.
+
+    Args:
+        base, columns: as in `HeldFixed`.
+    """
 
     def __init__(self, base: DirectionEstimator, columns: Sequence[str] = ()) -> None:
         self.base, self.columns = base, list(columns)
 
     def estimate(self, sample: FittingRows) -> np.ndarray:
-        """The base estimator's vector less its part in the span of the nuisance effects."""
+        """The base estimator's vector without its component in the span of the nuisance effects."""
         design = nuisance_design(sample, self.columns)
         vector = self.base.estimate(sample)
         if design.shape[1] == 0:
             return vector
-        # Effects at a fixed label, else the label's own effect is counted as the nuisance's.
+        # Effects at a fixed label: otherwise the label's own effect would be attributed to the nuisance.
         both = np.column_stack([design, sample.truth - sample.truth.mean()])
         effects = np.linalg.lstsq(both, sample.x - sample.x.mean(0), rcond=None)[0][:-1]
         return vector - effects.T @ np.linalg.lstsq(effects.T, vector, rcond=None)[0]
 
 
 def nuisance_design(sample: FittingRows, columns: Sequence[str]) -> np.ndarray:
-    """Design matrix (N, K) of these columns: standardised numbers (missing = mean), categories as 0/1, all centred."""
+    """Centred design matrix (N, K) of these columns: standardised numbers (missing = mean), categories as 0/1."""
     parts = []
     for column in columns:
         if column not in sample.table:
-            log.info("direction of %s: the table has no %s to hold fixed", sample.probe.column, column)
+            log.info("direction of %s: the table has no column %s to hold fixed", sample.probe.column, column)
         elif column != sample.probe.column:
             parts.append(_design(sample.table[column]))
     return np.concatenate([np.zeros((len(sample.x), 0)), *parts], axis=1)
@@ -189,13 +217,14 @@ def _design(values: pd.Series) -> np.ndarray:
     numbers = pd.to_numeric(values, errors="coerce")
     if numbers.notna().any():
         centred = (numbers - numbers.mean()).fillna(0).to_numpy(np.float64)
-        spread = centred.std()
-        return centred[:, None] / spread if spread > 0 else np.zeros((len(values), 0))
+        std = centred.std()
+        return centred[:, None] / std if std > 0 else np.zeros((len(values), 0))
     dummies = pd.get_dummies(values.astype(str), drop_first=True).to_numpy(np.float64)
     return dummies - dummies.mean(0)
 
 
 def _residuals(x: np.ndarray, design: np.ndarray) -> np.ndarray:
+    """Residuals of x (N, dim) after linear regression on the design (N, K)."""
     centred, design = x - x.mean(0), design - design.mean(0)
     return centred - design @ np.linalg.lstsq(design, centred, rcond=None)[0]
 
@@ -213,7 +242,7 @@ def find_direction(
     rows: np.ndarray,
     seed: int = 0,
 ) -> Direction:
-    """The direction of `probe` from `rows`, train rows, and nothing else.
+    """The direction of the label of `probe`, estimated from the labelled ones of `rows` (training rows) only.
 
     Args:
         embeddings: (N, dim), row i belongs to row i of `table`.
@@ -223,14 +252,16 @@ def find_direction(
     """
     rows = labelled_rows(table, probe, rows)
     truth, chosen = probe.target(table)[rows], table.iloc[rows]
-    why = probe.reason_unusable(truth, chosen["subject"].to_numpy(str), fitting=True)
-    if why:
-        raise UserError(f"no direction of {probe.column}: the train split has {why}")
+    reason = probe.reason_unusable(truth, chosen["subject"].to_numpy(str), fitting=True)
+    if reason:
+        raise UserError(f"no direction of {probe.column}: the train split has {reason}")
     y = embeddings[rows].astype(np.float64)
     mean, std = y.mean(0), y.std(0)
     std = np.where(std > 0, std, 1.0)
     vector = estimator.estimate(FittingRows((y - mean) / std, truth, chosen, probe, seed))
     length = float(np.linalg.norm(vector))
     if not length > 1e-12:
-        raise UserError(f"the direction of {probe.column} has length zero: nothing in y goes with it; hold less fixed")
+        raise UserError(
+            f"the direction of {probe.column} has length zero: y does not change with it; hold fewer columns fixed"
+        )
     return Direction(mean, std, vector / length)

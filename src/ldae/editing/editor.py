@@ -1,24 +1,57 @@
-"""What every edit shares: how deep a scan is inverted, and how the anatomy of what comes out is measured."""
+"""How a scan is inverted and decoded when its y is edited."""
 
-import copy
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any
+from typing import Protocol, TypedDict
 
 from torch import Tensor
 
 from ldae.diffusion.code import Code
-from ldae.diffusion.guidance import Guidance
 from ldae.utils.seeding import draw_normal
 
 
+class EditableModel(Protocol):
+    """The two methods of `LDAE` that an edit needs."""
+
+    def invert(
+        self,
+        z: Tensor,
+        y: Tensor,
+        steps: int | None = None,
+        *,
+        strength: float | None = None,
+        depth: float = 1.0,
+        noise: Tensor | None = None,
+        renoise: float = 0.0,
+    ) -> Code:
+        """The code of latents z given y."""
+        ...
+
+    def decode(
+        self, code: Code | Tensor, y: Tensor, steps: int | None = None, *, strength: float | None = None
+    ) -> Tensor:
+        """Volumes of a code, or of noise, given y."""
+        ...
+
+
+class EditSettings(TypedDict, total=False):
+    """The arguments of `Editor`; None keeps the model's own."""
+
+    steps: int | None
+    depth: float | None
+    renoise: float | None
+    strength: float | None
+
+
 class Editor:
-    """The settings of an edit. Full inversion writes most of the scan into z_T, which then resists any change of y.
+    """Inverts latents and decodes them with another y.
+
+    Full inversion writes most of the scan into z_T, which then resists any change of y. A smaller `depth` or a larger
+    `renoise` leaves more of the scan to y, at the price of detail.
 
     Args:
-        steps: of inversion and of decoding; None: the sampler's.
-        depth: invert up to t = depth (T - 1); less keeps more of the scan.
-        renoise: share of the inversion's steps replaced by noise (arXiv 2410.23530); more lets go of more.
+        steps: number of steps of the inversion and of decoding; None: the sampler's.
+        depth: invert up to t = depth (T - 1).
+        renoise: share of the inversion's steps, from t = 0 on, that are replaced by adding noise (arXiv 2410.23530).
         strength: of guidance, for inversion and decoding alike; None: the sampler's.
     """
 
@@ -27,20 +60,24 @@ class Editor:
     ) -> None:
         self.steps, self.depth, self.renoise, self.strength = steps, depth, renoise, strength
 
-    def tuned(self, model: Any) -> Any:
-        """The model with this guidance strength; the model handed in stays as it is."""
-        if self.strength is None:
-            return model
-        tuned = copy.copy(model)
-        own = model.sampler.guidance
-        tuned.sampler = replace(model.sampler, guidance=Guidance(own.form, self.strength, own.stop))
-        return tuned
+    def with_settings(
+        self,
+        steps: int | None = None,
+        depth: float | None = None,
+        renoise: float | None = None,
+        strength: float | None = None,
+    ) -> "Editor":
+        """An editor with these settings, where they are given, instead of its own."""
+        changes = {"steps": steps, "depth": depth, "renoise": renoise, "strength": strength}
+        return Editor(**{**vars(self), **{name: value for name, value in changes.items() if value is not None}})
 
-    def invert(self, model: Any, z: Tensor, y: Tensor, seed: int, keys: Sequence[int]) -> Code:
-        """The codes of latents z (B, C, ...) given y (B, dim); scan i's noise depends on (seed, keys[i])."""
+    def invert(self, model: EditableModel, z: Tensor, y: Tensor, seed: int, keys: Sequence[int]) -> Code:
+        """The codes of latents z (B, C, ...) given y (B, dim); the noise of scan i depends on (seed, keys[i]) only."""
         noise = draw_normal(z.shape[1:], seed, keys, "edit").to(z) if self.renoise else None
-        return self.tuned(model).invert(z, y, self.steps, depth=self.depth, noise=noise, renoise=self.renoise)
+        return model.invert(
+            z, y, self.steps, strength=self.strength, depth=self.depth, noise=noise, renoise=self.renoise
+        )
 
-    def decode(self, model: Any, code: Code | Tensor, y: Tensor) -> Tensor:
-        """Volumes (B, 1, X, Y, Z) of codes, or of noise, given y."""
-        return self.tuned(model).decode(code, y, self.steps)
+    def decode(self, model: EditableModel, code: Code | Tensor, y: Tensor) -> Tensor:
+        """Volumes (B, 1, X, Y, Z) of codes, or of noise, given y (B, dim)."""
+        return model.decode(code, y, self.steps, strength=self.strength)

@@ -2,11 +2,11 @@
 
     decision(x) = ((x - mean) / std) @ coef + intercept
 
-with a missing feature set to its mean. A class probability is the logistic function of the decision.
+A missing feature is set to its mean. The probability of a class is the logistic function of the decision.
 
-A regression shrinks towards the mean: the young are predicted too old, the old too young. `bias` is the line
-(intercept, slope) of out-of-fold predictions over truth in the training rows, and `unbiased` divides it out (Cole et
-al. 2018, doi 10.1038/mp.2017.62); it needs no truth of the scan that is judged.
+A regression shrinks towards the mean: it predicts the young too old and the old too young. `bias` is the line
+(intercept, slope) of out-of-fold predictions over true values in the training rows, and `unbiased` divides it out (Cole
+et al. 2018, doi 10.1038/mp.2017.62). This needs no true value of the scan that is predicted.
 """
 
 from dataclasses import dataclass
@@ -19,7 +19,14 @@ from ldae.utils.errors import UserError
 
 @dataclass(frozen=True)
 class LinearModel:
-    """mean, std, coef: (D,); D = 0 is a constant predictor. classes: (negative, positive), or None for a number."""
+    """A linear predictor of one column of the table.
+
+    Attributes:
+        column: the column that it predicts.
+        mean, std, coef: (D,) float64; D = 0 is a constant predictor.
+        classes: (negative, positive), or None if it predicts a number.
+        bias: (intercept, slope), see above; None without bias correction.
+    """
 
     column: str
     mean: np.ndarray
@@ -30,29 +37,33 @@ class LinearModel:
     bias: tuple[float, float] | None = None
 
     def decision(self, features: np.ndarray) -> np.ndarray:
-        """(N, D) -> (N,): log-odds of the positive class, or the predicted number."""
+        """Log-odds of the positive class, or the predicted number, (N,), of features (N, D).
+
+        Raises:
+            UserError: D is not the number of features that it was fitted on.
+        """
         if features.shape[1] != len(self.mean):
             raise UserError(
                 f"the frozen predictor of {self.column!r} takes {len(self.mean)} features, the cohort has "
-                f"{features.shape[1]}; prepare it with the same model and volume size"
+                f"{features.shape[1]}; prepare the cohort with the same model and volume size"
             )
         features = np.asarray(features, np.float64)
         filled = np.where(np.isnan(features), self.mean, features)
         return ((filled - self.mean) / self.std) @ self.coef + self.intercept
 
     def predict(self, features: np.ndarray) -> np.ndarray:
-        """(N, D) -> (N,): probability of the positive class, or the predicted number."""
+        """Probability of the positive class, or the predicted number, (N,), of features (N, D)."""
         from scipy.special import expit
 
         decision = self.decision(features)
         return decision if self.classes is None else expit(decision)
 
     def unbiased(self, prediction: np.ndarray) -> np.ndarray:
-        """Predictions (N,) with the line `bias` divided out; as they are without one."""
+        """Predictions (N,) with the line `bias` divided out; unchanged without bias correction."""
         return prediction if self.bias is None else (prediction - self.bias[0]) / self.bias[1]
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON values; floats are written so that they read back exactly."""
+        """As JSON values; floats read back exactly."""
         return {
             "column": self.column,
             "classes": None if self.classes is None else list(self.classes),

@@ -1,7 +1,7 @@
-"""What a model knows of labels, learned after training by evaluate.py and kept beside it as JSON.
+"""What can be read out of y: the probes and directions that evaluate.py stores with a model as JSON.
 
 probes.json      frozen linear probes of y (evaluation=probes)
-directions.json  directions along which labels grow, and the settings of an edit (evaluation=manipulation)
+directions.json  directions along which labels increase, and the settings of an edit (evaluation=manipulation)
 """
 
 from collections.abc import Mapping
@@ -17,47 +17,50 @@ from ldae.editing.linear_model import LinearModel
 from ldae.utils.errors import UserError
 from ldae.utils.files import read_json
 
-FULL_INVERSION = Editor(depth=1.0)  # inversion, where nobody chose better
+FULL_INVERSION = Editor(depth=1.0)  # if no evaluation has stored settings
 
 
 @dataclass(frozen=True)
 class Readouts:
-    """Probes and directions by name, and how deep an edit goes."""
+    """Probes and directions by name, and the settings of an edit."""
 
     probes: Mapping[str, LinearModel] = field(default_factory=dict)
     directions: Mapping[str, Direction] = field(default_factory=dict)
     editor: Editor = FULL_INVERSION
 
     @classmethod
-    def read(cls, probes: Path | None, directions: Path | None, weights: str) -> "Knowledge":
-        """From the files that there are; `weights` is the hash of the networks that they must belong to.
+    def read(cls, probes: Path | None, directions: Path | None, weights: str) -> "Readouts":
+        """Read both files, where they exist.
+
+        Args:
+            weights: hash of the networks; files that were made with other networks are refused.
 
         Raises:
             UserError: a file is damaged or belongs to other networks.
         """
-        known = {} if probes is None else read_frozen_probes(probes, weights)
-        models = {name: found[EMBEDDING].model for name, found in known.items()}
+        frozen = {} if probes is None else read_frozen_probes(probes, weights)
+        models = {name: predictors[EMBEDDING].model for name, predictors in frozen.items()}
         if directions is None:
             return cls(models)
         try:
             stored = read_json(directions)
             found = {name: Direction.from_dict(value) for name, value in stored["directions"].items()}
-            editor, made_for = Editor(**stored.get("editor", vars(FULL_INVERSION))), stored["weights"]
+            editor, stored_weights = Editor(**stored.get("editor", vars(FULL_INVERSION))), stored["weights"]
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{directions} is damaged ({error}): run evaluation=[manipulation] again") from error
-        if made_for != weights:
+        if stored_weights != weights:
             raise UserError(f"{directions} belongs to another encoder: run evaluation=[manipulation] again")
         return cls(models, found, editor)
 
     @property
     def names(self) -> list[str]:
-        """Of everything that `direction` finds."""
+        """Every name that `direction` accepts."""
         return sorted({*self.directions, *self.probes})
 
     def direction(self, name: str) -> Direction:
-        """The measured direction of this name, else that of the probe's weights, as published.
+        """The stored direction of this name; without one, the direction of the probe's weights, as published.
 
-        alpha > 0 moves towards the probe's positive class or larger number.
+        alpha > 0 moves towards the probe's positive class or larger values.
 
         Raises:
             UserError: there is neither.
@@ -71,7 +74,7 @@ class Readouts:
         return Direction(model.mean, model.std, model.coef / np.linalg.norm(model.coef))
 
     def predict_label(self, name: str, y: np.ndarray) -> list[str]:
-        """What probe `name` says of each y (B, dim), in words: "AD 83 %", "age 71.2"; [] without such a probe."""
+        """Prediction of probe `name` for each y (B, dim) as text: "AD 83 %", "age 71.2"; [] without such a probe."""
         model = self.probes.get(name)
         if model is None:
             return []

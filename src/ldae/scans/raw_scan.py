@@ -65,7 +65,7 @@ class TrainingPreprocessing:
     affine: Sequence[Sequence[float]] | None = None
 
     @property
-    def known(self) -> bool:
+    def training_scans_preprocessed(self) -> bool:
         """Whether the training scans are known to be preprocessed, or at least to share a grid as such scans do."""
         return self.parameters is not None or self.affine is not None
 
