@@ -19,6 +19,16 @@ from ldae.data.phantom import SHAPE, SPACING
 from ldae.utils.errors import UserError
 from ldae.utils.renamed import present_name
 
+# What a required file is, and how to do without it on purpose.
+REQUIRED_FILES = {
+    "perceptual.backbone": "torchvision's SqueezeNet 1.1 weights (perceptual=none: no perceptual term)",
+    "perceptual.heads": "the linear heads of LPIPS 0.1 for SqueezeNet (perceptual=none: no perceptual term)",
+    "perceptual.weights": "a MedicalNet checkpoint (perceptual=none: no perceptual term)",
+    "stage.initial_weights": "weights of an AutoencoderKL to start from (stage.initial_weights=null: random weights)",
+    "model.encoder.backbone.weights": (
+        "torchvision's ImageNet weights of ConvNeXt-Small (model.encoder.backbone.weights=null: random weights)"
+    ),
+}
 _INSTANTIATE_KEYS = {"_target_", "_partial_", "_args_", "_recursive_", "_convert_"}
 
 
@@ -231,6 +241,22 @@ def check_constructor_arguments(node: Any, key: str = "") -> None:
     for name in node:
         if not OmegaConf.is_missing(node, name):
             check_constructor_arguments(node[name], f"{key}.{name}" if key else str(name))
+
+
+def refuse_missing_values(node: Any) -> None:
+    """Refuse a node in which a required value (`???`) was not given, before any data is read.
+
+    Raises:
+        UserError: names the key and, for a file, what it must be and how to do without it.
+    """
+    if not isinstance(node, DictConfig) or node._is_none():
+        return
+    for name in node:
+        if OmegaConf.is_missing(node, name):
+            key = node._get_full_key(name)
+            what = f"a local file with {REQUIRED_FILES[key]}" if key in REQUIRED_FILES else f"{key}=VALUE"
+            raise UserError(f"{key} must be given: {what}")
+        refuse_missing_values(node[name])
 
 
 def _check_signature(node: DictConfig, key: str) -> None:

@@ -228,4 +228,5 @@ def _perceptual(config: DictConfig, device: torch.device) -> Callable[[Tensor, T
     node = config.get("perceptual")
     if not node or not node["_target_"].endswith("SliceLpips"):
         return None
-    return instantiate(node, share=1.0).to(device)
+    # The report's own definition, whatever the training loss: mean over all slices of all planes, in [-1, 1].
+    return instantiate(node, share=1.0, total=1.0, signed=True).to(device)
