@@ -10,7 +10,7 @@ from accelerate.utils import gather_object, set_seed
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from ldae.config import check_constructor_arguments
+from ldae.config import check_constructor_arguments, refuse_missing_values
 from ldae.data.cohort import Cohort, load_cohort
 from ldae.runs import Run, Workspace, open_workspace
 from ldae.utils.errors import UserError
@@ -99,6 +99,7 @@ def train(config: DictConfig) -> None:
     from ldae.training.changes import check_changes
 
     _check(config)
+    refuse_missing_values(config.stage)
     accelerator = instantiate(config.accelerator)
     space = open_workspace(config)
     name = config.stage._target_.rsplit(".", 2)[-2]
@@ -184,6 +185,7 @@ def evaluate(config: DictConfig) -> None:
     from ldae.training.precision import inference_dtype
 
     _check(config)
+    refuse_missing_values(config.perceptual)
     accelerator = instantiate(config.accelerator)
     space = open_workspace(config)
     for stage in ("aekl", "pretrain", "repr"):
