@@ -249,7 +249,8 @@ class ReprStage(Stage):
 
     def _decode_from_y(self, y: Tensor, keys: Sequence[int]) -> Tensor:
         """Volumes from y alone, z_T fixed by `keys`."""
-        z0 = self.sampler.sample(self.denoiser.guided_eps(y), self._validation_noise(keys, "noise"), self.schedule)
+        eps_fn = self.denoiser.guided_eps(y, self.sampler.guidance)
+        z0 = self.sampler.sample(eps_fn, self._validation_noise(keys, "noise"), self.schedule)
         return self._decompress(z0)
 
     def _decompress(self, z0: Tensor) -> Tensor:
