@@ -112,7 +112,7 @@ def batches(stage, count=2, accumulate=2):
     """As the stream's threads make them: on the host."""
     made = []
     for number in range(accumulate):
-        index = np.arange(number * count, (number + 1) * count) % stage.length
+        index = np.arange(number * count, (number + 1) * count) % stage.num_samples
         made.append({"index": index, "position": index, "number": number, **stage.fetch(index, index, number)})
     return made
 

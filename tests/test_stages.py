@@ -146,7 +146,7 @@ def repr_stage(**encoder):
     torch.manual_seed(0)
     stage = ReprStage.__new__(ReprStage)
     stage.cohort, stage.latents, stage.pairs = cohort, latents(cohort), np.arange(8)
-    stage.train_rows, stage.length = cohort.rows("train"), 4
+    stage.train_rows, stage.num_samples = cohort.rows("train"), 4
     stage.schedule, stage.parameterisation, stage.sampler = linear(), Velocity(), DDIM(steps=2)
     stage.time_power, stage.other_visit = 1.0, 0.0
     stage.unet = UNet(**UNET).eval().requires_grad_(False)
@@ -236,7 +236,7 @@ def test_noise_and_time_of_a_sample_do_not_depend_on_the_micro_batches():
     cohort = Cohort()
     stage = PretrainStage.__new__(PretrainStage)
     stage.schedule, stage.parameterisation, stage.latents = linear(), Velocity(), latents(cohort)
-    stage.train_rows, stage.length = cohort.rows("train"), 4
+    stage.train_rows, stage.num_samples = cohort.rows("train"), 4
     stage.modules = {"unet": UNet(**UNET)}
     prepared(stage)
     whole = stage.fetch(np.array([0, 1, 2]), np.array([5, 6, 7]), 0)

@@ -20,7 +20,8 @@ from ldae.training.changes import changed_keys
 from ldae.training.checkpoint import flatten_optimizer, restore_optimizer
 from ldae.training.ema import Ema
 from ldae.training.health import SpikeDetector
-from ldae.training.stage import Monitor, Stage, Updater, build_adam
+from ldae.training.optimizer_step import Updater, build_adam
+from ldae.training.stage import Monitor, Stage
 from ldae.training.trainer import Trainer, learning_rate_factor
 from ldae.utils.errors import EXIT_REQUEUE, UserError
 from ldae.utils.seeding import draw_normal
@@ -34,7 +35,7 @@ class Toy(Stage):
     name = "toy"
     monitor = Monitor("error", higher_is_better=False)
     published = ("net",)
-    length = len(DATA)
+    num_samples = len(DATA)
 
     def __init__(self, on_step=lambda step: None):
         torch.manual_seed(0)
@@ -264,7 +265,7 @@ def test_without_warm_up_every_step_keeps_the_published_share_of_the_average():
 class Spoilt(Toy):
     """One scan is NaN; a batch norm sees it before the loss does."""
 
-    names = tuple(f"subject{index} ses-M000" for index in range(len(DATA)))
+    sample_names = tuple(f"subject{index} ses-M000" for index in range(len(DATA)))
 
     def __init__(self):
         super().__init__()
@@ -322,7 +323,7 @@ def test_a_full_disk_keeps_the_state_before_and_says_so(tmp_path, monkeypatch):
 def test_other_data_than_the_run_was_made_with_is_refused(tmp_path):
     fit(tmp_path, 2)
     other = Toy()
-    other.names = ("somebody ses-M000",) * len(DATA)
+    other.sample_names = ("somebody ses-M000",) * len(DATA)
     with pytest.raises(UserError, match="another training scans"):
         fit(tmp_path, 4, other)
     with pytest.raises(UserError, match="samples a step"):

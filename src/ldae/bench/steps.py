@@ -38,7 +38,7 @@ class Steps(AbstractContextManager["Steps"]):
         self.skipped: list[Tensor] = []
         workers = subject.config.trainer.workers or 2
         on_gpu = self.device.type == "cuda"
-        stream = SampleStream(self.stage.length, 0)
+        stream = SampleStream(self.stage.num_samples, 0)
         self._batches = Batches(self.stage.fetch, stream, self.size, workers=workers, pin=on_gpu)
 
     def fetch(self) -> list[Batch]:
@@ -46,7 +46,7 @@ class Steps(AbstractContextManager["Steps"]):
         if not self.subject.settings.straight:
             return self._batches.at(self.number)
         position = np.arange(self.number * self.size, (self.number + 1) * self.size)
-        index = position % self.stage.length
+        index = position % self.stage.num_samples
         fetched = self.stage.fetch(index, position, self.number)
         return [{"index": index, "position": position, "number": self.number, **fetched}]
 

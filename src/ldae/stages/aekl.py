@@ -5,7 +5,6 @@ compression; arXiv 2112.10752, equation 25), and where it is asked for + ssim_we
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +12,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ldae.config import Optim, TrainerSettings
+from ldae.data.cohort import Cohort
+from ldae.data.stream import Batch
 from ldae.data.subsampling import subsample_by_subject
 from ldae.data.table import scan_names
 from ldae.evaluation.images.image_metrics import BrainMasks, ssim_whole_and_masked
@@ -20,18 +21,10 @@ from ldae.losses import autoencoder as losses
 from ldae.losses.structural import structural_dissimilarity
 from ldae.models.sizes import latent_sizes
 from ldae.models.state import load_weights
-from ldae.training.stage import (
-    Batch,
-    Monitor,
-    Stage,
-    StepResult,
-    Updater,
-    batch_to_device,
-    build_adam,
-    module_to_memory_format,
-    to_memory_format,
-    uses_channels_last,
-)
+from ldae.runs import Workspace
+from ldae.training.device import batch_to_device, module_to_memory_format, to_memory_format, uses_channels_last
+from ldae.training.optimizer_step import StepResult, Updater, build_adam
+from ldae.training.stage import Monitor, Stage
 from ldae.training.validation import mean_over_scans, shard_rows
 from ldae.utils.errors import UserError
 from ldae.utils.seeding import draw_normal, make_generator
@@ -49,6 +42,7 @@ class AutoencoderStage(Stage):
     """
 
     name = "aekl"
+    harmless_on_resume = ("initial_weights",)
     monitor = Monitor("l1", higher_is_better=False)
     published = ("autoencoder",)
 
@@ -63,8 +57,8 @@ class AutoencoderStage(Stage):
         adversarial_weight: float,
         adversarial_start: int,
         initial_weights: str | None,
-        cohort: Any,
-        workspace: Any,
+        cohort: Cohort,
+        workspace: Workspace,
     ) -> None:
         if initial_weights is not None:
             load_weights(autoencoder, initial_weights)
@@ -79,8 +73,8 @@ class AutoencoderStage(Stage):
         self.adversarial_start = adversarial_start
         self.cohort = cohort
         self.train_rows = cohort.rows("train")
-        self.length = len(self.train_rows)
-        self.names = scan_names(cohort.table, self.train_rows)
+        self.num_samples = len(self.train_rows)
+        self.sample_names = scan_names(cohort.table, self.train_rows)
         self.averages = {}
 
     def prepare(self, accelerator: Accelerator, trainer: TrainerSettings, optim: Optim, seed: int) -> None:
@@ -184,7 +178,7 @@ class AutoencoderStage(Stage):
 
     def _set_reference(self) -> None:
         """From training scans spread evenly over the table, so that many subjects are among them."""
-        chosen = np.linspace(0, self.length - 1, min(self.length, REFERENCE_SCANS)).round().astype(int)
+        chosen = np.linspace(0, self.num_samples - 1, min(self.num_samples, REFERENCE_SCANS)).round().astype(int)
         self.modules["autoencoder"].set_reference(self._scans(self.train_rows[[index]]) for index in chosen)
 
     def validate(self) -> dict[str, float]:

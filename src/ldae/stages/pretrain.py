@@ -13,33 +13,27 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ldae.config import Optim, TrainerSettings
+from ldae.data.cohort import Cohort
 from ldae.data.latents import LatentSet
+from ldae.data.stream import Batch
 from ldae.data.subsampling import subsample_by_subject
 from ldae.data.table import scan_names
 from ldae.diffusion.process import Parameterisation, add_noise
 from ldae.diffusion.schedule import Schedule
 from ldae.losses.denoising import denoising_loss
 from ldae.models.state import load_weights
+from ldae.runs import Workspace
+from ldae.training.device import batch_to_device, module_to_memory_format, to_memory_format, uses_channels_last
 from ldae.training.ema import Ema
-from ldae.training.stage import (
-    Batch,
-    Monitor,
-    Stage,
-    StepResult,
-    Updater,
-    batch_to_device,
-    build_adam,
-    module_to_memory_format,
-    to_memory_format,
-    uses_channels_last,
-)
+from ldae.training.optimizer_step import StepResult, Updater, build_adam
+from ldae.training.stage import Monitor, Stage
 from ldae.training.train_loss import NAME as TRAIN_LOSS
 from ldae.training.validation import mean_over_scans, shard_rows
 from ldae.utils.errors import UserError
 from ldae.utils.seeding import draw_normal, draw_timesteps
 
 
-def open_latents(path: str | None, cohort: Any, workspace: Any) -> LatentSet:
+def open_latents(path: str | None, cohort: Cohort, workspace: Workspace) -> LatentSet:
     """The latents of this workspace, which must belong to its autoencoder and to this split."""
     folder = Path(path) if path else workspace.latents
     latents = LatentSet.open(folder)
@@ -58,6 +52,7 @@ class PretrainStage(Stage):
     """
 
     name = "pretrain"
+    harmless_on_resume = ("latents", "initial_weights")
     monitor = Monitor(TRAIN_LOSS, higher_is_better=False)
     publishes_last = True
     published = ("unet",)
@@ -69,8 +64,8 @@ class PretrainStage(Stage):
         parameterisation: Parameterisation,
         latents: str | None,
         initial_weights: str | None,
-        cohort: Any,
-        workspace: Any,
+        cohort: Cohort,
+        workspace: Workspace,
     ) -> None:
         if initial_weights is not None:
             load_weights(unet, initial_weights)
@@ -79,8 +74,8 @@ class PretrainStage(Stage):
         self.parameterisation = parameterisation
         self.latents = open_latents(latents, cohort, workspace)
         self.train_rows = self.latents.rows("train")
-        self.length = len(self.train_rows)
-        self.names = scan_names(self.latents.table, self.train_rows)
+        self.num_samples = len(self.train_rows)
+        self.sample_names = scan_names(self.latents.table, self.train_rows)
 
     def prepare(self, accelerator: Accelerator, trainer: TrainerSettings, optim: Optim, seed: int) -> None:
         """See Stage."""

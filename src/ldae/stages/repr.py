@@ -14,6 +14,8 @@ from hydra.utils import instantiate
 from torch import Tensor, nn
 
 from ldae.config import Optim, TrainerSettings
+from ldae.data.cohort import Cohort
+from ldae.data.stream import Batch
 from ldae.data.subsampling import subsample_by_subject
 from ldae.data.table import scan_names
 from ldae.denoiser import Denoiser
@@ -23,21 +25,12 @@ from ldae.evaluation.images.semantics import measure_z0_errors_of_scan, pair_wit
 from ldae.losses.denoising import gap_filling_loss
 from ldae.models.state import load_weights
 from ldae.models.unet import Features, UNet
-from ldae.runs import estimator_node
+from ldae.runs import Workspace, estimator_node
 from ldae.stages.pretrain import open_latents
+from ldae.training.device import batch_to_device, module_to_memory_format, to_memory_format, uses_channels_last
 from ldae.training.ema import Ema
-from ldae.training.stage import (
-    Batch,
-    Monitor,
-    Stage,
-    StepResult,
-    Updater,
-    batch_to_device,
-    build_adam,
-    module_to_memory_format,
-    to_memory_format,
-    uses_channels_last,
-)
+from ldae.training.optimizer_step import StepResult, Updater, build_adam
+from ldae.training.stage import Monitor, Stage
 from ldae.training.validation import mean_over_scans, shard_rows
 from ldae.utils.errors import UserError
 from ldae.utils.seeding import draw_normal, draw_timesteps, make_generator
@@ -88,6 +81,7 @@ class ReprStage(Stage):
     """
 
     name = "repr"
+    harmless_on_resume = ("aekl", "pretrain", "latents", "initial_weights", "estimator.start_from_unet")
     monitor = Monitor("ssim", higher_is_better=True)
     published = ("encoder", "estimator")
 
@@ -102,8 +96,8 @@ class ReprStage(Stage):
         aekl: str | None,
         pretrain: str | None,
         latents: str | None,
-        cohort: Any,
-        workspace: Any,
+        cohort: Cohort,
+        workspace: Workspace,
     ) -> None:
         first, second = workspace.predecessor("aekl", aekl), workspace.predecessor("pretrain", pretrain)
         for run in (first, second):
@@ -130,8 +124,8 @@ class ReprStage(Stage):
             raise UserError(f"{second.path} learned the latents of another autoencoder: train pretrain again")
         self.pairs = self._pair_rows()
         self.train_rows = np.flatnonzero((cohort.table["split"] == "train").to_numpy() & (self.pairs >= 0))
-        self.length = len(self.train_rows)
-        self.names = scan_names(cohort.table, self.train_rows)
+        self.num_samples = len(self.train_rows)
+        self.sample_names = scan_names(cohort.table, self.train_rows)
         self.sources = {run.path.name: run.metadata["weights"] for run in (first, second)}
 
     def _pair_rows(self) -> np.ndarray:

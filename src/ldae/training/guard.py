@@ -13,9 +13,11 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
+from ldae.data.stream import Batch
 from ldae.training.checkpoint import Progress
-from ldae.training.health import Batch, SpikeDetector, suspect_samples
-from ldae.training.stage import Stage, StepResult
+from ldae.training.health import SpikeDetector, suspect_samples
+from ldae.training.optimizer_step import StepResult
+from ldae.training.stage import Stage
 from ldae.utils.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -130,7 +132,7 @@ class StepGuard:
     def _watch(self, report: StepReport, loss: float) -> None:
         usual = self.watch.usual_loss()
         if self.watch.is_spike(loss):
-            scans = [self.stage.name_of(int(index)) for batch in report.micro_batches for index in batch["index"]]
+            scans = [self.stage.sample_name(int(index)) for batch in report.micro_batches for index in batch["index"]]
             log.warning("step %d: loss %.4g where %.4g is usual; its scans: %s", report.step, loss, usual, _list(scans))
 
     def _skip(self, report: StepReport, bad_loss: bool, finite: Sequence[bool]) -> None:
@@ -140,7 +142,7 @@ class StepGuard:
         progress.skipped_in_a_row += 1
         # Where all losses of all processes are finite, the gradient is at fault, and any scan may be.
         bad = [batch for batch, fine in zip(report.micro_batches, finite, strict=True) if not (bad_loss and fine)]
-        scans = gather_object([self.stage.name_of(index) for index in suspect_samples(bad)])
+        scans = gather_object([self.stage.sample_name(index) for index in suspect_samples(bad)])
         self.suspects |= set(scans)
         log.warning("step %d skipped: its loss or gradient is not finite; its scans: %s", report.step, _list(scans))
         if progress.skipped_in_a_row >= self.limit:

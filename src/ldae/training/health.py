@@ -2,15 +2,13 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ldae.data.stream import Batch
 from ldae.utils.errors import UserError
-
-Batch = dict[str, Any]
 
 
 def suspect_samples(micro_batches: Sequence[Batch]) -> list[int]:

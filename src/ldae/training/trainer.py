@@ -80,14 +80,14 @@ class Trainer:
         stage.prepare(self.accelerator, self.settings, self.optim, self.seed)
         base_lrs = {name: [g["lr"] for g in o.param_groups] for name, o in stage.optimizers.items()}
         progress = self._resume(stage, metadata)
-        total = self.total_steps(stage.length)
-        self.validate_every = self.validation_interval(stage.length)
+        total = self.total_steps(stage.num_samples)
+        self.validate_every = self.validation_interval(stage.num_samples)
         watches_train_loss = stage.monitor is not None and stage.monitor.metric == TRAIN_LOSS
         stops_early = watches_train_loss and self.settings.patience is not None
         self.train_loss = MeanTrainLoss(self.accelerator, progress) if stops_early else None
         main = self.accelerator.is_main_process
         tracker = Tracker(self.run.path, stage.name, progress.step, total) if main else None
-        stream = SampleStream(stage.length, self.seed)
+        stream = SampleStream(stage.num_samples, self.seed)
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
         settings = self.settings
         batches = Batches(
@@ -121,11 +121,11 @@ class Trainer:
 
     def _resume(self, stage: Stage, metadata: dict[str, Any]) -> Progress:
         """Where the newest whole state stands: the same one on all processes."""
-        names = hashlib.sha256("\n".join(stage.names).encode()).hexdigest()
+        names = hashlib.sha256("\n".join(stage.sample_names).encode()).hexdigest()
         self.identity = {
             **metadata,
             **stage.metadata(),
-            "training scans": [stage.length, names],
+            "training scans": [stage.num_samples, names],
             "samples a step (batch_size * accumulate * processes)": self._samples_a_step,
         }
         if self.accelerator.is_main_process:
