@@ -1,7 +1,7 @@
-"""Dataclass schemas of the fixed config groups, and the checks that run before any expensive work.
+"""Schemas of the fixed config groups, and the checks of a config that need no data.
 
 Hydra merges every YAML file and override into these dataclasses, so a mistyped key fails at compose with its full name.
-Groups that choose a class (`_target_`) are checked against that class's constructor by `check_targets`.
+Groups that choose a class (`_target_`) are checked against that class's constructor by `check_constructor_arguments`.
 """
 
 import inspect
@@ -17,7 +17,7 @@ from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 
 from ldae.data.phantom import SHAPE, SPACING
 from ldae.utils.errors import UserError
-from ldae.utils.renamed import present_name
+from ldae.utils.renamed import ARGUMENTS, present_name
 
 # What a required file is, and how to do without it on purpose.
 REQUIRED_FILES = {
@@ -31,46 +31,55 @@ REQUIRED_FILES = {
 }
 _INSTANTIATE_KEYS = {"_target_", "_partial_", "_args_", "_recursive_", "_convert_"}
 
+# Field metadata: what another value of the key does to a training that is resumed. A key without it must not change.
+RESUME = "resume"
+HARMLESS = {RESUME: "harmless"}
+HARMLESS_AT_CONSTANT_RATE = {RESUME: "harmless while the learning rate does not decay"}
+
 
 @dataclass
 class Paths:
-    """Where things live, relative to the working directory."""
+    """Folders, relative to the working directory."""
 
     runs: str = "runs"
     data: str = "data"
-    cache: str = "data/cache"
+    cache: str = "data/cache"  # of preprocessed volumes and regions
 
 
 @dataclass
 class TrainerSettings:
-    """The loop. Steps are optimiser steps; `max_epochs` is converted to them."""
+    """The training loop. A step is an optimiser step; `max_epochs` is converted to steps."""
 
-    max_steps: int | None = None
-    max_epochs: float | None = None
-    batch_size: int = 4
-    accumulate: int = 1
-    clip: float | None = 1.0
+    max_steps: int | None = field(default=None, metadata=HARMLESS_AT_CONSTANT_RATE)
+    max_epochs: float | None = field(default=None, metadata=HARMLESS_AT_CONSTANT_RATE)
+    batch_size: int = field(default=4, metadata=HARMLESS)  # samples per process and micro-batch
+    accumulate: int = field(default=1, metadata=HARMLESS)  # micro-batches per step
+    clip: float | None = 1.0  # largest norm of the gradient; None: not clipped
     ema: float | None = 0.999  # decay of the weights' moving average; None: no average
     ema_warmup: bool = True  # a smaller decay in the first steps, so that the average forgets the initial weights
-    log_every: int = 50
-    validate_every: int | None = 500
-    validate_every_epochs: float | None = None  # in place of validate_every
-    preview_every: int | None = None
-    checkpoint_every: int = 500
-    keep_states: int = 2
-    patience: int | None = None  # validations without improvement
-    validation_scans: int | None = None
-    channels_last: bool | None = None  # layout of convolutions; None: where it was measured to be faster
-    checkpointing: bool = False
-    compile: bool = False
-    workers: int | None = None
-    max_skipped: int = 10  # steps in a row without a finite loss and gradient
-    accept_changes: bool = False  # resume although the data, the predecessors or the config are others
+    log_every: int = field(default=50, metadata=HARMLESS)  # all of these in steps
+    validate_every: int | None = field(default=500, metadata=HARMLESS)
+    validate_every_epochs: float | None = field(default=None, metadata=HARMLESS)  # in place of validate_every
+    preview_every: int | None = field(default=None, metadata=HARMLESS)
+    checkpoint_every: int = field(default=500, metadata=HARMLESS)
+    keep_states: int = field(default=2, metadata=HARMLESS)  # number of checkpoints
+    patience: int | None = field(default=None, metadata=HARMLESS)  # validations without improvement before the end
+    validation_scans: int | None = None  # None: all
+    # Memory format of convolutions; None: the one that was measured to be faster (docs/bench.md).
+    channels_last: bool | None = field(default=None, metadata=HARMLESS)
+    # Recompute activations in the backward pass instead of keeping them: less memory, more time.
+    checkpointing: bool = field(default=False, metadata=HARMLESS)
+    compile: bool = field(default=False, metadata=HARMLESS)
+    workers: int | None = field(default=None, metadata=HARMLESS)  # threads that read batches ahead; None: one
+    # Consecutive steps with a non-finite loss or gradient before training is given up.
+    max_skipped: int = field(default=10, metadata=HARMLESS)
+    # Resume although the data, the predecessors or the config have changed.
+    accept_changes: bool = field(default=False, metadata=HARMLESS)
 
 
 @dataclass
 class Optim:
-    """Adam, its learning rates, and the factor by which they change over the run."""
+    """Adam, and the schedule of its learning rate."""
 
     lr: float = 1e-4
     discriminator_lr: float = 1e-4
@@ -78,26 +87,25 @@ class Optim:
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
     weight_decay: float = 0.0
     warmup_steps: int = 0
-    final_factor: float = 1.0  # the factor at the last step of a half-cosine decay; 1 = constant
+    final_factor: float = 1.0  # learning rate at the last step over `lr`, reached along half a cosine; 1: constant
 
 
 @dataclass
 class Loss:
-    """Weights of stage 1's loss beside L1, the step from which the discriminator plays along; stage 3's draws of t
-    and of the visit that y explains."""
+    """Weights of the terms of stage 1's loss besides L1, and how stage 3 draws its samples."""
 
     kl_weight: float = 1e-7
-    ssim_weight: float = 0.0  # of 1 - SSIM; published: none
+    ssim_weight: float = 0.0  # of 1 - SSIM; 0 as published
     perceptual_weight: float = 1e-3
     adversarial_weight: float = 0.025
-    adversarial_start: int = 0
-    time_power: float = 1.0
-    other_visit: float = 0.0
+    adversarial_start: int = 0  # step at which the discriminator is switched on
+    time_power: float = 1.0  # see ldae.stages.repr.ReprStage
+    other_visit: float = 0.0  # see ldae.stages.repr.ReprStage
 
 
 @dataclass
 class Split:
-    """Shares of subjects, and the seed of the draw; with `fold`, test is that one of `folds` instead of a share."""
+    """Fractions of subjects, and the seed of the draw. With `fold`, that one of `folds` is the test split."""
 
     train: float = 0.85
     val: float = 0.05
@@ -109,29 +117,35 @@ class Split:
 
 @dataclass
 class Phantom:
-    """Size of a generated cohort: subjects, voxel size in mm, volume in voxels."""
+    """Size of the synthetic cohort."""
 
     subjects: int = 250
     seed: int = 7
-    spacing: float = SPACING
-    shape: list[int] = field(default_factory=lambda: list(SHAPE))
+    spacing: float = SPACING  # mm
+    shape: list[int] = field(default_factory=lambda: list(SHAPE))  # voxels
 
 
 @dataclass
 class Data:
-    """A cohort: its table, and how a scan becomes a volume."""
+    """A cohort: its table, and how a scan becomes a volume.
 
-    table: str = MISSING
-    shape: list[int] = MISSING
-    spacing: float = MISSING
+    A change of the table, of the split or of what is rejected is found when a run is resumed: a checkpoint knows its
+    training scans.
+    """
+
+    table: str = field(default=MISSING, metadata=HARMLESS)
+    shape: list[int] = MISSING  # voxels
+    spacing: float = MISSING  # mm
     transform: Any = MISSING
     augmentation: Any = None
-    split: Split = field(default_factory=Split)
-    cache_dtype: str = "float16"
-    on_bad_scan: str = "reject"
-    diagnoses: list[str] | None = None
-    workers: int | None = None
-    phantom: Phantom | None = None
+    split: Split = field(default_factory=Split, metadata=HARMLESS)
+    cache_dtype: str = "float16"  # or uint8: half the disk space, in steps of 1/255
+    on_bad_scan: str = field(default="reject", metadata=HARMLESS)  # or stop
+    diagnoses: list[str] | None = field(default=None, metadata=HARMLESS)  # scans that are used; None: all
+    # Processes that transform scans; None: one per CPU core.
+    workers: int | None = field(default=None, metadata=HARMLESS)
+    # Size of the synthetic cohort; None: the table is the user's own.
+    phantom: Phantom | None = field(default=None, metadata=HARMLESS)
 
 
 @dataclass
@@ -144,7 +158,7 @@ class EstimatorSettings:
 
 @dataclass
 class Model:
-    """One of each network; `conf/model/*.yaml` are bundles."""
+    """One of each network; a file of conf/model chooses them together."""
 
     autoencoder: Any = MISSING
     unet: Any = MISSING
@@ -155,7 +169,7 @@ class Model:
 
 @dataclass
 class Diffusion:
-    """Schedule of the noise, and what the network predicts."""
+    """Noise schedule, and what the network predicts."""
 
     schedule: Any = MISSING
     parameterisation: Any = MISSING
@@ -163,24 +177,29 @@ class Diffusion:
 
 @dataclass
 class Config:
-    """What `train.py`, `encode_latents.py` and `evaluate.py` share."""
+    """What `train.py`, `encode_latents.py` and `evaluate.py` share.
 
-    name: str = "default"
+    The groups that are harmless on resume reach a training through `stage` alone, where they are compared by value.
+    Which keys of `stage` and `accelerator` are harmless is said by the stage's class (`harmless_on_resume`) and by
+    ldae.training.precision (`HARMLESS_ON_RESUME`).
+    """
+
+    name: str = field(default="default", metadata=HARMLESS)
     seed: int = 0
-    paths: Paths = field(default_factory=Paths)
+    paths: Paths = field(default_factory=Paths, metadata=HARMLESS)
     trainer: TrainerSettings = field(default_factory=TrainerSettings)
     optim: Optim = field(default_factory=Optim)
-    loss: Loss = field(default_factory=Loss)
+    loss: Loss = field(default_factory=Loss, metadata=HARMLESS)
     data: Data = field(default_factory=Data)
-    model: Model = field(default_factory=Model)
-    diffusion: Diffusion = field(default_factory=Diffusion)
-    sampler: Any = MISSING
-    perceptual: Any = None
+    model: Model = field(default_factory=Model, metadata=HARMLESS)
+    diffusion: Diffusion = field(default_factory=Diffusion, metadata=HARMLESS)
+    sampler: Any = field(default=MISSING, metadata=HARMLESS)
+    perceptual: Any = field(default=None, metadata=HARMLESS)
     accelerator: Any = MISSING
     stage: Any = MISSING
-    probe: dict[str, Any] = field(default_factory=dict)
-    evaluation: dict[str, Any] = field(default_factory=dict)
-    bench: Any = None
+    probe: dict[str, Any] = field(default_factory=dict, metadata=HARMLESS)
+    evaluation: dict[str, Any] = field(default_factory=dict, metadata=HARMLESS)
+    bench: Any = field(default=None, metadata=HARMLESS)
 
 
 @dataclass
@@ -195,7 +214,7 @@ class PreprocessSteps:
     limits: Any = MISSING
     regions: Any = None
     columns: Any = MISSING
-    spacing: float | None = 1.5
+    spacing: float | None = 1.5  # mm; None: that of the template or of the scan
     interpolator: str = "bSpline"
 
 
@@ -272,4 +291,6 @@ def _check_signature(node: DictConfig, key: str) -> None:
     allowed = {p.name for p in parameters} | _INSTANTIATE_KEYS
     for name in node:
         if name not in allowed:
+            if name in ARGUMENTS.get(node["_target_"], {}):
+                raise UserError(f"'{key}.{name}' is now '{key}.{ARGUMENTS[node['_target_']][name]}'")
             raise UserError(f"unknown key '{key}.{name}': {node['_target_']} takes {', '.join(sorted(allowed))}")

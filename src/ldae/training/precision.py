@@ -17,6 +17,11 @@ log = logging.getLogger(__name__)
 
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FASTEST = "fastest"
+HARMLESS_ON_RESUME = (
+    "_target_",
+    "cpu",
+    "timeout",
+)  # arguments of `build_accelerator`; precision is compared by meaning
 TIMEOUT = 30.0  # minutes that processes wait for each other before they give up
 
 
