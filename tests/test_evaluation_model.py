@@ -16,7 +16,7 @@ import torch
 
 from ldae.diffusion.samplers import DDIM, Exact, Multistep
 from ldae.diffusion.schedule import linear
-from ldae.evaluation import figures, report
+from ldae.evaluation import figures, report, run
 from ldae.evaluation import html_report as page
 from ldae.evaluation.context import Context
 from ldae.evaluation.images import generation
@@ -25,9 +25,9 @@ from ldae.evaluation.images.posterior_gap import PosteriorMeanGap
 from ldae.evaluation.images.reconstruction import Reconstruction
 from ldae.evaluation.images.semantics import (
     Semantics,
-    pair_with_other_subjects,
     measure_z0_errors,
     measure_z0_errors_of_scan,
+    pair_with_other_subjects,
 )
 
 SIZE = 16
@@ -158,7 +158,7 @@ def test_z0_errors_wait_for_no_value():
     denoiser = SimpleNamespace(
         schedule=linear(),
         eps=lambda z_t, t: 0.5 * z_t,
-        guided=lambda y: lambda z_t, t: z_t * y[:, :1, None, None, None],
+        guided_eps=lambda y: lambda z_t, t: z_t * y[:, :1, None, None, None],
     )
     z, y = torch.empty(1, 2, 4, 4, 4, device="meta"), torch.empty(1, 3, device="meta")
     found = measure_z0_errors_of_scan(denoiser, z, y, y, seed=0, key=1)
@@ -237,21 +237,6 @@ def test_feature_distances_by_hand():
     assert generation.cubic_mmd(a[:500], b[:500]) > 0.5
 
 
-def test_slices_are_the_right_way_up():
-    """A marker right, anterior and superior of the centre is drawn right and up in each plane that shows it."""
-    volume = np.zeros((9, 11, 13))
-    volume[8, 5, 6] = 1  # right
-    volume[4, 10, 6] = 2  # anterior
-    volume[4, 5, 12] = 3  # superior
-    slices = dict(figures.orthogonal(volume))
-    assert slices["axial"][5, 8] == 1
-    assert slices["axial"][0, 4] == 2
-    assert slices["coronal"][6, 8] == 1
-    assert slices["coronal"][0, 4] == 3
-    assert slices["sagittal"][6, 10] == 2
-    assert slices["sagittal"][0, 5] == 3
-
-
 def test_metrics_are_merged_and_only_numbers_are_kept(tmp_path):
     path = tmp_path / "metrics.json"
     report.merge_metrics(path, {"a": 1.0, "b": 2.0, "c": 3.0})
@@ -259,8 +244,43 @@ def test_metrics_are_merged_and_only_numbers_are_kept(tmp_path):
     assert json.loads(path.read_text()) == {"a": 1.0, "b": 5.0}
 
 
+def test_a_failing_evaluator_leaves_a_report_of_what_was_computed(tmp_path, monkeypatch):
+    """One report in all: with the first evaluator's metrics and figure, and not those of the failed one."""
+
+    def succeed(context):
+        figures.draw_curves(context.out / "gap.png", {"a": ([0, 1], [0, 1])}, "x", "y")
+        yield "gap/filled_share", 0.25
+
+    def fail(context):
+        yield "generation/samples", 4.0
+        raise RuntimeError("no memory")
+
+    reports, write = [], run.write_report
+    monkeypatch.setattr(run, "write_report", lambda *given: reports.append(given) or write(*given))
+    with pytest.raises(RuntimeError, match="no memory"):
+        run.run_in_context(context(tmp_path), {"gap": succeed, "generation": fail, "never": fail}, "smoke")
+    assert len(reports) == 1
+    text = (tmp_path / "report.html").read_text()
+    assert "gap/filled_share" in text
+    assert "data:image/png" in text
+    assert "generation/samples" not in text
+    assert json.loads((tmp_path / "metrics.json").read_text()) == {"gap/filled_share": 0.25}
+    metrics = run.run_in_context(context(tmp_path), {"gap": succeed, "again": succeed}, "smoke")
+    assert metrics == {"gap/filled_share": 0.25}
+    assert len(reports) == 2
+
+
+def test_the_report_explains_the_metrics_that_it_shows(tmp_path):
+    metrics = {"gap/filled_share": 0.5, "probe/age/mae": 3.0, "baseline/mean/age/mae_difference": 1.0}
+    text = page.write_report(tmp_path, "smoke", metrics).read_text()
+    for term in ("filled_share", "mae", "&lt;metric&gt;_difference"):
+        assert f"<tr><td>{term}</td>" in text
+    for term in ("unfilled", "auc", "&lt;probe&gt;_within"):
+        assert f"<tr><td>{term}</td>" not in text
+
+
 def test_the_report_is_one_escaped_file(tmp_path):
-    figures.draw_scatter(tmp_path / "age_scatter.png", "age", np.arange(5.0), np.arange(5.0) + 1)
+    figures.draw_scatter(tmp_path / "age_scatter.png", "age", "years", np.arange(5.0), np.arange(5.0) + 1)
     (tmp_path / "manipulation_age_1.html").write_text("<p>viewer</p><script>draw()</script>")
     metrics = {"probe/age/mae": 1.5, "probe/age/mae_low": 1.0, "probe/age/mae_high": 2.0, "x/<b>": 1.0}
     text = page.write_report(tmp_path, "a <script>", metrics).read_text()
@@ -268,7 +288,11 @@ def test_the_report_is_one_escaped_file(tmp_path):
     assert "&lt;b&gt;" in text
     assert "1.5 [1, 2]" in text
     sections = dict(part.split("</h2>", 1) for part in text.split("<h2 ")[1:])
-    assert [name.split(">")[1] for name in sections] == ["What y tells", "Manipulation", "Further numbers"]
+    assert [name.split(">")[1] for name in sections] == [
+        "What the embedding predicts",
+        "Manipulation",
+        "Further metrics",
+    ]
     told, manipulation, further = sections.values()
     assert "data:image/png;base64," in told
     assert "1.5 [1, 2]" in told

@@ -319,7 +319,7 @@ def test_embeddings_are_reused_only_for_the_same_weights_and_rows(tmp_path):
 
     def compute():
         calls.append(1)
-        return embed_rows(lambda x: x.flatten(1) / 3, lambda r: torch.tensor(r)[:, None].float(), 20, 7, False)
+        return embed_rows(lambda x: x.flatten(1) / 3, lambda r: torch.tensor(r)[:, None].float(), 20, 7)
 
     path = tmp_path / "embeddings.csv"
     first = load_or_compute_embeddings(path, context.table, "one", compute)
@@ -365,8 +365,8 @@ def test_processes_share_the_scans_and_give_the_table_of_one(tmp_path):
     together(1, batches=7)
     assert sorted(read) == [[*range(start, min(start + 3, 20))] for start in range(0, 20, 3)]
     assert met == [0, 1]
-    alone = embed_rows(lambda x: x / 3, values, 20, 3, False)
-    np.testing.assert_array_equal(embed_rows(lambda x: x / 0, values, 20, 3, False, tmp_path), alone)
+    alone = embed_rows(lambda x: x / 3, values, 20, 3)
+    np.testing.assert_array_equal(embed_rows(lambda x: x / 0, values, 20, 3, tmp_path), alone)
 
 
 def test_parts_of_other_weights_rows_or_cuts_are_elsewhere(tmp_path):

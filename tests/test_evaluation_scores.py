@@ -5,7 +5,7 @@ import pytest
 from sklearn import metrics as reference
 
 from ldae.evaluation.probes import scores
-from ldae.evaluation.probes.bootstrap import percentile_interval, draw_subject_weights, summarise
+from ldae.evaluation.probes.bootstrap import draw_subject_weights, percentile_interval, summarise
 
 
 @pytest.fixture

@@ -107,8 +107,7 @@ def _steps(about: Mapping[str, Any]) -> str:
 def _metrics(metrics: Mapping[str, float]) -> str:
     if not metrics:
         return "None were measured before the export: run `python evaluate.py` and export again."
-    from ldae.evaluation.report import format_with_intervals
-    from ldae.evaluation.run import select_headline
+    from ldae.evaluation.report import format_with_intervals, select_headline
 
     rows = "\n".join(f"| {name} | {value} |" for name, value in format_with_intervals(select_headline(metrics)))
     return (

@@ -1,40 +1,48 @@
-"""What every evaluator is handed: the trained model, the cohort, and where to write.
+"""What every evaluation receives: the trained model, the cohort, and the folder for its results.
 
-An evaluator is a small class chosen by config. Calling it with a `Context` yields (name, number) pairs for
-metrics.json; its tables and figures go below `Context.out`.
+An evaluation is a small class that `conf/evaluation` names. Called with a `Context`, it yields (name, number) pairs for
+metrics.json and writes its tables and figures to `Context.out`.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import pandas as pd
+import torch
 from torch import Tensor
+
+from ldae.data.subsampling import subsample_by_subject
+from ldae.utils.files import replacing
+
+if TYPE_CHECKING:
+    from ldae.pipeline import LDAE
 
 
 @dataclass
 class Context:
-    """One cohort seen through one trained model. Row i of every array is row i of `table`.
+    """One cohort as one trained model sees it. Row i of every array belongs to row i of `table`.
 
     Attributes:
-        model: an `ldae.LDAE`, or anything with its methods.
-        table: one row a scan: subject, session, months, diagnosis, age, split, and what else rides along.
-        volumes: row indices -> scans in model space, (B, 1, X, Y, Z), float32 in [0, 1].
-        posterior: row indices -> mean and standard deviation of the latent, unscaled, each (B, C, x, y, z).
+        model: the trained model.
+        table: one row per scan: subject, session, months, diagnosis, age, split and any further columns.
+        volumes: reads the scans of some rows: (B, 1, X, Y, Z) in model space, float32 in [0, 1].
+        posterior: mean and standard deviation of the unscaled latents of some rows, (B, C, X', Y', Z') each.
         embeddings: y of every row, (N, dim) float32.
-        untrained: the same of the same encoder before any training; called only when a baseline asks for it.
-        out: folder of the results.
+        untrained: computes the embeddings of the same encoder with its initial random weights; called only if a
+            baseline needs them.
+        out: folder for the results.
         spacing: voxel size of the scans in model space, mm.
-        seed: of the evaluators' own draws (noise, resamples, folds).
-        weights: hash of the encoder's weights; frozen probes are refused on another encoder.
-        regions: (row indices, label numbers) -> share of each voxel that lies in these regions of the label maps,
-            (B, X, Y, Z) float32; None when the table has no label maps.
-        perceptual: (x, reference) -> LPIPS, mean over the batch; None without weights.
+        seed: seeds the evaluations' own draws (noise, bootstrap, folds).
+        weights: hash of the weights of encoder and autoencoder; frozen probes that belong to other weights are refused.
+        regions: (row numbers, label numbers) -> fraction of each voxel that these labels of the label maps cover,
+            (B, X, Y, Z) float32; None if the table has no label maps.
+        perceptual: (x, reference) -> LPIPS, averaged over the batch; None if no weights are configured.
     """
 
-    model: Any
+    model: "LDAE"
     table: pd.DataFrame
     volumes: Callable[[Sequence[int]], Tensor]
     posterior: Callable[[Sequence[int]], tuple[Tensor, Tensor]]
@@ -48,12 +56,33 @@ class Context:
     perceptual: Callable[[Tensor, Tensor], Tensor] | None = None
 
     def rows(self, *splits: str) -> np.ndarray:
-        """Indices of the rows that belong to any of `splits`."""
+        """Row numbers of the scans that belong to any of `splits`."""
         return np.flatnonzero(self.table["split"].isin(splits).to_numpy())
+
+    def sample_rows(self, split: str, count: int | None) -> np.ndarray:
+        """At most `count` rows of a split (None: all of them), from as many subjects as possible."""
+        return subsample_by_subject(self.rows(split), self.table["subject"].tolist(), count, self.seed)
+
+    def subjects(self, rows: Sequence[int]) -> np.ndarray:
+        """The subject of each of these rows, (B,) strings."""
+        return self.table["subject"].to_numpy(str)[rows]
+
+    def scan_name(self, row: int) -> str:
+        """Subject and session of a row, for the titles of figures."""
+        return f"{self.table['subject'].iloc[row]} {self.table['session'].iloc[row]}"
+
+    def y(self, rows: Sequence[int]) -> Tensor:
+        """Embeddings of these rows on the model's device, (B, dim)."""
+        return torch.from_numpy(np.asarray(self.embeddings[list(rows)], np.float32)).to(self.model.device)
+
+    def write_csv(self, name: str, table: pd.DataFrame) -> None:
+        """Write a table of results to `out`, atomically and without its index."""
+        with replacing(self.out / name) as temporary:
+            table.to_csv(temporary, index=False)
 
 
 class Evaluator(Protocol):
-    """Yields (name, number) pairs; names become keys of metrics.json."""
+    """An evaluation: yields (name, number) pairs, whose names become the keys of metrics.json."""
 
     def __call__(self, context: Context) -> Iterator[tuple[str, float]]: ...
 

@@ -1,6 +1,7 @@
-"""y of every scan, computed once: `embeddings.csv` (subject, session, split, y000, y001, ...) and its key beside it.
+"""The embedding y of every scan, computed once and stored as `embeddings.csv` (subject, session, split, y000, ...).
 
-The key holds the hash of the encoder's weights and that of the rows; a table computed with the same two is reused.
+Beside the table lies its key as JSON: the hash of the encoder's weights and that of the rows. A stored table is reused
+if its key is the present one.
 """
 
 import hashlib
@@ -15,93 +16,118 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from ldae.data.cohort import Cohort
 from ldae.data.sharing import work_order
 from ldae.evaluation.context import iterate_batches
 from ldae.utils.files import read_json, replacing, write_json
 
 log = logging.getLogger(__name__)
 
+EncoderFn = Callable[[Tensor], Tensor]  # scans (B, 1, X, Y, Z) -> y (B, dim)
+
+
+def embed_cohort(path: Path, weights: str, encoder: EncoderFn, cohort: Cohort, batch_size: int) -> np.ndarray:
+    """Embeddings of every scan, (N, dim) float32: read from `path` if they are there, otherwise computed and stored.
+
+    Args:
+        weights: identifies the encoder, see `embeddings_key`.
+    """
+    parts = parts_folder(path, embeddings_key(cohort.table, weights), batch_size)
+    return load_or_compute_embeddings(
+        path, cohort.table, weights, lambda: embed_rows(encoder, cohort.volumes.batch, len(cohort), batch_size, parts)
+    )
+
+
+def embed_cohort_in_all_processes(
+    path: Path, weights: str, encoder: EncoderFn, cohort: Cohort, batch_size: int, accelerator: Accelerator
+) -> None:
+    """Compute in all processes what `embed_cohort` in the main process then only has to collect. All call this."""
+    key = embeddings_key(cohort.table, weights)
+    if read_embeddings(path, key) is None:
+        parts = parts_folder(path, key, batch_size)
+        embed_parts(encoder, cohort.volumes.batch, len(cohort), batch_size, parts, accelerator)
+
 
 def embed_rows(
-    embed: Callable[[Tensor], Tensor],
+    encoder: EncoderFn,
     volumes: Callable[[Sequence[int]], Tensor],
     count: int,
     batch_size: int = 8,
-    progress: bool = True,
     parts: Path | None = None,
 ) -> np.ndarray:
-    """Embed scans 0 to count - 1 in batches; (count, dim) float32. `embed` maps (B, 1, X, Y, Z) to (B, dim).
+    """Embed scans 0 to count - 1 in batches, (count, dim) float32.
 
     Args:
-        parts: a folder in which `embed_parts` has left batches; those that are missing there are computed.
+        volumes: reads the scans of some rows.
+        parts: folder in which `embed_parts` has left batches; only the batches missing there are computed.
     """
     from tqdm import tqdm
 
     found = []
-    for number, rows in enumerate(tqdm(list(iterate_batches(range(count), batch_size)), "embed", disable=not progress)):
-        part = None if parts is None else _part(parts, number)
-        stored = part is not None and part.exists()
-        found.append(np.load(part, allow_pickle=False) if stored else _embedded(embed, volumes(rows)))
+    for number, rows in enumerate(tqdm(list(iterate_batches(range(count), batch_size)), "embed")):
+        part = None if parts is None else _part_file(parts, number)
+        is_stored = part is not None and part.exists()
+        found.append(np.load(part, allow_pickle=False) if is_stored else _embed(encoder, volumes(rows)))
     return np.concatenate(found).astype(np.float32)
 
 
 def embed_parts(
-    embed: Callable[[Tensor], Tensor],
+    encoder: EncoderFn,
     volumes: Callable[[Sequence[int]], Tensor],
     count: int,
     batch_size: int,
     parts: Path,
     accelerator: Accelerator,
 ) -> None:
-    """Embed in several processes, which all call this: every batch as a file of `parts`, whoever computes it.
+    """Embed in several processes, all of which call this. Each batch becomes one file in the folder `parts`.
 
-    Nobody waits while others work, and what a killed run has left is used. Batches are cut before they are dealt out:
-    in a batch of other company, sums round differently.
+    No process waits for another before the end, and batches that an interrupted run has left are reused. Batches are
+    formed before they are distributed, because sums round differently in a batch of other scans.
     """
     from tqdm import tqdm
 
     chunks = list(iterate_batches(range(count), batch_size))
     order = work_order(len(chunks), accelerator.process_index, accelerator.num_processes)
     for number in tqdm(order, "embed", disable=not accelerator.is_main_process):
-        path = _part(parts, int(number))
+        path = _part_file(parts, int(number))
         if not path.exists():
-            y = _embedded(embed, volumes(chunks[number]))
+            y = _embed(encoder, volumes(chunks[number]))
             with replacing(path) as temporary:
                 np.save(temporary, y)
-    accelerator.wait_for_everyone()  # the main process then removes the folder
+    accelerator.wait_for_everyone()  # only then may the main process remove the folder
 
 
-def _part(parts: Path, number: int) -> Path:
+def _part_file(parts: Path, number: int) -> Path:
     return parts / f"{number:06d}.npy"
 
 
-def _embedded(embed: Callable[[Tensor], Tensor], x: Tensor) -> np.ndarray:
+def _embed(encoder: EncoderFn, x: Tensor) -> np.ndarray:
     with torch.no_grad():
-        return embed(x).float().cpu().numpy()
+        return encoder(x).float().cpu().numpy()
 
 
 def parts_folder(path: Path, key: Mapping[str, str], batch_size: int) -> Path:
-    """Where batches of the table `path` lie while several processes compute it: another one for every key and cut."""
+    """Folder for the batches of the table `path` while several processes compute it; one per key and batch size."""
     digest = hashlib.sha256(repr((sorted(key.items()), batch_size)).encode()).hexdigest()[:16]
     return path.with_name(f"{path.stem}_parts") / digest
 
 
 def embeddings_key(table: pd.DataFrame, weights: str) -> dict[str, str]:
-    """What an embeddings table was computed from: the encoder, by the hash of its weights, and the rows."""
+    """What a table of embeddings was computed from: the encoder (a hash of its weights) and the rows."""
     return {"weights": weights, "rows": rows_hash(table)}
 
 
 def rows_hash(table: pd.DataFrame) -> str:
-    """Of which scans, in which order: sha256 over (subject, session, path)."""
+    """SHA-256 over subject, session and path of every row, in order."""
     rows = table[["subject", "session", "path"]].astype(str).agg("\t".join, axis=1)
     return hashlib.sha256("\n".join(rows).encode()).hexdigest()
 
 
 def write_embeddings(path: Path, table: pd.DataFrame, embeddings: np.ndarray, key: dict[str, str]) -> None:
-    """Write the table, then its key. Nine digits give back the same float32."""
+    """Write the table, then its key. Nine digits suffice to read back the same float32."""
     names = [f"y{index:03d}" for index in range(embeddings.shape[1])]
     values = pd.DataFrame(embeddings, columns=names, index=table.index)
-    key_path(path).unlink(missing_ok=True)  # never a new table under an old key
+    key_path(path).unlink(missing_ok=True)  # a new table must never lie beside an old key
     with replacing(path) as temporary:
         pd.concat([table[["subject", "session", "split"]], values], axis=1).to_csv(
             temporary, index=False, float_format="%.9g"
@@ -110,7 +136,7 @@ def write_embeddings(path: Path, table: pd.DataFrame, embeddings: np.ndarray, ke
 
 
 def read_embeddings(path: Path, key: dict[str, str]) -> np.ndarray | None:
-    """The embeddings at `path`, (N, dim) float32, if they were computed under the same key; otherwise None."""
+    """The embeddings stored at `path`, (N, dim) float32, if they were computed under the same key; otherwise None."""
     if not (path.exists() and key_path(path).exists()) or read_json(key_path(path)) != key:
         return None
     table = pd.read_csv(path, dtype={"subject": str, "session": str}, float_precision="round_trip")
@@ -118,18 +144,18 @@ def read_embeddings(path: Path, key: dict[str, str]) -> np.ndarray | None:
 
 
 def key_path(path: Path) -> Path:
-    """Where the key of an embeddings table lies."""
+    """The file that holds the key of the table `path`."""
     return path.with_suffix(".json")
 
 
 def load_or_compute_embeddings(
     path: Path, table: pd.DataFrame, weights: str, compute: Callable[[], np.ndarray]
 ) -> np.ndarray:
-    """The embeddings of `table` by the encoder with hash `weights`: read when they fit, else computed and written."""
+    """The embeddings of `table`: read if the stored ones belong to these weights and rows, else computed and stored."""
     key = embeddings_key(table, weights)
     found = read_embeddings(path, key)
     if found is not None and len(found) == len(table):
-        log.info("embeddings of %d scans reused from %s", len(found), path)
+        log.info("embeddings of %d scans are reused from %s", len(found), path)
         return found
     embeddings = compute()
     write_embeddings(path, table, embeddings, key)

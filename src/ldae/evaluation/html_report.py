@@ -1,184 +1,100 @@
-"""report.html: all evaluations of a run in one file that needs nothing else, a section each with its figures.
+"""report.html: all evaluations of a run in one self-contained file.
 
-A section has what it shows in words, its figures and animations, its viewers, and all its numbers.
+Each section (report_sections.py) shows its question, its figures, animations and viewers, and its metrics with what
+their names mean.
 """
 
 import base64
-import html
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 
 from ldae.evaluation.report import format_with_intervals
+from ldae.evaluation.report_sections import OTHER, SECTIONS, Section
 from ldae.utils.files import write_text
 
 REPORT = "report.html"
-IMAGES = {".png": "image/png", ".gif": "image/gif"}
+MEDIA_TYPES = {".png": "image/png", ".gif": "image/gif"}
+MAX_OPEN = 40  # tables with more metrics are folded
 
-
-@dataclass(frozen=True)
-class Section:
-    """groups: first parts of the metrics' names; begins, ends: of the figures' names."""
-
-    title: str
-    text: str
-    groups: Sequence[str]
-    begins: Sequence[str] = ()
-    ends: Sequence[str] = ()
-
-    def counts(self, metric: str) -> bool:
-        """Whether a number belongs here."""
-        return any(metric.startswith(f"{group}/") for group in self.groups)
-
-    def holds(self, path: Path) -> bool:
-        """Whether a figure belongs here."""
-        return path.stem.startswith(tuple(self.begins)) or path.stem.endswith(tuple(self.ends))
-
-
-SECTIONS = (
-    Section(
-        "Another cohort",
-        "The frozen encoder, probes and baselines on scans that nothing was fitted on.",
-        ("external",),
-        ("external_",),
-    ),
-    Section(
-        "What y tells",
-        "Linear probes of y on test subjects beside baselines: volumes of structures, PCA of latents, the untrained "
-        "encoder, age and sex. A difference is ours minus the baseline, positive = better.",
-        ("probe", "baseline"),
-        (),
-        ("_roc", "_confusion", "_scatter"),
-    ),
-    Section(
-        "Cross-validation, inductive",
-        "Folds of scans that the encoder never saw.",
-        ("cv/inductive",),
-        ("cv_inductive",),
-    ),
-    Section(
-        "Cross-validation, transductive",
-        "Folds of scans that the encoder saw, without labels.",
-        ("cv/transductive",),
-        ("cv_transductive",),
-    ),
-    Section(
-        "Is y used",
-        "Errors of the denoised latent with the scan's own y, with another subject's and with none. A probe alone "
-        "cannot tell this.",
-        ("semantics", "gap"),
-        ("semantics", "gap"),
-    ),
-    Section(
-        "Where the encoder looked",
-        "Attention over slices: which slices y was read from, not what in them mattered.",
-        ("attention",),
-        ("attention",),
-    ),
-    Section(
-        "Reconstruction",
-        "Scans decoded from their own code and y, and from y alone, against the autoencoder as ceiling.",
-        ("reconstruction",),
-        ("reconstruction",),
-    ),
-    Section(
-        "Variation",
-        "One y decoded with different random codes: where variants differ is what y leaves open.",
-        ("variation",),
-        ("variation",),
-    ),
-    Section(
-        "Manipulation",
-        "Test scans moved along a label's direction. Difference maps: red = brighter, blue = darker, in shares of the "
-        "scan's intensity range. An edit shows what the model associates with the label, not what would happen to a "
-        "person.",
-        ("manipulation",),
-        ("manipulation",),
-    ),
-    Section(
-        "Choice of direction and depth",
-        "On validation subjects: identity against effect for every estimator and setting.",
-        ("selection",),
-        ("selection",),
-    ),
-    Section(
-        "Interpolation through time",
-        "The visit between two visits, against the real one, beside the nearest visit and blends. A gain is ours minus "
-        "the baseline, positive = better.",
-        ("interpolation",),
-        ("interpolation",),
-    ),
-    Section("Generation", "Unconditional samples against real scans.", ("generation",), ("generation",)),
+INTRODUCTION = (
+    "y is a scan's embedding, the vector that the semantic encoder computes from it. z is its latent, the compressed "
+    "scan that diffusion works on. z_T is its code: z inverted, given y, to what would be noise. alpha is the length "
+    "of an edit of y. In brackets: 95 % intervals of a bootstrap over subjects. In all pictures the subject's left is "
+    "on the left and marked L. For research only: nothing here is a statement about a person's health."
 )
-OTHER = Section("Further numbers", "", ())
-
 STYLE = """
 body{font:15px/1.45 sans-serif;max-width:72em;margin:2em auto;padding:0 1em;color:#222}
 nav a{margin-right:1.2em}h2{border-top:1px solid #ccc;padding-top:.8em;margin-top:1.6em}
-td{padding:1px 1em 1px 0;font-family:monospace;font-size:13px}img{max-width:100%}
+td{padding:1px 1em 1px 0;font-size:13px;vertical-align:top}td:first-child,.value{font-family:monospace}
+img{max-width:100%}table+table{margin-top:1em}
 figure{display:inline-block;margin:1em 1em 0 0;vertical-align:top}figcaption{color:#666;font-size:12px}
 iframe{width:100%;height:36em;border:0}summary{cursor:pointer;margin:.6em 0}
 """
 
 
 def write_report(folder: Path, title: str, metrics: Mapping[str, float]) -> Path:
-    """Write `folder`/report.html from `metrics` and the figures and viewers that lie in `folder`."""
-    rows, files = _by_section(metrics, folder)
+    """Write `folder`/report.html from `metrics` and the figures and viewers found in `folder`; returns its path."""
+    rows, files = _sort_into_sections(metrics, folder)
     shown = [section for section in (*SECTIONS, OTHER) if rows[section.title] or files[section.title]]
-    links = "".join(f'<a href="#{_anchor(section)}">{html.escape(section.title)}</a>' for section in shown)
+    links = "".join(f'<a href="#{_anchor(section)}">{escape(section.title)}</a>' for section in shown)
     parts = [
-        f"<h1>{html.escape(title)}</h1>",
-        "<p>In brackets: 95 % intervals of a bootstrap over subjects. In all pictures the subject's left is on the "
-        "left, marked L. Research only: nothing here speaks about a person's health.</p>",
+        f"<h1>{escape(title)}</h1>",
+        f"<p>{escape(INTRODUCTION)}</p>",
         f"<nav>{links}</nav>",
         *(_section(section, rows[section.title], files[section.title]) for section in shown),
     ]
-    head = f'<meta charset="utf-8"><title>{html.escape(title)}</title><style>{STYLE}</style>'
+    head = f'<meta charset="utf-8"><title>{escape(title)}</title><style>{STYLE}</style>'
     path = folder / REPORT
     write_text(path, f"<!doctype html>\n<html><head>{head}</head><body>\n" + "\n".join(parts) + "\n</body></html>\n")
     return path
 
 
-def _by_section(
+def _sort_into_sections(
     metrics: Mapping[str, float], folder: Path
 ) -> tuple[dict[str, list[tuple[str, str]]], dict[str, list[Path]]]:
-    """Numbers and files of each section by its title."""
+    """Metrics (name, value in words) and files of each section, by its title."""
     titles = [section.title for section in (*SECTIONS, OTHER)]
     rows: dict[str, list[tuple[str, str]]] = {title: [] for title in titles}
     files: dict[str, list[Path]] = {title: [] for title in titles}
     for name, value in format_with_intervals(metrics):
-        section = next((section for section in SECTIONS if section.counts(name)), OTHER)
+        section = next((section for section in SECTIONS if section.has_metric(name)), OTHER)
         rows[section.title].append((name, value))
     for path in sorted(folder.iterdir()):
-        if path.suffix in IMAGES or (path.suffix == ".html" and path.name != REPORT):
-            section = next((section for section in SECTIONS if section.holds(path)), OTHER)
+        if path.suffix in MEDIA_TYPES or (path.suffix == ".html" and path.name != REPORT):
+            section = next((section for section in SECTIONS if section.has_figure(path)), OTHER)
             files[section.title].append(path)
     return rows, files
 
 
 def _anchor(section: Section) -> str:
-    return section.title.lower().replace(" ", "-")
+    return "".join(letter if letter.isalnum() else "-" for letter in section.title.lower())
 
 
 def _section(section: Section, rows: Sequence[tuple[str, str]], files: Sequence[Path]) -> str:
-    cells = "".join(f"<tr><td>{html.escape(name)}</td><td>{html.escape(value)}</td></tr>" for name, value in rows)
-    parts = [f'<h2 id="{_anchor(section)}">{html.escape(section.title)}</h2>', f"<p>{html.escape(section.text)}</p>"]
-    parts += [_figure(path) for path in files if path.suffix in IMAGES]
+    parts = [f'<h2 id="{_anchor(section)}">{escape(section.title)}</h2>', f"<p>{escape(section.text)}</p>"]
+    parts += [_figure(path) for path in files if path.suffix in MEDIA_TYPES]
     parts += [_viewer(path) for path in files if path.suffix == ".html"]
-    if cells:
-        is_open = "" if len(rows) > 40 else " open"
-        parts.append(f"<details{is_open}><summary>{len(rows)} numbers</summary><table>{cells}</table></details>")
+    if rows:
+        is_open = " open" if len(rows) <= MAX_OPEN else ""
+        tables = _table(rows, "value") + _table(list(section.terms_in([name for name, _ in rows]).items()), "meaning")
+        parts.append(f"<details{is_open}><summary>{len(rows)} metrics</summary>{tables}</details>")
     return "\n".join(parts)
 
 
+def _table(rows: Sequence[tuple[str, str]], kind: str) -> str:
+    cells = "".join(f'<tr><td>{escape(name)}</td><td class="{kind}">{escape(text)}</td></tr>' for name, text in rows)
+    return f"<table>{cells}</table>" if rows else ""
+
+
 def _figure(path: Path) -> str:
-    data, name = base64.b64encode(path.read_bytes()).decode("ascii"), html.escape(path.stem)
-    source = f"data:{IMAGES[path.suffix]};base64,{data}"
-    return f'<figure><img alt="{name}" src="{source}"><figcaption>{name}</figcaption></figure>'
+    data, name = base64.b64encode(path.read_bytes()).decode("ascii"), escape(path.stem)
+    source = f"data:{MEDIA_TYPES[path.suffix]};base64,{data}"
+    return f'<figure><img alt="{name}" src="{source}"><figcaption>{escape(path.name)}</figcaption></figure>'
 
 
 def _viewer(path: Path) -> str:
-    """The page of viewer.py inside this one, apart from it: its scripts see nothing of the report."""
-    page, name = html.escape(path.read_text(encoding="utf-8")), html.escape(path.stem)
+    """A page of utils/html_viewer.py in a frame of its own, so that its scripts cannot see the report."""
+    page, name = escape(path.read_text(encoding="utf-8")), escape(path.name)
     frame = f'<iframe sandbox="allow-scripts" loading="lazy" srcdoc="{page}"></iframe>'
-    return f"<details><summary>viewer: {name}</summary>{frame}</details>"
+    return f"<details><summary>interactive viewer: {name}</summary>{frame}</details>"

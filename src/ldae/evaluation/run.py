@@ -1,10 +1,10 @@
-"""Runs the chosen evaluations of a trained model on a cohort: Context in, metrics.json, figures and report out."""
+"""Runs the chosen evaluations of a trained model on a cohort and leaves metrics.json, figures and report.html."""
 
 import hashlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -12,78 +12,69 @@ import torch
 from accelerate import Accelerator
 from hydra.utils import instantiate
 from omegaconf import DictConfig
-from torch import Tensor
+from torch import Tensor, nn
 
 from ldae.data.cohort import Cohort
 from ldae.data.labels import RegionCache
 from ldae.data.latents import METADATA_FILE, LatentSet
 from ldae.evaluation.context import Context, Evaluator
 from ldae.evaluation.edits.anatomy import STRUCTURES
-from ldae.evaluation.embeddings import (
-    embed_parts,
-    embed_rows,
-    embeddings_key,
-    load_or_compute_embeddings,
-    parts_folder,
-    read_embeddings,
-)
+from ldae.evaluation.embeddings import embed_cohort, embed_cohort_in_all_processes
 from ldae.evaluation.html_report import write_report
-from ldae.evaluation.report import format_console_table, merge_metrics
+from ldae.evaluation.report import format_console_table, merge_metrics, read_metrics, select_headline
 from ldae.runs import Run, Workspace
 from ldae.utils.errors import UserError
 
+if TYPE_CHECKING:
+    from ldae.pipeline import LDAE
+
 log = logging.getLogger(__name__)
 
-EXTERNAL = "external"
+EXTERNAL = "external"  # the evaluation of another cohort
 
 
 def run_evaluations(
-    model: Any, cohort: Cohort, evaluators: Mapping[str, Evaluator], space: Workspace, config: DictConfig
+    model: "LDAE", cohort: Cohort, evaluators: Mapping[str, Evaluator], space: Workspace, config: DictConfig
 ) -> dict[str, float]:
-    """Run `evaluators` in their order and write metrics.json, figures and report.html below `space.evaluation`.
-
-    Numbers are merged into metrics.json after every evaluation: what is done is kept if a later one fails.
+    """Run `evaluators` on `cohort`; results go to `space.evaluation`. Returns the metrics of this call.
 
     Raises:
-        UserError: `external` beside others (its cohort has no test split of this model), or another split or transform.
+        UserError: `external` is combined with other evaluations (they need this model's test split, which another
+            cohort does not have), or the model was trained on another split or transform.
     """
     external = EXTERNAL in evaluators
     if external and len(evaluators) > 1:
         raise UserError("evaluation=external judges another cohort and runs alone: give evaluation=[external]")
     _check_cohort(space.predecessor("repr"), cohort, external)
-    out = space.evaluation
-    out.mkdir(parents=True, exist_ok=True)
-    context = build_context(model, cohort, space, config, _prefix(evaluators))
-    metrics: dict[str, float] = {}
-    for name, evaluator in evaluators.items():
-        log.info("evaluation: %s", name)
-        found = dict(evaluator(context))
-        metrics |= found
-        merged = merge_metrics(out / "metrics.json", found)
-        report = write_report(out, f"{config.name}: evaluation", merged)
+    context = build_context(model, cohort, space, config, _file_prefix(evaluators))
+    metrics = run_in_context(context, evaluators, f"{config.name}: evaluation")
     if metrics:
-        log.info(
-            "\n%s\n%s",
-            format_console_table(select_headline(metrics)),
-            f"all {len(metrics)} numbers and figures: {report}",
-        )
+        log.info("%d metrics, among them\n%s", len(metrics), format_console_table(select_headline(metrics)))
     return metrics
 
 
-def _prefix(evaluators: Mapping[str, Evaluator]) -> str:
-    """Of the names of files about another cohort."""
+def run_in_context(context: Context, evaluators: Mapping[str, Evaluator], title: str) -> dict[str, float]:
+    """Run `evaluators` in their order; returns their metrics.
+
+    metrics.json is saved after every evaluator. The report is written once, at the end or when an evaluator fails, and
+    shows everything that metrics.json and the folder contain by then.
+    """
+    context.out.mkdir(parents=True, exist_ok=True)
+    file, metrics = context.out / "metrics.json", {}
+    try:
+        for name, evaluator in evaluators.items():
+            log.info("evaluation: %s", name)
+            found = dict(evaluator(context))
+            metrics |= found
+            merge_metrics(file, found)
+    finally:
+        log.info("report: %s", write_report(context.out, title, read_metrics(file)))
+    return metrics
+
+
+def _file_prefix(evaluators: Mapping[str, Evaluator]) -> str:
+    """What the names of files about another cohort begin with."""
     return "external_" if EXTERNAL in evaluators else ""
-
-
-def select_headline(metrics: Mapping[str, float]) -> dict[str, float]:
-    """The few that belong on a console: first metrics of probes and baselines, differences, and the rest in brief."""
-    shown = (
-        "/auc", "/mae", "/auc_difference", "/mae_difference", "/auc_age_adjusted",
-        "/ssim", "/ssim_mask", "_r", "error_ratio", "code/std", "_spearman_share", "/ventricle_error",
-    )  # fmt: skip
-    stems = [name for name in metrics if name.endswith(shown) or name.startswith("generation/")]
-    wanted = {stem + suffix for stem in stems for suffix in ("", "_low", "_high")}
-    return {name: value for name, value in metrics.items() if name in wanted}
 
 
 def _check_cohort(run: Run, cohort: Cohort, external: bool) -> None:
@@ -94,84 +85,71 @@ def _check_cohort(run: Run, cohort: Cohort, external: bool) -> None:
 
 
 def embed_in_all_processes(
-    model: Any,
+    model: "LDAE",
     cohort: Cohort,
     evaluators: Mapping[str, Evaluator],
     space: Workspace,
     config: DictConfig,
     accelerator: Accelerator,
 ) -> None:
-    """Embed `cohort` in all processes of `accelerator`, so that `run_evaluations` finds it done. All call this.
+    """Embed `cohort` in all processes of `accelerator`, so that `run_evaluations` only collects the embeddings.
+
+    All processes call this.
 
     Raises:
         UserError: as `run_evaluations`, on all processes.
     """
     _check_cohort(space.predecessor("repr"), cohort, EXTERNAL in evaluators)
-    path = _embeddings_path(space, _prefix(evaluators))
-    key, size = embeddings_key(cohort.table, _embedder(model, space)), int(config.trainer.batch_size)
-    if read_embeddings(path, key) is None:
-        parts = parts_folder(path, key, size)
-        embed_parts(_embed(model), cohort.volumes.batch, len(cohort), size, parts, accelerator)
+    path, weights = _embeddings_file(space, _file_prefix(evaluators)), _encoder_id(model, space)
+    size = int(config.trainer.batch_size)
+    embed_cohort_in_all_processes(path, weights, _encoder_of(model), cohort, size, accelerator)
 
 
-def _embeddings_path(space: Workspace, prefix: str) -> Path:
+def _embeddings_file(space: Workspace, prefix: str) -> Path:
     return space.evaluation / f"{prefix}embeddings.csv"
 
 
-def _embedder(model: Any, space: Workspace) -> str:
-    """What y comes from: the encoder's weights, and the precision where it is a reduced one."""
+def _encoder_id(model: "LDAE", space: Workspace) -> str:
+    """What y is computed with: the hash of the encoder's weights, and its precision unless that is float32."""
     weights = space.predecessor("repr").sha256("encoder")
     return weights if model.dtype == torch.float32 else f"{weights}, {model.dtype}"
 
 
-def _embed(model: Any) -> Callable[[Tensor], Tensor]:
+def _encoder_of(model: "LDAE") -> Callable[[Tensor], Tensor]:
     return lambda x: model.embed(x.to(model.device))
 
 
-def _embeddings(model: Any, cohort: Cohort, space: Workspace, config: DictConfig, prefix: str) -> np.ndarray:
-    """y of every scan, `<prefix>embeddings.csv`."""
-    return _embedded(_embeddings_path(space, prefix), _embedder(model, space), _embed(model), cohort, config)
-
-
-def _embedded(
-    path: Path, weights: str, embed: Callable[[Tensor], Tensor], cohort: Cohort, config: DictConfig
-) -> np.ndarray:
-    """The embeddings at `path`, computed if they are not there."""
-    size, count = int(config.trainer.batch_size), len(cohort)
-    parts = parts_folder(path, embeddings_key(cohort.table, weights), size)
-    return load_or_compute_embeddings(
-        path, cohort.table, weights, lambda: embed_rows(embed, cohort.volumes.batch, count, size, parts=parts)
-    )
-
-
-def build_context(model: Any, cohort: Cohort, space: Workspace, config: DictConfig, prefix: str = "") -> Context:
-    """The Context of `cohort`; its embeddings are computed or reused, `<prefix>embeddings.csv`."""
+def build_context(model: "LDAE", cohort: Cohort, space: Workspace, config: DictConfig, prefix: str = "") -> Context:
+    """The Context of `cohort`. Its embeddings, `<prefix>embeddings.csv`, are reused or computed."""
     repr_run, aekl_run = space.predecessor("repr"), space.predecessor("aekl")
-    encoder, out = repr_run.sha256("encoder"), space.evaluation
+    encoder, autoencoder = repr_run.sha256("encoder"), aekl_run.sha256("autoencoder")
+    out, size = space.evaluation, int(config.trainer.batch_size)
 
     def untrained() -> np.ndarray:
         node, seed = repr_run.config.model.encoder, int(repr_run.config.seed)
         path, weights = out / f"{prefix}embeddings_untrained.csv", f"seed {seed}, {encoder}"
-        return _embedded(path, weights, _fresh_encoder(node, seed, model.encoder), cohort, config)
+        return embed_cohort(path, weights, _untrained_encoder(node, seed, model.encoder), cohort, size)
 
     return Context(
         model=model,
         table=cohort.table,
         volumes=cohort.volumes.batch,
-        posterior=_posterior(model, cohort, space, aekl_run.sha256("autoencoder")),
-        embeddings=_embeddings(model, cohort, space, config, prefix),
+        posterior=_posterior(model, cohort, space, autoencoder),
+        embeddings=embed_cohort(
+            _embeddings_file(space, prefix), _encoder_id(model, space), _encoder_of(model), cohort, size
+        ),
         untrained=untrained,
         out=out,
         spacing=_spacing(cohort),
         seed=int(config.seed),
-        weights=hashlib.sha256(f"{encoder}{aekl_run.sha256('autoencoder')}".encode()).hexdigest(),
+        weights=hashlib.sha256(f"{encoder}{autoencoder}".encode()).hexdigest(),
         regions=_regions(cohort, Path(config.paths.cache)),
         perceptual=_perceptual(config, model.device),
     )
 
 
-def _fresh_encoder(node: DictConfig, seed: int, trained: torch.nn.Module) -> Callable[[Tensor], Tensor]:
-    """The encoder as it was before training: the same config and reference, random weights of this seed, eval mode."""
+def _untrained_encoder(node: DictConfig, seed: int, trained: nn.Module) -> Callable[[Tensor], Tensor]:
+    """The encoder before training: same config and mean volume, initial weights drawn with this seed, eval mode."""
     device = next(trained.parameters()).device
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -182,26 +160,27 @@ def _fresh_encoder(node: DictConfig, seed: int, trained: torch.nn.Module) -> Cal
 
 
 def _posterior(
-    model: Any, cohort: Cohort, space: Workspace, autoencoder: str
+    model: "LDAE", cohort: Cohort, space: Workspace, autoencoder: str
 ) -> Callable[[Sequence[int]], tuple[Tensor, Tensor]]:
-    """Stored latents where every scan has one of this autoencoder, otherwise computed anew."""
+    """Reads stored latents if this autoencoder has encoded every scan; otherwise encodes the scans anew."""
 
-    def computed(rows: Sequence[int]) -> tuple[Tensor, Tensor]:
+    def encode(rows: Sequence[int]) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
             mean, std = model.posterior(cohort.volumes.batch(rows).to(model.device))
         return mean.float().cpu(), std.float().cpu()
 
     if not (space.latents / METADATA_FILE).exists():
-        return computed
+        return encode
     latents = LatentSet.open(space.latents)
-    places = {path: row for row, path in enumerate(latents.table["path"])}
-    if latents.autoencoder != autoencoder or not set(cohort.table["path"]) <= places.keys():
-        return computed
-    order = np.array([places[path] for path in cohort.table["path"]])
+    stored_rows = {path: row for row, path in enumerate(latents.table["path"])}
+    if latents.autoencoder != autoencoder or not set(cohort.table["path"]) <= stored_rows.keys():
+        return encode
+    order = np.array([stored_rows[path] for path in cohort.table["path"]])
     return lambda rows: (latents.mean[order[rows]], latents.std[order[rows]])
 
 
 def _spacing(cohort: Cohort) -> tuple[float, float, float]:
+    """Voxel size in mm: the transform's, or that of the first scan if the transform keeps each scan's own."""
     if cohort.transform.spacing is not None:
         return cohort.transform.spacing
     import nibabel
@@ -211,20 +190,20 @@ def _spacing(cohort: Cohort) -> tuple[float, float, float]:
 
 
 def _regions(cohort: Cohort, cache: Path) -> Callable[[Sequence[int], Sequence[int]], np.ndarray] | None:
-    """Label maps through the cohort's transform, if every scan has one; each is read once and kept in `cache`."""
+    """Reads label maps in model space, each once and then from `cache`; None unless every scan has one."""
     if "labels_path" not in cohort.table:
         return None
     paths = cohort.table["labels_path"]
     if not all(isinstance(path, str) and Path(path).is_file() for path in paths):
         missing = int(sum(pd.isna(paths) | (paths == "")))
-        log.warning("label maps are left out: labels_path names no file for some scans (%d are empty)", missing)
+        log.warning("label maps are not used: labels_path names no file for some scans (%d are empty)", missing)
         return None
     stored = RegionCache(cache, cohort.transform, STRUCTURES.values())
     return lambda rows, labels: stored.fractions([paths.iloc[row] for row in rows], labels)
 
 
 def _perceptual(config: DictConfig, device: torch.device) -> Callable[[Tensor, Tensor], Tensor] | None:
-    """LPIPS over all slices of the three planes, or None where it is not configured."""
+    """LPIPS over all slices of the three planes, or None if it is not configured."""
     node = config.get("perceptual")
     if not node or not node["_target_"].endswith("SliceLpips"):
         return None

@@ -12,7 +12,7 @@ from ldae.editing.editor import Editor
 from ldae.evaluation.context import Context
 from ldae.evaluation.edits.anatomy import Anatomy
 from ldae.evaluation.edits.inverted_scans import InvertedScans
-from ldae.evaluation.images.image_metrics import to_arrays, ssim
+from ldae.evaluation.images.image_metrics import ssim, to_arrays
 
 
 @dataclass(frozen=True)

@@ -24,14 +24,16 @@ import torch
 from torch import Tensor
 
 from ldae.editing.editor import Editor
+from ldae.evaluation import figures
 from ldae.evaluation.context import Context
 from ldae.evaluation.edits import figures as edit_figures
 from ldae.evaluation.edits.anatomy import Anatomy, interpolate_levels
 from ldae.evaluation.edits.counterfactuals import CounterfactualRenderer
 from ldae.evaluation.edits.inverted_scans import embeddings_of
-from ldae.evaluation.images.image_metrics import BrainMasks, to_arrays, copy_to_host, mse, ssim_whole_and_masked
+from ldae.evaluation.images.image_metrics import BrainMasks, copy_to_host, mse, ssim_whole_and_masked, to_arrays
 from ldae.evaluation.probes.bootstrap import draw_subject_weights, summarise
 from ldae.utils.files import replacing
+from ldae.utils.slices import voxel_to_show
 
 log = logging.getLogger(__name__)
 
@@ -166,7 +168,7 @@ class Interpolation:
         shown.insert(2, (f"month {months[1]}, ours", frames[-1]))
         nearest = x[0] if triple.nearest == triple.start else x[2]
         changes = [("ours - real", frames[-1] - x[1]), ("nearest - real", nearest - x[1])]
-        cut = edit_figures.choose_cut(None, x.shape[1:])
+        cut = voxel_to_show(None, x.shape[1:])
         title = f"{table['subject'].iloc[triple.target]}: the visit at month {months[1]} from the two around it"
         edit_figures.draw_strip(stem.with_suffix(".png"), shown, changes, cut, title)
         captions = [f"month {months[0] + share * triple.gap:.1f}" for share in shares]
@@ -217,8 +219,8 @@ def draw_by_interval(out: Path, frame: pd.DataFrame) -> None:
     labels = {"ssim_mask": "SSIM in the brain, against the real visit", "ventricle_error": "ventricle error, mm3"}
     for metric, label in labels.items():
         if metric in part:
-            curves: Mapping[str, Mapping[float, float]] = {
-                str(method): rows.groupby("gap")[metric].mean().to_dict()
-                for method, rows in part.groupby("method", sort=False)
+            means = {
+                str(method): rows.groupby("gap")[metric].mean() for method, rows in part.groupby("method", sort=False)
             }
-            edit_figures.gap_curves(out / f"interpolation_{metric}.png", curves, label)
+            curves = {method: (values.index.tolist(), values.tolist()) for method, values in means.items()}
+            figures.draw_curves(out / f"interpolation_{metric}.png", curves, "months from first to last visit", label)

@@ -11,6 +11,7 @@ from ldae.evaluation.edits.alpha_sweep import AlphaSweep
 from ldae.evaluation.images.image_metrics import to_arrays
 from ldae.utils.files import replacing
 from ldae.utils.html_viewer import write_viewer
+from ldae.utils.slices import voxel_to_show
 
 
 @dataclass
@@ -76,7 +77,7 @@ class ManipulationResults:
         self, ladder: AlphaSweep, place: int, true: np.ndarray | None, row: pd.Series, region: np.ndarray | None
     ) -> None:
         frames = to_arrays(ladder.images[:, place])  # (A, X, Y, Z)
-        cut = edit_figures.choose_cut(region, frames.shape[1:])
+        cut = voxel_to_show(region, frames.shape[1:])
         ends = [self.alphas.index(end) for end in (-self.shown, 0.0, self.shown)]
         title = f"{row['subject']} {row['session']}: {self.stem.name.replace('_', ' along ', 1)}"
         shown = [(f"alpha = {self.alphas[end]:+g}".replace("+0", "0"), frames[end]) for end in ends]

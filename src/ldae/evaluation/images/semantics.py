@@ -127,7 +127,7 @@ class Semantics:
             truth = read_true_volumes(context, name, rows)
             yield from summarise(f"semantics/{name}_r", scores.pearson(truth, decoded, weights))
             yield f"semantics/{name}_r_control", float(scores.pearson(truth, control, weights[:1])[0])
-            figures.draw_scatter(context.out / f"semantics_{name}.png", f"{name}, mm3", truth, decoded)
+            figures.draw_scatter(context.out / f"semantics_{name}.png", f"{name} volume", "mm3", truth, decoded)
 
     def _means(self, found: dict[str, np.ndarray], weights: np.ndarray) -> Iterator[tuple[str, float]]:
         means = {name: weights @ values / weights.sum(1) for name, values in found.items()}

@@ -19,11 +19,12 @@ from ldae.evaluation.context import Context
 from ldae.evaluation.edits import figures as edit_figures
 from ldae.evaluation.edits.anatomy import Anatomy
 from ldae.evaluation.edits.inverted_scans import embeddings_of
-from ldae.evaluation.images.image_metrics import to_arrays, brain_mask
+from ldae.evaluation.images.image_metrics import brain_mask, to_arrays
 from ldae.evaluation.probes import scores
 from ldae.evaluation.probes.bootstrap import draw_subject_weights, summarise
 from ldae.evaluation.probes.fitting import fit
 from ldae.utils.seeding import draw_normal
+from ldae.utils.slices import voxel_to_show
 
 log = logging.getLogger(__name__)
 
@@ -101,7 +102,7 @@ class Variation:
         typical = float(across[total / count > 0.05].mean())
         found = {name: np.array([numbers[name] for numbers in collected]) for name in collected[0]}
         found["std_ratio"] = found["std_mask"] / typical
-        cut = edit_figures.choose_cut(anatomy.region, image.shape)
+        cut = voxel_to_show(anatomy.region, image.shape)
         edit_figures.draw_maps(context.out / "variation.png", pictures, cut, "standard deviation between variants")
         return found, {name: np.stack(values) for name, values in decisions.items()}
 

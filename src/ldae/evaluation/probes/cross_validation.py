@@ -164,6 +164,12 @@ def score_folds(
     truth = repeats[0]["truth"].to_numpy()
     first = {key: repeats[0][key].to_numpy() for key in keys}
     if probe.classes is None:
-        figures.draw_scatter(context.out / f"{stem}_scatter.png", probe.column, truth, first[EMBEDDING])
+        figures.draw_scatter(
+            context.out / f"{stem}_scatter.png",
+            probe.column,
+            figures.UNITS.get(probe.column, ""),
+            truth,
+            first[EMBEDDING],
+        )
     else:
         figures.draw_roc_curves(context.out / f"{stem}_roc.png", truth, first)

@@ -224,7 +224,13 @@ def _record(
             temporary, index=False
         )
     if probe.classes is None:
-        figures.draw_scatter(context.out / f"{stem}_scatter.png", probe.column, truth, predictions[EMBEDDING])
+        figures.draw_scatter(
+            context.out / f"{stem}_scatter.png",
+            probe.column,
+            figures.UNITS.get(probe.column, ""),
+            truth,
+            predictions[EMBEDDING],
+        )
         return
     figures.draw_roc_curves(context.out / f"{stem}_roc.png", truth, predictions)
     figures.draw_confusion_matrix(context.out / f"{stem}_confusion.png", truth, predictions[EMBEDDING], probe.classes)
