@@ -27,7 +27,7 @@ from ldae.training.device import batch_to_device, module_to_memory_format, to_me
 from ldae.training.ema import Ema
 from ldae.training.optimizer_step import StepResult, Updater, build_adam
 from ldae.training.stage import Monitor, Stage
-from ldae.training.train_loss import NAME as TRAIN_LOSS
+from ldae.training.train_loss import TRAIN_LOSS
 from ldae.training.validation import mean_over_scans, shard_rows
 from ldae.utils.errors import UserError
 from ldae.utils.seeding import draw_normal, draw_timesteps

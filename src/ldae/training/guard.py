@@ -1,11 +1,11 @@
-"""What the host learns of the steps: it reads their reports one step late, so that it never waits for the newest one.
+"""Skipped steps: the host counts them, logs their scans and ends a run that only skips.
 
-A step whose loss or gradient is not finite is not taken (stage.py decides on the device). Here it is counted, its scans
-are named, and a run that only skips is ended.
+A step with a non-finite loss or gradient is skipped on the device (optimizer_step.py). The host reads the report of a
+step only after it has started the next one, so it never waits for the step that the device is working on.
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,14 +25,14 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class StepReport:
-    """One step on its way to the host.
+    """The report of one step, while it is copied to the host.
 
     Attributes:
-        step: its number.
-        micro_batches: what it was computed from.
-        values: skipped, a loss was not finite, told to stop, gradient scale, loss, then whether each micro-batch's loss
-            was finite; float32 on the host. Valid once `copied` has happened.
-        copied: event behind the copy; None where there was nothing to copy.
+        step: number of the step.
+        micro_batches: the data of the step.
+        values: skipped, bad loss, number of processes asked to stop, gradient scale, loss, then for each micro-batch
+            whether its loss was finite; float32 on the host, valid after `copied`.
+        copied: CUDA event at the end of the copy; None on a CPU.
     """
 
     step: int
@@ -41,21 +41,24 @@ class StepReport:
     copied: torch.cuda.Event | None
 
     def read(self) -> list[float]:
-        """The values, after waiting for this step, not for later ones."""
+        """The values, after waiting for this step, but not for later ones."""
         if self.copied is not None:
             self.copied.synchronize()
         return self.values.tolist()
 
 
 class StepGuard:
-    """Runs the steps of `stage`.
+    """Runs the optimiser steps of a stage and acts on their reports.
 
     Args:
-        accelerator: of the stage.
-        progress: where the run stands; skipped steps are counted there.
-        limit: skipped steps in a row that end the run.
-        kept: says which state is on disk.
-        told: whether this process was told to stop.
+        progress: progress of the run; skipped steps are counted there.
+        max_skipped: number of consecutive skipped steps that ends the run.
+        describe_newest: describes the newest checkpoint in words, for the error message.
+        stop_requested: whether this process has received a signal to stop.
+
+    Attributes:
+        stopping: some process has received a signal to stop; it becomes true at the same step on all processes.
+        last_skipped: whether the last step whose report was read was skipped.
     """
 
     def __init__(
@@ -63,28 +66,28 @@ class StepGuard:
         accelerator: Accelerator,
         stage: Stage,
         progress: Progress,
-        limit: int,
-        kept: Callable[[], str],
-        told: Callable[[], bool],
+        max_skipped: int,
+        describe_newest: Callable[[], str],
+        stop_requested: Callable[[], bool],
     ) -> None:
         self.accelerator = accelerator
         self.stage = stage
         self.progress = progress
-        self.limit = limit
-        self.kept = kept
-        self.told = told
-        self.watch = SpikeDetector()
-        self.suspects: set[str] = set()
-        self.stopping = False  # some process was told to stop; all processes read this at the same step
-        self.last_skipped = False  # of the last step whose report was read
-        self._scale = float("inf")  # of the gradients in the last report, as a scaler has it; 1 without one
+        self.max_skipped = max_skipped
+        self.describe_newest = describe_newest
+        self.stop_requested = stop_requested
+        self.stopping = False
+        self.last_skipped = False
+        self._spikes = SpikeDetector()
+        self._suspect_scans: set[str] = set()  # of the skipped steps in a row
+        self._scale = float("inf")  # gradient scale in the last report; 1 without a scaler
         self._pending: list[StepReport] = []
 
-    def __call__(self, micro_batches: Sequence[Batch]) -> dict[str, Tensor]:
-        """Take the next step; returns its scalars, on the device. Reads the report of the step before.
+    def run_step(self, micro_batches: Sequence[Batch]) -> dict[str, Tensor]:
+        """Run the next step and read the report of the step before. Returns the scalars of the step, on the device.
 
         Raises:
-            UserError: too many steps were skipped in a row.
+            UserError: `max_skipped` steps in a row were skipped.
         """
         result = self.stage.run_step(micro_batches, self.progress.step)
         self._pending.append(self._report(micro_batches, result))
@@ -93,17 +96,22 @@ class StepGuard:
         return result.scalars
 
     def read_all_reports(self) -> None:
-        """Read all reports: the host waits for the device. Before anything that is written or decided by them."""
+        """Wait for the device and read all reports; call it before writing or deciding anything that depends on them.
+
+        Raises:
+            UserError: as `run_step`.
+        """
         while self._pending:
             self._read(self._pending.pop(0))
 
     def _report(self, micro_batches: Sequence[Batch], result: StepResult) -> StepReport:
-        told = torch.full_like(result.skipped, float(self.told()))
+        """Start the copy of a step's report to the host."""
+        stop = torch.full_like(result.skipped, float(self.stop_requested()))
         if self.accelerator.num_processes > 1:
-            told = self.accelerator.reduce(told, "sum")
+            stop = self.accelerator.reduce(stop, "sum")
         scaler = self.accelerator.scaler
         scale = torch.ones_like(result.skipped) if scaler is None else scaler.scale(torch.ones_like(result.skipped))
-        head = torch.stack([result.skipped, result.bad_loss, told, scale, result.scalars["loss"].float()])
+        head = torch.stack([result.skipped, result.bad_loss, stop, scale, result.scalars["loss"].float()])
         values = torch.cat([head, result.finite.float()])
         copied = None
         if values.device.type == "cuda":
@@ -114,44 +122,45 @@ class StepGuard:
         return StepReport(self.progress.step, micro_batches, values, copied)
 
     def _read(self, report: StepReport) -> None:
-        skipped, bad_loss, told, scale, loss, *finite = report.read()
-        self.stopping = self.stopping or told > 0
+        skipped, bad_loss, stop, scale, loss, *finite = report.read()
+        self.stopping = self.stopping or stop > 0
         self.last_skipped = skipped > 0
         if not self.last_skipped:
             self.progress.skipped_in_a_row = 0
-            self.suspects.clear()
-            self._watch(report, loss)
+            self._suspect_scans.clear()
+            self._warn_of_spike(report, loss)
         elif self.accelerator.scaler is not None and not bad_loss and 1 <= scale < self._scale:
-            # fp16 overflows by design: the scaler lowers its scale, until nothing is left to lower.
+            # In fp16 overflows are expected: the scaler lowers its scale until they end. At a scale of 1 they are not.
             self.progress.overflowed += 1
             self.progress.last_not_taken = report.step
         else:
-            self._skip(report, bool(bad_loss), [bool(fine) for fine in finite])
+            self._count_skipped(report, bool(bad_loss), [bool(value) for value in finite])
         self._scale = scale
 
-    def _watch(self, report: StepReport, loss: float) -> None:
-        usual = self.watch.usual_loss()
-        if self.watch.is_spike(loss):
-            scans = [self.stage.sample_name(int(index)) for batch in report.micro_batches for index in batch["index"]]
-            log.warning("step %d: loss %.4g where %.4g is usual; its scans: %s", report.step, loss, usual, _list(scans))
+    def _warn_of_spike(self, report: StepReport, loss: float) -> None:
+        usual = self._spikes.usual_loss()
+        if self._spikes.is_spike(loss):
+            indices = [int(index) for batch in report.micro_batches for index in batch["index"]]
+            scans = _join([self.stage.sample_name(index) for index in indices])
+            log.warning("step %d: loss %.4g where %.4g is usual; its scans: %s", report.step, loss, usual, scans)
 
-    def _skip(self, report: StepReport, bad_loss: bool, finite: Sequence[bool]) -> None:
+    def _count_skipped(self, report: StepReport, bad_loss: bool, finite: Sequence[bool]) -> None:
         progress = self.progress
         progress.last_not_taken = report.step
         progress.skipped += 1
         progress.skipped_in_a_row += 1
-        # Where all losses of all processes are finite, the gradient is at fault, and any scan may be.
+        # If the losses of all processes are finite, only the gradient is not, and any of the scans may be the cause.
         bad = [batch for batch, fine in zip(report.micro_batches, finite, strict=True) if not (bad_loss and fine)]
         scans = gather_object([self.stage.sample_name(index) for index in suspect_samples(bad)])
-        self.suspects |= set(scans)
-        log.warning("step %d skipped: its loss or gradient is not finite; its scans: %s", report.step, _list(scans))
-        if progress.skipped_in_a_row >= self.limit:
+        self._suspect_scans |= set(scans)
+        log.warning("step %d skipped: its loss or gradient is not finite; its scans: %s", report.step, _join(scans))
+        if progress.skipped_in_a_row >= self.max_skipped:
             raise UserError(
                 f"{progress.skipped_in_a_row} steps in a row, up to step {report.step}, had no finite loss or "
-                f"gradient; {self.kept()}. Lower optim.lr, use accelerator=bf16, or look at these scans: "
-                f"{_list(self.suspects)}"
+                f"gradient; {self.describe_newest()}. Lower optim.lr, use accelerator=bf16, or look at these scans: "
+                f"{_join(self._suspect_scans)}"
             )
 
 
-def _list(scans: Sequence[str] | set[str]) -> str:
+def _join(scans: Collection[str]) -> str:
     return ", ".join(sorted(set(scans)))

@@ -121,12 +121,13 @@ def measure_waits(check: Check, setting: Setting) -> Numbers:
         steps.warm_up(2)
         progress = Progress(step=steps.number)
         guard = StepGuard(
-            subject.accelerator, steps.stage, progress, check.size.watched, kept=lambda: "", told=lambda: False
+            subject.accelerator, steps.stage, progress, check.size.watched,
+            describe_newest=lambda: "", stop_requested=lambda: False,
         )  # fmt: skip
 
         def step() -> None:
             steps.number = progress.step
-            guard(steps.fetch())
+            guard.run_step(steps.fetch())
             progress.step += 1
 
         step()
