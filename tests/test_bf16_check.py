@@ -1,4 +1,4 @@
-"""Proves that bf16 convolutions which a CPU gets wrong train in float32, by convolutions that are wrong on purpose."""
+"""bf16 convolutions that a CPU computes wrongly train in float32; shown with convolutions that are wrong on purpose."""
 
 import copy
 import logging
@@ -19,7 +19,7 @@ from ldae.utils.errors import UserError
 
 
 class Spoiled(torch.autograd.Function):
-    """Identity of the weight, whose gradient comes back spoiled."""
+    """Identity of the weight; `spoil` changes its gradient."""
 
     @staticmethod
     def forward(ctx, weight, spoil):
@@ -32,7 +32,7 @@ class Spoiled(torch.autograd.Function):
 
 
 def faulty(spoil, first_axis, base=nn.Conv3d):
-    """A class of convolutions whose weight gradient is spoiled in bf16 where the input's first axis has that size."""
+    """A convolution class whose weight gradient is wrong in bf16 for inputs with this size along the first axis."""
 
     class Faulty(base):
         def _conv_forward(self, x, weight, bias):
@@ -58,7 +58,7 @@ def nothing_finite(gradient):
 
 
 def gradients(conv, x, bf16=True):
-    """Output dtype, and gradients of the input and of every parameter."""
+    """The dtype of the output, and the gradients of the input and of every parameter."""
     x = x.clone().requires_grad_()
     conv.zero_grad()
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
@@ -67,7 +67,7 @@ def gradients(conv, x, bf16=True):
     return y.dtype, [x.grad, *(p.grad.clone() for p in conv.parameters())]
 
 
-def warned(caplog):
+def warnings(caplog):
     return [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
 
 
@@ -76,28 +76,28 @@ def close(found, expected, tolerance=0.02):
 
 
 @pytest.mark.parametrize("spoil", [garbage, one_channel, nothing_finite])
-def test_a_wrong_gradient_is_found_named_and_computed_in_float32(spoil, caplog):
+def test_a_wrong_gradient_is_detected_logged_and_computed_in_float32(spoil, caplog):
     torch.manual_seed(0)
     conv = faulty(spoil, 4)(16, 32, 3, padding=1)
     bad, good = torch.randn(2, 16, 4, 5, 4), torch.randn(2, 16, 5, 5, 4)
     expected = {x: gradients(conv, x, bf16=False)[1] for x in (bad, good)}
-    assert not close(gradients(conv, bad)[1], expected[bad])  # what would have been trained on
+    assert not close(gradients(conv, bad)[1], expected[bad])  # without the guard
     assert guard_bf16(conv) is conv
     for _ in range(2):
         dtype, found = gradients(conv, bad)
-        assert dtype is torch.bfloat16  # as other layers expect it
+        assert dtype is torch.bfloat16  # the dtype that other layers expect
         assert close(found, expected[bad])
     dtype, found = gradients(conv, good)
     assert dtype is torch.bfloat16
     assert close(found, expected[good])
-    (line,) = warned(caplog)  # once, though it was asked twice; the good shape is not named
+    (line,) = warnings(caplog)  # once for two calls, and only for the wrong shape
     assert "weight gradient" in line
     assert "Faulty of 16 -> 32 channels, kernel (3, 3, 3)" in line
     assert "input (2, 16, 4, 5, 4)" in line
 
 
-def test_only_a_wrong_shape_leaves_bf16():
-    """The float32 route sees no autocast, the other one does."""
+def test_only_a_wrong_shape_is_computed_in_float32():
+    """Convolutions in float32 run without autocast, all others with it; inference needs no gradient and no check."""
     seen = []
 
     class Watched(faulty(garbage, 4)):
@@ -111,12 +111,12 @@ def test_only_a_wrong_shape_leaves_bf16():
     seen.clear()
     gradients(conv, bad), gradients(conv, good)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        conv(bad)  # inference needs no gradient
+        conv(bad)
     assert seen == [(2, 4, False), (2, 3, True), (2, 4, True)]
 
 
 @pytest.mark.parametrize(("kernel", "padding", "size", "bf16"), [(3, 1, 2, False), (3, 1, 3, True), (1, 0, 2, True)])
-def test_what_is_known_to_be_wrong_is_float32_without_a_proof(kernel, padding, size, bf16, caplog):
+def test_a_shape_known_to_be_wrong_is_computed_in_float32_without_a_check(kernel, padding, size, bf16, caplog):
     seen = []
 
     class Watched(nn.Conv3d):
@@ -127,32 +127,32 @@ def test_what_is_known_to_be_wrong_is_float32_without_a_proof(kernel, padding, s
     conv, x = guard_bf16(Watched(3, 4, kernel, padding=padding)), torch.randn(1, 3, size, 5, 4)
     gradients(conv, x)
     assert seen[-1] is bf16
-    assert len(seen) == (3 if bf16 else 1)  # a proof computes twice
-    assert not warned(caplog)
+    assert len(seen) == (3 if bf16 else 1)  # a check computes it twice more
+    assert not warnings(caplog)
 
 
-def test_an_enlargement_is_judged_by_the_enlarged_volume():
+def test_a_convolution_with_upsampling_is_checked_by_the_size_of_the_upsampled_volume():
     torch.manual_seed(0)
     conv = EnlargingConv3d(4, 6, (2, 2, 2))
     x = torch.randn(2, 4, 1, 3, 2)
     expected = gradients(conv, x, bf16=False)[1]
     dtype, found = gradients(guard_bf16(conv), x)
     assert dtype is torch.bfloat16
-    # In float32 but for the output's rounding: known to be wrong at 2.
+    # The upsampled size 2 is known to be wrong, so all but the rounding of the output is float32.
     assert close(found, expected, 0.005)
 
 
-def test_slices_and_groups_are_proved_too(caplog):
+def test_2d_and_grouped_convolutions_are_checked(caplog):
     torch.manual_seed(0)
     conv = guard_bf16(faulty(one_channel, 8, nn.Conv2d)(12, 12, 7, padding=3, groups=12))
     x = torch.randn(3, 12, 8, 6).to(memory_format=torch.channels_last)
     expected = gradients(conv, x, bf16=False)[1]
     assert close(gradients(conv, x)[1], expected)
-    (line,) = warned(caplog)
+    (line,) = warnings(caplog)
     assert "groups 12" in line
 
 
-def test_the_proof_leaves_checkpointing_counting_and_random_numbers_alone(caplog):
+def test_the_check_does_not_disturb_checkpointing_operation_counts_or_random_numbers(caplog):
     from torch.utils.flop_counter import FlopCounterMode
 
     torch.manual_seed(0)
@@ -169,11 +169,11 @@ def test_the_proof_leaves_checkpointing_counting_and_random_numbers_alone(caplog
     assert torch.equal(torch.get_rng_state(), state)
     with torch.autocast("cpu", torch.bfloat16):
         checkpoint(conv, torch.randn(1, 2, 6, 4, 4), use_reentrant=False).float().sum().backward()
-    assert len(warned(caplog)) == 1
+    assert len(warnings(caplog)) == 1
     assert conv.weight.grad.isfinite().all()
 
 
-def test_a_compiled_network_is_proved_while_it_is_traced(caplog):
+def test_a_compiled_network_is_checked_while_it_is_traced(caplog):
     torch.manual_seed(0)
     network = guard_bf16(nn.Sequential(faulty(garbage, 4)(3, 4, 3, padding=1), nn.GELU(), nn.Conv3d(4, 2, 1)))
     x = torch.randn(2, 3, 4, 3, 3)
@@ -181,7 +181,7 @@ def test_a_compiled_network_is_proved_while_it_is_traced(caplog):
     compiled = torch.compile(network, backend="aot_eager", fullgraph=True)
     for _ in range(2):
         assert close(gradients(compiled, x)[1], expected)
-    assert len(warned(caplog)) == 1
+    assert len(warnings(caplog)) == 1
 
 
 def networks():
@@ -194,8 +194,7 @@ def networks():
 
 
 @pytest.mark.parametrize("case", range(5))
-def test_networks_keep_their_names_and_pass(case):
-    """Every convolution in them is guarded."""
+def test_every_convolution_of_the_networks_is_guarded_and_parameter_names_stay(case):
     torch.manual_seed(0)
     network, inputs = list(networks())[case]
     names, text = list(network.state_dict()), str(network)
@@ -218,15 +217,15 @@ def test_networks_keep_their_names_and_pass(case):
 
 
 @pytest.mark.parametrize("size", [(1, 3, 4), (2, 2, 2), (2, 5, 4), (3, 2, 2), (4, 2, 2)])
-def test_what_trains_on_this_cpu_is_right(size):
-    """On a CPU with bf16 in hardware this is where the fault shows; elsewhere bf16 is imitated, and right."""
+def test_guarded_gradients_are_correct_on_this_cpu(size):
+    """Meaningful on a CPU with bf16 in hardware; elsewhere bf16 is emulated, which is correct without the guard."""
     torch.manual_seed(0)
     conv, x = Conv3d(32, 32, 3, padding=1), torch.randn(4, 32, *size)
     expected = gradients(conv, x, bf16=False)[1]
     assert close(gradients(guard_bf16(conv), x)[1], expected)
 
 
-def test_errors_are_those_of_rounding_where_nothing_is_wrong():
+def test_relative_errors_of_a_correct_and_of_a_wrong_result():
     torch.manual_seed(0)
     conv = nn.Conv3d(1, 1, 1)
     errors = bf16_errors(nn.functional.conv3d, torch.randn(2, 1, 9, 9, 9), conv.weight.detach(), conv.bias.detach())

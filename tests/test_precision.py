@@ -115,7 +115,7 @@ def test_commands_hand_their_precision_to_the_model(cpu, monkeypatch):
     monkeypatch.setattr("ldae.pipeline.LDAE.load", lambda path, **options: made.append(options["dtype"]))
     load_model("demo", Path("runs"), None, "cpu", "auto")
     assert made == [torch.float32]
-    with pytest.raises(UserError, match="--precision bfloat16: cpu does not compute in it"):
+    with pytest.raises(UserError, match="--precision bfloat16: cpu does not support it"):
         load_model("demo", Path("runs"), None, "cpu", "bfloat16")
     cpu(WITH)
     load_model("demo", Path("runs"), None, "cpu", "bfloat16")

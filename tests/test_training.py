@@ -336,7 +336,7 @@ def test_a_run_without_a_whole_state_is_not_started_over(tmp_path):
     fit(tmp_path, 4)
     for path in (tmp_path / "state").glob("*.safetensors"):
         path.write_bytes(b"torn")
-    with pytest.raises(UserError, match=r"no checkpoint .* is whole"):
+    with pytest.raises(UserError, match=r"no checkpoint .* is intact"):
         fit(tmp_path, 6)
 
 

@@ -1,7 +1,7 @@
-"""bf16 convolutions on CPUs are proved before they train anything, and computed in float32 where they are wrong.
+"""Check of bf16 convolutions on CPUs before they are used in training; those that are wrong are computed in float32.
 
-PyTorch 2.13.0 (oneDNN 3.12) returns garbage for the weight gradient of some bf16 convolutions on CPUs with AVX512-BF16
-(docs/history/bf16-conv3d-on-cpus.md). It is not always infinite: training would go on with a wrong gradient.
+PyTorch 2.13.0 (oneDNN 3.12) returns wrong weight gradients for some bf16 convolutions on CPUs with AVX512-BF16
+(docs/history/bf16-conv3d-on-cpus.md). They are not always infinite, so training would continue with a wrong gradient.
 """
 
 import logging
@@ -19,17 +19,16 @@ from ldae.utils.errors import UserError
 
 log = logging.getLogger(__name__)
 
-# Right kernels differ from float32 by the rounding of their results, 0.2 to 0.5 %.
-TOLERANCE = 0.05
+TOLERANCE = 0.05  # relative; correct kernels differ from float32 by the rounding of their results, 0.2 to 0.5 %
 QUANTITIES = ("output", "input gradient", "weight gradient", "bias gradient")
 CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
-# (x, weight, bias) -> y; it computes in the dtype that autocast asks for.
+# (x, weight, bias) -> y, computed in the dtype of the active autocast.
 Convolution = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
-class Signature(NamedTuple):
-    """What decides which kernel computes a convolution."""
+class ConvolutionSignature(NamedTuple):
+    """Everything that determines which kernel computes a convolution."""
 
     module: type[nn.Module]
     input: tuple[int, ...]  # (B, C, ...)
@@ -49,18 +48,19 @@ class Signature(NamedTuple):
 
     @property
     def known_wrong(self) -> bool:
-        """Whether this is the fault that was found, which is not left to a proof with random numbers."""
+        """Whether this is a convolution known to be wrong, for which no check with random numbers is relied on."""
         one, three = (1, 1, 1), (3, 3, 3)
         return self.weight[2:] == three and self.padding in (one, "same") and self.input[2] == 2
 
 
-_right: dict[Signature, bool] = {}  # what this process has found out
+_is_correct: dict[ConvolutionSignature, bool] = {}  # results of the checks in this process
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
-    """Largest norm of the difference in any slice across any axis, by the root mean square of expected slices' norms.
+    """Largest norm of the error in any slice along any axis, relative to the root mean square norm of expected slices.
 
-    One wrong channel, plane or kernel tap counts as much as a wrong tensor. Infinite if `found` is not finite.
+    Because the worst slice counts, a single wrong channel, plane or kernel tap is detected. Infinite if `found` is not
+    finite.
     """
     if not found.isfinite().all():
         return math.inf
@@ -73,32 +73,33 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
 
 
 def bf16_errors(convolve: Convolution, x: Tensor, weight: Tensor, bias: Tensor | None) -> dict[str, float]:
-    """Relative errors of a bf16 convolution's output and gradients against the same in float32, by their names.
+    """Relative errors of the output and gradients of a bf16 convolution against float32, by QUANTITIES.
 
     Args:
-        convolve: what is on trial.
-        x, weight, bias: (B, C, ...), (C', C / groups, ...), (C',), float32 on the CPU.
+        convolve: the convolution.
+        x, weight, bias: (B, C, ...), (C', C / groups, ...) and (C',), float32 on the CPU.
     """
-    # Rounded first: what differs then is the kernels' own.
+    # The inputs are rounded to bf16 first, so that only the errors of the kernels remain.
     inputs = [t.bfloat16().to(torch.float32).requires_grad_() for t in (x, weight, bias) if t is not None]
     x, weight, bias = (*inputs, None)[:3]
-    found, above = [], None
+    results, output_gradient = [], None
     for enabled in (False, True):
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
             y = convolve(x, weight, bias)
-        if above is None:
-            # Its mean is not 0: a bias's gradient, the sum of it, must not cancel.
-            above = torch.empty_like(y).normal_(0.5, generator=torch.Generator().manual_seed(1)).bfloat16()
-        found.append([y.detach(), *torch.autograd.grad(y, inputs, above.to(y.dtype))])
-    expected, reduced = found
+        if output_gradient is None:
+            # Its mean is not 0, so that the gradient of the bias, which is its sum, does not cancel.
+            output_gradient = torch.empty_like(y).normal_(0.5, generator=torch.Generator().manual_seed(1)).bfloat16()
+        results.append([y.detach(), *torch.autograd.grad(y, inputs, output_gradient.to(y.dtype))])
+    expected, reduced = results
     return {
-        name: relative_error(mine.float(), right)
-        for name, mine, right in zip(QUANTITIES[: len(expected)], reduced, expected, strict=True)
+        name: relative_error(value.float(), reference)
+        for name, value, reference in zip(QUANTITIES[: len(expected)], reduced, expected, strict=True)
     }
 
 
-def _prove(convolve: Convolution, signature: Signature) -> bool:
-    # A generator of its own: training draws the same numbers with the proof and without it.
+def _check(convolve: Convolution, signature: ConvolutionSignature) -> bool:
+    """Whether bf16 agrees with float32 on random numbers; a warning is logged if it does not."""
+    # With its own generator, so that the check does not change the random numbers of the training.
     generator = torch.Generator().manual_seed(0)
     layout = CHANNELS_LAST[len(signature.input)] if signature.channels_last else torch.contiguous_format
     x, weight = (
@@ -109,33 +110,35 @@ def _prove(convolve: Convolution, signature: Signature) -> bool:
     wrong = {name: error for name, error in bf16_errors(convolve, x, weight, bias).items() if not error <= TOLERANCE}
     if wrong:
         errors = ", ".join(f"{name} {error:.2g}" for name, error in wrong.items())
-        log.warning("bf16 is wrong on this CPU (relative error: %s), so float32 computes %s", errors, signature)
+        log.warning(
+            "bf16 is wrong on this CPU (relative error: %s); computed in float32 instead: %s", errors, signature
+        )
     return not wrong
 
 
-def _computes_right(module: "_Guarded", shape: tuple[int, ...], channels_last: bool) -> bool:
-    """Whether bf16 may compute this convolution of inputs (B, C, ...); proved at the first question."""
-    signature = Signature(
+def _computes_correctly(module: "_Guarded", shape: tuple[int, ...], channels_last: bool) -> bool:
+    """Whether bf16 is correct for this convolution of inputs (B, C, ...); checked at the first call with this shape."""
+    signature = ConvolutionSignature(
         module.convolution, tuple(shape), tuple(module.weight.shape), module.bias is not None, module.stride,
         module.padding, module.dilation, module.groups, module.padding_mode, channels_last,
     )  # fmt: skip
-    if signature not in _right:
+    if signature not in _is_correct:
         if signature.known_wrong:
-            _right[signature] = False
+            _is_correct[signature] = False
         else:
-            # A thread of its own has no autocast, no hooks of checkpointing and nothing that traces or counts.
+            # In a new thread no autocast, checkpointing hooks, tracing or operation counters are active.
             with ThreadPoolExecutor(1) as thread:
-                _right[signature] = thread.submit(_prove, module.unguarded, signature).result()
-    return _right[signature]
+                _is_correct[signature] = thread.submit(_check, module.unguarded, signature).result()
+    return _is_correct[signature]
 
 
 class _Guarded:
-    """Stands before the class of a convolution and decides, call by call, in which precision it computes."""
+    """Mixin in front of a convolution's class that decides in every call whether to compute in bf16 or in float32."""
 
     convolution: ClassVar[type[nn.Module]]
 
     def unguarded(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """The convolution as its class has it."""
+        """The convolution of the original class."""
         return super()._conv_forward(x, weight, bias)
 
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -144,7 +147,7 @@ class _Guarded:
             return self.unguarded(x, weight, bias)
         layout = CHANNELS_LAST.get(x.dim())
         channels_last = layout is not None and x.is_contiguous(memory_format=layout) and not x.is_contiguous()
-        if _computes_right(self, x.shape, channels_last):
+        if _computes_correctly(self, x.shape, channels_last):
             return self.unguarded(x, weight, bias)
         with torch.autocast("cpu", enabled=False):
             y = self.unguarded(x.float(), weight.float(), None if bias is None else bias.float())
@@ -157,20 +160,23 @@ def _guarded(convolution: type[nn.Module]) -> type[nn.Module]:
 
 
 def guard_bf16(module: nn.Module) -> nn.Module:
-    """`module`, whose convolutions no longer train in bf16 on a CPU where this CPU does that wrongly.
+    """Make the convolutions of `module` train in float32 on a CPU wherever this CPU computes them wrongly in bf16.
 
-    At the first training call under CPU bf16 autocast with a new shape, which is before the first backward pass, output
-    and gradients of that shape are compared with float32. A shape that is wrong is logged and computed in float32 from
-    then on, in the whole process. Parameters, names and results elsewhere stay; a second call changes nothing.
+    Before the first training call under CPU bf16 autocast with a new shape, output and gradients for that shape are
+    compared with float32. If they are wrong, this is logged, and the shape is computed in float32 from then on in the
+    whole process. Parameters, their names and all other results are unchanged. A second call has no effect.
+
+    Returns:
+        The same module.
 
     Raises:
-        UserError: it has transposed convolutions, for which there is no proof.
+        UserError: it contains transposed convolutions, for which there is no check.
     """
-    # torch.compile asks while it traces and keeps the answer. Marked here, since the mark takes seconds to import.
-    torch.compiler.assume_constant_result(_computes_right)
+    # torch.compile calls this while tracing and keeps the answer. Marked only here, because the import takes seconds.
+    torch.compiler.assume_constant_result(_computes_correctly)
     for name, child in module.named_modules():
         if isinstance(child, _ConvTransposeNd):
-            raise UserError(f"{name}: transposed convolutions are not proved in bf16 on a CPU: use accelerator=cpu")
+            raise UserError(f"{name}: transposed convolutions are not checked in bf16 on a CPU: use accelerator=cpu")
         if isinstance(child, _ConvNd) and not isinstance(child, _Guarded):
             child.__class__ = _guarded(type(child))
     return module

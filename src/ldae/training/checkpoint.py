@@ -1,6 +1,6 @@
-"""Training state on disk: one safetensors file a checkpoint, scalars in its header, its hash in a JSON beside it.
+"""Checkpoints for resuming: a safetensors file with numbers in its header, and a JSON file with its hash beside it.
 
-The JSON is written after the tensors, so that a state counts only when it is whole; the newest whole one is resumed.
+The JSON file is written last, so a checkpoint without it is incomplete. The newest intact checkpoint is resumed.
 """
 
 import json
@@ -25,39 +25,50 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Progress:
-    """Where a run stands, between two optimiser steps."""
+    """Progress of a run between two optimiser steps; stored in checkpoints under these names.
+
+    Attributes:
+        step: number of the next optimiser step.
+        best, best_step: best value of the monitored metric and the step at which it was reached.
+        stale: number of validations since the best one.
+        validated, previewed: step of the last validation and of the last preview.
+        skipped: number of steps with a non-finite loss or gradient.
+        skipped_in_a_row: number of these up to the latest step.
+        overflowed: number of fp16 steps that were not taken while the gradient scaler searched its scale.
+        loss_sum, loss_count: of the training losses since the last validation (train_loss.py).
+        last_not_taken: latest step that was skipped or overflowed.
+    """
 
     step: int = 0
     best: float | None = None
     best_step: int | None = None
-    stale: int = 0  # validations since the best
-    validated: int = -1  # the last step that was validated
+    stale: int = 0
+    validated: int = -1
     previewed: int = -1
-    skipped: int = 0  # steps without a finite loss and gradient
+    skipped: int = 0
     skipped_in_a_row: int = 0
-    overflowed: int = 0  # steps that fp16's gradient scaler refused while it looked for its scale
-    loss_sum: float = 0.0  # of training losses since the last validation (train_loss.py)
+    overflowed: int = 0
+    loss_sum: float = 0.0
     loss_count: float = 0.0
-
-    last_not_taken: int = -1  # the newest step that was skipped or overflowed
+    last_not_taken: int = -1
 
     @property
     def updates(self) -> int:
-        """Optimiser steps that are known to have been taken."""
+        """Number of steps that changed the weights, as far as the host knows."""
         return self.step - self.skipped - self.overflowed
 
     @property
     def schedule_step(self) -> int:
-        """What the learning rate counts: all steps but those not taken up to the last but one.
+        """Step count of the learning-rate schedule: all steps, except those not taken up to the last but one.
 
-        The host hears of a step while the next one runs. Where it knows the last one already, as after a checkpoint,
-        that is left out, so that neither a resume nor the cadence of log lines changes a rate.
+        The host usually learns whether a step was taken while the next one runs. When it knows earlier, as after a
+        checkpoint, that knowledge is not used, so that neither resuming nor the frequency of logging changes a rate.
         """
         return self.updates + (self.last_not_taken == self.step - 1)
 
 
 def flatten_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """An optimiser's state as tensors by name, and the rest as plain numbers."""
+    """The state of an optimiser as tensors by name, and everything else as plain values."""
     state = optimizer.state_dict()
     tensors, scalars = {}, {}
     for index, entries in state["state"].items():
@@ -68,12 +79,13 @@ def flatten_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tenso
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], rest: dict[str, Any]) -> None:
+    """Load into an optimiser what `flatten_optimizer` returned."""
     state: dict[int, dict[str, Any]] = {}
     for name, value in {**tensors, **rest["scalars"]}.items():
         index, key = name.split(".", 1)
         state.setdefault(int(index), {})[key] = value
     optimizer.load_state_dict({"state": state, "param_groups": rest["groups"]})
-    # Files hold tensors contiguously; a fused step walks the memory of a parameter and of its moments alike.
+    # Files contain contiguous tensors, but a fused step needs a moment in the memory format of its parameter.
     for parameter, entries in optimizer.state.items():
         for key, value in entries.items():
             if isinstance(value, Tensor) and value.shape == parameter.shape:
@@ -81,7 +93,12 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tenso
 
 
 class Checkpoints:
-    """The states of one run, newest last."""
+    """The checkpoints of one run.
+
+    Args:
+        folder: where they are stored.
+        keep: number of the newest checkpoints that are kept, at least 1.
+    """
 
     def __init__(self, folder: Path, keep: int) -> None:
         self.folder = folder
@@ -90,21 +107,23 @@ class Checkpoints:
     def _paths(self) -> list[Path]:
         return sorted(self.folder.glob("step_*.json"))
 
-    def save(self, stage: Stage, progress: Progress, scaler: Any, identity: dict[str, Any]) -> None:
-        """Write the state at `progress.step`, then remove the oldest beyond `keep`.
+    def save(
+        self, stage: Stage, progress: Progress, scaler: torch.amp.GradScaler | None, identity: dict[str, Any]
+    ) -> None:
+        """Write a checkpoint of step `progress.step`, then remove the oldest ones beyond `keep`.
 
         Args:
-            identity: what the state belongs to (data, weights it stands on), to be compared on resume.
+            identity: data and predecessors of the training, compared when it is resumed.
 
         Raises:
-            UserError: the state holds NaN or infinity.
-            OSError: it cannot be written; the states before it stay.
+            UserError: a tensor contains NaN or infinity.
+            OSError: the checkpoint cannot be written; the earlier ones remain.
         """
         tensors: dict[str, Tensor] = {}
         rest: dict[str, Any] = {}
-        for kind, holders in (("modules", stage.modules), ("averages", stage.averages)):
-            for name, holder in holders.items():
-                tensors |= {f"{kind}/{name}/{key}": value for key, value in holder.state_dict().items()}
+        for kind, parts in (("modules", stage.modules), ("averages", stage.averages)):
+            for name, part in parts.items():
+                tensors |= {f"{kind}/{name}/{key}": value for key, value in part.state_dict().items()}
         for name, optimizer in stage.optimizers.items():
             flat, rest[name] = flatten_optimizer(optimizer)
             tensors |= {f"optimizers/{name}/{key}": value for key, value in flat.items()}
@@ -123,15 +142,15 @@ class Checkpoints:
             old.with_suffix(".safetensors").unlink(missing_ok=True)
 
     def describe_newest(self) -> str:
-        """Which state is kept, in words."""
+        """The newest checkpoint in words, for error messages."""
         paths = self._paths()
         return f"the state of step {int(paths[-1].stem[5:])} is kept" if paths else "no state was saved before"
 
     def newest(self) -> Path | None:
-        """The newest whole state; None where there never was one.
+        """The newest intact checkpoint; None if none was ever written.
 
         Raises:
-            UserError: there are states, but none is whole.
+            UserError: there are checkpoints, but all are damaged.
         """
         for path in reversed(self._paths()):
             weights = path.with_suffix(".safetensors")
@@ -143,17 +162,21 @@ class Checkpoints:
                 continue
             return weights
         if self._paths():
-            raise UserError(f"no checkpoint in {self.folder} is whole: restore one, or remove the folder to start anew")
+            raise UserError(
+                f"no checkpoint in {self.folder} is intact: restore one, or remove the folder to start again"
+            )
         return None
 
-    def restore(self, path: Path, stage: Stage, scaler: Any, identity: dict[str, Any]) -> tuple[Progress, list[str]]:
-        """Load a state into `stage`.
+    def restore(
+        self, path: Path, stage: Stage, scaler: torch.amp.GradScaler | None, identity: dict[str, Any]
+    ) -> tuple[Progress, list[str]]:
+        """Load a checkpoint into `stage`.
 
         Returns:
-            Where it stood, and which parts of its identity are others now.
+            Its progress, and the keys of `identity` whose values have changed since.
 
         Raises:
-            UserError: it is the state of another model.
+            UserError: the checkpoint belongs to another model.
         """
         tensors = read_tensors(path)
         with safe_open(path, "pt") as file:
@@ -166,7 +189,7 @@ class Checkpoints:
         except (KeyError, RuntimeError, ValueError, TypeError) as error:
             reason = str(error).splitlines()[0]
             raise UserError(
-                f"{path} is the state of another model ({reason}): use another name=..., or remove the run"
+                f"{path} is a checkpoint of another model ({reason}): use another name=..., or remove the run"
             ) from error
         now = json.loads(json.dumps(identity))
         then = state["identity"]

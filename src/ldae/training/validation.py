@@ -1,4 +1,4 @@
-"""Validation over several processes: each takes every n-th scan, all get the same mean."""
+"""Validation on several processes: each evaluates its share of the scans, and all get the same mean."""
 
 from collections.abc import Mapping
 
@@ -8,19 +8,20 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
+MetricsByRow = Mapping[int, Mapping[str, Tensor]]  # one-element tensors on the device; all rows have the same names
+
 
 def shard_rows(rows: np.ndarray, accelerator: Accelerator) -> np.ndarray:
-    """This process's share of `rows`."""
+    """The rows that this process evaluates: every n-th of them for n processes."""
     return rows[accelerator.process_index :: accelerator.num_processes]
 
 
-def mean_over_scans(found: Mapping[int, Mapping[str, Tensor]], accelerator: Accelerator) -> dict[str, float]:
-    """Mean of each metric over the scans of all processes, in the order of their row numbers (sums depend on order).
+def mean_over_scans(metrics_by_row: MetricsByRow, accelerator: Accelerator) -> dict[str, float]:
+    """Mean of each metric over the scans of all processes.
 
-    Args:
-        found: one-element tensors on the device by row and by name of the metric; every row has the same names.
+    The scans are summed in the order of their rows, so that rounding does not depend on the number of processes.
     """
-    rows = list(read_metrics(found).items())
+    rows = list(read_metrics(metrics_by_row).items())
     everything = gather_object(rows) if accelerator.num_processes > 1 else rows
     ordered = [metrics for _, metrics in sorted(everything, key=lambda item: item[0])]
     if not ordered:
@@ -28,11 +29,11 @@ def mean_over_scans(found: Mapping[int, Mapping[str, Tensor]], accelerator: Acce
     return {name: float(np.mean([metrics[name] for metrics in ordered])) for name in ordered[0]}
 
 
-def read_metrics(found: Mapping[int, Mapping[str, Tensor]]) -> dict[int, dict[str, float]]:
-    """The values of one-element tensors, read together: the one place where a validation waits for the device."""
-    if not found:
+def read_metrics(metrics_by_row: MetricsByRow) -> dict[int, dict[str, float]]:
+    """The values of the metrics, copied to the host together; only here does a validation wait for the device."""
+    if not metrics_by_row:
         return {}
-    names = list(next(iter(found.values())))
-    values = torch.stack([metrics[name].float().reshape(()) for metrics in found.values() for name in names]).tolist()
-    each = len(names)
-    return {row: dict(zip(names, values[i * each : (i + 1) * each], strict=True)) for i, row in enumerate(found)}
+    names = list(next(iter(metrics_by_row.values())))
+    scalars = [metrics[name].float().reshape(()) for metrics in metrics_by_row.values() for name in names]
+    values = iter(torch.stack(scalars).tolist())
+    return {row: {name: next(values) for name in names} for row in metrics_by_row}
