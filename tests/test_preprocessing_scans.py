@@ -164,7 +164,7 @@ def test_a_real_scan_goes_through_every_step(whole):
 def test_masks_go_to_the_template_and_back(whole):
     folder, files = whole, read_json(whole / "records" / "sub-IXI012.json")["files"]
     transforms = Transforms.from_record(folder, files)
-    native, moved = (Volume.read(folder / files[name], constant=True) for name in ("native_mask", "mask"))
+    native, moved = (Volume.read(folder / files[name], allow_constant=True) for name in ("native_mask", "mask"))
     back = transforms.to_native(moved, native, "linear")
     assert dice_overlap(back.data > 0.5, native.data > 0) > 0.96
     # The sidecar's matrix says the same: template mm to native mm.
@@ -180,7 +180,7 @@ def test_label_maps_are_carried_as_ants_carries_them(whole):
 
     files = read_json(whole / "records" / "sub-IXI012.json")["files"]
     transforms, grid = Transforms.from_record(whole, files), Volume.read(whole / files["scan"])
-    atlas = Volume.read(LABELS, constant=True)
+    atlas = Volume.read(LABELS, allow_constant=True)
     few = atlas.with_data(np.where(np.isin(atlas.data, [47, 48, 51, 52]), atlas.data, atlas.data > 0))
     theirs = ants.apply_transforms(
         grid.to_ants(), few.to_ants(), [str(path) for path in transforms.forward], interpolator="genericLabel"
@@ -188,7 +188,7 @@ def test_label_maps_are_carried_as_ants_carries_them(whole):
     assert set(np.unique(theirs)) == {0, 1, 47, 48, 51, 52}
     # Equal weights may fall to either.
     assert (transforms.labels_to_template(few, grid).data != theirs).sum() <= 2
-    written = Volume.read(whole / files["labels"], constant=True).data
+    written = Volume.read(whole / files["labels"], allow_constant=True).data
     assert (written != transforms.labels_to_template(atlas, grid).data).sum() == 0
     assert np.isin([47, 48, 51, 52], np.unique(written)).all()
 

@@ -1,14 +1,15 @@
-"""Proves that a raw scan goes through the steps that the training scans went through, lands on their grid, and that
-what is changed there comes back to the raw scan's own voxels and intensities.
+"""Tests the preprocessing of a raw scan: it takes the training scans' steps and grid, and changes come back to the raw
+scan's own voxels and intensities.
 
-Without ANTs: registration is a shift by whole voxels, with a file as ANTs' transforms have. One test, skipped where
-antspyx, deepbet or the scans are missing, does the same with a whole head.
+ANTs is replaced by a shift of whole voxels that leaves a file, as ANTs' transforms do. One test uses ANTs and deepbet
+on a whole head; it is skipped where these packages or the scan are missing.
 """
 
 import gc
 import json
 import os
-from dataclasses import dataclass
+import tempfile
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import nibabel as nib
@@ -41,26 +42,27 @@ SHIFT = 12.0  # mm from the scan to the "template"
 ANY = Limits(field_mm=(10, 1e3), brain_cm3=(1, 1e4), correlation=-1.0)
 
 
+def shifted(affine, shift):
+    """An affine moved by `shift` mm along x."""
+    return affine + np.outer([shift, 0, 0, 0], [0, 0, 0, 1])
+
+
 @dataclass(frozen=True)
 class Shift:
-    """What ANTs leaves, for a shift along x."""
+    """Stands for the transforms of ANTs: a shift along x."""
 
     file: Path
 
     def to_template(self, scan, grid, interpolator):
-        return resample_onto(Volume(scan.data, self._moved(scan.affine, SHIFT)), grid)
+        return resample_onto(Volume(scan.data, shifted(scan.affine, SHIFT)), grid)
 
     def to_native(self, volume, grid, interpolator):
         assert self.file.exists()
-        return resample_onto(Volume(volume.data, self._moved(volume.affine, -SHIFT)), grid)
-
-    @staticmethod
-    def _moved(affine, shift):
-        return affine + np.outer([shift, 0, 0, 0], [0, 0, 0, 1])
+        return resample_onto(Volume(volume.data, shifted(volume.affine, -SHIFT)), grid)
 
 
 def steps(template, bias=lambda scan: scan.with_data(2 * scan.data)):
-    """A pipeline that doubles intensities and shifts."""
+    """Steps that double intensities and shift the scan."""
 
     def register(brain, fixed, folder):
         (folder / "shift").write_text("12 mm")
@@ -70,45 +72,54 @@ def steps(template, bias=lambda scan: scan.with_data(2 * scan.data)):
     return PreprocessingSteps(bias, Stripped(), register, template, limits=ANY, spacing=4.0)
 
 
+@dataclass(frozen=True)
+class ShiftPreprocessing(TrainingPreprocessing):
+    """Training preprocessing with the steps above."""
+
+    template: Path | None = None
+
+    @property
+    def steps(self):
+        return steps(TemplateFile(str(self.template)))
+
+
 @pytest.fixture
 def raw(tmp_path, monkeypatch):
-    """A scan, its twin in the template's place, and the steps from one to the other for a model of 9 mm."""
+    """A scan, the same scan in the template's place, and the preprocessing from one to the other for 9 mm voxels."""
     image = brain()
-    placed = nib.Nifti1Image(np.asarray(image.dataobj), Shift._moved(image.affine, SHIFT))
+    placed = nib.Nifti1Image(np.asarray(image.dataobj), shifted(image.affine, SHIFT))
     nib.save(placed, tmp_path / "template.nii.gz")
     transform = Transform((16, 16, 16), 9.0)
-    monkeypatch.setattr(TrainingPreprocessing, "_check_installed", lambda self: None)
-    scans = TrainingPreprocessing(transform, {}, transform.to_model_space(placed).affine)
-    scans.__dict__["pipeline"] = steps(TemplateFile(str(tmp_path / "template.nii.gz")))
-    return image, placed, scans
+    monkeypatch.setattr("ldae.scans.raw_scan.check_installed", lambda steps: None)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    affine = transform.to_model_space(placed).affine
+    return image, placed, ShiftPreprocessing(transform, {}, affine, tmp_path / "template.nii.gz")
 
 
-def test_a_raw_scan_lands_where_the_training_scans_lie(raw):
-    image, placed, scans = raw
-    made = scans(image)
-    prepared = scans.transform.to_model_space(made.image)
-    np.testing.assert_allclose(prepared.affine, scans.affine, atol=0.01)
-    twin = scans.transform.to_model_space(placed).volume
-    assert np.corrcoef(prepared.volume.ravel(), twin.ravel())[0, 1] > 0.99
+def test_a_preprocessed_scan_is_on_the_training_scans_grid(raw):
+    image, placed, preprocess = raw
+    scan = preprocess.transform.to_model_space(preprocess(image).image)
+    np.testing.assert_allclose(scan.affine, preprocess.affine, atol=0.01)
+    expected = preprocess.transform.to_model_space(placed).volume
+    assert np.corrcoef(scan.volume.ravel(), expected.ravel())[0, 1] > 0.99
 
 
-def test_another_box_around_the_template_is_the_training_scans_box(raw):
-    """The training scans' grid lies 18 mm lower than the transform alone would put the scan."""
-    image, _, scans = raw
-    moved = np.array(scans.affine)
+def test_a_training_grid_other_than_the_transforms_own_is_kept(raw):
+    """The training scans' grid is 18 mm lower than where the transform alone would put the scan."""
+    image, _, preprocess = raw
+    moved = np.array(preprocess.affine)
     moved[2, 3] -= 18.0
-    other = TrainingPreprocessing(scans.transform, {}, moved)
-    other.__dict__["pipeline"] = scans.pipeline
-    volumes = [s.transform.to_model_space(s(image).image) for s in (scans, other)]
+    other = replace(preprocess, affine=moved)
+    volumes = [each.transform.to_model_space(each(image).image) for each in (preprocess, other)]
     np.testing.assert_allclose(volumes[1].affine, moved, atol=0.01)
     middle = [np.argwhere(v.volume[0] > 0.1).mean(0) for v in volumes]
     np.testing.assert_allclose(middle[1] - middle[0], [0, 0, 2], atol=0.35)
 
 
-def test_a_change_comes_back_to_the_raw_scans_voxels_and_intensities(raw):
-    """The transforms' files last as long as the scan, and no longer."""
-    image, _, scans = raw
-    scan = open_scan(image, scans.transform, None, scans, always=True)
+def test_a_change_comes_back_to_the_raw_scans_voxels_and_intensities(raw, tmp_path):
+    """The files of the spatial transforms are deleted together with the scan."""
+    image, _, preprocess = raw
+    scan = open_scan(image, preprocess.transform, None, preprocess, always=True)
     gc.collect()
     before, after = scan.volume, scan.volume.clone()
     after[0, 0, 7:9, 7:9, 7:9] += 0.5
@@ -125,24 +136,23 @@ def test_a_change_comes_back_to_the_raw_scans_voxels_and_intensities(raw):
     inside = binary_erosion(image.get_fdata() > 0, iterations=3)
     assert np.corrcoef(restored[inside], image.get_fdata()[inside])[0, 1] > 0.9
     assert np.median(restored[inside] / image.get_fdata()[inside]) == pytest.approx(1, abs=0.1)
-    folder = scan.back.__closure__[1].cell_contents.back.args[0].path
-    assert folder.exists()
+    assert len(list(tmp_path.glob("ldae-*"))) == 1
     del scan
     gc.collect()
-    assert not folder.exists()
+    assert not list(tmp_path.glob("ldae-*"))
 
 
-def test_parameters_survive_being_written(tmp_path):
-    pipeline = PreprocessingSteps(N4(shrink=2), Stripped(), Registration("Rigid"), Icbm152(), Tissues(), Limits(), 2.0)
-    assert PreprocessingSteps.from_parameters(json.loads(json.dumps(pipeline.parameters()))) == pipeline
-    assert pipeline.summary == "N4, Stripped, Rigid to MNI152NLin2009aSym, 2 mm, Tissues"
+def test_parameters_read_back_as_they_were_written(tmp_path):
+    chosen = PreprocessingSteps(N4(shrink=2), Stripped(), Registration("Rigid"), Icbm152(), Tissues(), Limits(), 2.0)
+    assert PreprocessingSteps.from_parameters(json.loads(json.dumps(chosen.parameters()))) == chosen
+    assert chosen.summary == "N4, Stripped, Rigid to MNI152NLin2009aSym, 2 mm, Tissues"
     for damage in ({"bias": {"step": "os.system"}}, {"nothing": 1}, {"bias": {"step": "N4", "command": 1}}):
         with pytest.raises(UserError, match="damaged"):
-            PreprocessingSteps.from_parameters(pipeline.parameters() | damage)
+            PreprocessingSteps.from_parameters(chosen.parameters() | damage)
 
 
 def write_scans(folder, parameters):
-    """Scans with sidecars of these parameters, one after another."""
+    """Write one scan for each of `parameters`, with these in its sidecar; returns the paths."""
     paths = []
     for number, value in enumerate(parameters):
         path = folder / f"sub-{number}_T1w.nii.gz"
@@ -152,24 +162,24 @@ def write_scans(folder, parameters):
     return paths
 
 
-def test_what_is_recorded_of_the_training_scans(tmp_path):
+def test_parameters_are_recorded_if_all_training_scans_share_them(tmp_path):
     ours, other = ({"Parameters": PreprocessingSteps(spacing=size).parameters()} for size in (1.5, 2.0))
     paths = write_scans(tmp_path, [ours, ours, other, {"Parameters": "someone else's"}])
     assert read_recorded_parameters(paths[:2]) == ours["Parameters"]
     assert read_recorded_parameters(paths[:3]) is None
     assert read_recorded_parameters(paths[3:]) is None
     own = PreprocessingSteps(template=TemplateFile(str(tmp_path / "mine.nii.gz"))).parameters()
-    told = read_recorded_parameters(write_scans(tmp_path, [{"Parameters": own}]))
-    assert told["template"]["path"] == "mine.nii.gz"
+    recorded = read_recorded_parameters(write_scans(tmp_path, [{"Parameters": own}]))
+    assert recorded["template"]["path"] == "mine.nii.gz"
     with pytest.raises(BadScan, match=r"template of their own, mine.nii.gz"):
-        TrainingPreprocessing(Transform((8, 8, 8), 9.0), told)(brain())
+        TrainingPreprocessing(Transform((8, 8, 8), 9.0), recorded)(brain())
     transform = Transform((8, 8, 8), 9.0)
     np.testing.assert_array_equal(common_affine(paths, transform), transform.to_model_space(brain()).affine)
     nib.save(nib.Nifti1Image(np.asarray(brain().dataobj)[1:], brain().affine), paths[1])
     assert common_affine(paths, transform) is None
 
 
-def test_the_steps_and_the_grid_travel_with_the_model(tmp_path):
+def test_a_bundle_has_the_steps_and_the_grid_of_its_run(tmp_path):
     about = {"preprocess": PreprocessingSteps(spacing=2.0).parameters(), "affine": np.diag([9.0, 9, 9, 1]).tolist()}
     run = small_run(tmp_path / "run", about=about)
     Bundle.from_run(run).save(tmp_path / "bundle")
@@ -186,15 +196,15 @@ def test_the_steps_and_the_grid_travel_with_the_model(tmp_path):
         path.write_text(good)
 
 
-def test_a_missing_package_is_named_with_what_to_type(monkeypatch):
-    monkeypatch.setattr("ldae.scans.raw_scan.find_spec", lambda name: None)
+def test_a_missing_package_is_named_with_how_to_install_it(monkeypatch):
+    monkeypatch.setattr("ldae.preprocessing.steps.find_spec", lambda name: None)
     with pytest.raises(BadScan, match=r"antspyx and deepbet not installed: pip install 'ldae\[preprocess\]'"):
         TrainingPreprocessing(Transform((8, 8, 8), 9.0))(brain())
 
 
 @pytest.mark.skipif(not HEAD.exists(), reason=f"no real scans at {SHARED / 'data'}")
-def test_a_whole_head_goes_there_and_back():
-    """A coarse and quick registration; the change is a tenth more brightness everywhere in the brain."""
+def test_a_change_in_the_brain_of_a_whole_head_comes_back_to_the_head():
+    """Registration is coarse, for speed; the change makes the brain brighter by a tenth of the intensity range."""
     pytest.importorskip("ants", reason="antspyx is not installed: pip install 'ldae[preprocess]'")
     pytest.importorskip("deepbet", reason="deepbet is not installed: pip install 'ldae[preprocess]'")
     quick = PreprocessingSteps(
@@ -204,13 +214,13 @@ def test_a_whole_head_goes_there_and_back():
     affine = np.array([[4.5, 0, 0, -88.25], [0, 4.5, 0, -123.25], [0, 0, 4.5, -83.25], [0, 0, 0, 1]])
     scan = open_scan(HEAD, transform, None, TrainingPreprocessing(transform, quick.parameters(), affine), always=True)
     np.testing.assert_allclose(scan.prepared.affine, affine, atol=0.01)
-    brighter = scan.volume + 0.1 * (scan.volume > 0.2)  # not what is brain in a small part only
+    brighter = scan.volume + 0.1 * (scan.volume > 0.2)  # without voxels that are brain to a small part only
     edited, original = scan.edited(brighter, scan.volume), nib.load(HEAD)
     assert edited.shape == original.shape
     np.testing.assert_allclose(edited.affine, original.affine)
     change = edited.get_fdata() - original.get_fdata().reshape(edited.shape)
     scale = 0.1 * (scan.prepared.high - scan.prepared.low)
     volume = (change > scale / 2).sum() * np.prod(original.header.get_zooms()[:3]) / 1e6
-    assert 1.0 < volume < 2.0  # litres: the brain, not the head
+    assert 1.0 < volume < 2.0  # litres: the volume of a brain, not of a head
     assert change.min() > -1e-3 * scale
     assert torch.isfinite(scan.volume).all()

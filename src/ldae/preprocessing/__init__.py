@@ -1,1 +1,1 @@
-"""Raw scans in, a table out: bias field, brain extraction, registration, resampling, intensity, and quality control."""
+"""Preprocessing of raw scans: bias field, brain extraction, registration, resampling, intensity and quality control."""

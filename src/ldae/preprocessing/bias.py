@@ -1,4 +1,7 @@
-"""The slow drift of brightness across a scan, removed by N4 (Tustison et al. 2010, doi 10.1109/TMI.2010.2046908)."""
+"""Bias field correction: removes the slow drift of brightness across a scan.
+
+N4 is described in Tustison et al. 2010, doi 10.1109/TMI.2010.2046908.
+"""
 
 from dataclasses import dataclass
 
@@ -7,10 +10,12 @@ from ldae.preprocessing.volume import Volume
 
 @dataclass(frozen=True)
 class N4:
-    """ANTs' N4 on the whole head.
+    """ANTs' N4, estimated on the whole head.
 
-    shrink: the field is estimated on every n-th voxel; iterations: at most, by level of the spline; tolerance: a level
-    ends when the field changes by less.
+    Attributes:
+        shrink: the field is estimated on every `shrink`-th voxel along each axis.
+        iterations: maximum number of iterations for each spline level, coarse to fine.
+        tolerance: a level ends when the field changes by less than this.
     """
 
     shrink: int = 4
@@ -18,7 +23,7 @@ class N4:
     tolerance: float = 1e-3
 
     def __call__(self, scan: Volume) -> Volume:
-        """`scan` with its field divided out."""
+        """Divide `scan` by its estimated bias field."""
         import ants
 
         convergence = {"iters": list(self.iterations), "tol": self.tolerance}

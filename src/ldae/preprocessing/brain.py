@@ -1,8 +1,8 @@
-"""Where the brain is: a mask on the scan's own grid."""
+"""Brain extraction: a mask of the brain on the scan's own grid."""
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import nibabel as nib
 import numpy as np
@@ -11,24 +11,35 @@ from scipy import ndimage
 from ldae.data.nifti import BadScan
 from ldae.preprocessing.volume import Volume
 
-# A brain with all its CSF stays below; a head, even defaced, lies above.
+if TYPE_CHECKING:
+    from deepbet import BrainExtraction as DeepBetNetwork
+
+# A brain with all its CSF is smaller than this; a head, even a defaced one, is larger.
 LARGEST_BRAIN_MM3 = 2.2e6
 CLOSING_MM = 6.0
 
 
 class BrainExtraction(Protocol):
-    """How the brain is found."""
+    """A method that finds the brain."""
 
     def __call__(self, scan: Volume) -> np.ndarray:
-        """(X, Y, Z) bool, True in the brain with its ventricles and sulci. Raises BadScan."""
+        """Return a mask (X, Y, Z) bool, True in the brain including its ventricles and sulci.
+
+        Raises:
+            BadScan: no brain was found.
+        """
         ...
 
 
 @dataclass(frozen=True)
 class DeepBet:
-    """A network (Fisch et al. 2024, doi 10.1016/j.compbiomed.2024.108845) whose weights come with its package.
+    """The network of the package deepbet, which includes its weights.
 
-    threshold: of its probability; dilate: layers of voxels added (negative: removed) afterwards.
+    Fisch et al. 2024, doi 10.1016/j.compbiomed.2024.108845.
+
+    Attributes:
+        threshold: voxels with at least this probability belong to the brain.
+        dilate: number of voxel layers added to the mask afterwards; removed if negative.
     """
 
     threshold: float = 0.5
@@ -38,7 +49,7 @@ class DeepBet:
         """See BrainExtraction."""
         image = nib.Nifti1Image(scan.data, scan.affine)
         try:
-            _, mask, _ = _network().run(image, threshold=self.threshold, n_dilate=self.dilate)
+            _, mask, _ = _load_deepbet().run(image, threshold=self.threshold, n_dilate=self.dilate)
         except (AssertionError, ValueError, IndexError) as error:
             raise BadScan("no brain was found in it") from error
         return np.asarray(mask.dataobj) > 0
@@ -46,7 +57,7 @@ class DeepBet:
 
 @dataclass(frozen=True)
 class Stripped:
-    """The scan is skull-stripped already: what is not background, closed and filled."""
+    """For scans that are already skull-stripped: everything that is not background, closed and filled."""
 
     def __call__(self, scan: Volume) -> np.ndarray:
         """See BrainExtraction."""
@@ -54,29 +65,29 @@ class Stripped:
 
 
 @lru_cache(maxsize=1)
-def _network() -> Any:
-    from deepbet import BrainExtraction as Network
+def _load_deepbet() -> "DeepBetNetwork":
+    from deepbet import BrainExtraction as DeepBetNetwork
 
-    return Network(no_gpu=True)
+    return DeepBetNetwork(no_gpu=True)
 
 
 def background_intensity(scan: Volume) -> float:
-    """The most frequent intensity on the faces of the volume."""
+    """Return the most frequent intensity on the six faces of the volume."""
     faces = [np.take(scan.data, (0, -1), axis=axis).ravel() for axis in range(3)]
     values, counts = np.unique(np.concatenate(faces), return_counts=True)
     return float(values[counts.argmax()])
 
 
 def close_sulci(mask: np.ndarray, spacing: np.ndarray) -> np.ndarray:
-    """`mask` with sulci bridged, (X, Y, Z) bool: closed by a ball of CLOSING_MM and filled."""
+    """Bridge the sulci of a mask (X, Y, Z) bool: close it by a ball of CLOSING_MM radius and fill its holes."""
     margin = int(np.ceil(CLOSING_MM / spacing.min())) + 1
-    padded = np.pad(mask, margin)  # a ball must not see the volume's faces
-    far = ndimage.distance_transform_edt(~padded, sampling=spacing) <= CLOSING_MM
-    near = ndimage.distance_transform_edt(far, sampling=spacing) > CLOSING_MM
+    padded = np.pad(mask, margin)  # so that the faces of the volume do not limit the closing
+    dilated = ndimage.distance_transform_edt(~padded, sampling=spacing) <= CLOSING_MM
+    eroded = ndimage.distance_transform_edt(dilated, sampling=spacing) > CLOSING_MM
     inside = tuple(slice(margin, -margin) for _ in range(3))
-    return ndimage.binary_fill_holes((near | padded)[inside])
+    return ndimage.binary_fill_holes((eroded | padded)[inside])
 
 
 def is_skull_stripped(scan: Volume) -> bool:
-    """Whether what is not background is no larger than a brain."""
+    """Whether the part of the scan that is not background is no larger than a brain."""
     return bool((scan.data != background_intensity(scan)).sum() * scan.voxel_mm3 < LARGEST_BRAIN_MM3)

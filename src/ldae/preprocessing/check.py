@@ -1,7 +1,7 @@
-"""How good the masks and registrations of a cohort are: `python -m ldae.preprocessing.check DERIVATIVES LABELS`.
+"""Check the brain masks and registrations of a cohort: `python -m ldae.preprocessing.check DERIVATIVES [LABELS]`.
 
-Against label maps in native space, whose labels together, closed over the sulci and filled, are what a brain mask with
-its CSF should hold. Writes DERIVATIVES/check.csv, a row a scan, and shows medians.
+The reference masks come from label maps in native space: all labels together, closed over the sulci and filled, cover
+the brain with its CSF. Writes DERIVATIVES/check.csv, one row for each scan, and prints the median of every measure.
 """
 
 import sys
@@ -20,45 +20,52 @@ from ldae.utils.files import read_json, replacing
 
 
 def dice_overlap(first: np.ndarray, second: np.ndarray) -> float:
-    """2 |A and B| / (|A| + |B|) of two masks; 1 for two empty ones."""
+    """Dice coefficient 2 |A and B| / (|A| + |B|) of two masks; 1 if both are empty."""
     total = first.sum() + second.sum()
     return float(2 * (first & second).sum() / total) if total else 1.0
 
 
 def compare_masks(out: Path, labels: Path | None) -> pd.DataFrame:
-    """A row a finished scan: subject, session, dice (NaN without a label map), and its measures.
+    """Collect the measures of every finished scan, and the Dice coefficient of its mask with its label map.
+
+    Args:
+        out: output folder of `ldae preprocess`.
+        labels: folder of label maps in native space, or None.
+
+    Returns:
+        subject, session, dice (NaN without a label map) and the measures of the record; one row for each scan.
 
     Raises:
-        UserError: no finished scan in `out`, or a label map on another grid than its scan.
+        UserError: `out` has no finished scan, or a label map is on another grid than its scan.
     """
-    maps = find_label_maps(labels) if labels else {}
+    label_maps = find_label_maps(labels) if labels else {}
     rows = []
     for path in sorted((out / "records").glob("*.json")):
         record = read_json(path)
         if record["status"] != "done":
             continue
         key = bids_entity(path.stem, "sub"), bids_entity(path.stem, "ses")
-        found = np.nan
-        if key in maps and "native_mask" in record["files"]:
-            found = _dice(out / record["files"]["native_mask"], maps[key])
-        rows.append({"subject": f"sub-{key[0]}", "session": key[1], "dice": found, **record["measures"]})
+        dice = np.nan
+        if key in label_maps and "native_mask" in record["files"]:
+            dice = _compare_with_labels(out / record["files"]["native_mask"], label_maps[key])
+        rows.append({"subject": f"sub-{key[0]}", "session": key[1], "dice": dice, **record["measures"]})
     if not rows:
         raise UserError(f"no finished scan in {out}: run `ldae preprocess` first")
     return pd.DataFrame(rows)
 
 
-def _dice(mask: Path, labels: Path) -> float:
-    ours, theirs = Volume.read(mask, constant=True), Volume.read(labels, constant=True)
-    if ours.data.shape != theirs.data.shape or not np.allclose(ours.affine, theirs.affine, atol=1e-2):
+def _compare_with_labels(mask: Path, labels: Path) -> float:
+    ours, reference = Volume.read(mask, allow_constant=True), Volume.read(labels, allow_constant=True)
+    if ours.data.shape != reference.data.shape or not np.allclose(ours.affine, reference.affine, atol=1e-2):
         raise UserError(f"{labels} is on another grid than the scan of {mask}: give label maps in native space")
-    return dice_overlap(ours.data > 0, close_sulci(theirs.data > 0, theirs.spacing))
+    return dice_overlap(ours.data > 0, close_sulci(reference.data > 0, reference.spacing))
 
 
 @click.command()
 @click.argument("derivatives", type=click.Path(path_type=Path))
 @click.argument("labels", type=click.Path(path_type=Path), required=False)
 def main(derivatives: Path, labels: Path | None) -> None:
-    """Compare what `ldae preprocess` left in DERIVATIVES with the label maps *_dseg.nii.gz in the folder LABELS."""
+    """Compare the output of `ldae preprocess` in DERIVATIVES with the label maps *_dseg.nii.gz in the folder LABELS."""
     try:
         table = compare_masks(derivatives, labels)
     except UserError as error:

@@ -1,4 +1,4 @@
-"""Brightness made comparable by tissue: means of CSF, grey and white matter, found without an atlas."""
+"""Intensity normalisation by tissue: the means of CSF, grey and white matter are found without an atlas."""
 
 from dataclasses import dataclass
 
@@ -6,18 +6,24 @@ import numpy as np
 
 from ldae.data.nifti import BadScan
 
-VOXELS = 20_000  # that the mixture is fitted on
+MIXTURE_VOXELS = 20_000  # number of voxels that the mixture is fitted to
 
 
 def estimate_tissue_means(values: np.ndarray) -> np.ndarray:
-    """Means of CSF, grey and white matter in a T1w brain's voxels (N,), ascending, (3,): a mixture of three Gaussians.
+    """Fit a mixture of three Gaussians to the voxels of a T1w brain.
+
+    Args:
+        values: intensities inside the brain, (N,).
+
+    Returns:
+        Mean intensities of CSF, grey matter and white matter, ascending, (3,).
 
     Raises:
-        BadScan: there are not three.
+        BadScan: the intensities do not separate into three tissues.
     """
     from sklearn.mixture import GaussianMixture
 
-    values = np.random.default_rng(0).permutation(values)[:VOXELS, None].astype(np.float64)
+    values = np.random.default_rng(0).permutation(values)[:MIXTURE_VOXELS, None].astype(np.float64)
     start = np.percentile(values, [10, 50, 85])[:, None]
     if len(np.unique(start)) < 3:
         raise BadScan("its brain has no three tissues to normalise by")
@@ -26,23 +32,23 @@ def estimate_tissue_means(values: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class WhiteMatter:
-    """Divides by the mean of white matter."""
+    """Scale the intensities so that the mean of white matter becomes `target`."""
 
     target: float = 1.0
 
     def __call__(self, data: np.ndarray, brain: np.ndarray) -> np.ndarray:
-        """data (X, Y, Z), brain (X, Y, Z) bool -> data with white matter at `target`."""
+        """Normalise intensities (X, Y, Z), given the brain mask (X, Y, Z) bool."""
         return data * (self.target / estimate_tissue_means(data[brain])[2])
 
 
 @dataclass(frozen=True)
 class Tissues:
-    """Piecewise linear: 0 stays, and the means of CSF, grey and white matter come to `targets`."""
+    """Map 0 to 0 and the means of CSF, grey and white matter to `targets`, linearly in between and beyond."""
 
     targets: tuple[float, float, float] = (0.3, 0.7, 1.0)
 
     def __call__(self, data: np.ndarray, brain: np.ndarray) -> np.ndarray:
-        """data (X, Y, Z), brain (X, Y, Z) bool -> data on the common scale; straight on beyond white matter."""
+        """Normalise intensities (X, Y, Z), given the brain mask (X, Y, Z) bool."""
         knots = np.array([0.0, *estimate_tissue_means(data[brain])])
         targets = np.array([0.0, *self.targets])
         slope = (targets[3] - targets[2]) / (knots[3] - knots[2])

@@ -1,20 +1,23 @@
-"""A cohort: every scan through the job, and the tables of what came of it.
+"""Preprocessing of a cohort: every scan in worker processes, then the tables.
 
-OUT/scans.csv (what training takes), rejected.csv (what was set aside, and why), qc.html, dataset_description.json
+Writes OUT/scans.csv (the table that training reads), rejected.csv (rejected scans with the reason), qc.html and
+dataset_description.json.
 """
 
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterable
 from contextlib import closing, suppress
+from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from ldae.data.table import session_label, write_table
-from ldae.preprocessing.job import Job, Record
+from ldae.preprocessing.job import Job
+from ldae.preprocessing.outputs import Record
 from ldae.preprocessing.participants import Participant, Participants
 from ldae.preprocessing.quality import write_quality_page
 from ldae.preprocessing.regions import find_label_maps
@@ -24,116 +27,117 @@ from ldae.utils.process_pool import DIED, DIED_REASON, available_cores, run_in_p
 
 log = logging.getLogger(__name__)
 
-REJECTED = ("subject", "session", "path", "reason")
+REJECTED_COLUMNS = ("subject", "session", "path", "reason")
 Entry = tuple[SourceScan, Participant, Record]
 
 
 def preprocess_cohort(
     scans: list[SourceScan],
-    people: Participants,
+    participants: Participants,
     job: Job,
     labels: Path | None = None,
     workers: int | None = None,
     threads: int = 1,
     progress: bool = True,
 ) -> pd.DataFrame:
-    """Prepare `scans` into job.out and write the tables; the table of usable scans.
+    """Preprocess `scans` into job.out, write the tables, and return the table of usable scans.
 
-    What an earlier run did under the same content and parameters is kept. Interrupted, it leaves tables of what is
-    done, and the same call goes on.
+    Scans that an earlier run finished with the same content and parameters are kept. If it is interrupted, the tables
+    list the scans that are finished, and the same call continues.
 
     Args:
         labels: folder of label maps, see `regions.find_label_maps`.
-        workers: processes; default: one a core.
-        threads: of each process.
+        workers: number of processes; None: one for each core, 0: everything in this process.
+        threads: number of threads in each process.
 
     Raises:
         UserError: the disk is full or cannot be written, or `labels` is ambiguous.
     """
     job.out.mkdir(parents=True, exist_ok=True)
-    _describe(job.out)
-    maps = find_label_maps(labels) if labels else {}
-    sessions = Counter(scan.subject for scan in {(s.subject, s.session): s for s in scans}.values())
-    persons = [people.look_up(scan, only=sessions[scan.subject] == 1) for scan in scans]
-    calls = [(_timed(scan, person), maps.get(_bare(scan))) for scan, person in zip(scans, persons, strict=True)]
+    _write_description(job.out)
+    label_maps = find_label_maps(labels) if labels else {}
+    sessions = Counter(subject for subject, _ in {(scan.subject, scan.session) for scan in scans})
+    found = [participants.look_up(scan, only=sessions[scan.subject] == 1) for scan in scans]
+    scans = [_check_session(scan, participant) for scan, participant in zip(scans, found, strict=True)]
+    items = [(scan, label_maps.get(_label_map_key(scan))) for scan in scans]
     workers = available_cores() if workers is None else workers
     records: dict[int, Record] = {}
+
+    def write_tables() -> pd.DataFrame:
+        return _write_tables(job.out, [(scans[index], found[index], records[index]) for index in sorted(records)])
+
     try:
-        with closing(run_in_processes(job, calls, workers, threads, "preprocess", progress=progress)) as results:
+        with closing(run_in_processes(job, items, workers, threads, "preprocess", progress=progress)) as results:
             for index, record in results:
-                records[index] = _died(job, scans[index]) if record is DIED else record
+                records[index] = _record_of_died(job, scans[index]) if record is DIED else record
                 if records[index]["status"] == "rejected":
-                    log.warning("set aside: %s: %s", scans[index].path, records[index]["reason"])
-    except BaseException:
-        # Interrupted, or the disk is full: what is done, in this run or an earlier one, is usable.
+                    log.warning("rejected: %s: %s", scans[index].path, records[index]["reason"])
+    except BaseException:  # interrupted, or the disk is full: what is finished, now or by an earlier run, is usable
         with suppress(OSError):
-            records |= {
-                i: found for i, call in enumerate(calls) if i not in records and (found := job.find_finished(*call))
-            }
-            _write(job.out, [(scans[index], persons[index], records[index]) for index in sorted(records)])
+            for index, item in enumerate(items):
+                if index not in records and (record := job.find_finished(*item)):
+                    records[index] = record
+            write_tables()
         raise
-    return _write(job.out, [(scans[index], persons[index], records[index]) for index in range(len(scans))])
+    return write_tables()
 
 
-def _timed(scan: SourceScan, person: Participant) -> SourceScan:
-    """`scan` with a problem where no one knows when it was made."""
-    if person.months is not None or scan.problem:
+def _check_session(scan: SourceScan, participant: Participant) -> SourceScan:
+    """`scan`, with a problem if the time of its session is unknown."""
+    if participant.months is not None or scan.problem:
         return scan
     problem = (
         f"its session {scan.session!r} is not in months (ses-M012), and sessions.tsv gives neither months nor ages"
     )
-    return SourceScan(scan.path, scan.subject, scan.session, scan.metadata, problem)
+    return replace(scan, problem=problem)
 
 
-def _bare(scan: SourceScan) -> tuple[str, str]:
+def _label_map_key(scan: SourceScan) -> tuple[str, str]:
     return scan.subject.removeprefix("sub-"), scan.session.removeprefix("ses-")
 
 
-def _died(job: Job, scan: SourceScan) -> Record:
+def _record_of_died(job: Job, scan: SourceScan) -> Record:
     return {"status": "rejected", "reason": DIED_REASON, "source": job.relative_source(scan), "files": {}}
 
 
-def _describe(out: Path) -> None:
-    from importlib.metadata import version
+def _write_description(out: Path) -> None:
+    description = {
+        "Name": "T1w scans prepared by ldae preprocess",
+        "BIDSVersion": "1.9.0",
+        "DatasetType": "derivative",
+        "GeneratedBy": [{"Name": "ldae", "Version": version("ldae")}],
+    }
+    write_json(out / "dataset_description.json", description)
 
-    about = {"Name": "T1w scans prepared by ldae preprocess", "BIDSVersion": "1.9.0", "DatasetType": "derivative"}
-    write_json(
-        out / "dataset_description.json", about | {"GeneratedBy": [{"Name": "ldae", "Version": version("ldae")}]}
-    )
 
-
-def _write(out: Path, entries: list[Entry]) -> pd.DataFrame:
+def _write_tables(out: Path, entries: list[Entry]) -> pd.DataFrame:
     done = [entry for entry in entries if entry[2]["status"] == "done"]
-    table = pd.DataFrame([_row(out, *entry) for entry in done])
+    rejected = [entry for entry in entries if entry[2]["status"] != "done"]
+    table = pd.DataFrame([_table_row(out, *entry) for entry in done])
     if done:
         write_table(table, out / "scans.csv")
     else:
         (out / "scans.csv").unlink(missing_ok=True)
-    rejected = [entry for entry in entries if entry[2]["status"] != "done"]
-    _write_rejected(out / "rejected.csv", rejected)
+    rows = [(scan.subject, scan.session, os.path.abspath(scan.path), record["reason"]) for scan, _, record in rejected]
+    write_table(pd.DataFrame(rows, columns=list(REJECTED_COLUMNS), dtype=object), out / "rejected.csv")
     write_quality_page(out, [(scan, record) for scan, _, record in entries])
-    log.info("%d scans in %s, %d set aside in %s", len(done), out / "scans.csv", len(rejected), out / "rejected.csv")
+    log.info("%d scans in %s, %d rejected in %s", len(done), out / "scans.csv", len(rejected), out / "rejected.csv")
     return table
 
 
-def _row(out: Path, scan: SourceScan, person: Participant, record: Record) -> dict[str, Any]:
-    """A line of the table: what is required, what was measured, what the source says beside it."""
+def _table_row(out: Path, scan: SourceScan, participant: Participant, record: Record) -> dict[str, Any]:
+    """A row of the table: required columns, measures, region volumes, and further columns of the source."""
     files, folder = record["files"], os.path.abspath(out)
     row = {
         "subject": scan.subject,
-        "session": session_label(person.months or 0),
+        "session": session_label(participant.months or 0),
         "path": os.path.join(folder, files["scan"]),
-        "diagnosis": person.diagnosis,
-        "age": person.age,
-        "sex": person.sex,
+        "diagnosis": participant.diagnosis,
+        "age": participant.age,
+        "sex": participant.sex,
     }
     if "labels" in files:
         row["labels_path"] = os.path.join(folder, files["labels"])
     measures = {name: value for name, value in record["measures"].items() if "seconds" not in name}
-    extra = {name: value for name, value in scan.metadata.items() if name not in row}
-    return row | measures | record["regions"] | extra
-
-
-def _write_rejected(path: Path, entries: Iterable[Entry]) -> None:
-    rows = [(scan.subject, scan.session, os.path.abspath(scan.path), record["reason"]) for scan, _, record in entries]
-    write_table(pd.DataFrame(rows, columns=list(REJECTED), dtype=object), path)
+    metadata = {name: value for name, value in scan.metadata.items() if name not in row}
+    return row | measures | record["regions"] | metadata

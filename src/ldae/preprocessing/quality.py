@@ -1,4 +1,7 @@
-"""qc.html: a row a scan, worst first, with mosaic, measures and notes; one file that needs no other."""
+"""The page for quality control, qc.html: one row for each scan, worst first, with picture, measures and notes.
+
+The page is a single file that needs no other.
+"""
 
 import base64
 import html
@@ -6,13 +9,13 @@ from pathlib import Path
 
 import numpy as np
 
-from ldae.preprocessing.job import Record
+from ldae.preprocessing.outputs import Record
 from ldae.preprocessing.sources import SourceScan
 from ldae.utils.files import write_text
 
-# Measure -> heading, factor, and the sign that makes larger worse; 0: both ends are bad.
+# Measure -> heading, factor, and whether high (1), low (-1) or both kinds of values (0) are bad.
 MEASURES = {
-    "template_correlation": ("correlation to template", 1.0, -1),
+    "template_correlation": ("correlation with template", 1.0, -1),
     "head_mm3": ("brain with CSF, cm³", 1e-3, 0),
     "noise": ("noise / brain median", 1.0, 1),
 }
@@ -23,26 +26,30 @@ STYLE = (
 
 
 def write_quality_page(out: Path, entries: list[tuple[SourceScan, Record]]) -> Path:
-    """Write OUT/qc.html; what was set aside comes first, then by how far the worst measure lies from the others'."""
+    """Write OUT/qc.html: rejected scans first, then the others by the deviation of their worst measure."""
     scores = deviation_scores([record for _, record in entries])
     order = np.argsort(-scores, kind="stable")
-    heads = "".join(f"<th>{heading}</th>" for heading, _, _ in MEASURES.values())
-    rows = "\n".join(_row(out, *entries[index], scores[index]) for index in order)
-    aside = sum(record["status"] != "done" for _, record in entries)
+    headings = "".join(f"<th>{heading}</th>" for heading, _, _ in MEASURES.values())
+    rows = "\n".join(_format_row(out, *entries[index], scores[index]) for index in order)
+    rejected = sum(record["status"] != "done" for _, record in entries)
     text = (
         f'<!doctype html>\n<html><head><meta charset="utf-8"><title>Quality of {len(entries)} scans</title>'
-        f"<style>{STYLE}</style></head><body>\n<h1>{len(entries)} scans, {aside} set aside</h1>\n"
+        f"<style>{STYLE}</style></head><body>\n<h1>{len(entries)} scans, {rejected} rejected</h1>\n"
         '<p>Worst first. Contours: <span class="brain">brain mask</span>, '
-        '<span class="template">brain of the template</span>. Deviation: of the worst measure from the cohort\'s '
-        "median, in robust standard deviations.</p>\n"
-        f"<table><tr><th>scan</th><th>deviation</th>{heads}<th></th></tr>\n{rows}\n</table></body></html>\n"
+        '<span class="template">brain of the template</span>. Deviation: distance of the worst measure from the '
+        "cohort's median, in robust standard deviations.</p>\n"
+        f"<table><tr><th>scan</th><th>deviation</th>{headings}<th></th></tr>\n{rows}\n</table></body></html>\n"
     )
     write_text(out / "qc.html", text)
     return out / "qc.html"
 
 
 def deviation_scores(records: list[Record]) -> np.ndarray:
-    """(N,): the largest deviation of a scan's measures in the bad direction; infinite for what was set aside."""
+    """Largest deviation of each scan's measures from the cohort's medians, (N,); infinite for rejected scans.
+
+    Deviations count in the bad direction of a measure only, in robust standard deviations (1.4826 times the median
+    absolute deviation).
+    """
     result = np.zeros(len(records))
     for name, (_, _, sign) in MEASURES.items():
         values = np.array([record.get("measures", {}).get(name, np.nan) for record in records], dtype=float)
@@ -50,14 +57,14 @@ def deviation_scores(records: list[Record]) -> np.ndarray:
         if known.sum() < 2:
             continue
         centred = values - np.median(values[known])
-        spread = 1.4826 * np.median(np.abs(centred[known])) or 1.0
+        robust_std = 1.4826 * np.median(np.abs(centred[known])) or 1.0
         worse = np.abs(centred) if sign == 0 else sign * centred
-        result = np.fmax(result, worse / spread)
+        result = np.fmax(result, worse / robust_std)
     result[[record["status"] != "done" for record in records]] = np.inf
     return result
 
 
-def _row(out: Path, scan: SourceScan, record: Record, score: float) -> str:
+def _format_row(out: Path, scan: SourceScan, record: Record, score: float) -> str:
     name = html.escape(" ".join(part for part in (scan.subject, scan.session) if part))
     values = record.get("measures", {})
     cells = "".join(
@@ -65,14 +72,13 @@ def _row(out: Path, scan: SourceScan, record: Record, score: float) -> str:
         for key, (_, factor, _) in MEASURES.items()
     )
     if record["status"] != "done":
-        shown = f'<span class="bad">set aside: {html.escape(record["reason"])}</span>'
-        return f"<tr><td>{name}</td><td></td>{cells}<td>{shown}</td></tr>"
+        reason = f'<span class="bad">rejected: {html.escape(record["reason"])}</span>'
+        return f"<tr><td>{name}</td><td></td>{cells}<td>{reason}</td></tr>"
     notes = "".join(f"<p>{html.escape(note)}</p>" for note in record["notes"])
-    return (
-        f"<tr><td>{name}</td><td>{score:.1f}</td>{cells}<td>{_image(out / record['files']['figure'])}{notes}</td></tr>"
-    )
+    picture = _embed_image(out / record["files"]["figure"])
+    return f"<tr><td>{name}</td><td>{score:.1f}</td>{cells}<td>{picture}{notes}</td></tr>"
 
 
-def _image(path: Path) -> str:
+def _embed_image(path: Path) -> str:
     data = base64.b64encode(path.read_bytes()).decode("ascii")
     return f'<img alt="slices" src="data:image/jpeg;base64,{data}">'

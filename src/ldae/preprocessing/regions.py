@@ -1,4 +1,4 @@
-"""Region volumes from a label map, and which map belongs to which scan."""
+"""Volumes of brain regions from label maps, and which label map belongs to which scan."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,31 +13,33 @@ from ldae.utils.errors import UserError
 
 @dataclass(frozen=True)
 class Regions:
-    """What is counted in a label map.
+    """Which volumes are measured in a label map.
 
-    groups: name -> labels that are added up; each: a column for every label of the map as well.
+    Attributes:
+        groups: name of a region -> the labels whose volumes are added.
+        each: whether every label of the map gets a column of its own as well.
     """
 
     groups: Mapping[str, Sequence[int]] = field(default_factory=dict)
     each: bool = True
 
     def volumes(self, labels: Volume) -> dict[str, float]:
-        """Column -> mm3: `brain_mm3` (all labels), `<group>_mm3`, and `label_<number>_mm3`."""
+        """Volumes in mm3 by column name: `brain_mm3` (all labels), `<group>_mm3` and `label_<number>_mm3`."""
         numbers, counts = np.unique(labels.data.round().astype(np.int64), return_counts=True)
-        found = {int(n): float(count * labels.voxel_mm3) for n, count in zip(numbers, counts, strict=True) if n > 0}
-        result = {"brain_mm3": sum(found.values())}
+        by_label = {int(n): float(count * labels.voxel_mm3) for n, count in zip(numbers, counts, strict=True) if n > 0}
+        result = {"brain_mm3": sum(by_label.values())}
         for name, members in self.groups.items():
-            result[f"{name}_mm3"] = sum(found.get(int(member), 0.0) for member in members)
+            result[f"{name}_mm3"] = sum(by_label.get(int(member), 0.0) for member in members)
         if self.each:
-            result |= {f"label_{number:03d}_mm3": volume for number, volume in found.items()}
+            result |= {f"label_{number:03d}_mm3": volume for number, volume in by_label.items()}
         return result
 
 
 def find_label_maps(folder: Path) -> dict[tuple[str, str], Path]:
-    """(subject, session) -> label map, of `sub-*[_ses-*]*_dseg.nii.gz` anywhere below `folder`.
+    """Find the label maps `sub-*[_ses-*]*_dseg.nii.gz` anywhere below `folder`, by (subject, session).
 
     Raises:
-        UserError: none there, or two of one session.
+        UserError: there is none, or there are two for one session.
     """
     found: dict[tuple[str, str], Path] = {}
     for path in sorted((*folder.rglob("*_dseg.nii.gz"), *folder.rglob("*_dseg.nii"))):

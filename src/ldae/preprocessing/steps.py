@@ -1,17 +1,20 @@
-"""What is done to one scan, step by step, in memory; each step may be off (None).
+"""The steps that one scan goes through, in memory; each of them may be switched off (None).
 
-bias field -> brain mask -> registration -> resampling -> intensity
+bias field -> brain mask -> intensity -> registration -> resampling
 """
 
 import hashlib
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ldae.data.nifti import BadScan
 from ldae.data.transforms import Source
 from ldae.preprocessing.bias import N4
 from ldae.preprocessing.brain import BrainExtraction, DeepBet, Stripped, is_skull_stripped
@@ -22,19 +25,36 @@ from ldae.preprocessing.template import Icbm152, Template, TemplateFile, resampl
 from ldae.preprocessing.volume import Volume
 from ldae.utils.errors import UserError
 
-VERSION = 1  # of the arithmetic: raise it when the same parameters give other voxels, so that scans are made anew
+log = logging.getLogger(__name__)
+
+VERSION = 1  # raise it when the same parameters give other voxels, so that scans are preprocessed again
+MODULE_NAMES = {"antspyx": "ants"}  # packages whose module has another name
+# What the libraries of the steps raise on scans that they cannot process.
+FAILURES = (RuntimeError, ValueError, ArithmeticError, AssertionError, LookupError, TypeError, MemoryError)
 
 
 @dataclass(frozen=True)
 class PreprocessedScan:
-    """A scan that has been through the pipeline."""
+    """A scan after all steps.
 
-    scan: Volume  # as models take it: 0 outside the brain, where one was looked for
-    unmasked: Volume  # the same before the mask
-    mask: np.ndarray | None  # on the grid of `scan`
-    native: Volume  # the scan as it came
-    native_mask: np.ndarray | None  # on the scan's own grid
-    corrected: Volume  # on that grid too: after bias field and intensity, as it was resampled
+    Attributes:
+        scan: the result, 0 outside the brain if there is a brain mask.
+        unmasked: the same before the mask is applied.
+        mask: brain mask (X, Y, Z) bool on the grid of `scan`, or None.
+        native: the raw scan.
+        native_mask: brain mask on the grid of `native`, or None.
+        corrected: the raw scan after bias field and intensity, on the grid of `native`, as it was resampled.
+        transforms: the registration, or None.
+        measures: numbers for quality control by name.
+        notes: remarks for quality control.
+    """
+
+    scan: Volume
+    unmasked: Volume
+    mask: np.ndarray | None
+    native: Volume
+    native_mask: np.ndarray | None
+    corrected: Volume
     transforms: Transforms | None
     measures: dict[str, float]
     notes: list[str]
@@ -42,9 +62,17 @@ class PreprocessedScan:
 
 @dataclass(frozen=True)
 class PreprocessingSteps:
-    """The steps, where to, and what is still believed.
+    """The steps with all their parameters.
 
-    spacing: voxel size of the result in mm, None for that of the template or of the scan; interpolator: ANTs' name.
+    Attributes:
+        bias, brain, registration, intensity: the steps, None if switched off.
+        template: the brain to register to.
+        limits: beyond these a scan is rejected.
+        spacing: voxel size of the result in mm; None for that of the template, or of the scan without registration.
+        interpolator: ANTs' name of the interpolation of intensities.
+
+    Raises:
+        UserError: the steps cannot be combined.
     """
 
     bias: N4 | None = field(default_factory=N4)
@@ -60,36 +88,39 @@ class PreprocessingSteps:
         if self.spacing is not None and not 0.3 <= self.spacing <= 20:
             raise UserError(f"spacing={self.spacing}: a voxel size between 0.3 and 20 mm is needed")
         if self.brain is None and self.registration is not None and isinstance(self.template, Icbm152):
-            raise UserError("registration to ICBM 152 needs brains: choose a brain extraction, or none of both")
+            raise UserError("registration to ICBM 152 needs a brain extraction: choose one, or registration=none")
         if self.brain is None and self.intensity is not None:
-            raise UserError("intensity by tissue needs a brain mask: choose brain extraction, or intensity=none")
+            raise UserError("intensity by tissue needs a brain mask: choose a brain extraction, or intensity=none")
 
     @property
     def space(self) -> str:
-        """BIDS label of the result's space; "" for the scan's own."""
+        """BIDS label of the space of the result, "" for the scan's own."""
         return self.template.name if self.registration else ""
 
     def parameters(self) -> dict[str, Any]:
-        """Every choice by step, as JSON values."""
-        return {one.name: _plain(getattr(self, one.name)) for one in fields(self)}
+        """All parameters by step, as JSON values."""
+        return {step.name: _to_json(getattr(self, step.name)) for step in fields(self)}
 
     @classmethod
     def from_parameters(cls, parameters: Mapping[str, Any], files: bool = False) -> "PreprocessingSteps":
-        """The inverse of `parameters`; `files` allows a template that is a file.
+        """The inverse of `parameters`.
+
+        Args:
+            files: whether the template may be a file.
 
         Raises:
-            UserError: they are not those of a pipeline, or need such a file.
+            UserError: the parameters are damaged, or the template is a file and `files` is false.
         """
         try:
-            pipeline = cls(**{name: _step(value) for name, value in parameters.items()})
+            steps = cls(**{name: _from_json(value) for name, value in parameters.items()})
         except (TypeError, ValueError, KeyError, AttributeError) as error:
             raise UserError(f"the recorded parameters of preprocessing are damaged ({error})") from error
-        if isinstance(pipeline.template, TemplateFile) and not files:
+        if isinstance(steps.template, TemplateFile) and not files:
             raise UserError(
-                f"the training scans were registered to a template of their own, {Path(pipeline.template.path).name}, "
+                f"the training scans were registered to a template of their own, {Path(steps.template.path).name}, "
                 "which does not come with the model: run `ldae preprocess` with it first"
             )
-        return pipeline
+        return steps
 
     @property
     def summary(self) -> str:
@@ -101,60 +132,91 @@ class PreprocessingSteps:
         return ", ".join([*steps, *([type(self.intensity).__name__] if self.intensity else [])])
 
     def key(self) -> str:
-        """A hash of every parameter, and of nothing else."""
+        """A hash of all parameters."""
         text = json.dumps([VERSION, self.parameters()], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def grid(self, scan: Volume) -> Volume:
-        """Where `scan` comes to lie."""
+        """A volume on the grid that `scan` is resampled to."""
         if self.registration:
             return template_at_spacing(self.template, self.spacing or float(self.template.volume().spacing.min()))
         return resample(scan, self.spacing)
 
     def __call__(self, source: Source, folder: Path) -> PreprocessedScan:
-        """Prepare a scan, a path or an image; `folder` receives the transforms' files.
+        """Preprocess one scan.
+
+        Args:
+            source: a NIfTI file or image.
+            folder: receives the files of the transforms.
 
         Raises:
-            BadScan: the scan, or what came of it, cannot be believed.
+            BadScan: the scan cannot be read, a step failed on it, or a measure is outside the limits.
         """
+        try:
+            return self._run(source, folder)
+        except FAILURES as error:
+            log.debug("a step failed", exc_info=True)
+            lines = str(error).strip().splitlines()
+            raise BadScan(f"{type(error).__name__}: {lines[-1][:200] if lines else ''}") from error
+
+    def _run(self, source: Source, folder: Path) -> PreprocessedScan:
         native = Volume.read(source)
         self.limits.check_grid(native)
         notes: list[str] = []
-        scan = self.bias(native) if self.bias else native
-        mask = self._mask(native, scan, notes)
-        measures = (
-            {} if mask is None else {"head_mm3": measure_volume(mask, scan), "noise": estimate_noise(native, mask)}
-        )
-        if mask is not None:
+        corrected = self.bias(native) if self.bias else native
+        native_mask = self._extract_brain(native, corrected, notes)
+        measures: dict[str, float] = {}
+        if native_mask is not None:
+            measures = {"head_mm3": measure_volume(native_mask, native), "noise": estimate_noise(native, native_mask)}
             self.limits.check_brain(measures["head_mm3"])
         if self.intensity:
-            scan = scan.with_data(self.intensity(scan.data, mask))
-        grid, transforms = self.grid(scan), None
+            corrected = corrected.with_data(self.intensity(corrected.data, native_mask))
+        transforms = self._register(corrected, native_mask, folder)
+        grid = self.grid(corrected)
+        unmasked = self._move(corrected, grid, transforms, self.interpolator)
+        unmasked = unmasked.with_data(np.maximum(unmasked.data, 0))  # spline interpolation undershoots
+        scan, mask = unmasked, None
+        if native_mask is not None:
+            mask = self._move(native.with_data(native_mask), grid, transforms, "linear").data >= 0.5
+            scan = unmasked.with_data(unmasked.data * mask)
         if self.registration:
-            brain = scan if mask is None else scan.with_data(scan.data * mask)
-            fixed = template_at_spacing(self.template, self.registration.spacing)
-            transforms = self.registration(brain, fixed, folder)
-        head = self._move(scan, grid, transforms, self.interpolator)
-        head = head.with_data(np.maximum(head.data, 0))  # splines swing below the darkest voxel
-        moved = None
-        if mask is not None:
-            moved = self._move(scan.with_data(mask), grid, transforms, "linear").data >= 0.5
-        result = head if moved is None else head.with_data(head.data * moved)
-        if self.registration:
-            measures["template_correlation"] = correlate_with_template(result, grid)
+            measures["template_correlation"] = correlate_with_template(scan, grid)
             self.limits.check_correlation(measures["template_correlation"], self.registration.transform == "Rigid")
-        return PreprocessedScan(result, head, moved, native, mask, scan, transforms, measures, notes)
+        return PreprocessedScan(scan, unmasked, mask, native, native_mask, corrected, transforms, measures, notes)
 
-    def _mask(self, native: Volume, scan: Volume, notes: list[str]) -> np.ndarray | None:
+    def _extract_brain(self, native: Volume, corrected: Volume, notes: list[str]) -> np.ndarray | None:
         if self.brain is None:
             return None
         if not isinstance(self.brain, Stripped) and is_skull_stripped(native):
             notes.append("already skull-stripped: its own background was taken for the mask")
             return Stripped()(native)
-        return self.brain(native if isinstance(self.brain, Stripped) else scan)
+        return self.brain(native if isinstance(self.brain, Stripped) else corrected)
+
+    def _register(self, scan: Volume, mask: np.ndarray | None, folder: Path) -> Transforms | None:
+        if self.registration is None:
+            return None
+        brain = scan if mask is None else scan.with_data(scan.data * mask)
+        return self.registration(brain, template_at_spacing(self.template, self.registration.spacing), folder)
 
     def _move(self, volume: Volume, grid: Volume, transforms: Transforms | None, interpolator: str) -> Volume:
         return transforms.to_template(volume, grid, interpolator) if transforms else resample(volume, self.spacing)
+
+
+def is_installed(package: str) -> bool:
+    """Whether a package of the package index is installed."""
+    return find_spec(MODULE_NAMES.get(package, package)) is not None
+
+
+def check_installed(steps: PreprocessingSteps) -> None:
+    """Refuse steps whose packages are missing.
+
+    Raises:
+        UserError: names the packages and how to install them.
+    """
+    packages = {"antspyx": steps.bias or steps.registration, "deepbet": steps.brain}
+    missing = [name for name, step in packages.items() if step and not is_installed(name)]
+    if missing:
+        raise UserError(f"{' and '.join(missing)} not installed: pip install 'ldae[preprocess]'")
 
 
 STEPS = {
@@ -163,16 +225,16 @@ STEPS = {
 }
 
 
-def _step(value: Any) -> Any:
-    """The inverse of `_plain`."""
+def _to_json(value: Any) -> Any:
+    """A step as its class and its fields; other values unchanged."""
+    if is_dataclass(value):
+        return {"step": type(value).__name__, **json.loads(json.dumps(asdict(value), default=list))}
+    return value
+
+
+def _from_json(value: Any) -> Any:
+    """The inverse of `_to_json`."""
     if not isinstance(value, Mapping):
         return value
     arguments = {key: tuple(item) if isinstance(item, list) else item for key, item in value.items() if key != "step"}
     return STEPS[value["step"]](**arguments)
-
-
-def _plain(value: Any) -> Any:
-    """A step as its class and its fields."""
-    if is_dataclass(value):
-        return {"step": type(value).__name__, **json.loads(json.dumps(asdict(value), default=list))}
-    return value

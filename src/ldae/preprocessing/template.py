@@ -1,4 +1,4 @@
-"""The space that scans are brought to: a brain without skull, and the box of voxels around it."""
+"""The template that scans are registered to: a brain without skull in a box of voxels; and resampling onto grids."""
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -10,17 +10,21 @@ from ldae.data.transforms import blur_before_downsampling
 from ldae.preprocessing.volume import Volume
 from ldae.utils.errors import UserError
 
-EDGE = 0.15  # of the brightest voxel; CSF is above it
+EDGE = 0.15  # fraction of the brightest voxel that counts as brain; CSF is above it
 
 
 @dataclass(frozen=True)
 class Icbm152:
-    """ICBM 152 2009a symmetric, as nilearn ships it."""
+    """The ICBM 152 2009a symmetric template that nilearn ships.
 
-    name: str = "MNI152NLin2009aSym"  # its BIDS label
+    Attributes:
+        name: BIDS label of its space.
+    """
+
+    name: str = "MNI152NLin2009aSym"
 
     def volume(self) -> Volume:
-        """The brain at 1 mm, 0 outside."""
+        """Load the brain at 1 mm, 0 outside."""
         from nilearn.datasets import load_mni152_template
 
         image = load_mni152_template(resolution=1)
@@ -29,15 +33,20 @@ class Icbm152:
 
 @dataclass(frozen=True)
 class TemplateFile:
-    """Another one: a skull-stripped NIfTI, and the label that file names shall carry."""
+    """A template of the user's own.
+
+    Attributes:
+        path: a skull-stripped NIfTI file.
+        name: BIDS label of its space, used in file names.
+    """
 
     path: str
     name: str = "custom"
 
     def volume(self) -> Volume:
-        """The brain, 0 outside."""
+        """Load the brain, 0 outside."""
         if not self.name.isalnum():
-            raise UserError(f"template.name={self.name}: letters and digits alone make a BIDS label")
+            raise UserError(f"template.name={self.name}: a BIDS label has only letters and digits")
         return Volume.read(self.path)
 
 
@@ -46,17 +55,20 @@ Template = Icbm152 | TemplateFile
 
 @lru_cache(maxsize=4)
 def template_at_spacing(template: Template, spacing: float) -> Volume:
-    """The template on voxels of `spacing` mm, its box kept and centred."""
+    """Resample the template to voxels of `spacing` mm."""
     return resample(template.volume(), spacing)
 
 
 def template_brain(template: Volume) -> np.ndarray:
-    """The brain of a template that is 0 outside it, (X, Y, Z) bool; resampling has blurred its edge."""
+    """Mask of the brain in a template that is 0 outside it, (X, Y, Z) bool; resampling has blurred its edge."""
     return template.data > EDGE * template.data.max()
 
 
 def resample(volume: Volume, spacing: float | None) -> Volume:
-    """`volume` on cubes of `spacing` mm in the same axes, linearly; the box grows by less than a voxel."""
+    """Resample linearly to cubic voxels of `spacing` mm along the same axes; None keeps the volume as it is.
+
+    The field of view keeps its centre and grows by less than a voxel.
+    """
     if spacing is None or np.allclose(volume.spacing, spacing, rtol=1e-4):
         return volume
     factor = spacing / volume.spacing
@@ -69,18 +81,16 @@ def resample(volume: Volume, spacing: float | None) -> Volume:
 
 
 def blur_for_spacing(volume: Volume, spacing: np.ndarray | float) -> Volume:
-    """What a grid of `spacing` mm can hold of `volume`: no aliases when it is sampled there."""
+    """Blur a volume so that sampling it every `spacing` mm (a number, or one for each axis) causes no aliasing."""
     return volume.with_data(
         blur_before_downsampling(volume.data[None], np.broadcast_to(spacing, 3) / volume.spacing)[0]
     )
 
 
 def resample_onto(volume: Volume, grid: Volume) -> Volume:
-    """`volume` sampled linearly on `grid`, both in the same world; 0 outside."""
+    """Resample linearly onto another grid in the same space, 0 outside the volume."""
     from scipy.ndimage import affine_transform
 
     matrix = np.linalg.inv(volume.affine) @ grid.affine
-    data = affine_transform(
-        blur_for_spacing(volume, grid.spacing.min()).data, matrix, output_shape=grid.data.shape, order=1
-    )
-    return grid.with_data(data)
+    blurred = blur_for_spacing(volume, grid.spacing.min())
+    return grid.with_data(affine_transform(blurred.data, matrix, output_shape=grid.data.shape, order=1))

@@ -1,48 +1,64 @@
-"""A volume with its affine: read, written, and handed to ANTs and back.
+"""A volume with its affine: reading, writing, and conversion to and from ANTs images.
 
-Scans stay on their own grid and in their own axes until they are registered. Affines are nibabel's (voxel to mm, RAS);
-ANTs' world is LPS, its grids are origin, spacing and an orthonormal direction.
+Scans keep their own grid and axes until they are registered. Affines are nibabel's (voxel to mm, RAS). ANTs uses LPS,
+and describes a grid by origin, spacing and orthonormal direction cosines.
 """
 
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import nibabel as nib
 import numpy as np
+from numpy.typing import DTypeLike
 
 from ldae.data.nifti import BadScan, load_scan
 from ldae.data.transforms import Source
 from ldae.utils.files import replacing
 
-TO_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
-MAX_SHEAR = 1e-2  # of a direction's entries: beyond it, no box describes the grid
+if TYPE_CHECKING:
+    from ants import ANTsImage
+
+RAS_TO_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])  # its own inverse
+MAX_SHEAR = 1e-2  # largest deviation of the direction cosines from an orthonormal matrix
 
 
 @dataclass(frozen=True)
 class Volume:
-    """data: (X, Y, Z) float32; affine: voxel to mm, RAS, 4x4."""
+    """A volume on a grid.
+
+    Attributes:
+        data: (X, Y, Z) float32.
+        affine: voxel to mm, RAS, 4x4.
+    """
 
     data: np.ndarray
     affine: np.ndarray
 
     @classmethod
-    def read(cls, source: Source, constant: bool = False) -> "Volume":
-        """The volume in a NIfTI or an image. `constant` allows equal voxels, as in a mask. Raises BadScan."""
-        return cls(*load_scan(source, reject_constant=not constant))
+    def read(cls, source: Source, allow_constant: bool = False) -> "Volume":
+        """Read a NIfTI file or image.
 
-    def write(self, path: Path | str, dtype: Any = np.float32) -> None:
-        """As NIfTI of `dtype`, atomically."""
+        Args:
+            allow_constant: accept equal voxels, as in an empty mask.
+
+        Raises:
+            BadScan: see ldae.data.nifti.load_scan.
+        """
+        return cls(*load_scan(source, reject_constant=not allow_constant))
+
+    def write(self, path: Path | str, dtype: DTypeLike = np.float32) -> None:
+        """Write a NIfTI file of `dtype`, atomically."""
         image = nib.Nifti1Image(self.data.astype(dtype), self.affine)
         image.header.set_xyzt_units("mm")
-        image.set_sform(self.affine, code=2)  # aligned
+        image.set_sform(self.affine, code=2)  # 2: aligned
         image.set_qform(self.affine, code=2)
         with replacing(path) as temporary:
             nib.save(image, temporary)
 
     def with_data(self, data: np.ndarray) -> "Volume":
-        """Other voxels on the same grid."""
+        """A volume of other voxels on the same grid."""
         return Volume(np.asarray(data, dtype=np.float32), self.affine)
 
     @cached_property
@@ -52,14 +68,18 @@ class Volume:
 
     @property
     def voxel_mm3(self) -> float:
-        """Volume of one voxel."""
+        """Volume of one voxel in mm3."""
         return float(np.prod(self.spacing))
 
-    def to_ants(self) -> Any:
-        """The same as an ANTsImage. Raises BadScan for a sheared grid, which ITK cannot hold."""
+    def to_ants(self) -> "ANTsImage":
+        """Convert to an ANTsImage.
+
+        Raises:
+            BadScan: the grid is sheared, which ITK cannot represent.
+        """
         import ants
 
-        affine = TO_LPS @ self.affine
+        affine = RAS_TO_LPS @ self.affine
         cosines = affine[:3, :3] / self.spacing
         u, _, v = np.linalg.svd(cosines)
         if np.abs(u @ v - cosines).max() > MAX_SHEAR:
@@ -70,11 +90,3 @@ class Volume:
             spacing=self.spacing.tolist(),
             direction=u @ v,
         )
-
-    @classmethod
-    def from_ants(cls, image: Any) -> "Volume":
-        """The inverse of `to_ants`."""
-        affine = np.eye(4)
-        affine[:3, :3] = np.asarray(image.direction) * np.asarray(image.spacing)
-        affine[:3, 3] = image.origin
-        return cls(image.numpy().astype(np.float32), TO_LPS @ affine)

@@ -1,7 +1,7 @@
-"""Raw scans for a model of preprocessed ones: through the steps that its training scans went through, and back.
+"""Preprocess a raw scan as the training scans were preprocessed, and bring results back to the raw scan's own grid.
 
-The steps are those of `ldae preprocess`, as the training scans' sidecars recorded them, else its defaults. A model that
-was trained on scans of one grid gets that very grid, in the template's millimetres.
+The steps are those of `ldae preprocess`: with the parameters that the sidecars of the training scans recorded, or
+without any with its defaults. If all training scans share one grid, the result lies on that grid.
 """
 
 import logging
@@ -11,7 +11,6 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +19,7 @@ import numpy as np
 
 from ldae.data.nifti import BadScan
 from ldae.data.transforms import Source, Transform
-from ldae.preprocessing.job import FAILURES, MODULES, last_line
-from ldae.preprocessing.steps import PreprocessedScan, PreprocessingSteps
+from ldae.preprocessing.steps import PreprocessedScan, PreprocessingSteps, check_installed
 from ldae.preprocessing.template import resample_onto
 from ldae.preprocessing.volume import Volume
 from ldae.utils.errors import UserError
@@ -29,35 +27,35 @@ from ldae.utils.files import read_json
 
 log = logging.getLogger(__name__)
 
-SAME_MM = 0.1  # grids that differ by less are one
-DARK = 1e-3  # of the brightest voxel: below, a ratio of intensities says nothing
+SAME_GRID_MM = 0.1  # grids that differ by less are the same
+DARK = 1e-3  # share of the brightest voxel; ratios of darker intensities are not meaningful
 
 
 @dataclass(frozen=True)
 class PreprocessedImage:
-    """A scan made from a raw one.
+    """A preprocessed raw scan, and the way back.
 
     Attributes:
-        image: what the model is to see.
-        back: (I, J, K) on the grid of `image` -> the raw scan's own; linear, 0 where unseen.
-        gain: the raw scan's intensities over those of `image`, a number or voxel by voxel on the raw scan's grid.
-        how: the steps, for people.
+        image: the preprocessed scan.
+        to_scan_grid: volume (I, J, K) on the grid of `image` -> the raw scan's grid; linear, 0 outside.
+        gain: ratio of the raw scan's intensities to those of `image`: one number, or an array on the raw scan's grid.
+        steps: the steps, in words.
     """
 
     image: nib.spatialimages.SpatialImage
-    back: Callable[[np.ndarray], np.ndarray]
+    to_scan_grid: Callable[[np.ndarray], np.ndarray]
     gain: np.ndarray | float = 1.0
-    how: str = ""
+    steps: str = ""
 
 
 @dataclass(frozen=True)
 class TrainingPreprocessing:
-    """Makes raw scans into what a model takes.
+    """Preprocesses raw scans as the training scans of a model were preprocessed.
 
     Attributes:
-        transform: the model's own, which comes afterwards.
-        parameters: of every step, see Pipeline.parameters; None where nobody recorded them.
-        affine: voxel to mm, 4x4, of model space on the training scans' common grid; None where they have none.
+        transform: the model's own, which is applied afterwards.
+        parameters: of every step, see PreprocessingSteps.parameters; None if they were not recorded.
+        affine: voxel to mm, 4x4, of model space on the grid that all training scans share; None if they share none.
     """
 
     transform: Transform
@@ -66,91 +64,95 @@ class TrainingPreprocessing:
 
     @property
     def training_scans_preprocessed(self) -> bool:
-        """Whether the training scans are known to be preprocessed, or at least to share a grid as such scans do."""
+        """Whether the training scans are known to be preprocessed: by their sidecars, or because they share a grid."""
         return self.parameters is not None or self.affine is not None
 
     @cached_property
-    def pipeline(self) -> PreprocessingSteps:
-        """The steps. Raises UserError where they cannot be had here."""
+    def steps(self) -> PreprocessingSteps:
+        """The steps.
+
+        Raises:
+            UserError: their parameters are damaged, or they need a file that does not come with the model.
+        """
         return PreprocessingSteps() if self.parameters is None else PreprocessingSteps.from_parameters(self.parameters)
 
     def __call__(self, source: Source) -> PreprocessedImage:
-        """Make a raw scan into what the model takes.
+        """Preprocess a raw scan.
 
         Raises:
-            BadScan: it cannot be, or a package for it is not installed.
+            BadScan: a step fails, or a package for it is not installed.
         """
         try:
-            self._check_installed()
-            pipeline = self.pipeline
+            check_installed(self.steps)
         except UserError as error:
             raise BadScan(f"it cannot be preprocessed: {error}") from error
-        how = self._said(pipeline)
-        log.warning("preprocessing it %s", how)
-        folder = _Folder()
+        log.warning("preprocessing the scan %s", self._description)
+        folder = _TemporaryFolder()
         try:
-            prepared = pipeline(source, folder.path)
+            preprocessed = self.steps(source, folder.path)
         except BadScan as error:
             raise BadScan(f"it cannot be preprocessed: {error.reason}") from error
-        except FAILURES as error:
-            raise BadScan(f"it cannot be preprocessed: {type(error).__name__}: {last_line(error)}") from error
-        scan = self._placed(prepared.scan)
+        scan = self._on_training_grid(preprocessed.scan)
         image = nib.Nifti1Image(scan.data, scan.affine)
-        return PreprocessedImage(image, partial(_back, folder, prepared, scan), _gain(prepared), how)
+        to_scan_grid = partial(_to_raw_grid, folder, preprocessed, scan)
+        return PreprocessedImage(image, to_scan_grid, _gain(preprocessed), self._description)
 
-    def _check_installed(self) -> None:
-        steps = {"antspyx": self.pipeline.bias or self.pipeline.registration, "deepbet": self.pipeline.brain}
-        missing = [name for name, step in steps.items() if step and find_spec(MODULES.get(name, name)) is None]
-        if missing:
-            raise UserError(f"{' and '.join(missing)} not installed: pip install 'ldae[preprocess]'")
-
-    def _placed(self, scan: Volume) -> Volume:
-        """`scan`, on the model's own grid where the transform alone would put it elsewhere than the training scans."""
+    def _on_training_grid(self, scan: Volume) -> Volume:
+        """`scan`, resampled if the transform alone would not place it on the training scans' grid."""
         if self.affine is None:
             return scan
-        wanted = np.asarray(self.affine, dtype=np.float64)
-        own = self.transform.to_model_space(nib.Nifti1Image(scan.data, scan.affine)).affine
-        if np.abs(own - wanted).max() < SAME_MM:
+        expected = np.asarray(self.affine, dtype=np.float64)
+        found = self.transform.to_model_space(nib.Nifti1Image(scan.data, scan.affine)).affine
+        if np.abs(found - expected).max() < SAME_GRID_MM:
             return scan
-        return resample_onto(scan, Volume(np.zeros(self.transform.shape, np.float32), wanted))
+        return resample_onto(scan, Volume(np.zeros(self.transform.shape, np.float32), expected))
 
-    def _said(self, pipeline: PreprocessingSteps) -> str:
-        start = (
-            "as the training scans were" if self.parameters is not None else "with the defaults of `ldae preprocess`"
-        )
-        return f"{start} ({pipeline.summary})"
+    @property
+    def _description(self) -> str:
+        recorded = self.parameters is not None
+        start = "as the training scans were preprocessed" if recorded else "with the defaults of `ldae preprocess`"
+        return f"{start} ({self.steps.summary})"
 
 
-class _Folder:
-    """A temporary folder that is there as long as this object."""
+class _TemporaryFolder:
+    """A temporary folder that is deleted together with this object."""
 
     def __init__(self) -> None:
         self.path = Path(tempfile.mkdtemp(prefix="ldae-"))
         weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
 
 
-def _back(folder: _Folder, prepared: PreprocessedScan, scan: Volume, values: np.ndarray) -> np.ndarray:
-    """`values` on the grid of `scan` brought to the raw scan's, by the transforms' files, which lie in `folder`."""
+def _to_raw_grid(
+    folder: _TemporaryFolder, preprocessed: PreprocessedScan, scan: Volume, values: np.ndarray
+) -> np.ndarray:
+    """`values` on the grid of `scan`, resampled to the raw scan's grid.
+
+    `folder` contains the files of the spatial transforms; as an argument it is kept as long as this function is.
+    """
     moved = scan.with_data(values)
-    if prepared.transforms is None:
-        return resample_onto(moved, prepared.native).data
-    return prepared.transforms.to_native(moved, prepared.native, "linear").data
+    if preprocessed.transforms is None:
+        return resample_onto(moved, preprocessed.native).data
+    return preprocessed.transforms.to_native(moved, preprocessed.native, "linear").data
 
 
-def _gain(prepared: PreprocessedScan) -> np.ndarray:
-    """Bias field and normalisation, undone: (X, Y, Z) on the raw scan's grid; its middle value outside the brain."""
-    made = prepared.corrected.data
-    inside = np.abs(made) > DARK * np.abs(made).max()
-    if prepared.native_mask is not None:
-        inside &= prepared.native_mask
-    ratio = np.divide(prepared.native.data, made, out=np.zeros_like(made), where=inside)
+def _gain(preprocessed: PreprocessedScan) -> np.ndarray:
+    """Ratio of raw to corrected intensities (bias field, normalisation), on the raw scan's grid.
+
+    Outside the brain it is the median of the brain.
+    """
+    corrected = preprocessed.corrected.data
+    inside = np.abs(corrected) > DARK * np.abs(corrected).max()
+    if preprocessed.native_mask is not None:
+        inside &= preprocessed.native_mask
+    ratio = np.divide(preprocessed.native.data, corrected, out=np.zeros_like(corrected), where=inside)
     return np.where(inside, ratio, np.median(ratio[inside])).astype(np.float32)
 
 
 def read_recorded_parameters(paths: Sequence[str]) -> dict[str, Any] | None:
-    """The parameters under which `ldae preprocess` made all scans of `paths`, from their sidecars; None if it did not.
+    """The parameters with which `ldae preprocess` made the scans of `paths`, from their sidecars.
 
-    A template of one's own is named without its folder.
+    None if a scan has no such sidecar, or if the parameters differ between scans. A template that is a file is named
+    without its folder.
     """
     found: dict[str, Any] | None = None
     for path in paths:
