@@ -121,7 +121,7 @@ def test_a_scan_that_takes_its_process_down_is_named(tmp_path: Path, monkeypatch
         nib.save(image, tmp_path / f"{name}.nii")
     cache = VolumeCache(tmp_path / "cache", Deadly((8, 8, 8), 2.0))
     scans = [str(tmp_path / f"{name}.nii") for name in ("first", "deadly", "last")]
-    assert cache.build(scans, workers=2, progress=False) == {scans[1]: DIED_REASON}
+    assert cache.build(scans, workers=2, progress=False)[1] == {scans[1]: DIED_REASON}
     assert all(cache.file(scan).exists() for scan in (scans[0], scans[2]))
 
 

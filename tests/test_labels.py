@@ -2,6 +2,7 @@
 
 import os
 import threading
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
@@ -46,7 +47,9 @@ def test_regions_equal_fresh_ones_and_each_map_is_read_once(tmp_path, transform,
     fresh = {labels: np.stack([plain.fraction(path, labels) for path in maps]) for labels in (VENTRICLES, HIPPOCAMPI)}
     assert 0 < (fresh[VENTRICLES] > 0).mean() < 0.5
     opened, load = [], nib.load
-    monkeypatch.setattr(nib, "load", lambda path, *more, **options: opened.append(path) or load(path, *more, **options))
+    monkeypatch.setattr(
+        nib, "load", lambda path, *more, **options: opened.append(Path(path)) or load(path, *more, **options)
+    )
     for _ in range(2):
         cache = RegionCache(tmp_path / "cache", transform, [VENTRICLES, HIPPOCAMPI])
         for labels, expected in fresh.items():

@@ -1,4 +1,4 @@
-"""The cache gives what the transform gives, once; bad scans are set aside or stop; no split ends empty."""
+"""Proves that the cache holds what the transform gives, made once, and that unusable scans are rejected or refused."""
 
 import logging
 import multiprocessing
@@ -39,8 +39,8 @@ def scans(tmp_path: Path) -> list[str]:
 @pytest.mark.parametrize(("dtype", "error"), [("float16", 2**-11), ("uint8", 0.5 / 255)])
 def test_volumes_are_the_transformed_scans(tmp_path: Path, scans: list[str], dtype: str, error: float) -> None:
     cache = VolumeCache(tmp_path / "cache", transform(), dtype)
-    assert cache.build(scans, progress=False) == {}
-    volumes = cache.open(scans[::-1])
+    volumes, rejected = cache.build(scans[::-1], progress=False)
+    assert rejected == {}
     assert len(volumes) == 6
     batch = volumes.batch(np.array([5, 0, 5]))
     assert batch.shape == (3, 1, *SHAPE)
@@ -52,15 +52,14 @@ def test_volumes_are_the_transformed_scans(tmp_path: Path, scans: list[str], dty
 
 
 @pytest.mark.parametrize("dtype", ["float16", "uint8"])
-def test_volumes_travel_as_they_are_stored(tmp_path: Path, scans: list[str], dtype: str) -> None:
-    """What is stored is the file's own bytes, and decoded to the last bit what the division in NumPy gives."""
+def test_stored_values_are_decoded_without_loss(tmp_path: Path, scans: list[str], dtype: str) -> None:
+    """`read_stored` gives the file's own values; decoded, they equal NumPy's division to the last bit."""
     cache = VolumeCache(tmp_path / "cache", transform(), dtype)
     file = cache.file(scans[1])
     file.parent.mkdir(parents=True)
     whole = np.arange(640).reshape(SHAPE) % 256
     np.save(file, (whole if dtype == "uint8" else whole / 255).astype(dtype))  # every value of uint8
-    cache.build(scans, progress=False)
-    volumes = cache.open(scans)
+    volumes, _ = cache.build(scans, progress=False)
     stored = volumes.read_stored(np.array([1, 4]))
     assert stored.shape == (2, 1, *SHAPE)
     assert stored.dtype == getattr(torch, dtype)
@@ -78,10 +77,10 @@ def test_volumes_travel_as_they_are_stored(tmp_path: Path, scans: list[str], dty
 
 def test_a_file_of_another_type_is_damaged(tmp_path: Path, scans: list[str]) -> None:
     cache = VolumeCache(tmp_path / "cache", transform(), "uint8")
-    cache.build(scans, progress=False)
+    volumes, _ = cache.build(scans, progress=False)
     np.save(cache.file(scans[0]), np.zeros(SHAPE, np.float16))
     with pytest.raises(UserError, match=r"0\.nii is gone or damaged .*it holds float16, not uint8"):
-        cache.open(scans).read_stored([0])
+        volumes.read_stored([0])
 
 
 def test_a_second_build_does_nothing_and_a_replaced_scan_is_done_again(tmp_path: Path, scans: list[str]) -> None:
@@ -93,11 +92,11 @@ def test_a_second_build_does_nothing_and_a_replaced_scan_is_done_again(tmp_path:
     assert [file.stat().st_mtime_ns for file in files] == stamps
     write_scan(Path(scans[0]), seed=99)
     os.utime(scans[0], ns=(1, 1))
-    with pytest.raises(UserError, match="build it first"):
-        cache.open(scans)
-    cache.build(scans, progress=False)
+    assert not cache.file(scans[0]).exists()
+    volumes, _ = cache.build(scans, progress=False)
     assert len(sorted(cache.folder.rglob("*.npy"))) == 7
-    np.testing.assert_allclose(cache.open(scans)[0].numpy(), transform()(scans[0]), atol=2**-11)
+    np.testing.assert_allclose(volumes[0].numpy(), transform()(scans[0]), atol=2**-11)
+    assert volumes.versions[0].changed == 1
     assert not [file for file in cache.folder.rglob("*") if "tmp" in file.name]
 
 
@@ -105,8 +104,7 @@ def test_another_transform_has_another_folder(tmp_path: Path, scans: list[str]) 
     first = VolumeCache(tmp_path, transform())
     first.build(scans, progress=False)
     for other in (VolumeCache(tmp_path, Transform(SHAPE, 2.0, MinMax())), VolumeCache(tmp_path, transform(), "uint8")):
-        with pytest.raises(UserError, match="build it first"):
-            other.open(scans)
+        assert not any(other.file(scan).exists() for scan in scans)
     with pytest.raises(UserError, match="cache_dtype"):
         VolumeCache(tmp_path, transform(), "float32")
 
@@ -116,15 +114,15 @@ def test_a_pool_makes_the_same_bytes(tmp_path: Path, scans: list[str], monkeypat
     bad = tmp_path / "bad.nii"
     bad.write_bytes(b"nothing")
     alone, pooled = VolumeCache(tmp_path / "a", transform()), VolumeCache(tmp_path / "b", transform())
-    reasons = [cache.build([*scans, str(bad)], workers, progress=False) for cache, workers in ((alone, 1), (pooled, 2))]
-    assert reasons[0] == reasons[1]
-    assert list(reasons[0]) == [str(bad)]
+    _, reasons = alone.build([*scans, str(bad)], 1, progress=False)
+    assert pooled.build([*scans, str(bad)], 2, progress=False)[1] == reasons
+    assert list(reasons) == [str(bad)]
     for scan in scans:
         assert alone.file(scan).read_bytes() == pooled.file(scan).read_bytes()
 
 
 def _build(root: Path, scans: list[str]) -> None:
-    assert VolumeCache(root, transform()).build(scans, workers=1, progress=False) == {}
+    assert VolumeCache(root, transform()).build(scans, workers=1, progress=False)[1] == {}
 
 
 def test_processes_may_build_at_the_same_time(tmp_path: Path, scans: list[str]) -> None:
@@ -135,14 +133,14 @@ def test_processes_may_build_at_the_same_time(tmp_path: Path, scans: list[str]) 
     for process in processes:
         process.join(60)
     assert [process.exitcode for process in processes] == [0, 0]
-    assert VolumeCache(tmp_path / "cache", transform()).open(scans).batch(range(6)).isfinite().all()
+    volumes, _ = VolumeCache(tmp_path / "cache", transform()).build(scans, progress=False)
+    assert volumes.batch(range(6)).isfinite().all()
 
 
 @pytest.mark.parametrize("content", [b"", b"\x93NUMPY", None])
 def test_a_damaged_cache_file_is_named(tmp_path: Path, scans: list[str], content: bytes | None) -> None:
     cache = VolumeCache(tmp_path, transform())
-    cache.build(scans, progress=False)
-    volumes, file = cache.open(scans), cache.file(scans[2])
+    (volumes, _), file = cache.build(scans, progress=False), cache.file(scans[2])
     file.unlink()
     if content is not None:
         file.write_bytes(content)
@@ -201,12 +199,12 @@ def test_a_cohort_augments_as_drawn_into_the_batch(tmp_path: Path) -> None:
     assert not torch.equal(expected, x)
 
 
-def test_bad_scans_are_set_aside_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_unusable_scans_are_rejected_and_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     table = write_cohort(tmp_path, bad=(3,))
     with caplog.at_level(logging.WARNING):
         cohort = load(table)
     assert [record.message for record in caplog.records] == [
-        f"set aside: {tmp_path}/3.nii (subject 003, ses-M000): all voxels are zero"
+        f"rejected: {tmp_path}/3.nii (subject 003, ses-M000): all voxels are zero"
     ]
     cohort.write_rejected(tmp_path / "rejected.csv")
     written = pd.read_csv(tmp_path / "rejected.csv", dtype=str)
@@ -218,8 +216,8 @@ def test_bad_scans_are_set_aside_and_said(tmp_path: Path, caplog: pytest.LogCapt
         load(table, on_bad_scan="ignore")
 
 
-def test_bad_scans_and_filters_move_nobody(tmp_path: Path) -> None:
-    """All stages hold out the same subjects, though one of them may see fewer."""
+def test_rejected_scans_and_filters_leave_the_split_as_it_is(tmp_path: Path) -> None:
+    """All stages hold out the same subjects, though one of them may see fewer scans."""
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     whole.mkdir()
     broken.mkdir()
@@ -238,15 +236,15 @@ def test_no_split_may_end_empty(tmp_path: Path) -> None:
     cohort = load(table)
     for number in cohort.rows("val"):
         Path(cohort.table["path"][number]).write_bytes(b"torn")
-    with pytest.raises(UserError, match="split 'val' is empty: what the 2 bad scans leave"):
+    with pytest.raises(UserError, match="split 'val' is empty: what the 2 rejected scans leave"):
         load(table)
     with pytest.raises(UserError, match="none of XX; it has AD, CN"):
         load(table, diagnoses=["XX"])
 
 
-def test_many_bad_scans_do_not_flood_the_console(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_many_rejected_scans_do_not_flood_the_console(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     table = write_cohort(tmp_path, 60, bad=tuple(range(0, 60, 2)))
     with caplog.at_level(logging.WARNING):
         assert len(load(table).rejected) == 30
     assert len(caplog.records) == 21
-    assert caplog.records[-1].message == "set aside: 10 more"
+    assert caplog.records[-1].message == "rejected: 10 more"

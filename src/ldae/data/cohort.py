@@ -1,4 +1,4 @@
-"""A cohort ready for work: table, split and cached volumes, with bad scans set aside."""
+"""A cohort that is ready for use: its table with the split, its cached volumes, and the scans that were rejected."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -12,7 +12,7 @@ import pandas as pd
 from torch import Tensor
 
 from ldae.data.augmentation import Augmentation
-from ldae.data.splits import hash_split, load_or_draw_split, read_split, refuse_empty_split
+from ldae.data.splits import add_split, hash_split, load_or_draw_split, refuse_empty_split
 from ldae.data.table import read_table, write_table
 from ldae.data.transforms import Transform
 from ldae.data.volumes import VolumeCache, Volumes
@@ -20,20 +20,29 @@ from ldae.utils.errors import UserError
 
 log = logging.getLogger(__name__)
 
-SHOWN = 20  # bad scans that are named on the console; rejected.csv has them all
+SHOWN = 20  # rejected scans that are named on the console; rejected.csv lists all of them
 REJECTED = ("subject", "session", "path", "reason")
 ON_BAD_SCAN = ("reject", "stop")
 
 
 @dataclass(frozen=True)
 class Cohort:
-    """Usable scans. Row i of `table` is volume i."""
+    """The usable scans of a table.
+
+    Attributes:
+        table: one row per scan.
+        rejected: subject, session, path and reason of each scan that cannot be used.
+        volumes: volume i is the scan of row i.
+        transform: what brought the scans to model space.
+        split_hash: of all subjects in the stored split, so that neither filters nor rejected scans change it.
+        augmentation: random changes of training volumes.
+    """
 
     table: pd.DataFrame
-    rejected: pd.DataFrame  # subject, session, path, reason
+    rejected: pd.DataFrame
     volumes: Volumes
     transform: Transform
-    split_hash: str  # of everyone in the split file: filters and bad scans do not change it
+    split_hash: str
     augmentation: Augmentation
 
     def __len__(self) -> int:
@@ -44,15 +53,15 @@ class Cohort:
         return np.flatnonzero((self.table["split"] == split).to_numpy())
 
     def draw_augmentation(self, seed: int, keys: Sequence[int]) -> dict[str, Tensor]:
-        """How B samples are to be augmented, by name in the batch, on the CPU; empty where augmentation is off."""
+        """Random augmentation of B samples, by name in the batch, on the CPU; empty where augmentation is off."""
         return {} if self.augmentation.is_off else self.augmentation.draw(seed, keys, self.transform.shape)
 
     def augment(self, x: Tensor, batch: Mapping[str, Any]) -> Tensor:
-        """`x`, (B, 1, X, Y, Z), changed as was drawn into `batch`, on its device; `x` itself where nothing was."""
+        """Change volumes (B, 1, X, Y, Z) as was drawn into `batch`, on their device; `x` itself where nothing was."""
         return self.augmentation.apply(x, batch)
 
     def write_rejected(self, path: Path | str) -> None:
-        """Write which scans were set aside and why; a header alone where none was."""
+        """Write the rejected scans and the reasons as CSV; only a header if there are none."""
         write_table(self.rejected, path)
 
 
@@ -73,67 +82,66 @@ def load_cohort(
     share: tuple[int, int] = (0, 1),
     turn: AbstractContextManager[None] | None = None,
 ) -> Cohort:
-    """Read the table, give it its split, transform and cache its scans.
+    """Read a table, add its split, and transform the scans that are not in the cache yet.
 
-    The split is drawn over the whole table, before diagnoses are chosen and bad scans are set aside: all stages hold
-    out the same subjects, whatever they train on.
+    The split is drawn over the whole table, before scans are selected by diagnosis and before unusable ones are
+    rejected: all stages hold out the same subjects, whichever scans they train on.
 
     Args:
-        table: the CSV, see `read_table`.
-        split_file: where the split is stored, once; None keeps none.
-        cache: folder of cached volumes.
+        table: the CSV file, see `read_table`.
+        split_file: where the split is stored; None draws it without storing it.
+        cache: folder of all caches.
         shares: fractions of subjects by split.
-        on_bad_scan: "reject" sets bad scans aside, "stop" refuses the table.
-        diagnoses: keep scans with these alone; None keeps all.
+        on_bad_scan: "reject" continues without scans that cannot be used, "stop" raises.
+        diagnoses: keep only scans with one of these; None keeps all.
         workers: processes that transform scans.
-        fold: (which, of how many) is the test split, see `ensure`.
-        share: this process and how many there are that load the same cohort at once, see `VolumeCache.build`.
+        fold: number of the fold that is the test split, and number of folds; see `load_or_draw_split`.
+        share: number of this process, and number of processes that load the cohort; see `VolumeCache.build`.
         turn: entered while the split is drawn and stored, which one of several processes must do before the others.
 
     Raises:
-        UserError: a fault of the table or the split, no scan left in a split, or a bad scan under "stop".
+        UserError: the table or the split is faulty, a split has no scan left, or a scan cannot be used under "stop".
     """
     if on_bad_scan not in ON_BAD_SCAN:
         raise UserError(f"data.on_bad_scan={on_bad_scan}: one of {', '.join(ON_BAD_SCAN)} is needed")
     store = VolumeCache(cache, transform, cache_dtype)
     rows = read_table(table)
     with turn or nullcontext():
-        rows = load_or_draw_split(rows, split_file, shares, seed, fold)
-    stored = read_split(split_file) if split_file is not None else rows
+        splits = load_or_draw_split(rows, split_file, shares, seed, fold)
+    rows = add_split(rows, splits)
     if diagnoses is not None:
-        rows = _choose(rows, diagnoses, table)
+        rows = _select_diagnoses(rows, diagnoses, table)
         refuse_empty_split(rows, shares, f"what data.diagnoses leaves of {table}")
-    bad = store.build(rows["path"], workers, progress, share)
-    rows, rejected = _set_aside(rows, bad, on_bad_scan)
-    refuse_empty_split(rows, shares, f"what the {len(rejected)} bad scans leave of {table}")
-    volumes = store.open(rows["path"].tolist())
-    return Cohort(rows, rejected, volumes, transform, hash_split(stored), augmentation or Augmentation())
+    volumes, reasons = store.build(rows["path"], workers, progress, share)
+    rows, rejected = _reject(rows, reasons, on_bad_scan)
+    refuse_empty_split(rows, shares, f"what the {len(rejected)} rejected scans leave of {table}")
+    return Cohort(rows, rejected, volumes, transform, hash_split(splits), augmentation or Augmentation())
 
 
-def _choose(rows: pd.DataFrame, diagnoses: Sequence[str], table: Path | str) -> pd.DataFrame:
+def _select_diagnoses(rows: pd.DataFrame, diagnoses: Sequence[str], table: Path | str) -> pd.DataFrame:
     wanted = [str(name) for name in diagnoses]
     present = set(rows["diagnosis"]) - {""}
     known = ", ".join(sorted(present)) or "none"
     for name in wanted:
         if name not in present:
-            log.warning("data.diagnoses: no scan of %s is %s; it has %s", table, name, known)
+            log.warning("data.diagnoses: %s has no scan with %s, only with %s", table, name, known)
     chosen = rows[rows["diagnosis"].isin(wanted)].reset_index(drop=True)
     if chosen.empty:
         raise UserError(f"{table}, column 'diagnosis': none of {', '.join(wanted)}; it has {known}")
     return chosen
 
 
-def _set_aside(rows: pd.DataFrame, bad: Mapping[str, str], on_bad_scan: str) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Usable rows, and the others with the reason."""
-    is_bad = rows["path"].isin(list(bad))
+def _reject(rows: pd.DataFrame, reasons: Mapping[str, str], on_bad_scan: str) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The usable rows, and the others with the reason, which is logged."""
+    is_bad = rows["path"].isin(list(reasons))
     rejected = rows[is_bad].reset_index(drop=True)
-    rejected = rejected.assign(reason=[bad[path] for path in rejected["path"]])[list(REJECTED)]
+    rejected = rejected.assign(reason=[reasons[path] for path in rejected["path"]])[list(REJECTED)]
     lines = [f"{row.path} (subject {row.subject}, {row.session}): {row.reason}" for row in rejected.itertuples()]
     if lines and on_bad_scan == "stop":
         more = f" (and {len(lines) - 1} more)" if len(lines) > 1 else ""
-        raise UserError(f"bad scan {lines[0]}{more}; data.on_bad_scan=reject sets such scans aside")
+        raise UserError(f"bad scan {lines[0]}{more}; data.on_bad_scan=reject continues without such scans")
     for line in lines[:SHOWN]:
-        log.warning("set aside: %s", line)
+        log.warning("rejected: %s", line)
     if len(lines) > SHOWN:
-        log.warning("set aside: %d more", len(lines) - SHOWN)
+        log.warning("rejected: %d more", len(lines) - SHOWN)
     return rows[~is_bad].reset_index(drop=True), rejected

@@ -1,7 +1,7 @@
-"""Regions of label maps in model space on disk: each map is read and resampled once, under a key of file and transform.
+"""Regions of label maps in model space, cached on disk so that each map is read and resampled once.
 
-A file holds a SHA-256 of the rest, then (flat position, share) of every voxel that the region touches, exactly as
-`Transform.fraction` gives them. A region fills a few percent of the volume: a file takes kilobytes, a megabyte at most.
+A cache file holds a SHA-256 of the rest, then (flat index, fraction) for every voxel that the region touches, exactly
+as `Transform.fraction` gives them. A region fills a few percent of the volume, so a file takes kilobytes.
 """
 
 import hashlib
@@ -12,7 +12,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 
-from ldae.data.cache_key import cache_key
+from ldae.data.file_version import FileVersion
 from ldae.data.nifti import BadScan, load_scan
 from ldae.data.transforms import Transform
 from ldae.utils.files import replacing
@@ -20,21 +20,21 @@ from ldae.utils.files import replacing
 log = logging.getLogger(__name__)
 
 Region = tuple[int, ...]  # label numbers, ascending
-VOXEL = np.dtype([("place", "<i4"), ("share", "<f4")])
+VOXEL = np.dtype([("index", "<i4"), ("fraction", "<f4")])
 DIGEST = hashlib.sha256().digest_size
 
 
 class RegionCache:
-    """A folder of regions: <root>/<transform key>-regions/<2 hex>/<key>.region, one file a label map and region.
+    """A folder of regions: <root>/<transform key>-regions/<2 hex>/<key>.region, one file per label map and region.
 
-    Any number of processes may use it at the same time; each file appears whole or not at all. A damaged file is made
-    again and said so in the log.
+    Several processes may use it at the same time: each file appears complete or not at all. A damaged file is made
+    again, with a line in the log.
 
     Args:
         root: folder of all caches.
-        transform: what brings a label map to model space.
-        regions: label numbers of the regions that will be asked for. They are resampled together, the first time that
-            one of them is asked for, so that a label map is read once. Others may be asked for as well.
+        transform: brings a label map to model space.
+        regions: label numbers of each region that will be asked for. They are resampled together when the first of
+            them is asked for, so that a label map is read once. Other regions may be asked for as well.
     """
 
     def __init__(self, root: Path | str, transform: Transform, regions: Iterable[Sequence[int]] = ()) -> None:
@@ -43,46 +43,50 @@ class RegionCache:
         self.folder = Path(root).absolute() / f"{transform.key()}-regions"
 
     def file(self, source: str | Path, labels: Sequence[int]) -> Path:
-        """Where a region of the label map `source` is or will be.
+        """The cache file of a region of the label map `source`, whether it exists or not.
 
         Raises:
             BadScan: there is no such label map.
         """
-        key = cache_key(source, _region(labels))
-        return self.folder / key[:2] / f"{key[2:]}.region"
+        return self._file(FileVersion.of(source), _region(labels))
 
     def fraction(self, source: str | Path, labels: Sequence[int]) -> np.ndarray:
-        """Share of each model-space voxel that belongs to `labels` of the map `source`, (X, Y, Z) float32 in [0, 1].
+        """Fraction of each model-space voxel that belongs to `labels` of the map `source`, (X, Y, Z) float32 in [0, 1].
 
         Raises:
             BadScan: the label map is missing or cannot be used.
         """
-        stored = self._read(self.file(source, labels))
-        return self._make(source, _region(labels)) if stored is None else stored
+        version, region = FileVersion.of(source), _region(labels)
+        stored = self._read(self._file(version, region))
+        return self._make(version, region) if stored is None else stored
 
     def fractions(self, sources: Sequence[str | Path], labels: Sequence[int]) -> np.ndarray:
-        """The same of several label maps, (B, X, Y, Z)."""
+        """The same for several label maps, (B, X, Y, Z)."""
         return np.stack([self.fraction(source, labels) for source in sources])
 
-    def _make(self, source: str | Path, wanted: Region) -> np.ndarray:
-        """The region `wanted`, and on disk with it whatever else of this map is not there yet."""
-        data, affine = load_scan(source, reject_constant=False)
+    def _file(self, version: FileVersion, region: Region) -> Path:
+        key = version.cache_key(region)
+        return self.folder / key[:2] / f"{key[2:]}.region"
+
+    def _make(self, version: FileVersion, wanted: Region) -> np.ndarray:
+        """Resample the region `wanted`, and store it together with the other regions that are missing on disk."""
+        data, affine = load_scan(version.path, reject_constant=False)
         image = nib.Nifti1Image(data, affine)
         result = None
         for region in dict.fromkeys((wanted, *self.regions)):
-            target = self.file(source, region)
+            target = self._file(version, region)
             if region != wanted and target.exists():
                 continue
             try:
-                share = self.transform.fraction(image, region)
+                fraction = self.transform.fraction(image, region)
             except BadScan as error:
-                raise BadScan(error.reason, source) from None
-            _write(target, share)
-            result = share if region == wanted else result
+                raise BadScan(error.reason, version.path) from None
+            _write(target, fraction)
+            result = fraction if region == wanted else result
         return result
 
     def _read(self, file: Path) -> np.ndarray | None:
-        """The region in `file`; None where it has to be made."""
+        """The region in `file`; None if it is missing or damaged."""
         try:
             content = file.read_bytes()
         except FileNotFoundError:
@@ -92,19 +96,19 @@ class RegionCache:
             log.warning("cached region %s is damaged and is made again", file)
             return None
         voxels = np.frombuffer(body, VOXEL)
-        share = np.zeros(int(np.prod(self.transform.shape)), np.float32)
-        share[voxels["place"]] = voxels["share"]
-        return share.reshape(self.transform.shape)
+        fraction = np.zeros(int(np.prod(self.transform.shape)), np.float32)
+        fraction[voxels["index"]] = voxels["fraction"]
+        return fraction.reshape(self.transform.shape)
 
 
 def _region(labels: Sequence[int]) -> Region:
     return tuple(sorted({int(label) for label in labels}))
 
 
-def _write(file: Path, share: np.ndarray) -> None:
-    places = np.flatnonzero(share)
-    voxels = np.empty(len(places), VOXEL)
-    voxels["place"], voxels["share"] = places, share.ravel()[places]
+def _write(file: Path, fraction: np.ndarray) -> None:
+    indices = np.flatnonzero(fraction)
+    voxels = np.empty(len(indices), VOXEL)
+    voxels["index"], voxels["fraction"] = indices, fraction.ravel()[indices]
     body = voxels.tobytes()
     with replacing(file) as temporary:
         temporary.write_bytes(hashlib.sha256(body).digest() + body)

@@ -1,16 +1,16 @@
-"""The split: train, val and test by subject, drawn once, written down, and never recomputed.
+"""The split of a cohort into train, val and test by subject: drawn once, stored, and kept.
 
-Drawn from (seed, subject) alone, so that neither the order of rows nor a filter moves anyone; written to split.csv, so
-that rows added later find everyone else where they were.
+The draw depends on (seed, subject) alone: neither the order of rows nor a filter changes a subject's split. It is
+stored in split.csv, so that subjects who are added later leave the others where they are.
 """
 
 import hashlib
 import logging
-import math
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from ldae.data.table import SPLITS, read_cells
@@ -20,59 +20,7 @@ from ldae.utils.seeding import derive_seed
 
 log = logging.getLogger(__name__)
 
-
-def assign_splits(
-    table: pd.DataFrame, shares: Mapping[str, float], seed: int, previous: Mapping[str, str] | None = None
-) -> dict[str, str]:
-    """Split of every subject of `table`, stratified by its first known diagnosis.
-
-    Every split with a share gets at least one subject where there are enough.
-
-    Args:
-        table: subject, months and diagnosis.
-        shares: fractions of subjects by split, summing to 1.
-        previous: assignments to keep; new subjects fill what these leave open.
-
-    Returns:
-        Subject to split, for the subjects of `table`.
-
-    Raises:
-        UserError: bad shares.
-    """
-    shares = normalise_shares(shares)
-    strata = _strata(table)
-    result = {subject: split for subject, split in (previous or {}).items() if subject in strata}
-    new = sorted((s for s in strata if s not in result), key=lambda s: (derive_seed(seed, "split", s), s))
-    if not new:
-        return result
-    have = Counter(result.values())
-    totals = _quota(shares, have, len(new))
-    members: dict[str, list[str]] = {}
-    for subject in new:
-        members.setdefault(strata[subject], []).append(subject)
-    kept = Counter((strata[subject], split) for subject, split in result.items())
-    wanted = {
-        name: _open_shares(shares, {split: kept[name, split] for split in SPLITS}, len(subjects))
-        for name, subjects in sorted(members.items())
-    }
-    counts = _round(wanted, totals)
-    for name, subjects in members.items():
-        names = [split for split in SPLITS for _ in range(counts[name][split])]
-        result |= dict(zip(subjects, names, strict=True))
-    return result
-
-
-def subjects_of_fold(table: pd.DataFrame, fold: int, folds: int, seed: int) -> set[str]:
-    """The subjects of fold `fold` of `folds`, stratified by first known diagnosis: every subject is in exactly one.
-
-    Raises:
-        UserError: there is no such fold.
-    """
-    if not 0 <= fold < folds or folds < 2:
-        raise UserError(f"data.split.fold={fold}: with data.split.folds={folds} it is one of 0 to {folds - 1}")
-    strata = _strata(table)
-    order = sorted(strata, key=lambda s: (strata[s], derive_seed(seed, "fold", s), s))
-    return set(order[fold::folds])
+ROUNDING = 1e-9  # a number of subjects that falls short of a whole one by this much is whole
 
 
 def load_or_draw_split(
@@ -81,11 +29,18 @@ def load_or_draw_split(
     shares: Mapping[str, float],
     seed: int,
     fold: tuple[int, int] | None = None,
-) -> pd.DataFrame:
-    """`table` with its `split` column, as stored in `path`, or drawn and stored there.
+) -> dict[str, str]:
+    """The split of every subject of `table` and of the file `path`; what has to be drawn is stored there.
 
-    A split that the table itself names wins over the draw; rows it leaves open are drawn. With `fold`, (which, of how
-    many), test is that fold, and the others are drawn by the shares of train and val.
+    A split that the table itself gives takes precedence over the draw.
+
+    Args:
+        table: subject, months, diagnosis and, optionally, split (empty where it is to be drawn).
+        path: where the split is stored; None stores nothing.
+        shares: fractions of subjects by split, summing to 1.
+        seed: of the draw.
+        fold: number of the fold that becomes the test split, and number of folds; the other subjects are divided in
+            proportion to the shares of train and val. It has no effect on a split that is stored.
 
     Raises:
         UserError: the stored split is damaged or contradicts the table's, or a split with a share has no subject.
@@ -105,19 +60,78 @@ def load_or_draw_split(
         rest = shares["train"] + shares["val"]
         shares = {"train": shares["train"] / rest, "val": shares["val"] / rest, "test": 0.0}
     splits = assign_splits(table, shares, seed, previous)
-    table = table.assign(split=pd.Series([splits[s] for s in table["subject"]], index=table.index, dtype=object))
-    refuse_empty_split(table, shares, "the table")
+    refuse_empty_split(add_split(table, splits), shares, "the table")
     everyone = {**stored, **splits}
     if path is not None and everyone != stored:
         write_split(path, everyone)
-    return table
+    return everyone
+
+
+def add_split(table: pd.DataFrame, splits: Mapping[str, str]) -> pd.DataFrame:
+    """`table` with the column `split`."""
+    column = pd.Series([splits[subject] for subject in table["subject"]], index=table.index, dtype=object)
+    return table.assign(split=column)
+
+
+def assign_splits(
+    table: pd.DataFrame, shares: Mapping[str, float], seed: int, previous: Mapping[str, str] | None = None
+) -> dict[str, str]:
+    """Draw the split of every subject of `table`, stratified by first known diagnosis.
+
+    Every split with a share gets at least one subject if there are enough.
+
+    Args:
+        table: subject, months and diagnosis.
+        shares: fractions of subjects by split, summing to 1.
+        previous: assignments to keep; new subjects fill what these leave open.
+
+    Returns:
+        Split by subject, for the subjects of `table`.
+
+    Raises:
+        UserError: the shares are not fractions that sum to 1.
+    """
+    fractions = np.array(list(normalise_shares(shares).values()))
+    strata = _first_diagnoses(table)
+    result = {subject: split for subject, split in (previous or {}).items() if subject in strata}
+    new = sorted(strata.keys() - result.keys(), key=lambda subject: (derive_seed(seed, "split", subject), subject))
+    if not new:
+        return result
+    members: dict[str, list[str]] = {}
+    for subject in new:
+        members.setdefault(strata[subject], []).append(subject)
+    kept = Counter((strata[subject], split) for subject, split in result.items())
+    names = sorted(members)
+    sizes = np.array([len(members[name]) for name in names])
+    wanted = _fill(fractions, np.array([[kept[name, split] for split in SPLITS] for name in names]), sizes)
+    of_all = Counter(result.values())
+    totals = _whole_numbers(fractions, np.array([of_all[split] for split in SPLITS]), len(new))
+    for name, counts in zip(names, _round_to_totals(wanted, sizes, totals), strict=True):
+        result |= dict(zip(members[name], np.repeat(SPLITS, counts).tolist(), strict=True))
+    return result
+
+
+def subjects_of_fold(table: pd.DataFrame, fold: int, folds: int, seed: int) -> set[str]:
+    """The subjects of fold `fold` of `folds`, stratified by first known diagnosis. Every subject is in one fold.
+
+    Raises:
+        UserError: there is no such fold.
+    """
+    if not 0 <= fold < folds or folds < 2:
+        raise UserError(f"data.split.fold={fold}: with data.split.folds={folds} it is one of 0 to {folds - 1}")
+    strata = _first_diagnoses(table)
+    order = sorted(strata, key=lambda subject: (strata[subject], derive_seed(seed, "fold", subject), subject))
+    return set(order[fold::folds])
 
 
 def refuse_empty_split(table: pd.DataFrame, shares: Mapping[str, float], where: str) -> None:
-    """Refuse a split that has a share but no scan.
+    """Refuse a table in which a split that has a share has no scan.
+
+    Args:
+        where: what the table is, for the message.
 
     Raises:
-        UserError: there is one.
+        UserError: there is such a split.
     """
     for name, share in shares.items():
         if share > 0 and not (table["split"] == name).any():
@@ -129,7 +143,7 @@ def refuse_empty_split(table: pd.DataFrame, shares: Mapping[str, float], where: 
 
 
 def normalise_shares(shares: Mapping[str, float]) -> dict[str, float]:
-    """The shares of all three splits, normalised.
+    """The fractions of all three splits, in the order of SPLITS.
 
     Raises:
         UserError: an unknown split, a negative share, or a sum that is not 1.
@@ -138,18 +152,17 @@ def normalise_shares(shares: Mapping[str, float]) -> dict[str, float]:
         if name not in SPLITS:
             raise UserError(f"data.split.{name}: no such split; there are {', '.join(SPLITS)}")
         if not isinstance(share, int | float) or not 0 <= share <= 1:
-            raise UserError(f"data.split.{name}={share}: a share lies between 0 and 1")
+            raise UserError(f"data.split.{name}={share}: a share is between 0 and 1")
     total = sum(shares.values())
     if abs(total - 1) > 1e-6:
         raise UserError(f"data.split: the shares sum to {total:g}, not 1")
     return {name: float(shares.get(name, 0)) / total for name in SPLITS}
 
 
-def hash_split(table: pd.DataFrame | Mapping[str, str]) -> str:
-    """SHA-256, hex, of who is where: of a table's subject and split columns, or of a mapping."""
-    pairs = table.items() if isinstance(table, Mapping) else zip(table["subject"], table["split"], strict=True)
-    # Lengths before names: no two different splits give the same bytes.
-    text = "".join(f"{len(subject)}:{subject}:{split}\n" for subject, split in sorted(set(pairs)))
+def hash_split(splits: Mapping[str, str]) -> str:
+    """SHA-256 of a split, hexadecimal."""
+    # The length of a name comes before the name: no two different splits give the same text.
+    text = "".join(f"{len(subject)}:{subject}:{split}\n" for subject, split in sorted(splits.items()))
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -178,55 +191,60 @@ def write_split(path: Path, splits: Mapping[str, str]) -> None:
     log.info("split of %d subjects written to %s", len(rows), path)
 
 
-def _strata(table: pd.DataFrame) -> dict[str, str]:
-    """Subject to its first known diagnosis by visit, "" where none is known."""
-    strata: dict[str, str] = {}
+def _first_diagnoses(table: pd.DataFrame) -> dict[str, str]:
+    """The first known diagnosis of each subject in the order of visits; "" where none is known."""
+    found: dict[str, str] = {}
     ordered = table.sort_values("months", kind="stable")
     for subject, diagnosis in zip(ordered["subject"], ordered["diagnosis"], strict=True):
-        strata[subject] = strata.get(subject) or diagnosis
-    return strata
+        found[subject] = found.get(subject) or diagnosis
+    return found
 
 
-def _open_shares(shares: Mapping[str, float], have: Mapping[str, int], new: int) -> dict[str, float]:
-    """How many of `new` subjects each split should get, as fractions, for all together to come near the shares."""
-    total = new + sum(have.values())
-    missing = {name: max(share * total - have.get(name, 0), 0.0) for name, share in shares.items()}
-    factor = new / sum(missing.values())
-    return {name: value * factor for name, value in missing.items()}
+def _fill(fractions: np.ndarray, kept: np.ndarray, new: np.ndarray) -> np.ndarray:
+    """How many of `new` subjects each split should get for all subjects to come near `fractions`; not whole numbers.
+
+    Args:
+        fractions: (3,) of each split.
+        kept: (..., 3) subjects that are in each split already.
+        new: (...) subjects to distribute.
+    """
+    total = new + kept.sum(-1)
+    missing = np.maximum(fractions * total[..., None] - kept, 0.0)
+    return missing * (new / missing.sum(-1))[..., None]
 
 
-def _quota(shares: Mapping[str, float], have: Mapping[str, int], new: int) -> dict[str, int]:
-    """The same in whole subjects, by largest remainder; splits with a share and no subject come first."""
-    wanted = _open_shares(shares, have, new)
-    counts = {name: math.floor(value + 1e-9) for name, value in wanted.items()}
-    rest = sorted(wanted, key=lambda name: counts[name] - wanted[name])
-    for name in rest[: new - sum(counts.values())]:
-        counts[name] += 1
-    for name in SPLITS:
-        richest = max(counts, key=lambda other: counts[other])
-        if shares[name] > 0 and counts[name] + have.get(name, 0) == 0 and counts[richest] > 1:
-            counts[richest] -= 1
-            counts[name] += 1
+def _whole_numbers(fractions: np.ndarray, kept: np.ndarray, new: int) -> np.ndarray:
+    """`_fill` in whole subjects by largest remainder, (3,); splits with a share and no subject come first."""
+    wanted = _fill(fractions, kept, np.array(new))
+    counts = np.floor(wanted + ROUNDING).astype(int)
+    counts[np.argsort(counts - wanted, kind="stable")[: new - counts.sum()]] += 1
+    for split in np.flatnonzero((fractions > 0) & (counts + kept == 0)):
+        largest = counts.argmax()
+        if counts[largest] > 1:
+            counts[largest] -= 1
+            counts[split] += 1
     return counts
 
 
-def _round(wanted: Mapping[str, Mapping[str, float]], totals: Mapping[str, int]) -> dict[str, dict[str, int]]:
-    """Round a table of strata by splits to whole subjects, keeping both its row sums and the given column sums."""
-    counts = {name: {split: math.floor(value + 1e-9) for split, value in row.items()} for name, row in wanted.items()}
-    rows = {name: round(sum(row.values())) - sum(counts[name].values()) for name, row in wanted.items()}
-    columns = {split: totals[split] - sum(row[split] for row in counts.values()) for split in totals}
-    for split in columns:
-        # The floors may exceed a column's total by what is lent to an empty split: the largest cells give it back.
-        for name in sorted(counts, key=lambda name: (-counts[name][split], name)):
-            back = min(max(-columns[split], 0), counts[name][split])
-            counts[name][split] -= back
-            columns[split] += back
-            rows[name] += back
-    cells = [(counts[name][split] - wanted[name][split], name, split) for name in wanted for split in columns]
-    while any(rows.values()):
-        for _, name, split in sorted(cells):
-            if rows[name] > 0 and columns[split] > 0:
-                counts[name][split] += 1
-                rows[name] -= 1
-                columns[split] -= 1
+def _round_to_totals(wanted: np.ndarray, sizes: np.ndarray, totals: np.ndarray) -> np.ndarray:
+    """Round `wanted`, (strata, 3), to whole numbers whose sums by stratum are `sizes` and by split are `totals`."""
+    counts = np.floor(wanted + ROUNDING).astype(int)
+    # If `totals` gave a subject to an empty split, the floors of another may exceed its total: the largest are reduced.
+    for split in np.flatnonzero(counts.sum(0) > totals):
+        excess = counts[:, split].sum() - totals[split]
+        for stratum in np.argsort(-counts[:, split], kind="stable"):
+            removed = min(excess, counts[stratum, split])
+            counts[stratum, split] -= removed
+            excess -= removed
+    open_strata, open_splits = (sizes - counts.sum(1)).tolist(), (totals - counts.sum(0)).tolist()
+    # The largest remainders are rounded up; equal ones in the order of the names of strata and splits.
+    by_name = np.argsort(SPLITS)
+    order = np.argsort((counts - wanted)[:, by_name], axis=None, kind="stable")
+    while any(open_strata):
+        for cell in order.tolist():
+            stratum, split = cell // len(SPLITS), by_name[cell % len(SPLITS)]
+            if open_strata[stratum] > 0 and open_splits[split] > 0:
+                counts[stratum, split] += 1
+                open_strata[stratum] -= 1
+                open_splits[split] -= 1
     return counts

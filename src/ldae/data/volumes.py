@@ -1,4 +1,4 @@
-"""Scans in model space on disk: made once, in parallel, under a key of file and transform; read memory-mapped."""
+"""Preprocessed scans on disk: each is brought to model space once, and read memory-mapped from then on."""
 
 import logging
 from collections.abc import Iterable, Sequence
@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ldae.data.cache_key import cache_key
+from ldae.data.file_version import FileVersion
 from ldae.data.nifti import BadScan
 from ldae.data.sharing import work_order
 from ldae.data.transforms import Transform
@@ -19,18 +19,27 @@ from ldae.utils.process_pool import DIED, DIED_REASON, available_cores, run_in_p
 
 log = logging.getLogger(__name__)
 
-STORED_MAXIMUM = {"float16": 1.0, "uint8": 255.0}  # and what 1 is stored as
-MIN_SCANS_PER_PROCESS = 64  # scans a process: below that, it is slower to import MONAI there than to do the work here
+STORED_MAXIMUM = {"float16": 1.0, "uint8": 255.0}  # by dtype of the files: the value that stands for an intensity of 1
+MIN_SCANS_PER_PROCESS = 64  # with fewer, a process takes longer to import MONAI than to transform them
 
 
 @dataclass(frozen=True)
 class Volumes:
-    """Cached volumes in the order they were asked for. Holds names only: every read maps one small file."""
+    """Cached volumes in the order in which they were asked for. Every read maps one small file.
+
+    Attributes:
+        scans: path of each scan.
+        files: the cache file of each scan.
+        shape: voxels (X, Y, Z).
+        stored_maximum: the stored value that stands for 1.
+        versions: the version of each scan that its volume was made from.
+    """
 
     scans: Sequence[str]
     files: Sequence[Path]
     shape: tuple[int, int, int]
-    stored_maximum: float  # the stored value of 1
+    stored_maximum: float
+    versions: Sequence[FileVersion] = ()
 
     def __len__(self) -> int:
         return len(self.files)
@@ -41,29 +50,29 @@ class Volumes:
 
     @property
     def dtype(self) -> str:
-        """What the files hold, one of DTYPES."""
-        return next(name for name, top in STORED_MAXIMUM.items() if top == self.stored_maximum)
+        """Data type of the files, one of STORED_MAXIMUM."""
+        return next(name for name, maximum in STORED_MAXIMUM.items() if maximum == self.stored_maximum)
 
     def batch(self, indices: Iterable[int]) -> Tensor:
         """Volumes `indices`, (B, 1, X, Y, Z) float32 in [0, 1].
 
         Raises:
-            UserError: a cached file is gone or damaged.
+            UserError: a cache file is missing or damaged.
         """
         return self.decode(self.read_stored(indices))
 
     def decode(self, stored: Tensor) -> Tensor:
-        """What `stored` gave, (B, 1, X, Y, Z), on any device, as float32 in [0, 1] there."""
+        """Convert what `read_stored` gave, (B, 1, X, Y, Z), to float32 in [0, 1] on the device that it is on."""
         if self.stored_maximum == 1:
             return stored.float()
-        # By a tensor of the device: by a number, CUDA multiplies with its reciprocal, which rounds otherwise.
+        # The divisor is a tensor on the device: by a number, CUDA multiplies with the reciprocal, which rounds differently.
         return stored.float().div_(torch.full((), self.stored_maximum, device=stored.device))
 
     def read_stored(self, indices: Iterable[int]) -> Tensor:
-        """Volumes `indices` as they lie in the cache, (B, 1, X, Y, Z) float16 or uint8: half or a quarter to move.
+        """Volumes `indices` in the data type of the files, (B, 1, X, Y, Z): half or a quarter of float32 to transfer.
 
         Raises:
-            UserError: a cached file is gone or damaged.
+            UserError: a cache file is missing or damaged.
         """
         indices = [int(index) for index in indices]
         result = np.empty((len(indices), 1, *self.shape), dtype=self.dtype)
@@ -86,13 +95,13 @@ class Volumes:
 class VolumeCache:
     """A folder of volumes: <root>/<transform key>-<dtype>/<2 hex>/<file key>.npy.
 
-    A file's key is its path, size and time of change: a scan that is replaced is transformed again. Any number of
-    processes may build at the same time; each file appears whole or not at all.
+    The key of a file is made of the scan's path, size and time of change: a scan that is replaced is transformed again.
+    Several processes may fill the cache at the same time: each file appears complete or not at all.
 
     Args:
         root: folder of all caches.
-        transform: what makes a volume of a scan.
-        dtype: "float16", or "uint8" for half the disk at 1/255 of the range.
+        transform: brings a scan to model space.
+        dtype: "float16", or "uint8" for half the disk space at a resolution of 1/255.
 
     Raises:
         UserError: another dtype.
@@ -106,68 +115,69 @@ class VolumeCache:
         self.folder = Path(root).absolute() / f"{transform.key()}-{dtype}"
 
     def file(self, scan: str | Path) -> Path:
-        """Where the volume of `scan` is or will be.
+        """The cache file of `scan`, whether it exists or not.
 
         Raises:
             BadScan: there is no such scan.
         """
-        key = cache_key(scan)
-        return self.folder / key[:2] / f"{key[2:]}.npy"
+        return self._file(FileVersion.of(scan))
 
     def build(
         self, scans: Iterable[str], workers: int | None = None, progress: bool = True, share: tuple[int, int] = (0, 1)
-    ) -> dict[str, str]:
-        """Make what is not there yet.
+    ) -> tuple[Volumes, dict[str, str]]:
+        """Transform the scans that are not in the cache yet, and open the volumes of all.
 
-        Several processes that build the same scans at the same time help each other without a word: each begins with
-        its own share, goes on with what the others have not made yet, and returns once all is there.
+        Several processes may build the same scans at the same time without communicating: each begins with its own
+        share, continues with what the others have not made yet, and returns once all volumes exist.
 
         Args:
-            workers: processes that this one starts; by default as many as there are CPUs for us.
-            share: this process, counted from 0, and how many build.
+            workers: processes that this one starts; by default one per available CPU core.
+            share: number of this process, from 0, and number of processes that build.
 
         Returns:
-            Bad scans and why they are bad. They are not remembered: the next build, and every process that takes part
-            in this one, tries them again.
+            The volumes of the usable scans, in the order of `scans`, and the reason why each other scan is rejected.
+            Reasons are not stored: rejected scans are tried again by the next build and by every process.
         """
-        bad: dict[str, str] = {}
-        todo = []
-        scans = list(dict.fromkeys(str(scan) for scan in scans))
-        for scan in (scans[number] for number in work_order(len(scans), *share)):
+        scans = [str(scan) for scan in scans]
+        versions: dict[str, FileVersion] = {}
+        rejected: dict[str, str] = {}
+        for scan in dict.fromkeys(scans):
             try:
-                if not self.file(scan).exists():
-                    todo.append(scan)
+                versions[scan] = FileVersion.of(scan)
             except BadScan as error:
-                bad[scan] = error.reason
-        if todo:
-            log.info("transforming %d scans into %s", len(todo), self.folder)
-            workers = workers or available_cores()
-            workers = workers if min(workers, len(todo) // MIN_SCANS_PER_PROCESS) > 1 else 0
-            items = [(self, scan) for scan in todo]
-            for index, reason in run_in_processes(_store, items, workers, label="volumes", progress=progress):
-                if reason is not None:
-                    bad[todo[index]] = DIED_REASON if reason is DIED else reason
-        return bad
+                rejected[scan] = error.reason
+        files = {scan: self._file(version) for scan, version in versions.items()}
+        known = list(files)
+        missing = [known[number] for number in work_order(len(known), *share) if not files[known[number]].exists()]
+        rejected |= self._transform([(scan, files[scan]) for scan in missing], workers, progress)
+        usable = [scan for scan in scans if scan not in rejected]
+        maximum = STORED_MAXIMUM[self.dtype]
+        return Volumes(
+            usable, [files[scan] for scan in usable], self.transform.shape, maximum, [versions[scan] for scan in usable]
+        ), rejected
 
-    def open(self, scans: Sequence[str]) -> Volumes:
-        """The volumes of `scans`, in that order.
+    def _file(self, version: FileVersion) -> Path:
+        key = version.cache_key()
+        return self.folder / key[:2] / f"{key[2:]}.npy"
 
-        Raises:
-            UserError: one has not been built.
-        """
-        files = [self.file(scan) for scan in scans]
-        for scan, file in zip(scans, files, strict=True):
-            if not file.exists():
-                raise UserError(f"{scan} is not in the cache {self.folder}: build it first")
-        return Volumes(tuple(scans), tuple(files), self.transform.shape, STORED_MAXIMUM[self.dtype])
+    def _transform(self, missing: Sequence[tuple[str, Path]], workers: int | None, progress: bool) -> dict[str, str]:
+        """Fill the cache with the volumes of `missing`, scans and their files. Returns the reason of each failure."""
+        if not missing:
+            return {}
+        log.info("transforming %d scans into %s", len(missing), self.folder)
+        workers = workers or available_cores()
+        workers = workers if min(workers, len(missing) // MIN_SCANS_PER_PROCESS) > 1 else 0
+        items = [(self, *item) for item in missing]
+        results = run_in_processes(_store, items, workers, label="volumes", progress=progress)
+        reasons = {missing[index][0]: DIED_REASON if reason is DIED else reason for index, reason in results}
+        return {scan: reason for scan, reason in reasons.items() if reason is not None}
 
 
-def _store(cache: VolumeCache, scan: str) -> str | None:
-    """Transform one scan and write it. Returns why it is bad, or None."""
+def _store(cache: VolumeCache, scan: str, target: Path) -> str | None:
+    """Transform one scan and write its volume to `target`. Returns the reason if the scan cannot be used."""
+    if target.exists():  # another process was faster
+        return None
     try:
-        target = cache.file(scan)
-        if target.exists():  # another process was faster
-            return None
         volume = cache.transform(scan)[0]
     except BadScan as error:
         return error.reason

@@ -4,7 +4,6 @@ Processes share the work without waiting for each other: what is done is seen on
 """
 
 import logging
-import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -65,8 +64,7 @@ def scan_digests(cohort: Cohort, precision: str = "no") -> np.ndarray:
         precision: of the networks, as Accelerate names it; other last digits are other latents.
     """
     how = (cohort.transform.key(), cohort.volumes.stored_maximum, *([] if precision == "no" else [precision]))
-    states = map(os.stat, cohort.table["path"])
-    return digest_each(repr((state.st_size, state.st_mtime_ns, *how)).encode() for state in states)
+    return digest_each(repr((scan.size, scan.changed, *how)).encode() for scan in cohort.volumes.versions)
 
 
 def _encoder(run: Run, cohort: Cohort, accelerator: Accelerator) -> Encode:

@@ -1,0 +1,38 @@
+"""The state of a file that a cache was made from: a file that is replaced is another version."""
+
+import hashlib
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+from ldae.data.nifti import BadScan
+
+
+class FileVersion(NamedTuple):
+    """A file's absolute path, its size in bytes and the time of its last change in nanoseconds."""
+
+    path: str
+    size: int
+    changed: int
+
+    @classmethod
+    def of(cls, source: str | Path) -> "FileVersion":
+        """The present version of a file.
+
+        Raises:
+            BadScan: there is no such file.
+        """
+        path = os.path.abspath(source)
+        try:
+            status = os.stat(path)
+        except OSError as error:
+            raise BadScan("no such file", path) from error
+        return cls(path, status.st_size, status.st_mtime_ns)
+
+    def cache_key(self, *further: object) -> str:
+        """34 hexadecimal digits under which a cache stores what was made of this version.
+
+        Args:
+            further: values that distinguish several results made of the same file, by their `repr`.
+        """
+        return hashlib.sha256(repr((*self, *further)).encode()).hexdigest()[:34]
