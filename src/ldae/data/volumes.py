@@ -65,7 +65,8 @@ class Volumes:
         """Convert what `read_stored` gave, (B, 1, X, Y, Z), to float32 in [0, 1] on the device that it is on."""
         if self.stored_maximum == 1:
             return stored.float()
-        # The divisor is a tensor on the device: by a number, CUDA multiplies with the reciprocal, which rounds differently.
+        # The divisor is a tensor on the device: instead of by a number, CUDA multiplies by its reciprocal, which rounds
+        # differently.
         return stored.float().div_(torch.full((), self.stored_maximum, device=stored.device))
 
     def read_stored(self, indices: Iterable[int]) -> Tensor:
