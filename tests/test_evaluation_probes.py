@@ -16,7 +16,7 @@ from ldae.editing.linear_model import LinearModel
 from ldae.evaluation.context import Context
 from ldae.evaluation.embeddings import embed_parts, embed_rows, load_or_compute_embeddings, parts_folder
 from ldae.evaluation.probes.evaluator import ExternalCohort, Probes, find_first_visits
-from ldae.evaluation.probes.fitting import choose, fit
+from ldae.evaluation.probes.fitting import build_predictor, build_reducer, choose_settings, fit
 from ldae.evaluation.probes.targets import Classification, Regression
 from ldae.utils.errors import UserError
 
@@ -140,15 +140,13 @@ def test_no_subject_is_on_both_sides_of_a_fold(task):
 @pytest.mark.parametrize("task", [Classification("diagnosis", **DIAGNOSIS), Regression("age")])
 def test_stored_arrays_predict_what_the_pipeline_does(task, widths):
     """Imputation, PCA and scaling folded into four arrays, through JSON, to 1e-10."""
-    from ldae.evaluation.probes.fitting import _predictor, _reducer
-
     rng = np.random.default_rng(5)
     x = 3 + rng.standard_normal((90, 12)) * np.arange(1, 13)
     x[::17, 2] = np.nan
     truth = (np.nan_to_num(x[:, 0]) > 3).astype(float)
     subjects = np.array([f"s{i // 2}" for i in range(90)])
-    width, strength = choose(task, x, truth, subjects, 0, widths)
-    reducer, predictor = _reducer(x, width, 0), _predictor(task, strength)
+    width, strength = choose_settings(task, x, truth, subjects, 0, widths)
+    reducer, predictor = build_reducer(x, width, 0), build_predictor(task, strength)
     predictor.fit(reducer.fit_transform(x), truth)
     reduced = reducer.transform(x)
     expected = predictor.predict(reduced) if task.classes is None else predictor.predict_proba(reduced)[:, 1]
@@ -160,14 +158,12 @@ def test_stored_arrays_predict_what_the_pipeline_does(task, widths):
 
 def test_more_voxels_than_scans_are_rotated_into_fewer_numbers_without_a_change():
     """Through the rows' own span or in all voxels: the same choice, the same predictions, of new scans too."""
-    from ldae.evaluation.probes.fitting import _predictor, _reducer
-
     rng = np.random.default_rng(7)
     x, new = 5 + rng.standard_normal((40, 300)) * np.linspace(0.1, 3, 300), 5 + rng.standard_normal((9, 300))
     truth, subjects = x[:, -40:].sum(1), np.array([str(i) for i in range(40)])
     task = Regression("age", bias_correction=True)
-    width, strength = choose(task, x, truth, subjects, 0, [4, 16])
-    reducer, predictor = _reducer(x, width, 0), _predictor(task, strength)
+    width, strength = choose_settings(task, x, truth, subjects, 0, [4, 16])
+    reducer, predictor = build_reducer(x, width, 0), build_predictor(task, strength)
     predictor.fit(reducer.fit_transform(x), truth)
     model = fit(task, x, truth, subjects, 0, [4, 16])
     np.testing.assert_allclose(model.predict(new), predictor.predict(reducer.transform(new)), rtol=1e-8)
@@ -178,7 +174,7 @@ def test_pca_width_is_chosen_among_those_that_fit():
     rng = np.random.default_rng(6)
     x = rng.standard_normal((40, 6))
     subjects = np.array([str(i) for i in range(40)])
-    width, _ = choose(Regression("age"), x, x @ np.ones(6), subjects, 0, [2, 500])
+    width, _ = choose_settings(Regression("age"), x, x @ np.ones(6), subjects, 0, [2, 500])
     assert width == 6
 
 
@@ -234,7 +230,7 @@ def test_the_strongest_penalty_that_is_as_good_as_the_best_is_chosen(strong, wea
     # A scan's truth is its subject's number; subjects with many scans count once.
     subjects = np.repeat(np.arange(10), [1, 2, 1, 3, 1, 1, 2, 1, 1, 9])
     features = np.random.default_rng(0).standard_normal((len(subjects), 2))
-    assert choose(task, features, subjects.astype(float), subjects.astype(str), 3, None) == (None, expected)
+    assert choose_settings(task, features, subjects.astype(float), subjects.astype(str), 3, None) == (None, expected)
     assert len(set(task.seeds)) == len(task.seeds) > 1  # folds are drawn anew
 
 
@@ -243,7 +239,10 @@ def test_without_tolerance_the_lowest_loss_decides():
     found = {100.0: [1.0] * 8 + [1.6, 0.8], 1.0: [1.0] * 10}  # within one error, see above
     for tolerance, expected in ((1.0, 100.0), (0.0, 1.0)):
         task = Scripted(found, tolerance)
-        assert choose(task, features, subjects.astype(float), subjects.astype(str), 3, None) == (None, expected)
+        assert choose_settings(task, features, subjects.astype(float), subjects.astype(str), 3, None) == (
+            None,
+            expected,
+        )
 
 
 def test_penalties_are_tried_from_the_strongest_on():

@@ -1,12 +1,13 @@
-"""Repeated cross-validation by subject: probes and baselines in the same folds, for cohorts too small for a test split.
+"""How well do probes and baselines predict a label in cohorts that are too small for a test split?
 
-Two regimes, never mixed. *Transductive*: the encoder saw the scans without labels (splits train and val). *Inductive*:
-it saw none of the scans that are predicted, which are either one run's test split (`CrossValidation`) or the test folds
-of several runs, each trained without its fold (`Folds`). Labels of a held-out fold are seen by no probe in either.
+Repeated cross-validation by subject, with the same folds for the embedding and all baselines. Two regimes are kept
+apart. *Transductive*: the encoder saw the scans without their labels (splits train and val). *Inductive*: it saw none
+of the predicted scans, which are either one run's test split (`CrossValidation`) or the test folds of several runs,
+each trained without its fold (`PooledFolds`). In both, no probe sees the labels of the fold that it predicts.
 
-Names: `cv/<regime>/probe/<probe>/<metric>` and `cv/<regime>/baseline/<baseline>/<probe>/<metric>`, with intervals and
-paired differences as in probing.py: every metric is that of all held-out predictions of a repeat, averaged over
-repeats; the bootstrap draws subjects.
+Metrics: `cv/<regime>/probe/<probe>/<metric>` and `cv/<regime>/baseline/<baseline>/<probe>/<metric>`, with intervals and
+paired differences as in evaluator.py, and `cv/<regime>/probe/<probe>/repeats`. A metric is computed from all held-out
+predictions of one repeat and averaged over repeats; the bootstrap draws subjects.
 """
 
 import logging
@@ -16,33 +17,31 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ldae.editing.frozen_probes import EMBEDDING
-from ldae.evaluation import figures
 from ldae.evaluation.context import Context
 from ldae.evaluation.probes.baselines import CHOICES, Features, read_numbers
 from ldae.evaluation.probes.bootstrap import draw_subject_weights
-from ldae.evaluation.probes.evaluator import (
+from ldae.evaluation.probes.evaluator import check_baselines
+from ldae.evaluation.probes.predictors import (
     UNBIASED,
-    Probe,
-    check_baselines,
+    draw_predictions,
     fit_predictors,
     metrics_by_name,
     score_predictor,
 )
+from ldae.evaluation.probes.targets import Probe
 from ldae.utils.errors import UserError
-from ldae.utils.files import replacing
 
 log = logging.getLogger(__name__)
 
-REGIMES = {"transductive": ("train", "val"), "inductive": ("test",)}  # and the splits that are cross-validated
-SAID = {
+REGIMES = {"transductive": ("train", "val"), "inductive": ("test",)}  # with the splits that are divided into folds
+REGIME_TEXT = {
     "transductive": "the encoder saw these scans, without labels",
     "inductive": "the encoder saw none of these scans",
 }
 
 
 class CrossValidation:
-    """Probes fitted and judged in folds of the scans that the encoder saw, or of those it did not see."""
+    """Probes fitted and tested in folds of one regime's scans; five folds per repeat."""
 
     def __init__(
         self,
@@ -53,7 +52,7 @@ class CrossValidation:
         resamples: int = 1000,
         pca_widths: Sequence[int] = (8, 16, 32, 64, 128),
     ):
-        """`repeats`: other folds each; there are five folds a repeat."""
+        """`repeats`: how often the folds are drawn anew."""
         if regime not in REGIMES:
             raise UserError(f"evaluation.cross_validation.regime={regime}: one of {', '.join(REGIMES)} is needed")
         check_baselines(baselines, "evaluation.cross_validation.baselines")
@@ -61,26 +60,24 @@ class CrossValidation:
         self.repeats, self.resamples, self.pca_widths = repeats, resamples, list(pca_widths)
 
     def __call__(self, context: Context) -> Iterator[tuple[str, float]]:
-        features, table = Features(context), context.table
-        usable = context.rows(*REGIMES[self.regime])
-        log.info("cross-validation, %s: %s (%d)", self.regime, SAID[self.regime], len(usable))
+        features, splits = Features(context), REGIMES[self.regime]
+        rows_of_regime = context.rows(*splits)
+        log.info("cross-validation, %s: %s (%d)", self.regime, REGIME_TEXT[self.regime], len(rows_of_regime))
         for name, probe in self.probes.items():
-            truth = probe.target(table)
-            rows = usable[np.isfinite(truth[usable])]
-            why = probe.reason_unusable(truth[rows], table["subject"].to_numpy(str)[rows], fitting=True)
-            if why:
-                log.warning("probe %s is skipped: splits %s have %s", name, " + ".join(REGIMES[self.regime]), why)
+            truth = probe.target(context.table)
+            rows = rows_of_regime[np.isfinite(truth[rows_of_regime])]
+            reason = probe.reason_unusable(truth[rows], context.subjects(rows), fitting=True)
+            if reason:
+                log.warning("probe %s is skipped: splits %s have %s", name, " + ".join(splits), reason)
                 continue
             baselines = features.select_applicable(self.baselines, probe.column)
-            predictions = pd.concat(
-                [
-                    self._repeat(context, probe, features, baselines, truth, rows, repeat)
-                    for repeat in range(self.repeats)
-                ]
-            )
-            yield from score_folds(context, name, probe, predictions, self.regime, self.resamples)
+            predictions = [
+                self._predict_folds(context, probe, features, baselines, truth, rows, repeat)
+                for repeat in range(self.repeats)
+            ]
+            yield from score_folds(context, name, probe, pd.concat(predictions), self.regime, self.resamples)
 
-    def _repeat(
+    def _predict_folds(
         self,
         context: Context,
         probe: Probe,
@@ -90,44 +87,43 @@ class CrossValidation:
         rows: np.ndarray,
         repeat: int,
     ) -> pd.DataFrame:
-        """One row a held-out scan: who, truth, repeat, and the prediction of every predictor, `<name>:unbiased` too."""
-        table, parts = context.table, []
-        seed = context.seed + repeat
-        for inner, held in probe.folds(truth[rows], table["subject"].to_numpy(str)[rows], seed):
-            entries = fit_predictors(context, probe, features, truth, rows[inner], baselines, self.pca_widths, seed)
+        """The held-out predictions of one repeat, one row per scan; see `score_folds` for the columns."""
+        table, parts, seed = context.table, [], context.seed + repeat
+        for inner, held in probe.folds(truth[rows], context.subjects(rows), seed):
+            predictors = fit_predictors(context, probe, features, truth, rows[inner], baselines, self.pca_widths, seed)
             part = table.iloc[rows[held]][["subject", "session"]].assign(
                 age=read_numbers(table.iloc[rows[held]], "age"), truth=truth[rows[held]], repeat=repeat
             )
-            for key, entry in entries.items():
-                prediction = entry.model.predict(features(key, entry.columns)[1][rows[held]])
+            for key, predictor in predictors.items():
+                prediction = predictor.model.predict(features(key, predictor.columns)[1][rows[held]])
                 part[key] = prediction
                 if probe.bias_correction:
-                    part[f"{key}{UNBIASED}"] = entry.model.unbiased(prediction)
+                    part[f"{key}{UNBIASED}"] = predictor.model.unbiased(prediction)
             parts.append(part)
         return pd.concat(parts)
 
 
 class PooledFolds:
-    """The test predictions of several runs, each trained without its fold (`data.split.fold`), put together.
+    """The test predictions of several runs, each trained without its fold (`data.split.fold`), scored together.
 
-    Every run has been through `evaluation=[probes]`; its baselines were fitted on the same training scans.
+    Each run must have been through `evaluation=[probes]`, which fitted its baselines on the same training scans.
     """
 
     def __init__(self, probes: Mapping[str, Probe], runs: Sequence[str | Path], resamples: int = 1000):
-        """`runs`: folders runs/<name>, one a fold."""
+        """`runs`: folders runs/<name>, one per fold."""
         self.probes, self.runs, self.resamples = dict(probes or {}), [Path(run) for run in runs], resamples
 
     def __call__(self, context: Context) -> Iterator[tuple[str, float]]:
-        log.info("folds of %d runs, inductive: %s", len(self.runs), SAID["inductive"])
+        log.info("test folds of %d runs, inductive: %s", len(self.runs), REGIME_TEXT["inductive"])
         for name, probe in self.probes.items():
-            found = pd.concat([self._read(run, name) for run in self.runs], join="inner")
-            twice = found.duplicated(["subject", "session"])
-            if twice.any():
+            predictions = pd.concat([self._read(run, name) for run in self.runs], join="inner")
+            repeated = predictions.duplicated(["subject", "session"])
+            if repeated.any():
                 raise UserError(
-                    f"evaluation.folds.runs: {found[twice]['subject'].iloc[0]} is in the test fold of two runs; "
-                    "give each run another data.split.fold"
+                    f"evaluation.folds.runs: {predictions[repeated]['subject'].iloc[0]} is in the test fold of two "
+                    "runs; give each run another data.split.fold"
                 )
-            yield from score_folds(context, name, probe, found.assign(repeat=0), "inductive", self.resamples)
+            yield from score_folds(context, name, probe, predictions.assign(repeat=0), "inductive", self.resamples)
 
     def _read(self, run: Path, name: str) -> pd.DataFrame:
         path = run / "evaluation" / f"{name}_predictions.csv"
@@ -139,37 +135,33 @@ class PooledFolds:
 def score_folds(
     context: Context, name: str, probe: Probe, predictions: pd.DataFrame, regime: str, resamples: int
 ) -> Iterator[tuple[str, float]]:
-    """Metrics of held-out predictions; columns subject, session, age, truth, repeat, and one a predictor."""
-    about = ("subject", "session", "age", "truth", "repeat")
-    keys = [column for column in predictions if column not in about and not column.endswith(UNBIASED)]
+    """Metrics of held-out predictions.
+
+    Args:
+        predictions: columns subject, session, age, truth, repeat; one per predictor, named after it; with a bias
+            correction also `<predictor>:unbiased`.
+    """
+    others = ("subject", "session", "age", "truth", "repeat")
+    keys = [column for column in predictions if column not in others and not column.endswith(UNBIASED)]
     repeats = [part.sort_values(["subject", "session"]) for _, part in predictions.groupby("repeat")]
-    found: dict[str, dict[str, np.ndarray]] = {}
-    for key in keys:
-        parts = []
-        for part in repeats:
-            weights = draw_subject_weights(part["subject"], resamples, context.seed)
-            values = part[key].to_numpy()
-            unbiased = part.get(f"{key}{UNBIASED}", part[key]).to_numpy()
-            parts.append(
-                score_predictor(probe, part["truth"].to_numpy(), values, unbiased, part["age"].to_numpy(), weights)
-            )
-        metrics = set.intersection(*(set(part) for part in parts))
-        found[key] = {metric: np.mean([part[metric] for part in parts], axis=0) for metric in sorted(metrics)}
-    prefix = f"cv/{regime}/"
-    yield from metrics_by_name(found, name, probe, repeats[0], prefix)
+    scores = {key: _mean_scores(context, probe, key, repeats, resamples) for key in keys}
+    prefix, stem = f"cv/{regime}/", f"cv_{regime}_{name}"
+    yield from metrics_by_name(scores, name, probe, repeats[0], prefix)
     yield f"{prefix}probe/{name}/repeats", float(len(repeats))
-    stem = f"cv_{regime}_{name}"
-    with replacing(context.out / f"{stem}_predictions.csv") as temporary:
-        predictions.to_csv(temporary, index=False)
-    truth = repeats[0]["truth"].to_numpy()
+    context.write_csv(f"{stem}_predictions.csv", predictions)
     first = {key: repeats[0][key].to_numpy() for key in keys}
-    if probe.classes is None:
-        figures.draw_scatter(
-            context.out / f"{stem}_scatter.png",
-            probe.column,
-            figures.UNITS.get(probe.column, ""),
-            truth,
-            first[EMBEDDING],
-        )
-    else:
-        figures.draw_roc_curves(context.out / f"{stem}_roc.png", truth, first)
+    draw_predictions(context.out, stem, probe, repeats[0]["truth"].to_numpy(), first)
+
+
+def _mean_scores(
+    context: Context, probe: Probe, key: str, repeats: Sequence[pd.DataFrame], resamples: int
+) -> dict[str, np.ndarray]:
+    """Metrics of one predictor, (1 + R,) each, averaged over the repeats; a metric that a repeat lacks is left out."""
+    scores = []
+    for part in repeats:
+        weights = draw_subject_weights(part["subject"], resamples, context.seed)
+        unbiased = part.get(f"{key}{UNBIASED}", part[key]).to_numpy()
+        truth, age = part["truth"].to_numpy(), part["age"].to_numpy()
+        scores.append(score_predictor(probe, truth, part[key].to_numpy(), unbiased, age, weights))
+    metrics = set.intersection(*(set(found) for found in scores))
+    return {metric: np.mean([found[metric] for found in scores], axis=0) for metric in sorted(metrics)}

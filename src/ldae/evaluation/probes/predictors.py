@@ -1,0 +1,141 @@
+"""Fits and scores the predictors of one probe: the embedding and the baselines, on the same rows.
+
+evaluator.py says what the metrics are called.
+"""
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from ldae.editing.frozen_probes import EMBEDDING, FrozenProbe
+from ldae.evaluation import figures
+from ldae.evaluation.context import Context
+from ldae.evaluation.probes.baselines import REDUCED, Features, read_numbers
+from ldae.evaluation.probes.bootstrap import draw_subject_weights, summarise
+from ldae.evaluation.probes.scores import pearson
+from ldae.evaluation.probes.targets import Probe
+
+log = logging.getLogger(__name__)
+
+UNBIASED = ":unbiased"  # appended to a predictor's name: column of its bias-corrected predictions
+
+
+def fit_predictors(
+    context: Context,
+    probe: Probe,
+    features: Features,
+    truth: np.ndarray,
+    rows: np.ndarray,
+    baselines: Sequence[str],
+    widths: Sequence[int],
+    seed: int,
+) -> dict[str, FrozenProbe]:
+    """The probe of the embedding and the applicable `baselines`, fitted on `rows` only.
+
+    Args:
+        truth: (N,), one label per row of the table.
+        widths: numbers of principal components to choose from.
+    """
+    predictors = {}
+    for name in (EMBEDDING, *baselines):
+        columns, values = features(name)
+        reduced = widths if name in REDUCED else None
+        predictors[name] = FrozenProbe(
+            columns, probe.fit(values[rows], truth[rows], context.subjects(rows), seed, reduced)
+        )
+    return predictors
+
+
+def score_predictors(
+    context: Context,
+    name: str,
+    probe: Probe,
+    predictors: Mapping[str, FrozenProbe],
+    features: Features,
+    truth: np.ndarray,
+    rows: np.ndarray,
+    resamples: int,
+    prefix: str = "",
+) -> Iterator[tuple[str, float]]:
+    """Score the fitted predictors on `rows`; yields their metrics and writes figures and predictions.
+
+    Args:
+        truth: (N,), one label per row of the table.
+        prefix: what the names of metrics begin with.
+    """
+    table = context.table.iloc[rows]
+    predictions: dict[str, np.ndarray] = {}
+    for key, predictor in predictors.items():
+        columns, values = features(key, predictor.columns)
+        if columns and not np.isfinite(values[rows]).any(0).all():
+            log.warning("baseline %s is not computed for %s: the table lacks one of %s", key, name, ", ".join(columns))
+            continue
+        predictions[key] = predictor.model.predict(values[rows])
+    unbiased = {key: predictors[key].model.unbiased(value) for key, value in predictions.items()}
+    age, weights = read_numbers(table, "age"), draw_subject_weights(table["subject"], resamples, context.seed)
+    scores = {
+        key: score_predictor(probe, truth[rows], predictions[key], unbiased[key], age, weights) for key in unbiased
+    }
+    yield from metrics_by_name(scores, name, probe, table, prefix)
+    stem = f"{prefix.replace('/', '_')}{name}"
+    corrected = {f"{key}{UNBIASED}": value for key, value in unbiased.items()} if probe.bias_correction else {}
+    scans = table[["subject", "session"]].assign(age=age, truth=truth[rows])
+    context.write_csv(f"{stem}_predictions.csv", scans.assign(**predictions, **corrected))
+    draw_predictions(context.out, stem, probe, truth[rows], predictions)
+    if probe.classes is not None:
+        file = context.out / f"{stem}_confusion.png"
+        figures.draw_confusion_matrix(file, truth[rows], predictions[EMBEDDING], probe.classes)
+
+
+def score_predictor(
+    probe: Probe, truth: np.ndarray, prediction: np.ndarray, unbiased: np.ndarray, age: np.ndarray, weights: np.ndarray
+) -> dict[str, np.ndarray]:
+    """Every metric of one predictor, (1 + R,) each.
+
+    Args:
+        prediction, unbiased: (N,), before and after the bias correction.
+        weights: (1 + R, N), see bootstrap.py.
+    """
+    scores = probe.scores(truth, prediction, age, weights)
+    if probe.bias_correction:
+        scores["unbiased_mae"] = weights @ np.abs(unbiased - truth) / weights.sum(1)
+        scores["gap_pearson"] = pearson(prediction - truth, truth, weights)
+        scores["unbiased_gap_pearson"] = pearson(unbiased - truth, truth, weights)
+    return scores
+
+
+def metrics_by_name(
+    scores: Mapping[str, Mapping[str, np.ndarray]], name: str, probe: Probe, table: pd.DataFrame, prefix: str = ""
+) -> Iterator[tuple[str, float]]:
+    """Metrics of all predictors with intervals and paired differences, named as evaluator.py says.
+
+    Args:
+        scores: predictor -> metric -> values (1 + R,).
+        table: the rows that were scored.
+    """
+    yield f"{prefix}probe/{name}/scans", float(len(table))
+    yield f"{prefix}probe/{name}/subjects", float(table["subject"].nunique())
+    ours = scores[EMBEDDING]
+    for key, metrics in scores.items():
+        stem = f"{prefix}probe/{name}" if key == EMBEDDING else f"{prefix}baseline/{key}/{name}"
+        for metric, values in metrics.items():
+            yield from summarise(f"{stem}/{metric}", values)
+            if key != EMBEDDING and metric in probe.signs and metric in ours:
+                yield from summarise(f"{stem}/{metric}_difference", probe.signs[metric] * (ours[metric] - values))
+    if {"mean", "volumes"} <= scores.keys() and "mae" in ours:
+        mean, volumes = scores["mean"]["mae"], scores["volumes"]["mae"]
+        yield from summarise(f"{prefix}probe/{name}/mae_share_to_volumes", (mean - ours["mae"]) / (mean - volumes))
+
+
+def draw_predictions(
+    out: Path, stem: str, probe: Probe, truth: np.ndarray, predictions: Mapping[str, np.ndarray]
+) -> None:
+    """`<stem>_roc.png` of all predictors of a class, or `<stem>_scatter.png` of a number predicted from y."""
+    if probe.classes is not None:
+        figures.draw_roc_curves(out / f"{stem}_roc.png", truth, predictions)
+        return
+    unit = figures.UNITS.get(probe.column, "")
+    figures.draw_scatter(out / f"{stem}_scatter.png", probe.column, unit, truth, predictions[EMBEDDING])
