@@ -11,19 +11,19 @@ import pytest
 from click.testing import CliRunner
 
 from ldae.cli import COMMANDS, main
-from ldae.commands.options import numbers
+from ldae.commands.options import parse_numbers
 from ldae.data.transforms import Transform
 from ldae.utils.errors import UserError
 from ldae.utils.resumable_csv import ResumableCsv
 from small_run import small_run
-from test_scan import brain, likeness_of_brains, reoriented
+from test_scan import brain, ood_check_of_brains, reoriented
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """A folder with `runs/small`, two visits, one of them in another orientation, and things that are no scans."""
     folder = tmp_path_factory.mktemp("user")
-    small_run(folder / "runs/small", likeness_of_brains(Transform((8, 8, 8), 9.0)))
+    small_run(folder / "runs/small", ood_check_of_brains(Transform((8, 8, 8), 9.0)))
     nib.save(brain(0), folder / "a.nii.gz")
     nib.save(brain(1), folder / "b.nii.gz")
     nib.save(reoriented(brain(0), "PSR"), folder / "twin.nii.gz")
@@ -173,7 +173,7 @@ def test_a_bad_scan_is_set_aside_and_the_rest_goes_on(ldae, place):
     reasons = {row["path"]: row["reason"] for row in rows(place / "some_rejected.csv")}
     assert "not one 3-D volume" in reasons["four.nii.gz"]
     assert "No such file" in reasons["gone.nii.gz"]
-    assert "unlike the scans" in reasons["head.nii.gz"]
+    assert "out-of-distribution check" in reasons["head.nii.gz"]
     assert ldae("embed", "a.nii.gz", "-o", "some.csv").exit_code == 0
     assert not (place / "some_rejected.csv").exists()
 
@@ -190,19 +190,19 @@ MISTAKES = [
     (["reconstruct", "gone.nii.gz", "-o", "x.nii.gz"], "gone.nii.gz: no such file"),
     (["reconstruct", "four.nii.gz", "-o", "x.nii.gz"], "not one 3-D volume: shape [4, 4, 4, 3]"),
     (["reconstruct", "text.nii.gz", "-o", "x.nii.gz"], "text.nii.gz: unreadable"),
-    (["reconstruct", "a.nii.gz", "-o", "x.png"], "a name ending in .nii.gz or .nii is needed"),
-    (["reconstruct", "a.nii.gz", "-o", "a.nii.gz"], "that is the scan itself"),
+    (["reconstruct", "a.nii.gz", "-o", "x.png"], "give a name that ends in .nii.gz or .nii"),
+    (["reconstruct", "a.nii.gz", "-o", "a.nii.gz"], "is the scan itself"),
     (["reconstruct", "a.nii.gz", "-o", "text.nii.gz/x.nii.gz"], "nothing can be written there (a file is in the way)"),
     (["reconstruct", "-o", "x.nii.gz"], "0 scans were given where one scan is needed"),
-    (["vary", "a.nii.gz", "-o", "b.nii.gz"], "a folder is needed"),
+    (["vary", "a.nii.gz", "-o", "b.nii.gz"], "give the name of a folder"),
     (["vary", "a.nii.gz", "-o", "text.nii.gz/x"], "nothing can be written there (a file is in the way)"),
     (["sample", "-o", "/dev/null/x"], "nothing can be written there (a file is in the way)"),
     (["embed", "a.nii.gz", "-o", "text.nii.gz/y.csv"], "there (a file is in the way)"),
-    (["manipulate", "a.nii.gz", "--direction", "diagnosis", "--alpha", "nan", "-o", "x"], "numbers with commas"),
+    (["manipulate", "a.nii.gz", "--direction", "diagnosis", "--alpha", "nan", "-o", "x"], "numbers separated by commas"),
     (["interpolate", "a.nii.gz", "-o", "x"], "1 scans were given where two scans are needed"),
-    (["interpolate", "a.nii.gz", "b.nii.gz", "--at", "0.5,2", "-o", "x"], "places lie between 0"),
+    (["interpolate", "a.nii.gz", "b.nii.gz", "--at", "0.5,2", "-o", "x"], "positions must be between 0"),
     (["manipulate", "a.nii.gz", "--direction", "sex", "-o", "x"], "no probe or direction 'sex'; it has diagnosis"),
-    (["manipulate", "a.nii.gz", "--direction", "diagnosis", "--alpha", "1;2", "-o", "x"], "numbers with commas"),
+    (["manipulate", "a.nii.gz", "--direction", "diagnosis", "--alpha", "1;2", "-o", "x"], "numbers separated by commas"),
     (["embed", "gone.nii.gz", "-o", "x.csv"], "none of the 1 scans could be embedded"),
 ]
 
@@ -249,9 +249,9 @@ def test_a_table_of_something_else_is_not_overwritten(ldae, place):
 
 
 def test_numbers_say_what_is_wrong():
-    assert numbers("-2,-1,1", "--alpha", "") == [-2, -1, 1]
+    assert parse_numbers("-2,-1,1", "--alpha", "") == [-2, -1, 1]
     with pytest.raises(UserError, match="as in -1,1"):
-        numbers("a", "--alpha", "-1,1")
+        parse_numbers("a", "--alpha", "-1,1")
 
 
 def test_the_script_exits_as_it_should(place):

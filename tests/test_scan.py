@@ -1,4 +1,6 @@
-"""Proves what a scan gets back: its own grid and intensities, its twin's answer, nothing where nothing was changed."""
+"""Tests that results come back on a scan's own grid and intensities, whatever its orientation, and which scans are
+rejected or preprocessed.
+"""
 
 import nibabel as nib
 import numpy as np
@@ -18,7 +20,7 @@ SHAPE = (20, 24, 22)
 
 
 def brain(seed=0, size=0.7, empty=0.0):
-    """A blob with a few random bumps, in RAS at 4 mm, as int16; `empty` is the intensity outside of it."""
+    """An ellipsoid with random bumps, in RAS at 4 mm, int16; `size` is its squared radius, `empty` the background."""
     grid = np.stack(np.meshgrid(*(np.linspace(-1, 1, n) for n in SHAPE), indexing="ij"))
     rng = np.random.default_rng(seed)
     bumps = sum(
@@ -38,22 +40,22 @@ def reoriented(image, axcodes):
     return image.as_reoriented(change)
 
 
-def likeness_of_brains(transform):
+def ood_check_of_brains(transform):
     return OodCheck.fit(torch.from_numpy(transform(brain(seed))) for seed in range(8))
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    likeness = likeness_of_brains(Transform((8, 8, 8), 9.0))
-    return LDAE.load(small_run(tmp_path_factory.mktemp("runs") / "small", likeness), device="cpu")
+    check = ood_check_of_brains(Transform((8, 8, 8), 9.0))
+    return LDAE.load(small_run(tmp_path_factory.mktemp("runs") / "small", check), device="cpu")
 
 
 @pytest.mark.parametrize("axcodes", ["LPI", "PSR", "ASL"])
-def test_a_scan_and_its_twin_in_another_orientation_get_the_same(model, axcodes):
-    """y to the bit; images on their own grids, equal once both are in RAS."""
+def test_results_do_not_depend_on_a_scans_orientation(model, axcodes):
+    """y is bit-equal; images are on the scans' own grids, and equal after reorientation to RAS."""
     scan, twin = model.open(brain()), model.open(reoriented(brain(), axcodes))
     assert torch.equal(model.embed(scan), model.embed(twin))
-    start, edited = model.ladder(scan, "diagnosis", [0.0, 2.0])
+    start, edited = model.manipulate_each(scan, "diagnosis", [0.0, 2.0])
     for mine, other in (
         (scan.restored(edited), twin.restored(edited)),
         (scan.edited(edited, start), twin.edited(edited, start)),
@@ -64,7 +66,7 @@ def test_a_scan_and_its_twin_in_another_orientation_get_the_same(model, axcodes)
         np.testing.assert_allclose(back.get_fdata(), mine.get_fdata(), atol=1e-3)
 
 
-def test_an_edit_that_changes_nothing_gives_the_scan_back(model):
+def test_an_edit_without_change_returns_the_scan(model):
     scan = model.open(brain(empty=3), check=False)
     volume = model.reconstruct(scan)
     same = scan.edited(volume, volume)
@@ -72,8 +74,8 @@ def test_an_edit_that_changes_nothing_gives_the_scan_back(model):
     np.testing.assert_array_equal(same.affine, scan.image.affine)
 
 
-def test_a_change_lands_where_it_was_made_in_the_scans_own_units():
-    """One bright block of the model's space, at the same millimetres of the scan, and nothing elsewhere."""
+def test_a_change_is_at_the_same_place_in_the_scans_own_units():
+    """A brighter block in model space is a brighter block at the same mm of the scan, and nothing else changes."""
     transform = Transform((8, 8, 8), 9.0)
     scan = open_scan(reoriented(brain(), "PSR"), transform)
     before, after = scan.volume, scan.volume.clone()
@@ -88,7 +90,7 @@ def test_a_change_lands_where_it_was_made_in_the_scans_own_units():
     assert np.count_nonzero(np.abs(change) > 1) < 8 * (9 / 4) ** 3 * 4
 
 
-def test_paths_images_and_lists_are_scans_and_tensors_are_not_transformed(model, tmp_path):
+def test_paths_images_and_lists_are_transformed_and_tensors_are_not(model, tmp_path):
     nib.save(brain(), tmp_path / "sub-01_T1w.nii.gz")
     scan = model.open(tmp_path / "sub-01_T1w.nii.gz")
     assert scan.name == "sub-01_T1w"
@@ -100,7 +102,7 @@ def test_paths_images_and_lists_are_scans_and_tensors_are_not_transformed(model,
     assert model.interpolate(brain(), scan, 0.5).shape == scan.volume.shape
 
 
-def test_a_scan_of_four_axes_with_one_volume_keeps_its_shape(model):
+def test_a_scan_with_four_axes_and_one_volume_keeps_its_shape(model):
     image = brain()
     four = nib.Nifti1Image(np.asarray(image.dataobj)[..., None], image.affine)
     scan = model.open(four)
@@ -108,12 +110,14 @@ def test_a_scan_of_four_axes_with_one_volume_keeps_its_shape(model):
     assert scan.edited(scan.volume, scan.volume).shape == (*SHAPE, 1)
 
 
-def test_scans_unlike_the_training_scans_are_refused_with_the_reason(model, tmp_path):
-    """Other brains of the kind pass; a head that fills the field of view, and a brain that lies elsewhere, do not."""
+def test_scans_that_fail_the_out_of_distribution_check_are_rejected_with_the_reason(model, tmp_path):
+    """Further brains pass; a head that fills the field of view and a brain at another place do not."""
     for seed in range(20, 30):
         model.open(brain(seed))
     nib.save(brain(size=3.0), tmp_path / "head.nii.gz")
-    with pytest.raises(BadScan, match=r"head.nii.gz: unlike the scans .* of its field of view is not background"):
+    with pytest.raises(
+        BadScan, match=r"head.nii.gz: rejected by the out-of-distribution check: .* of its field of view is foreground"
+    ):
         model.open(tmp_path / "head.nii.gz")
     data = np.roll(np.asarray(brain().dataobj), 6, axis=1)
     with pytest.raises(BadScan, match="correlates"):
@@ -122,7 +126,7 @@ def test_scans_unlike_the_training_scans_are_refused_with_the_reason(model, tmp_
 
 
 def doubled():
-    """A "head", twice as wide as its brain; and steps that cut the brain out, twice as bright, and the way back."""
+    """A "head" twice as wide as its brain, and a preprocessing that crops it to the brain and doubles intensities."""
     head = np.zeros((40, 24, 22), np.int16)
     head[20:] = np.asarray(brain().dataobj) // 2
 
@@ -132,11 +136,11 @@ def doubled():
     return nib.Nifti1Image(head, brain().affine), crop
 
 
-def test_an_unlike_scan_is_preprocessed_and_comes_back_on_its_own_grid_in_its_own_intensities(model, caplog):
+def test_a_preprocessed_scan_comes_back_on_its_own_grid_and_intensities(model, caplog):
     image, crop = doubled()
     head = image.get_fdata()
     scan = open_scan(image, model.transform, model.ood_check, crop)
-    assert "unlike" in caplog.text
+    assert "rejected by the out-of-distribution check" in caplog.text
     plain = model.open(brain())
     torch.testing.assert_close(scan.volume, plain.volume)
     change = scan.edited(scan.volume + 0.1, scan.volume).get_fdata() - head
@@ -147,30 +151,33 @@ def test_an_unlike_scan_is_preprocessed_and_comes_back_on_its_own_grid_in_its_ow
     np.testing.assert_array_equal(scan.edited(scan.volume, scan.volume).get_fdata(), head)
     restored = scan.restored(scan.volume).get_fdata()[20:]
     np.testing.assert_allclose(restored, 0.5 * plain.restored(scan.volume).get_fdata(), atol=1e-3)
-    with pytest.raises(BadScan, match=r"unlike .* even after preprocessing"):
+    with pytest.raises(BadScan, match=r"rejected by .*, even after preprocessing"):
         open_scan(image, model.transform, model.ood_check, lambda source: PreprocessedImage(image, lambda array: array))
 
 
-def test_preprocessing_can_be_asked_for_and_forbidden(model, monkeypatch):
-    """Where it is not known that the training scans were preprocessed, it must be asked for."""
+def test_preprocessing_is_automatic_always_or_never(model, monkeypatch):
+    """It is automatic only if the training scans are known to have been preprocessed."""
     image, crop = doubled()
     monkeypatch.setattr(TrainingPreprocessing, "__call__", lambda self, source: crop(source))
     monkeypatch.setattr(model, "preprocess", TrainingPreprocessing(model.transform))
-    with pytest.raises(BadScan, match="unlike"):
+    with pytest.raises(BadScan, match="out-of-distribution"):
         model.open(image)
-    y = model.embed(model.open(image, preprocess=True))
+    y = model.embed(model.open(image, preprocess="always"))
+    assert torch.equal(model.embed(model.open(image, preprocess=True)), y)
     monkeypatch.setattr(model, "preprocess", TrainingPreprocessing(model.transform, affine=np.eye(4)))
     assert torch.equal(model.embed(image), y)
-    with pytest.raises(BadScan, match="unlike"):
-        model.open(image, preprocess=False)
+    with pytest.raises(BadScan, match="out-of-distribution"):
+        model.open(image, preprocess="never")
     monkeypatch.setattr(model, "preprocess", None)
-    with pytest.raises(BadScan, match="unlike"):
+    with pytest.raises(BadScan, match="out-of-distribution"):
         model.embed(image)
     with pytest.raises(UserError, match="without preprocessing"):
-        model.open(image, preprocess=True)
+        model.open(image, preprocess="always")
+    with pytest.raises(UserError, match="auto, always or never"):
+        model.open(image, preprocess="sometimes")
 
 
-def test_likeness_survives_being_written_and_says_so_where_it_is_damaged(model):
+def test_an_out_of_distribution_check_reads_back_as_it_was_written(model):
     stored = model.ood_check.to_dict()
     again = OodCheck.from_dict(stored)
     np.testing.assert_array_equal(again.mean, model.ood_check.mean)
@@ -180,7 +187,7 @@ def test_likeness_survives_being_written_and_says_so_where_it_is_damaged(model):
     assert OodCheck.fit([]) is None
 
 
-def test_a_volume_of_nobody_has_axes_voxels_and_a_middle():
+def test_a_sampled_volume_has_the_axes_voxel_size_and_centre_of_model_space():
     image = nifti_in_model_space(torch.rand(1, 8, 10, 12), Transform((8, 10, 12), 1.5, orientation="LAS"))
     assert "".join(nib.aff2axcodes(image.affine)) == "LAS"
     np.testing.assert_allclose(nib.affines.voxel_sizes(image.affine), 1.5)
@@ -188,13 +195,13 @@ def test_a_volume_of_nobody_has_axes_voxels_and_a_middle():
     np.testing.assert_array_equal(reorient_to_ras(image.get_fdata(), "LAS"), image.get_fdata()[::-1])
 
 
-def test_names_lose_folder_and_ending():
+def test_a_scans_name_has_neither_folder_nor_ending():
     assert scan_name("a.b/sub-01_ses-M00.5_T1w.nii.gz") == "sub-01_ses-M00.5_T1w"
     assert scan_name("x.mgz") == "x"
     assert scan_name(brain()) == "scan"
 
 
-def test_reduced_precision_changes_little_and_comes_back_in_float32(model):
+def test_reduced_precision_changes_y_slightly_and_returns_float32(model):
     coarse = LDAE.load(model.bundle.networks["unet"].file.parents[2], device="cpu", dtype=torch.bfloat16)
     y, exact = coarse.embed(brain()), model.embed(brain())
     assert y.dtype == torch.float32

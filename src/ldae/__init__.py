@@ -1,13 +1,16 @@
 """Latent Diffusion Autoencoders for 3D brain MRI."""
 
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ldae.pipeline import LDAE
 
 __version__ = "0.1.0"
 __all__ = ["LDAE", "__version__"]
 
 
-def __getattr__(name: str) -> Any:
-    # torch and monai take seconds to import: `ldae --help` must not wait for them.
+def __getattr__(name: str) -> type:
+    # torch and MONAI take seconds to import; `ldae --help` does not need them.
     if name == "LDAE":
         from ldae.pipeline import LDAE
 

@@ -1,4 +1,4 @@
-"""The console script `ldae`, for people with scans rather than experiments: its commands are in ldae/commands/."""
+"""The console script `ldae`, which applies trained models to scans. Its commands are in ldae/commands/."""
 
 import errno
 import logging
@@ -25,14 +25,14 @@ COMMANDS = (
 
 
 class _Group(click.Group):
-    """A user's mistake ends in one line and exit code 2; commands are listed in the order of their use."""
+    """Ends a user's mistake in one line and exit status 2, and lists commands in the order of their use."""
 
     def invoke(self, ctx: click.Context) -> object:
         try:
             return super().invoke(ctx)
         except UserError as error:
             click.echo(f"ldae: {error}", err=True)
-        except OSError as error:  # a disk that is full or cannot be written, a file that vanished
+        except OSError as error:  # a disk that is full or not writable, a file that was deleted
             if error.errno == errno.EPIPE:  # `ldae ... | head`
                 raise
             click.echo(f"ldae: {error.filename or 'cannot write'}: {error.strerror or error}", err=True)
@@ -47,7 +47,7 @@ class _Group(click.Group):
 def main() -> None:
     """Latent Diffusion Autoencoders for 3D brain MRI.
 
-    A scan is a NIfTI; the model is a run (--run NAME) or a bundle (--bundle DIR). `ldae COMMAND -h` says more.
+    A scan is a NIfTI; the model is a run (--run NAME) or a bundle (--bundle DIR). See also `ldae COMMAND -h`.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
 

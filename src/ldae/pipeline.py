@@ -321,13 +321,18 @@ class LDAE:
         direction: str | EditDirection,
         alphas: Sequence[float],
         seed: int = 0,
+        y: Tensor | None = None,
         **settings: Unpack[EditSettings],
     ) -> Iterator[Tensor]:
-        """`manipulate` with each of `alphas`; the scan is embedded and inverted only once."""
+        """`manipulate` with each of `alphas`; the scan is inverted only once.
+
+        Args:
+            y: semantic vectors of `x`, if they are known already.
+        """
         direction = self.direction(direction) if isinstance(direction, str) else direction
         editor = self.readouts.editor.with_settings(**settings)
         x = self.volumes(x)
-        y = self.embed(x)
+        y = self.embed(x) if y is None else y
         code = editor.invert(self, self.compress(x), y, seed, range(len(y)))
         for alpha in alphas:
             yield editor.decode(self, code, direction.edit(y, alpha))

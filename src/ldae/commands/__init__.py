@@ -1,1 +1,1 @@
-"""The commands of the console script `ldae`, one a file. Slow imports stay inside them, so that --help is quick."""
+"""The commands of the console script `ldae`, one per file. Slow imports are inside the functions: --help is quick."""

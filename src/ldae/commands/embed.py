@@ -1,50 +1,47 @@
-"""`ldae embed`: y of scans, as a table that grows."""
+"""`ldae embed`: y of scans, as a table."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Unpack
 
 import click
 
 from ldae.commands.options import (
-    expand_scans,
+    ModelOptions,
+    check_table_path,
     load_model,
     model_options,
     output_option,
+    preprocess_options,
     scans_argument,
-    table_path,
-    unlike_options,
 )
 from ldae.utils.errors import UserError
 
-SOME_FAILED = 1  # exit status where some scans were set aside
+if TYPE_CHECKING:
+    from ldae.pipeline import LDAE
+
+SOME_REJECTED = 1  # exit status
 
 
 @click.command()
 @scans_argument("SCANS...")
-@output_option("The table: path, key, y000, y001, ..., a row a scan.")
-@unlike_options
+@output_option("The table: path, key, y000, y001, ..., one row per scan.")
+@preprocess_options
 @model_options
-def embed(
-    scans: tuple[Path, ...], inputs: tuple[Path, ...], output: Path, force: bool, preprocess: bool | None, **model: Any
-) -> None:
+def embed(paths: list[Path], output: Path, force: bool, preprocess: bool | None, **model: Unpack[ModelOptions]) -> None:
     """Compute y, the semantic vector, of scans.
 
-    Rows that OUTPUT has already, of the same scan and the same model, are kept: the same command again goes on where it
-    stopped. A scan that cannot be used is set aside with the reason, in OUTPUT's name with `_rejected`, and the rest
-    goes on; the exit status is then 1.
+    Rows of OUTPUT that belong to the same scan and the same model are kept: the same command again continues where it
+    stopped. A scan that cannot be used is written with the reason to a second table, OUTPUT's name with `_rejected`,
+    and the exit status is then 1.
     """
-    paths = list(dict.fromkeys(expand_scans(scans, inputs)))
-    output = table_path(output)
+    paths = list(dict.fromkeys(paths))
+    check_table_path(output)
     ldae = load_model(**model)
     from tqdm import tqdm
 
     from ldae.utils.resumable_csv import ResumableCsv, content_key
 
-    identity = f"{ldae.bundle.weights_hash}{ldae.transform.key()}"
-    if str(ldae.dtype) != "torch.float32":  # whose last digits are others
-        identity += str(ldae.dtype)
-    if force or preprocess is not None:  # another y, where the scan is unlike the training scans
-        identity += f"{force}{preprocess}"
+    identity = _model_identity(ldae, force, preprocess)
     columns = [f"y{index:03d}" for index in range(ldae.encoder.dim)]
     rejected: list[tuple[str, str]] = []
     with ResumableCsv.open(output, columns) as table:
@@ -57,18 +54,28 @@ def embed(
             except (UserError, OSError) as error:
                 reason = getattr(error, "reason", None) or getattr(error, "strerror", None) or str(error)
                 rejected.append((str(path), reason))
-                tqdm.write(f"set aside: {path}: {reason}", file=click.get_text_stream("stderr"))
+                tqdm.write(f"rejected: {path}: {reason}", file=click.get_text_stream("stderr"))
     _write_rejected(output, rejected)
     if len(rejected) == len(paths):
         raise UserError(f"none of the {len(paths)} scans could be embedded; the first: {': '.join(rejected[0])}")
     click.echo(output)
     if rejected:
-        click.echo(f"ldae: {len(rejected)} of {len(paths)} scans were set aside", err=True)
-        raise SystemExit(SOME_FAILED)
+        click.echo(f"ldae: {len(rejected)} of {len(paths)} scans were rejected", err=True)
+        raise SystemExit(SOME_REJECTED)
+
+
+def _model_identity(ldae: "LDAE", force: bool, preprocess: bool | None) -> str:
+    """Everything other than the scan that y depends on; rows with another identity are computed again."""
+    identity = f"{ldae.bundle.weights_hash}{ldae.transform.key()}"
+    if str(ldae.dtype) != "torch.float32":  # its last digits
+        identity += str(ldae.dtype)
+    if force or preprocess is not None:  # for scans that fail the out-of-distribution check
+        identity += f"{force}{preprocess}"
+    return identity
 
 
 def _write_rejected(output: Path, rejected: list[tuple[str, str]]) -> None:
-    """Beside `output`; an old one is removed where nothing was set aside."""
+    """Write the table of rejected scans beside `output`, or remove an earlier one if no scan was rejected."""
     import csv
 
     from ldae.utils.files import replacing

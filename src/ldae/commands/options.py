@@ -1,10 +1,11 @@
-"""Options that commands share, and how they become a model and scans."""
+"""Options that several commands share, and the checks of what they are given."""
 
+import functools
 import math
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypedDict, Unpack
 
 import click
 
@@ -13,12 +14,14 @@ from ldae.utils.errors import UserError
 if TYPE_CHECKING:
     from ldae.pipeline import LDAE
 
-INPUT = "A scan, one 3-D volume: .nii, .nii.gz, .mgz. The same as naming it without -i."
 PATH = click.Path(path_type=Path)
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
+Decorator = Callable[[Callable], Callable]
 
 
-def _together(*decorators: Callable) -> Callable:
+def _together(*decorators: Decorator) -> Decorator:
+    """Several click decorators as one."""
+
     def decorate(command: Callable) -> Callable:
         for decorator in reversed(decorators):
             command = decorator(command)
@@ -28,70 +31,81 @@ def _together(*decorators: Callable) -> Callable:
 
 
 model_options = _together(
-    click.option("--run", metavar="NAME", help="The model: a run below --runs."),
+    click.option("--run", metavar="NAME", help="The model: a run in --runs."),
     click.option("--runs", type=PATH, default="runs", show_default=True, help="Folder of runs."),
-    click.option("--bundle", type=PATH, metavar="DIR", help="The model: a folder that `ldae export` wrote."),
-    click.option("--device", metavar="NAME", help="cpu, cuda, cuda:1, ...; default: a GPU where there is one."),
+    click.option("--bundle", type=PATH, metavar="DIR", help="The model: a folder written by `ldae export`."),
+    click.option("--device", metavar="NAME", help="cpu, cuda, cuda:1, ...; default: a GPU if there is one."),
     click.option(
         "--precision",
         type=click.Choice(PRECISIONS),
         default=PRECISIONS[0],
         show_default=True,
-        help="Of the networks; auto: bfloat16 on a GPU that computes in it, otherwise float32.",
+        help="Precision of the networks; auto: bfloat16 on a GPU that supports it, otherwise float32.",
     ),
 )
 steps_option = click.option(
-    "--steps", type=click.IntRange(1), help="Of inversion and of decoding each; default: the model's."
+    "--steps", type=click.IntRange(1), help="Number of steps of inversion and of decoding; default: the model's."
 )
-unlike_options = _together(
+preprocess_options = _together(
     click.option(
         "--preprocess/--no-preprocess",
         default=None,
-        help="Make a scan as the training scans were made, or never. Default: where it is unlike them.",
+        help="Always or never run the training preprocessing. Default: if a scan fails the out-of-distribution check.",
     ),
     click.option(
         "--force",
         is_flag=True,
-        help="Take scans unlike the training scans as they are. What comes out then means little.",
+        help="Skip the out-of-distribution check. Results for scans that fail it are not meaningful.",
     ),
 )
-seed_option = click.option("--seed", type=int, default=0, show_default=True, help="Of the random codes.")
+seed_option = click.option("--seed", type=int, default=0, show_default=True, help="Seed of the random noise.")
 
 
-def scans_argument(names: str) -> Callable:
-    """Scans as arguments, or each after an -i."""
-    return _together(
-        click.argument("scans", metavar=names, nargs=-1, type=PATH),
-        click.option("-i", "--input", "inputs", multiple=True, type=PATH, metavar="SCAN", help=INPUT),
-    )
+def scans_argument(names: str, count: int | None = None) -> Decorator:
+    """Scans as arguments or after -i each, passed to the command as `paths`; `count` of them (None: one or more)."""
+
+    def decorate(command: Callable) -> Callable:
+        @functools.wraps(command)
+        def run(scans: tuple[Path, ...], inputs: tuple[Path, ...], **options: object) -> None:
+            paths = [*scans, *inputs]
+            needed = {None: "at least one scan is", 1: "one scan is", 2: "two scans are"}[count]
+            if not paths or (count is not None and len(paths) != count):
+                raise UserError(f"{len(paths)} scans were given where {needed} needed")
+            command(paths=paths, **options)
+
+        return _together(
+            click.argument("scans", metavar=names, nargs=-1, type=PATH),
+            click.option(
+                "-i", "--input", "inputs", multiple=True, type=PATH, metavar="SCAN",
+                help="A scan: one 3-D volume in .nii, .nii.gz or .mgz. The same as naming it without -i.",
+            ),
+        )(run)  # fmt: skip
+
+    return decorate
 
 
-def output_option(what: str) -> Callable:
-    """Where results go."""
+def output_option(what: str) -> Decorator:
+    """Where results are written."""
     return click.option("-o", "--output", required=True, type=PATH, help=what)
 
 
-def expand_scans(scans: Sequence[Path], inputs: Sequence[Path], count: int | None = None) -> list[Path]:
-    """The scans that were named, of which `count` are due (None: any number).
+class ModelOptions(TypedDict):
+    """The values of `model_options`."""
+
+    run: str | None
+    runs: Path
+    bundle: Path | None
+    device: str | None
+    precision: str
+
+
+def load_model(**options: Unpack[ModelOptions]) -> "LDAE":
+    """Load the model that --run or --bundle names.
 
     Raises:
-        UserError: there are more or fewer.
+        UserError: both or neither are given, the device or the precision is not available, or see LDAE.load.
     """
-    found = [*scans, *inputs]
-    due = {None: "at least one scan is", 1: "one scan is", 2: "two scans are"}[count]
-    if not found or (count is not None and len(found) != count):
-        raise UserError(f"{len(found)} scans were given where {due} needed")
-    return found
-
-
-def load_model(
-    run: str | None, runs: Path, bundle: Path | None, device: str | None, precision: str, **options: Any
-) -> "LDAE":
-    """The model that --run or --bundle names, in the precision that --precision asks for.
-
-    Raises:
-        UserError: both or neither are given, or see LDAE.load; or there is no such device, or it lacks the precision.
-    """
+    run, bundle, device = options["run"], options["bundle"], options["device"]
     if (run is None) == (bundle is None):
         raise UserError("name one model: --run NAME or --bundle DIR")
     from ldae.bundle.description import DESCRIPTION
@@ -102,8 +116,8 @@ def load_model(
         raise UserError(f"{bundle} is no bundle: it has no {DESCRIPTION}; for a run give --run NAME --runs DIR")
     _check_device(device)
     set_up_backends()
-    dtype = console_dtype(precision, device)
-    return LDAE.load(bundle if bundle is not None else run, runs=runs, device=device, dtype=dtype, **options)
+    dtype = console_dtype(options["precision"], device)
+    return LDAE.load(run if bundle is None else bundle, runs=options["runs"], device=device, dtype=dtype)
 
 
 def _check_device(name: str | None) -> None:
@@ -115,11 +129,11 @@ def _check_device(name: str | None) -> None:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"--device {name}: it is not there ({reason}); leave it out to use what is") from error
+        raise UserError(f"--device {name} is not available ({reason}); leave it out to use what is") from error
 
 
-def numbers(text: str, option: str, example: str) -> list[float]:
-    """Numbers with commas between them.
+def parse_numbers(text: str, option: str, example: str) -> list[float]:
+    """Numbers separated by commas.
 
     Raises:
         UserError: something else.
@@ -129,51 +143,53 @@ def numbers(text: str, option: str, example: str) -> list[float]:
     except ValueError:
         found = [math.nan]
     if not all(map(math.isfinite, found)):
-        raise UserError(f"{option} {text!r}: numbers with commas are needed, as in {example}")
+        raise UserError(f"{option} {text!r}: give numbers separated by commas, as in {example}")
     return found
 
 
-def image_path(path: Path, scan: Path) -> Path:
-    """`path`, if a NIfTI can be written there; said before any work.
+def format_signed(value: float) -> str:
+    """A number with its sign, for file names: +0.5, -2."""
+    return f"{value:+g}"
+
+
+def check_image_path(path: Path, scan: Path) -> None:
+    """Refuse a path at which no NIfTI can be written, before any computation.
 
     Raises:
-        UserError: its name does not end as a NIfTI's, it is `scan` itself, or nothing can be written there.
+        UserError: its name does not end as a NIfTI's, it is the scan itself, or nothing can be written there.
     """
     if not path.name.endswith((".nii", ".nii.gz")):
-        raise UserError(f"-o {path}: a name ending in .nii.gz or .nii is needed")
+        raise UserError(f"-o {path}: give a name that ends in .nii.gz or .nii")
     if path.is_dir():
-        raise UserError(f"-o {path}: a file is needed, and this is a folder")
+        raise UserError(f"-o {path} is a folder: give the name of a file")
     if path.exists() and scan.exists() and path.samefile(scan):
-        raise UserError(f"-o {path}: that is the scan itself: choose another name")
-    _ready(path.parent, path)
-    return path
+        raise UserError(f"-o {path} is the scan itself: choose another name")
+    _check_writable(path.parent, path)
 
 
-def table_path(path: Path) -> Path:
-    """`path`, if a table can be written there; said before any work.
+def check_table_path(path: Path) -> None:
+    """Refuse a path at which no table can be written, before any computation.
 
     Raises:
         UserError: it is a folder, or nothing can be written there.
     """
     if path.is_dir():
-        raise UserError(f"-o {path}: a file is needed, such as y.csv")
-    _ready(path.parent, path)
-    return path
+        raise UserError(f"-o {path} is a folder: give the name of a file, such as y.csv")
+    _check_writable(path.parent, path)
 
 
-def folder_path(path: Path) -> Path:
-    """`path`, if it is or can become a folder that can be written to; said before any work.
+def check_folder_path(path: Path) -> None:
+    """Refuse a path that is not and cannot become a writable folder, before any computation.
 
     Raises:
-        UserError: a file is in the way, it is meant as one, or nothing can be written there.
+        UserError: it is a file, it is named like one, or nothing can be written there.
     """
     if path.is_file() or path.name.endswith((".nii", ".nii.gz")):
-        raise UserError(f"-o {path}: a folder is needed, several images are written")
-    _ready(path, path)
-    return path
+        raise UserError(f"-o {path}: give the name of a folder, several images are written")
+    _check_writable(path, path)
 
 
-def _ready(folder: Path, given: Path) -> None:
+def _check_writable(folder: Path, given: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -182,8 +198,3 @@ def _ready(folder: Path, given: Path) -> None:
         blocked = isinstance(error, FileExistsError | NotADirectoryError)
         reason = "a file is in the way" if blocked else error.strerror
         raise UserError(f"-o {given}: nothing can be written there ({reason})") from error
-
-
-def said(value: float) -> str:
-    """A number in a file's name, with its sign: +0.5, -2."""
-    return f"{value:+g}"

@@ -1,4 +1,4 @@
-"""`ldae phantom`: a cohort of nobody."""
+"""`ldae phantom`: a synthetic cohort."""
 
 from pathlib import Path
 
@@ -11,22 +11,22 @@ from ldae.utils.errors import UserError
 
 @click.command()
 @click.option("-n", "--subjects", default=300, show_default=True, type=click.IntRange(1), help="Number of subjects.")
-@click.option("--seed", default=7, show_default=True, help="The cohort is a function of its seed.")
-@output_option("Folder for NIfTIs and scans.csv.")
+@click.option("--seed", default=7, show_default=True, help="Seed; the same seed gives the same cohort.")
+@output_option("Folder for the NIfTIs and scans.csv.")
 @click.option("--spacing", default=SPACING, show_default=True, type=click.FloatRange(0.5, 20), help="Voxel size in mm.")
 @click.option("--shape", default=",".join(map(str, SHAPE)), show_default=True, help="Voxels along X,Y,Z.")
-@click.option("-j", "--workers", default=None, type=click.IntRange(1), help="Processes; default: one a core.")
+@click.option("-j", "--workers", default=None, type=click.IntRange(1), help="Processes; default: one per core.")
 def phantom(subjects: int, seed: int, output: Path, spacing: float, shape: str, workers: int | None) -> None:
-    """Make a cohort of brain phantoms: T1w NIfTIs, label maps and a table with the true volumes."""
+    """Make a synthetic cohort of brain phantoms: T1w NIfTIs, label maps and a table with the true volumes."""
     from ldae.data.phantom import make_cohort
 
-    table = make_cohort(output, subjects, seed, spacing, _triple(shape), workers=workers)
+    table = make_cohort(output, subjects, seed, spacing, _parse_shape(shape), workers=workers)
     click.echo(table)
 
 
-def _triple(text: str) -> tuple[int, int, int]:
+def _parse_shape(text: str) -> tuple[int, int, int]:
     try:
         x, y, z = (int(part) for part in text.split(","))
     except ValueError:
-        raise UserError(f"--shape {text!r}: three whole numbers with commas are needed, as in 32,40,32") from None
+        raise UserError(f"--shape {text!r}: give three whole numbers separated by commas, as in 32,40,32") from None
     return x, y, z

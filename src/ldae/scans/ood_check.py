@@ -1,9 +1,9 @@
-"""What the scans that a model was trained on look like, so that others are not taken for them.
+"""Out-of-distribution check: is a scan prepared as the training scans were?
 
-A raw head given to a model of registered, skull-stripped brains would be embedded and edited without complaint, and
-every number would be wrong. Two numbers tell: the share of voxels that are not background, and the correlation with
-the training scans' mean, both on a coarse grid. How much the training scans differ among themselves says how much is
-too much: cohorts of unregistered heads allow more than registered ones.
+A model of registered, skull-stripped brains would embed and edit a raw head without complaint, and every number would
+be wrong. Two numbers on a coarse grid detect this: the share of foreground voxels, and the correlation with the mean
+training scan. Their limits follow from how much the training scans differ from each other: a cohort of unregistered
+heads gets wider limits than a registered one.
 """
 
 import base64
@@ -17,20 +17,21 @@ from torch.nn.functional import adaptive_avg_pool3d
 
 from ldae.utils.errors import UserError
 
-COARSE = 16  # cells along an axis, at most
-FOREGROUND = 0.1  # of the intensity range; below it is background
-MARGIN = 3.0  # times the distance of the training scans' extreme from their median
-MAX_SCANS = 2000  # scans that are looked at, at most
+COARSE_CELLS = 16  # at most, along each axis
+FOREGROUND = 0.1  # of the intensity range; voxels below are background
+MARGIN = 3.0  # a limit lies this many times as far from the median as the most extreme training scan
+MIN_SCANS = 4  # fewer say nothing about others
+MAX_SCANS = 2000  # training scans that are measured, at most
 
 
 @dataclass(frozen=True)
 class OodCheck:
-    """Of the training scans.
+    """Limits that a scan must meet, measured on the training scans.
 
     Attributes:
-        mean: (x, y, z) their mean on the coarse grid, in [0, 1].
-        correlation: lowest that is accepted.
-        foreground: lowest and highest share that is accepted.
+        mean: (x, y, z), mean training scan on the coarse grid, in [0, 1].
+        correlation: lowest accepted correlation with it.
+        foreground: lowest and highest accepted share of foreground voxels.
     """
 
     mean: np.ndarray
@@ -39,33 +40,33 @@ class OodCheck:
 
     @classmethod
     def fit(cls, volumes: Iterable[torch.Tensor]) -> "OodCheck | None":
-        """From volumes (1, X, Y, Z) in [0, 1]; None of fewer than four: they say nothing about others."""
-        found = [(_coarse(volume), _foreground(volume)) for volume in volumes]
-        if len(found) < 4:
+        """Measure training volumes (1, X, Y, Z) in [0, 1]; None if there are fewer than MIN_SCANS."""
+        measured = [(_coarse(volume), _foreground_share(volume)) for volume in volumes]
+        if len(measured) < MIN_SCANS:
             return None
-        coarse, shares = np.stack([item[0] for item in found]), np.array([item[1] for item in found])
+        coarse, shares = np.stack([volume for volume, _ in measured]), np.array([share for _, share in measured])
         mean, count = coarse.mean(0), len(coarse)
-        # Each scan against the mean of the others, as a new one will be.
+        # Each scan is compared with the mean of the others, as a new scan will be.
         others = [(count * mean - volume) / (count - 1) for volume in coarse]
-        fits = np.array([_correlation(*pair) for pair in zip(coarse, others, strict=True)])
-        low, high = _bounds(shares)
-        return cls(_stored(mean), _bounds(fits)[0], (max(low, 0.0), min(high, 1.0)))
+        correlations = np.array([_correlation(*pair) for pair in zip(coarse, others, strict=True)])
+        low, high = _limits(shares)
+        return cls(_rounded(mean), _limits(correlations)[0], (max(low, 0.0), min(high, 1.0)))
 
     def reason_rejected(self, volume: torch.Tensor) -> str | None:
-        """Why a volume (1, X, Y, Z) cannot be a scan like those, or None."""
-        share, (low, high) = _foreground(volume), self.foreground
+        """Reason a volume (1, X, Y, Z) is rejected, or None."""
+        share, (low, high) = _foreground_share(volume), self.foreground
         if not low <= share <= high:
+            return f"{share:.0%} of its field of view is foreground, {low:.0%} to {high:.0%} is expected"
+        correlation = _correlation(_coarse(volume), self.mean)
+        if correlation < self.correlation:
             return (
-                f"{share:.0%} of its field of view is not background, where the training scans allow {low:.0%} to "
-                f"{high:.0%}"
+                f"it correlates {correlation:.2f} with the mean training scan, at least {self.correlation:.2f} is "
+                "expected"
             )
-        fit = _correlation(_coarse(volume), self.mean)
-        if fit < self.correlation:
-            return f"it correlates {fit:.2f} with the mean training scan, where at least {self.correlation:.2f} is due"
         return None
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON values; the mean as bytes in base64."""
+        """As JSON values, the mean as bytes in base64."""
         values = np.rint(255 * self.mean).astype(np.uint8)
         return {
             "correlation": self.correlation,
@@ -83,31 +84,34 @@ class OodCheck:
         """
         try:
             mean = np.frombuffer(base64.b64decode(value["mean"]), np.uint8).reshape(value["shape"]) / 255
-            low, high = (float(bound) for bound in value["foreground"])
+            low, high = (float(limit) for limit in value["foreground"])
             return cls(mean, float(value["correlation"]), (low, high))
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"the likeness of this model is damaged ({error}): encode or export it again") from error
+            raise UserError(
+                f"the out-of-distribution check of this model is damaged ({error}): encode or export it again"
+            ) from error
 
 
-def _bounds(values: np.ndarray) -> tuple[float, float]:
-    middle = np.median(values)
+def _limits(values: np.ndarray) -> tuple[float, float]:
+    """Lowest and highest accepted value."""
+    median = np.median(values)
     return (
-        float(middle - MARGIN * (middle - values.min())),
-        float(middle + MARGIN * (values.max() - middle)),
+        float(median - MARGIN * (median - values.min())),
+        float(median + MARGIN * (values.max() - median)),
     )
 
 
-def _stored(mean: np.ndarray) -> np.ndarray:
-    """As `to_dict` keeps it, so that a model says the same before and after it is written."""
+def _rounded(mean: np.ndarray) -> np.ndarray:
+    """Rounded as `to_dict` stores it, so that a check decides alike before and after it is stored."""
     return np.rint(255 * mean) / 255
 
 
 def _coarse(volume: torch.Tensor) -> np.ndarray:
-    sizes = tuple(min(size, COARSE) for size in volume.shape[1:])
+    sizes = tuple(min(size, COARSE_CELLS) for size in volume.shape[1:])
     return adaptive_avg_pool3d(volume.float(), sizes)[0].numpy().astype(np.float64)
 
 
-def _foreground(volume: torch.Tensor) -> float:
+def _foreground_share(volume: torch.Tensor) -> float:
     return float((volume > FOREGROUND).float().mean())
 
 
