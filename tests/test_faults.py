@@ -144,22 +144,29 @@ def test_our_own_faults_keep_their_traceback() -> None:
     assert explain(FileNotFoundError(errno.ENOENT, "No such file", "x")) is None
 
 
-def test_a_folder_has_one_writer(tmp_path: Path) -> None:
-    with lock_folder(tmp_path), pytest.raises(UserError, match="another process writes to"), lock_folder(tmp_path):
+def test_a_locked_folder_is_refused_and_unlocked_again(tmp_path: Path) -> None:
+    line = rf"another process writes to {tmp_path} \(process {os.getpid()} on .*\): wait for it"
+    with lock_folder(tmp_path), pytest.raises(UserError, match=line), lock_folder(tmp_path):
         pass
-    (tmp_path / ".lock").write_text("")
-    with lock_folder(tmp_path):
-        assert (tmp_path / ".lock").read_text()
+    with lock_folder(tmp_path), lock_folder(tmp_path, active=False):
+        pass
 
 
-def test_a_dead_holder_on_another_host_is_waited_for_and_a_living_one_refused(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("ldae.utils.locks.DEAD", 0.2)
-    (tmp_path / ".lock").write_text("elsewhere 17")
-    with lock_folder(tmp_path):
+def _hold(folder: Path) -> None:
+    with lock_folder(folder):
+        (folder / "held").touch()
+        time.sleep(600)
+
+
+def test_the_lock_of_a_killed_process_is_free(tmp_path: Path) -> None:
+    process = start_process(_hold, tmp_path)
+    end = time.monotonic() + 60
+    while not (tmp_path / "held").exists():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    with pytest.raises(UserError, match=rf"process {process.pid} on"), lock_folder(tmp_path):
         pass
-    monkeypatch.setattr("ldae.utils.locks.DEAD", 60.0)
-    monkeypatch.setattr("ldae.utils.locks.BEAT", 0.05)
-    (tmp_path / ".lock").write_text("elsewhere 17")
-    monkeypatch.setattr("time.sleep", lambda _: (tmp_path / ".lock").touch())
-    with pytest.raises(UserError, match="process 17 on elsewhere"), lock_folder(tmp_path):
+    process.kill()
+    process.join(60)
+    with lock_folder(tmp_path):
         pass
