@@ -1,4 +1,4 @@
-"""A run of a model so small that every method takes milliseconds, with random weights and a probe."""
+"""A run with random weights and a probe, so small that every method takes milliseconds."""
 
 from pathlib import Path
 
@@ -25,41 +25,48 @@ SMALL = [
 
 
 def random_weights(module: nn.Module) -> nn.Module:
-    """Away from the zeros that untrained networks end in; a large factor of z_t would make the path stiff."""
+    """Fill a network with noise: untrained ones end in zeros. The input's gain stays small, or the path gets stiff."""
     for name, parameter in module.named_parameters():
         nn.init.normal_(parameter, std=0.02 if "narrowing" in name else 0.3)
     return module.eval()
 
 
-def small_run(root: Path, likeness: OodCheck | None = None, about: dict | None = None) -> Path:
-    """A run at `root`, as three stages and evaluate.py leave it: 8 voxels a side of 9 mm, y of 16 numbers.
+def small_run(root: Path, ood_check: OodCheck | None = None, metadata: dict | None = None) -> Path:
+    """Write what the three stages and evaluate.py leave, for volumes of 8 voxels of 9 mm a side and y of 16 numbers.
 
-    `about`: what encode_latents.py found besides.
+    Args:
+        ood_check: the out-of-distribution check of the training scans.
+        metadata: further entries of latents.json.
     """
-    found = {"likeness": likeness.to_dict() if likeness else None, **(about or {})}
     config = compose_config("train", SMALL)
     with open_dict(config):
         config.hydra = None
     space = Workspace(root)
     torch.manual_seed(0)
     nodes = {**config.model, "estimator": estimator_node(config.model.unet, 16, config.model.estimator)}
-    networks = {
-        name: random_weights(instantiate(nodes[name])) for name in ("autoencoder", "unet", "encoder", "estimator")
-    }
-    about = {"split_hash": "0", "scale": [1.5, 2.0, 0.5], "step": 1}
-    published = {"aekl": ["autoencoder"], "pretrain": ["unet"], "repr": ["encoder", "estimator"]}
-    for stage, names in published.items():
-        at = space.stage(stage)
-        if stage == "pretrain":
-            about["autoencoder_sha256"] = space.stage("aekl").sha256("autoencoder")
-        about["stands_on"] = (
-            {s: space.stage(s).metadata["weights"] for s in ("aekl", "pretrain")} if stage == "repr" else {}
-        )
-        at.publish({name: networks[name].state_dict() for name in names}, about)
-        at.write_config(config)
+    names = ("autoencoder", "unet", "encoder", "estimator")
+    networks = {name: random_weights(instantiate(nodes[name])) for name in names}
+    weights = {"split_hash": "0", "scale": [1.5, 2.0, 0.5], "step": 1}
+
+    def publish(stage: str, *names: str) -> None:
+        run = space.stage(stage)
+        run.publish({name: networks[name].state_dict() for name in names}, weights)
+        run.write_config(config)
+
+    publish("aekl", "autoencoder")
+    autoencoder = {"autoencoder_sha256": space.stage("aekl").sha256("autoencoder")}
+    weights |= autoencoder
+    publish("pretrain", "unet")
+    weights["stands_on"] = {stage: space.stage(stage).metadata["weights"] for stage in ("aekl", "pretrain")}
+    publish("repr", "encoder", "estimator")
+    stored_check = ood_check.to_dict() if ood_check else None
+    write_metadata(space.latents, {"likeness": stored_check, **(metadata or {}), **autoencoder})
+    _write_probe(space)
+    return space.root
+
+
+def _write_probe(space: Workspace) -> None:
     rng = np.random.default_rng(0)
     probe = LinearModel("diagnosis", *rng.uniform(0.5, 1, (3, 16)), intercept=0.1, classes=("CN", "AD"))
-    weights = Bundle.from_run(space.root).weights_hash
-    write_frozen_probes(space.evaluation / "probes.json", {"diagnosis": {EMBEDDING: FrozenProbe([], probe)}}, weights)
-    write_metadata(space.latents, found | {"autoencoder_sha256": space.stage("aekl").sha256("autoencoder")})
-    return space.root
+    probes = {"diagnosis": {EMBEDDING: FrozenProbe([], probe)}}
+    write_frozen_probes(space.evaluation / "probes.json", probes, Bundle.from_run(space.root).weights_hash)

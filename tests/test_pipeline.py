@@ -1,7 +1,12 @@
-"""Proves class LDAE: its methods fit together, a run and its bundle are one model, altered bundles are refused."""
+"""Tests class LDAE: its methods agree with each other and with the networks, and need nothing of ldae.evaluation; a run
+and its bundle are the same model; altered bundles are refused.
+"""
 
 import json
 import shutil
+import subprocess
+import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,6 +15,8 @@ from omegaconf import OmegaConf
 
 from ldae import LDAE
 from ldae.bundle.allowlist import refuse_untrusted_targets
+from ldae.diffusion.guidance import Guidance, Score
+from ldae.diffusion.samplers import DDIM
 from ldae.utils.errors import UserError
 from small_run import small_run
 
@@ -32,7 +39,7 @@ def bundle(model, tmp_path_factory):
 X = torch.rand(2, 1, 8, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
-def test_latents_are_the_posterior_mean_scaled_by_channel(model):
+def test_a_latent_is_the_posterior_mean_scaled_by_channel(model):
     mean, std = model.posterior(X)
     assert mean.shape == std.shape == (2, 3, 4, 4, 4)
     scale = torch.tensor([1.5, 2.0, 0.5]).view(1, 3, 1, 1, 1)
@@ -40,26 +47,50 @@ def test_latents_are_the_posterior_mean_scaled_by_channel(model):
     torch.testing.assert_close(model.decompress(model.compress(X)), model.autoencoder.decode(mean))
 
 
-def test_decoding_undoes_inversion(model):
+def test_decoding_inverts_inversion_given_the_same_y(model):
     y, z = model.embed(X), model.compress(X)
     assert y.shape == (2, 16)
     code = model.invert(z, y, steps=20)
     assert model.decode(code, y).shape == X.shape
     own, other = (model.generate(code, given, steps=20) - z for given in (y, -y))
     assert own.abs().max() < 0.1
-    assert other.abs().max() > 0.5  # y matters
+    assert other.abs().max() > 0.5  # another y gives another latent
 
 
-def test_edits_go_through_y_and_the_code(model):
+def test_edits_change_y_and_keep_the_code(model):
     y = model.embed(X)
     same = model.decode(model.invert(model.compress(X), y), y)
+    torch.testing.assert_close(model.reconstruct(X), same)
     torch.testing.assert_close(model.manipulate(X, "diagnosis", 0.0), same)
     assert not torch.allclose(model.manipulate(X, "diagnosis", 2.0), same, atol=1e-3)
     torch.testing.assert_close(model.interpolate(X, X.flip(0), 0.0), same, atol=1e-5, rtol=0)
     torch.testing.assert_close(model.interpolate(X, X.flip(0), 1.0), same.flip(0), atol=1e-5, rtol=0)
 
 
-def test_a_probes_direction_raises_its_decision_as_the_method_says(model):
+def test_settings_of_an_edit_replace_the_models_own(model):
+    y, z = model.embed(X), model.compress(X)
+    edited_y = model.direction("diagnosis").edit(y, 2.0)
+    options = {"steps": 6, "strength": 0.5}
+    code = model.invert(z, y, depth=0.6, **options)
+    edited = model.manipulate(X, "diagnosis", 2.0, depth=0.6, **options)
+    torch.testing.assert_close(edited, model.decode(code, edited_y, **options))
+    assert not torch.allclose(edited, model.manipulate(X, "diagnosis", 2.0, depth=0.6, steps=6), atol=1e-3)
+    known_y = next(model.manipulate_each(X, "diagnosis", [2.0], y=y, depth=0.6, **options))
+    torch.testing.assert_close(known_y, edited)
+
+
+def test_a_sampler_replaces_the_models_own(model):
+    y, z = model.embed(X), model.compress(X)
+    sampler = replace(DDIM(steps=5), guidance=Guidance(Score(), strength=0.5))
+    eps_fn = model.denoiser.guided_eps(y, sampler.guidance)
+    code = sampler.invert(eps_fn, z, model.denoiser.schedule)
+    torch.testing.assert_close(model.invert(z, y, sampler=sampler).z, code.z)
+    torch.testing.assert_close(
+        model.generate(code, y, sampler=sampler), sampler.sample(eps_fn, code, model.denoiser.schedule)
+    )
+
+
+def test_an_edit_by_alpha_raises_the_probes_decision_by_alpha_times_its_slope(model):
     y = model.embed(X)
     probe = model.probes["diagnosis"]
     before, after = (probe.decision(v.numpy()) for v in (y, model.direction("diagnosis").edit(y, 0.5)))
@@ -68,14 +99,14 @@ def test_a_probes_direction_raises_its_decision_as_the_method_says(model):
         model.manipulate(X, "sex", 1.0)
 
 
-def test_a_sample_does_not_depend_on_how_many_are_drawn(model):
+def test_a_sample_does_not_depend_on_the_number_of_samples(model):
     torch.testing.assert_close(model.sample(3, seed=5)[:2], model.sample(2, seed=5), atol=1e-5, rtol=0)
     varied = model.vary(X[:1], 2, seed=5)
     assert varied.shape == X.shape
     assert not torch.allclose(varied[0], varied[1])
 
 
-def test_noise_and_gradient_are_the_networks_own(model):
+def test_predicted_noise_and_gradient_are_those_of_the_networks(model):
     z, y = model.compress(X), model.embed(X)
     t = torch.tensor([10.5, 900.0])
     parts = model.denoiser
@@ -84,10 +115,25 @@ def test_noise_and_gradient_are_the_networks_own(model):
     torch.testing.assert_close(model.estimate_gradient(z, t, y), parts.estimator(parts.unet.features(z, t), y))
 
 
-def test_what_comes_back_can_be_differentiated_through(model):
+def test_a_returned_latent_can_require_a_gradient(model):
     z = model.compress(X).requires_grad_()
     model.autoencoder.decode(z).sum().backward()
     assert z.grad is not None
+
+
+def test_no_method_imports_the_evaluation(run, tmp_path):
+    code = f"""
+import sys, torch
+from ldae import LDAE
+model = LDAE.load({str(run)!r}, device="cpu")
+x = torch.rand(2, 1, 8, 8, 8)
+model.reconstruct(x), model.attention(x), model.vary(x[:1], 2), model.sample(1), model.interpolate(x, x, 0.5)
+model.manipulate(x, "diagnosis", 1.0, renoise=0.5), model.readouts.predict_label("diagnosis", model.embed(x).numpy())
+model.export({str(tmp_path / "bundle")!r})
+found = [name for name in sys.modules if name.startswith("ldae.evaluation")]
+assert not found, found
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
 def test_a_bundle_is_the_run_it_came_from(model, bundle, tmp_path):

@@ -180,12 +180,12 @@ def test_parameters_are_recorded_if_all_training_scans_share_them(tmp_path):
 
 
 def test_a_bundle_has_the_steps_and_the_grid_of_its_run(tmp_path):
-    about = {"preprocess": PreprocessingSteps(spacing=2.0).parameters(), "affine": np.diag([9.0, 9, 9, 1]).tolist()}
-    run = small_run(tmp_path / "run", about=about)
+    metadata = {"preprocess": PreprocessingSteps(spacing=2.0).parameters(), "affine": np.diag([9.0, 9, 9, 1]).tolist()}
+    run = small_run(tmp_path / "run", metadata=metadata)
     Bundle.from_run(run).save(tmp_path / "bundle")
     for bundle in (Bundle.from_run(run), Bundle.open(tmp_path / "bundle")):
-        assert bundle.preprocess == json.loads(json.dumps(about["preprocess"]))
-        assert bundle.affine == about["affine"]
+        assert bundle.preprocess == json.loads(json.dumps(metadata["preprocess"]))
+        assert bundle.affine == metadata["affine"]
     assert "N4, DeepBet" in (tmp_path / "bundle" / "README.md").read_text()
     for key, value in (("affine", [[1, 2]]), ("affine", "no"), ("preprocess", 3)):
         path = tmp_path / "bundle" / "bundle.json"
