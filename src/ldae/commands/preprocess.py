@@ -1,4 +1,4 @@
-"""`ldae preprocess`: raw scans in, scans that models take out."""
+"""`ldae preprocess`: preprocess raw scans for training."""
 
 import logging
 import signal
@@ -18,26 +18,31 @@ log = logging.getLogger(__name__)
 @click.command()
 @click.argument("source", type=click.Path(path_type=Path))
 @click.argument("output", type=click.Path(path_type=Path))
-@click.option("--bias", help="Bias field: n4, none.")
-@click.option("--brain", help="Brain extraction: deepbet, stripped (it is done already), none.")
-@click.option("--registration", help="To the template: rigid, affine, syn, none (it is done already).")
-@click.option("--intensity", help="Normalisation: none, white_matter, tissues.")
-@click.option("--regions", help="What is counted in label maps: dlmuse, labels.")
-@click.option("--spacing", help="Voxel size in mm of the result, or null for the template's; 1.5 by default.")
+@click.option("--bias", help="Bias field correction: n4, none.")
+@click.option("--brain", help="Brain extraction: deepbet, stripped (already done), none.")
+@click.option("--registration", help="Registration to the template: rigid, affine, syn, none (already done).")
+@click.option("--intensity", help="Intensity normalisation: none, white_matter, tissues.")
+@click.option("--regions", help="Volumes measured in label maps: dlmuse, labels.")
+@click.option("--spacing", help="Voxel size of the result in mm, null for the template's own; default: 1.5.")
 @click.option("--labels", type=click.Path(path_type=Path), help="Folder of label maps *_dseg.nii.gz in native space.")
 @click.option(
     "--participants",
     type=click.Path(path_type=Path),
-    help="Default: participants.tsv in SOURCE. For a CAPS tree or a CSV: that of the BIDS dataset.",
+    help="participants.tsv; default: the one in SOURCE. For a CAPS tree or a CSV, give that of the BIDS dataset.",
 )
-@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Any value of conf/preprocess.")
-@click.option("-j", "--workers", default=None, type=click.IntRange(1), help="Processes; default: one a core.")
-@click.option("--threads", default=1, show_default=True, type=click.IntRange(1), help="Threads a process.")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Set any value of conf/preprocess.")
+@click.option(
+    "-j", "--workers", default=None, type=click.IntRange(1), help="Number of processes; default: one for each core."
+)
+@click.option(
+    "--threads", default=1, show_default=True, type=click.IntRange(1), help="Number of threads in each process."
+)
 def preprocess(source: Path, output: Path, overrides: tuple[str, ...], **options: Any) -> None:
-    """Turn raw T1w scans into scans that models take, a table, and a page for quality control.
+    """Preprocess raw T1w scans for training, and write a table and a page for quality control.
 
-    SOURCE is a BIDS dataset, a Clinica CAPS tree, or a CSV with a column `path`. OUTPUT becomes BIDS derivatives with
-    scans.csv, rejected.csv (what was set aside, and why) and qc.html. The same command again goes on where it stopped.
+    SOURCE is a BIDS dataset, a Clinica CAPS tree, or a CSV with a column `path`. OUTPUT becomes a folder of BIDS
+    derivatives with scans.csv, rejected.csv (rejected scans with the reason) and qc.html. The same command continues
+    where an earlier one stopped.
     """
     groups = ("bias", "brain", "registration", "intensity", "regions")
     chosen = [f"preprocess/{name}={options[name]}" for name in groups if options[name]]
@@ -53,17 +58,14 @@ def compose_steps(overrides: Sequence[str] = ()) -> "DictConfig":
     Raises:
         UserError: an override does not compose.
     """
-    from hydra import compose, initialize_config_dir
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
-    from ldae.config import check_constructor_arguments, conf_dir, register
+    from ldae.config import check_constructor_arguments, compose_config
     from ldae.utils.errors import UserError
 
-    register()
     try:
-        with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-            config = compose("preprocess", list(overrides))
+        config = compose_config("preprocess", overrides)
     except (HydraException, OmegaConfBaseException) as error:
         text = " ".join(str(error).split())
         raise UserError(f"{' '.join(overrides)}: {text[:300]}") from error
@@ -80,10 +82,15 @@ def preprocess_folder(
     workers: int | None = None,
     threads: int = 1,
 ) -> None:
-    """Preprocess every scan of `source` into `out`; see ldae.preprocessing.preprocess_cohort.
+    """Preprocess every scan of `source` into the folder `out`.
+
+    Args:
+        overrides: Hydra overrides of conf/preprocess.yaml.
+        labels, workers, threads: see ldae.preprocessing.preprocess_cohort.
+        participants: participants.tsv, if it is not in `source`.
 
     Raises:
-        UserError: there is nothing to read, the steps do not go together, or the disk cannot be written.
+        UserError: `source` has no scans, the steps cannot be combined, or the disk cannot be written.
     """
     from hydra.utils import instantiate
 
@@ -101,10 +108,10 @@ def preprocess_folder(
     log.info("%d scans in %s", len(scans), source)
     if job.steps.registration and any(bids_entity(scan.path.name, "space") for scan in scans):
         log.warning(
-            "some file names have a space- entity, so these scans may be registered already: "
-            "--registration none keeps them as they are"
+            "some file names have a space- entity, so these scans may already be registered: "
+            "--registration none leaves them in their space"
         )
-    people = Participants(source if source.is_dir() else None, columns, participants)
-    # A scheduler interrupts by SIGTERM: leave through `finally`, so that the tables of what is done are written.
+    participant_table = Participants(source if source.is_dir() else None, columns, participants)
+    # Schedulers interrupt by SIGTERM: exit through an exception, so that the tables of the finished scans are written.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    preprocess_cohort(scans, people, job, labels, workers, threads)
+    preprocess_cohort(scans, participant_table, job, labels, workers, threads)
