@@ -1,6 +1,9 @@
-"""Run directories: `runs/<name>/<stage>/`, their stored config, and modules rebuilt from it, strictly.
+"""Run directories, `runs/<name>/<stage>/`: their stored config, and the modules that are rebuilt from it.
 
-config.yaml  metrics.jsonl  tensorboard/  state/ (resume)  weights/*.safetensors + metadata.json (publish)
+config.yaml                             the resolved config
+metrics.jsonl, tensorboard/             scalars and pictures
+state/                                  checkpoints to resume from
+weights/*.safetensors, metadata.json    what is published: the weights for later stages and users
 """
 
 import errno
@@ -19,35 +22,50 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ldae.data.splits import hash_split, read_split
 from ldae.models.state import check_depth, check_tensors, load_strictly, read_tensors
 from ldae.utils.errors import UserError
 from ldae.utils.files import file_sha256, read_json, replacing, write_json, write_text
 from ldae.utils.renamed import with_present_names
 
-MAX_BRACKETS = 500  # in a stored config
-MAX_NAME = 200  # file names end at 255 bytes
+MAX_NAME = 200  # of a folder; file systems allow 255 bytes
+
+Node = DictConfig | dict[str, Any]  # a config that describes an object by its `_target_`
 
 
 @dataclass(frozen=True)
 class Workspace:
-    """All stages of one experiment: `runs/<name>`. A sweep's jobs are variants of a stage beside each other."""
+    """The runs of all stages of one experiment, `runs/<name>`.
+
+    Attributes:
+        root: `runs/<name>`.
+        variant: suffix of the folders that this process writes: the jobs of a sweep are variants of a stage.
+    """
 
     root: Path
     variant: str = ""
 
     @property
     def split_file(self) -> Path:
-        """The split by subject, written once, read by every stage."""
+        """The split by subject, which is stored once and read by every stage."""
         return self.root / "split.csv"
+
+    def split_hash(self) -> str | None:
+        """Hash of the stored split; None if none has been drawn yet.
+
+        Raises:
+            UserError: the file is damaged.
+        """
+        return hash_split(read_split(self.split_file)) if self.split_file.exists() else None
 
     @property
     def latents(self) -> Path:
-        """Where encode_latents.py writes; a sweep's jobs all read the same."""
+        """The folder that encode_latents.py writes. All jobs of a sweep read the same one."""
         return self.root / "latents"
 
     @property
     def evaluation(self) -> Path:
-        """Where evaluate.py writes."""
+        """The folder that evaluate.py writes."""
         return self.root / f"evaluation{self.variant}"
 
     def stage(self, name: str) -> "Run":
@@ -55,7 +73,11 @@ class Workspace:
         return Run(self.root / f"{name}{self.variant}")
 
     def predecessor(self, name: str, path: str | None = None) -> "Run":
-        """The finished run of an earlier stage: a sibling under the same name, or at `path`."""
+        """The finished run of an earlier stage: the sibling under the same name, or the one at `path`.
+
+        Raises:
+            UserError: it has not published weights.
+        """
         run = Run(Path(path) if path else self.root / name)
         if not run.published:
             raise UserError(
@@ -66,7 +88,7 @@ class Workspace:
 
 
 def open_workspace(config: DictConfig) -> Workspace:
-    """The workspace of a composed config; in a Hydra sweep, with the job's overrides as variant."""
+    """The workspace of a composed config. In a Hydra sweep the variant is named after the overrides of the job."""
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
@@ -80,7 +102,10 @@ def open_workspace(config: DictConfig) -> Workspace:
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], header: dict[str, str] | None = None) -> None:
-    """Write tensors atomically as safetensors, on the CPU and contiguous, with text for the file's header.
+    """Write tensors of any device and layout atomically as a safetensors file.
+
+    Args:
+        header: text to store in the file's header.
 
     Raises:
         OSError: they cannot be written.
@@ -88,63 +113,58 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], header: dict[str, str] 
     with replacing(path) as temporary:
         try:
             save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary, header)
-        except SafetensorError as error:  # it holds the reason as text alone
+        except SafetensorError as error:  # gives the system's error number as text only
             number = re.search(r"os error (\d+)", str(error))
             raise OSError(int(number[1]) if number else errno.EIO, str(error), str(path)) from error
 
 
 @dataclass(frozen=True)
 class Run:
-    """One stage's directory."""
+    """The directory of one stage."""
 
     path: Path
 
     @property
     def weights(self) -> Path:
-        """Published weights."""
+        """Folder of the published weights."""
         return self.path / "weights"
 
     @property
     def published(self) -> bool:
-        """Whether the stage has left weights for others."""
+        """Whether the stage has published weights."""
         return (self.weights / "metadata.json").exists()
 
     @property
     def config(self) -> DictConfig:
-        """The config the run was made with.
+        """The config of the run, with the present names of classes and arguments that have been renamed.
 
         Raises:
             UserError: it is missing or damaged.
         """
         path = self.path / "config.yaml"
         try:
-            text = path.read_text(encoding="utf-8")
-            if max(map(text.count, "[{")) > MAX_BRACKETS:  # the parser's time grows with their square
-                raise ValueError("too many brackets")
-            if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
-                raise ValueError("an alias, which may hold itself")
-            stored = OmegaConf.to_container(OmegaConf.create(text))
+            stored = OmegaConf.to_container(OmegaConf.load(path))
             loaded = OmegaConf.create(with_present_names(stored))
         except (OSError, yaml.YAMLError, UnicodeError, OmegaConfBaseException, ValueError, RecursionError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise UserError(f"cannot read {path} ({reason}): restore it") from error
         if not isinstance(loaded, DictConfig) or not isinstance(loaded.get("model"), DictConfig):
-            raise UserError(f"{path} holds no config: restore it")
+            raise UserError(f"{path} is not the config of a run: restore it")
         return loaded
 
     @property
     def metadata(self) -> dict[str, Any]:
-        """What `publish` wrote: step, metrics, split hash, and the files' hashes.
+        """What was published with the weights: step, metrics, split hash, and the hashes of the files.
 
         Raises:
-            UserError: it is damaged.
+            UserError: it is missing or damaged.
         """
         path = self.weights / "metadata.json"
         try:
             found = read_json(path)
             if not all(isinstance(entry["sha256"], str) for entry in found["weights"].values()):
-                raise ValueError("no hashes")
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+                raise ValueError("a file without a hash")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path} is damaged ({error}): run the stage's training command again") from error
         return found
 
@@ -153,7 +173,7 @@ class Run:
         write_text(self.path / "config.yaml", OmegaConf.to_yaml(config, resolve=True))
 
     def publish(self, modules: dict[str, dict[str, Tensor]], metadata: dict[str, Any]) -> None:
-        """Write each module's tensors, then the metadata that makes them count."""
+        """Write the tensors of each module, and last the metadata, with which the weights count as published."""
         files = {}
         for name, tensors in modules.items():
             path = self.weights / f"{name}.safetensors"
@@ -162,34 +182,38 @@ class Run:
         write_json(self.weights / "metadata.json", {**metadata, "weights": files})
 
     def sha256(self, name: str) -> str:
-        """Hash of a published module's file."""
+        """Hash of the published file of a module."""
         return self.metadata["weights"][name]["sha256"]
 
     def weights_file(self, name: str) -> Path:
-        """The published file of a module, unaltered.
+        """The published file of a module, whose hash is compared.
 
         Raises:
             UserError: there is none, or it is not the one that was published.
         """
         path = self.weights / f"{name}.safetensors"
         if name not in self.metadata["weights"]:
-            raise UserError(f"{self.path} holds no weights of '{name}'")
+            raise UserError(f"{self.path} has no weights of '{name}'")
         if not path.is_file() or file_sha256(path) != self.sha256(name):
             raise UserError(f"{path} is not the file that was published: run the stage's training command again")
         return path
 
-    def module(self, name: str, node: Any) -> nn.Module:
-        """Build a module from its config node and load its published weights, strictly; eval mode, frozen."""
+    def module(self, name: str, node: Node) -> nn.Module:
+        """Build a module from its config and load its published weights; see `load_module`."""
         return load_module(node, self.weights_file(name), self.path / "config.yaml")
 
 
-def load_module(node: Any, file: Path, where: Path) -> nn.Module:
-    """The network that `node` describes with the weights of `file`, on the CPU, frozen, in eval mode.
+def load_module(node: Node, file: Path, where: Path) -> nn.Module:
+    """The network that `node` describes, with the weights of `file` loaded strictly; on the CPU, frozen, in eval mode.
 
-    Its random start is never computed, and nothing is made before sizes are known to fit the file's.
+    The network is built without memory first. Its initial weights are never computed, and nothing is allocated before
+    the sizes are known to match those of the file.
+
+    Args:
+        where: the file that `node` is from, for error messages.
 
     Raises:
-        UserError: the two do not fit; `where` is named as what describes the network.
+        UserError: the description and the weights do not match.
     """
     tensors = read_tensors(file)
     check_depth(node, tensors, file)
@@ -199,17 +223,20 @@ def load_module(node: Any, file: Path, where: Path) -> nn.Module:
         raise UserError(f"{where} describes no network for {file.name}: restore it")
     check_tensors({name: tensor.shape for name, tensor in module.state_dict().items()}, tensors, file)
     constants = [buffer for name, buffer in module.named_buffers() if name not in module.state_dict()]
-    if any(buffer.is_meta for buffer in constants):  # somebody's own network: no file holds these
+    if any(buffer.is_meta for buffer in constants):  # a user's own network: the file does not contain these buffers
         module = build_stored(node, str(where))
     load_strictly(module, tensors, file, assign=True)
     return module.eval().requires_grad_(False)
 
 
-def build_stored(node: Any, where: str) -> Any:
-    """What a stored config describes.
+def build_stored(node: Node, where: str) -> Any:
+    """Build what a stored config describes.
+
+    Args:
+        where: the file that `node` is from, for error messages.
 
     Raises:
-        UserError: its class does not take these arguments.
+        UserError: it cannot be built.
     """
     try:
         return instantiate(node)
@@ -219,14 +246,14 @@ def build_stored(node: Any, where: str) -> Any:
 
 
 def estimator_node(unet: DictConfig, semantic_dim: int, options: DictConfig | None = None) -> dict[str, Any]:
-    """The gradient estimator's config: the U-Net's own, so that no architecture is typed twice, and its `options`."""
+    """Config of the gradient estimator: the architecture is the U-Net's, `options` are what it does not share."""
     node = {**OmegaConf.to_container(unet, resolve=True), **(options or {})}
     target = "ldae.models.gradient_estimator.GradientEstimator"
     return {**node, "_target_": target, "semantic_dim": semantic_dim}
 
 
-def to_container(node: Any) -> dict[str, Any]:
-    """A config node as plain values, without the files that training started from: the weights are in the bundle."""
+def to_container(node: Node) -> dict[str, Any]:
+    """A config as plain values, without the paths of files that training started from."""
 
     def cleaned(value: Any) -> Any:
         if isinstance(value, dict):
