@@ -1,10 +1,12 @@
-"""Stage 2: an unconditional diffusion model learns the latents (arXiv 2006.11239 on the latents of arXiv 2112.10752).
+"""Stage 2: an unconditional diffusion model of the latents (DDPM, arXiv 2006.11239, in the latent space of 2112.10752).
 
-All latents of the split live in memory as posterior mean and std; their noise is drawn anew at every step.
+    z_t = sqrt(A_t) z_0 + sqrt(1 - A_t) eps        minimise |eps - eps_theta(z_t, t)|^2, or the same for v
+
+All latents are in memory as the mean and standard deviation of their posterior. In every step, z_0 is a new sample of
+the posterior, with new noise eps and a new t.
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +16,6 @@ from torch import Tensor, nn
 
 from ldae.config import Optim, TrainerSettings
 from ldae.data.cohort import Cohort
-from ldae.data.latents import LatentSet
 from ldae.data.stream import Batch
 from ldae.data.subsampling import subsample_by_subject
 from ldae.data.table import scan_names
@@ -22,33 +23,29 @@ from ldae.diffusion.process import Parameterisation, add_noise
 from ldae.diffusion.schedule import Schedule
 from ldae.losses.denoising import denoising_loss
 from ldae.models.state import load_weights
+from ldae.models.unet import UNet
 from ldae.runs import Workspace
-from ldae.training.device import batch_to_device, module_to_memory_format, to_memory_format, uses_channels_last
+from ldae.stages.predecessors import open_latents
+from ldae.training.device import batch_to_device, module_to_device, to_memory_format, uses_channels_last
 from ldae.training.ema import Ema
 from ldae.training.optimizer_step import StepResult, Updater, build_adam
 from ldae.training.stage import Monitor, Stage
 from ldae.training.train_loss import TRAIN_LOSS
 from ldae.training.validation import mean_over_scans, shard_rows
-from ldae.utils.errors import UserError
 from ldae.utils.seeding import draw_normal, draw_timesteps
 
 
-def open_latents(path: str | None, cohort: Cohort, workspace: Workspace) -> LatentSet:
-    """The latents of this workspace, which must belong to its autoencoder and to this split."""
-    folder = Path(path) if path else workspace.latents
-    latents = LatentSet.open(folder)
-    if latents.split_hash != cohort.split_hash:
-        raise UserError(f"{folder} was made for another split of the subjects: run encode_latents.py again")
-    if path is None and latents.autoencoder != workspace.predecessor("aekl").sha256("autoencoder"):
-        raise UserError(f"{folder} was made by another autoencoder than {workspace.root / 'aekl'}: encode again")
-    return latents
-
-
 class PretrainStage(Stage):
-    """Trains the U-Net; its average at the last step is published.
+    """Trains the U-Net and publishes its moving average at the last step.
 
     Args:
-        initial_weights: local file of a U-Net to start from, loaded strictly.
+        unet: the U-Net.
+        schedule: noise schedule, A_t.
+        parameterisation: what the U-Net predicts, eps or v.
+        latents: folder that encode_latents.py wrote; None: that of the workspace.
+        initial_weights: file with the weights of a U-Net to start from, loaded strictly.
+        cohort: only its split is used.
+        workspace: holds the latents and the autoencoder that made them.
     """
 
     name = "pretrain"
@@ -59,7 +56,7 @@ class PretrainStage(Stage):
 
     def __init__(
         self,
-        unet: nn.Module,
+        unet: UNet,
         schedule: Schedule,
         parameterisation: Parameterisation,
         latents: str | None,
@@ -72,7 +69,7 @@ class PretrainStage(Stage):
         self.modules = {"unet": unet}
         self.schedule = schedule
         self.parameterisation = parameterisation
-        self.latents = open_latents(latents, cohort, workspace)
+        self.latents = open_latents(latents, cohort.split_hash, workspace)
         self.train_rows = self.latents.rows("train")
         self.num_samples = len(self.train_rows)
         self.sample_names = scan_names(self.latents.table, self.train_rows)
@@ -86,7 +83,7 @@ class PretrainStage(Stage):
         self.latents = self.latents.to(accelerator.device)
         self.schedule.to(accelerator.device)
         self.channels_last = uses_channels_last(trainer, accelerator)
-        unet = module_to_memory_format(self.modules["unet"], self.channels_last)
+        unet = module_to_device(self.modules["unet"], accelerator.device, self.channels_last)
         unet.checkpointing = trainer.checkpointing
         if unet.prior is not None:
             unet.prior.fit(*self.latents.moments(self.train_rows), self.schedule)
@@ -97,47 +94,44 @@ class PretrainStage(Stage):
         unet.train()
 
     def fetch(self, index: np.ndarray, position: np.ndarray, number: int) -> Batch:
-        """Rows of the latents, and what is drawn for them."""
-        return self._drawn(self.train_rows[index], position, "train")
+        """Rows of the latents, and the random draws for them."""
+        return self._draw(self.train_rows[index], position, "train")
 
-    def _drawn(self, rows: np.ndarray, keys: Sequence[int], purpose: str) -> Batch:
-        """`rows` with the posterior's noise, the noise and t (B,), each keyed by its sample's key."""
+    def _draw(self, rows: np.ndarray, keys: Sequence[int], purpose: str) -> Batch:
+        """A micro-batch of latents: their rows and what is drawn for each of them by its key, on the CPU."""
         shape = self.latents.mean.shape[1:]
         return {
-            "row": torch.from_numpy(np.asarray(rows)),
-            "posterior": draw_normal(shape, self.seed, keys, f"{purpose}/posterior"),
-            "noise": draw_normal(shape, self.seed, keys, f"{purpose}/noise"),
-            "t": draw_timesteps(self.schedule.timesteps, self.seed, keys, f"{purpose}/t"),
+            "row": torch.from_numpy(np.asarray(rows)),  # (B,)
+            "posterior": draw_normal(shape, self.seed, keys, f"{purpose}/posterior"),  # (B, C, X, Y, Z)
+            "noise": draw_normal(shape, self.seed, keys, f"{purpose}/noise"),  # (B, C, X, Y, Z)
+            "t": draw_timesteps(self.schedule.timesteps, self.seed, keys, f"{purpose}/t"),  # (B,)
         }
 
-    def _noised(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """z_t, z_0 and the noise, (B, C, X, Y, Z) each, and t (B,), of a batch on the device."""
-        z0 = self.latents.sample(batch["row"], batch["posterior"])
-        z0, noise = (to_memory_format(value, self.channels_last) for value in (z0, batch["noise"]))
-        return add_noise(self.schedule, z0, noise, batch["t"]), z0, noise, batch["t"]
-
-    def _loss(self, batch: Batch) -> dict[str, Tensor]:
-        z_t, z0, noise, t = self._noised(batch_to_device(batch, self.accelerator.device))
-        output = self.unet(z_t, t)
-        return {"loss": denoising_loss(self.parameterisation, self.schedule, output, z0, noise, t)}
-
     def run_step(self, micro_batches: Sequence[Batch], step: int) -> StepResult:
-        """One update of the U-Net, one of its average."""
-        return self.take_step(step, (self.update, self.update.accumulate(micro_batches, self._loss)))
+        """Update the U-Net and its moving average."""
+        gradients = self.update.accumulate(micro_batches, lambda batch: {"loss": self._loss(self.unet, batch)})
+        return self.take_step(step, (self.update, gradients))
+
+    def _loss(self, unet: nn.Module, batch: Batch) -> Tensor:
+        """|eps - eps_theta(z_t, t)|^2, or the same for v, mean over the micro-batch."""
+        batch = batch_to_device(batch, self.accelerator.device)
+        z0 = self.latents.sample(batch["row"], batch["posterior"])  # (B, C, X, Y, Z), unit variance
+        z0, noise = (to_memory_format(value, self.channels_last) for value in (z0, batch["noise"]))
+        z_t = add_noise(self.schedule, z0, noise, batch["t"])  # sqrt(A_t) z_0 + sqrt(1 - A_t) eps
+        with self.accelerator.autocast():
+            output = unet(z_t, batch["t"])  # eps_theta or v_theta, (B, C, X, Y, Z)
+        return denoising_loss(self.parameterisation, self.schedule, output, z0, noise, batch["t"])
 
     def validate(self) -> dict[str, float]:
-        """The loss on validation scans at fixed noise, four timesteps each, one a quarter of the schedule."""
-        found: dict[int, dict[str, Tensor]] = {}
+        """Loss on the validation scans with fixed noise, each at four timesteps, one in every quarter of T."""
+        losses: dict[int, dict[str, Tensor]] = {}
         quarter = self.schedule.timesteps // 4
         for row in shard_rows(self.validation_rows, self.accelerator):
-            batch = self._drawn(np.full(4, row), [int(row) * 4 + k for k in range(4)], "validation")
+            batch = self._draw(np.full(4, row), [int(row) * 4 + k for k in range(4)], "validation")
             batch["t"] = batch["t"] // 4 + quarter * torch.arange(4)
-            z_t, z0, noise, t = self._noised(batch_to_device(batch, self.accelerator.device))
-            with self.accelerator.autocast():
-                output = self.modules["unet"](z_t, t)
-            found[int(row)] = {"loss": denoising_loss(self.parameterisation, self.schedule, output, z0, noise, t)}
-        return mean_over_scans(found, self.accelerator)
+            losses[int(row)] = {"loss": self._loss(self.modules["unet"], batch)}
+        return mean_over_scans(losses, self.accelerator)
 
     def metadata(self) -> dict[str, Any]:
-        """The latents it learned."""
+        """The autoencoder that made the latents, and their scale."""
         return {"autoencoder_sha256": self.latents.autoencoder, "scale": self.latents.scale.tolist()}

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from ldae.config import TrainerSettings
 from ldae.data.stream import Batch
 from ldae.data.volumes import Volumes
+from ldae.models.placement import place_module
 
 
 def batch_to_device(batch: Batch, device: torch.device) -> Batch:
@@ -20,7 +21,7 @@ def batch_to_device(batch: Batch, device: torch.device) -> Batch:
 
 def load_volumes(volumes: Volumes, rows: np.ndarray, device: torch.device) -> Tensor:
     """Volumes of these rows, (B, 1, X, Y, Z) float32 in [0, 1], on `device`."""
-    return volumes.decoded(volumes.stored(rows).to(device, non_blocking=True))
+    return volumes.decode(volumes.read_stored(rows).to(device, non_blocking=True))
 
 
 def uses_channels_last(trainer: TrainerSettings, accelerator: Accelerator, latents: bool = True) -> bool:
@@ -48,8 +49,9 @@ def to_memory_format(tensor: Tensor, channels_last: bool) -> Tensor:
     return tensor
 
 
-def module_to_memory_format(module: nn.Module, channels_last: bool) -> nn.Module:
-    """The module, with the weights of its convolutions in the format of `to_memory_format`."""
+def module_to_device(module: nn.Module, device: torch.device, channels_last: bool) -> nn.Module:
+    """The module on `device` (see place_module), with its convolutions' weights in the format of `to_memory_format`."""
+    place_module(module, device)
     for parameter in module.parameters():
         parameter.data = to_memory_format(parameter.data, channels_last)
     return module
