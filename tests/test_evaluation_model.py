@@ -85,11 +85,11 @@ class Model:
     def embed(self, x):
         return x.flatten(1)[:, :5]
 
-    def invert(self, z, y):
-        return self.sampler.invert(self.denoiser.guided_eps(y), z, self.denoiser.schedule)
+    def invert(self, z, y, sampler=None):
+        return (sampler or self.sampler).invert(self.denoiser.guided_eps(y), z, self.denoiser.schedule)
 
-    def generate(self, code, y):
-        return self.sampler.sample(self.denoiser.guided_eps(y), code, self.denoiser.schedule)
+    def generate(self, code, y, sampler=None):
+        return (sampler or self.sampler).sample(self.denoiser.guided_eps(y), code, self.denoiser.schedule)
 
     def decode(self, code, y):
         return self.decompress(self.generate(code, y))

@@ -1,1 +1,1 @@
-"""How well scans are reconstructed, varied and generated."""
+"""Evaluations of images: reconstruction, variation, generation, and whether the decoder uses y."""

@@ -1,14 +1,20 @@
-"""Scans from noise with the U-Net alone: how close to real ones in a feature space, and how different from each other.
+"""How close are unconditional samples to real scans, and how different from each other?
 
-Names: `generation/<space>/{fid,mmd}`, each with `..._real`, the same number of training against test scans (what a
-perfect generator would score at about this size), and `generation/ms_ssim` between samples, with `..._real` (lower =
-more diverse). FID: Heusel et al. 2017 (arXiv 1706.08500), biased upwards for few samples. MMD: the unbiased estimate
-with a cubic kernel (KID, arXiv 1801.01401). The offline default space is the model's own encoder, called `own_encoder`:
-it has seen this cohort and is no independent judge.
+Samples come from the U-Net alone. They are compared with test scans in a feature space:
+
+- `generation/<space>/fid`: Frechet distance (Heusel et al. 2017, arXiv 1706.08500), biased upwards for few samples.
+- `generation/<space>/mmd`: maximum mean discrepancy, unbiased, with a cubic kernel (KID, arXiv 1801.01401).
+- `..._real`: the same between training and test scans, about what a perfect generator would reach.
+- `generation/ms_ssim`: mean MS-SSIM between samples, lower = more diverse; `..._real`: between test scans.
+- `generation/samples`: how many samples were drawn.
+
+The default space, `own_encoder`, is the model's own encoder. It needs no further weights, but it was trained on this
+cohort and is therefore no independent judge. generation.png shows a few samples.
 """
 
 import logging
 from collections.abc import Callable, Iterator
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -22,8 +28,18 @@ from ldae.utils.seeding import draw_normal
 log = logging.getLogger(__name__)
 
 
+class FeatureSpace(Protocol):
+    """A network whose features scans are compared by; `name` becomes part of the metrics' names."""
+
+    name: str
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Features (B, D) of scans (B, 1, X, Y, Z)."""
+        ...
+
+
 class MedicalNetFeatures:
-    """Mean-pooled features of the last stage of a MedicalNet 3D ResNet (local weights): (B, 1, X, Y, Z) -> (B, D)."""
+    """Features of the last stage of a MedicalNet 3D ResNet, averaged over space; weights from a local file."""
 
     name = "medicalnet"
 
@@ -37,21 +53,17 @@ class MedicalNetFeatures:
 
 
 class Generation:
-    """See the module's docstring.
+    """The evaluation that the module describes.
 
     Args:
-        samples: how many to draw.
-        features: maps (B, 1, X, Y, Z) to (B, D) and has a `name`; None: the model's own encoder.
+        samples: how many samples to draw.
+        features: the feature space; None: the model's own encoder.
         pairs: how many pairs of scans MS-SSIM is averaged over.
     """
 
     def __init__(
-        self,
-        samples: int = 64,
-        features: Callable[[Tensor], Tensor] | None = None,
-        batch_size: int = 8,
-        pairs: int = 100,
-    ):
+        self, samples: int = 64, features: FeatureSpace | None = None, batch_size: int = 8, pairs: int = 100
+    ) -> None:
         self.samples, self.features, self.batch_size, self.pairs = samples, features, batch_size, pairs
 
     @torch.no_grad()
@@ -60,49 +72,49 @@ class Generation:
         if min(len(train), len(test), self.samples) < 3:
             log.warning("generation is skipped: at least 3 samples, training scans and test scans are needed")
             return
-        space = "own_encoder" if self.features is None else self.features.name
-        samples = self._draw(context)
+        stem = f"generation/{'own_encoder' if self.features is None else self.features.name}"
+        samples = self._draw_samples(context)
         generated = self._features(context, samples)
-        real = {name: self._real_features(context, rows) for name, rows in (("train", train), ("test", test))}
+        train_features, test_features = self._real_features(context, train), self._real_features(context, test)
         yield "generation/samples", float(self.samples)
-        yield f"generation/{space}/fid", frechet_distance(generated, real["test"])
-        yield f"generation/{space}/fid_real", frechet_distance(real["train"], real["test"])
-        yield f"generation/{space}/mmd", cubic_mmd(generated, real["test"])
-        yield f"generation/{space}/mmd_real", cubic_mmd(real["train"], real["test"])
-        yield "generation/ms_ssim", self._likeness(context, lambda rows: samples[rows], self.samples)
-        yield (
-            "generation/ms_ssim_real",
-            self._likeness(context, lambda rows: context.volumes(test[rows].tolist()), len(test)),
-        )
+        yield f"{stem}/fid", frechet_distance(generated, test_features)
+        yield f"{stem}/fid_real", frechet_distance(train_features, test_features)
+        yield f"{stem}/mmd", cubic_mmd(generated, test_features)
+        yield f"{stem}/mmd_real", cubic_mmd(train_features, test_features)
+        similarity = self._mean_similarity(context, lambda chosen: samples[chosen], self.samples)
+        yield "generation/ms_ssim", similarity
+        real = self._mean_similarity(context, lambda chosen: context.volumes(test[chosen].tolist()), len(test))
+        yield "generation/ms_ssim_real", real
         shown = [(f"sample {i + 1}", samples[i, 0].numpy()) for i in range(min(4, self.samples))]
         figures.draw_montage(context.out / "generation.png", shown, "unconditional samples")
 
-    def _draw(self, context: Context) -> Tensor:
-        """(samples, 1, X, Y, Z) on the CPU; sample i depends on (seed, i) alone."""
+    def _draw_samples(self, context: Context) -> Tensor:
+        """(samples, 1, X, Y, Z) on the CPU; sample i depends on (seed, i) only."""
         from tqdm import tqdm
 
         model, parts = context.model, []
-        like = model.compress(context.volumes([0]).to(model.device))
+        latent = model.compress(context.volumes([0]).to(model.device))  # for its shape
         for keys in tqdm(list(iterate_batches(range(self.samples), self.batch_size)), "samples"):
-            noise = draw_normal(like.shape[1:], context.seed, keys, "generation").to(like)
+            noise = draw_normal(latent.shape[1:], context.seed, keys, "generation").to(latent)
             z0 = model.sampler.sample(model.denoiser.eps, noise, model.denoiser.schedule)
             parts.append(model.decompress(z0).float().cpu())
         return torch.cat(parts)
 
     def _features(self, context: Context, volumes: Tensor) -> np.ndarray:
-        function = self.features or context.model.embed
-        parts = [function(part.to(context.model.device)).double().cpu() for part in volumes.split(self.batch_size)]
+        """Features (B, D) of volumes (B, 1, X, Y, Z), float64."""
+        compute = self.features or context.model.embed
+        parts = [compute(part.to(context.model.device)).double().cpu() for part in volumes.split(self.batch_size)]
         return torch.cat(parts).numpy()
 
     def _real_features(self, context: Context, rows: np.ndarray) -> np.ndarray:
+        """Features of the scans of these rows."""
         if self.features is None:
             return context.embeddings[rows].astype(np.float64)
-        return np.concatenate(
-            [self._features(context, context.volumes(part)) for part in iterate_batches(rows, self.batch_size)]
-        )
+        batches = iterate_batches(rows, self.batch_size)
+        return np.concatenate([self._features(context, context.volumes(part)) for part in batches])
 
-    def _likeness(self, context: Context, volumes: Callable[[np.ndarray], Tensor], count: int) -> float:
-        """Mean MS-SSIM of random pairs of different scans, computed on the model's device."""
+    def _mean_similarity(self, context: Context, volumes: Callable[[np.ndarray], Tensor], count: int) -> float:
+        """Mean MS-SSIM of random pairs among `count` scans, which `volumes` reads by number."""
         rng, device = np.random.default_rng(context.seed), context.model.device
         first = rng.integers(count, size=self.pairs)
         second = (first + rng.integers(1, count, size=self.pairs)) % count
@@ -114,8 +126,8 @@ class Generation:
 def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
     """|mean difference|^2 + tr(A + B - 2 (A B)^(1/2)) of Gaussians fitted to features (N, D) and (M, D).
 
-    With A = Ra' Ra / N' and B = Rb' Rb / M' by QR of the centred features, tr (A B)^(1/2) is the sum of the singular
-    values of Ra Rb' / sqrt(N' M'): no matrix square root, and exact for N or M below D too.
+    With A = Ra' Ra / (N - 1) and B = Rb' Rb / (M - 1) by QR of the centred features, tr (A B)^(1/2) is the sum of the
+    singular values of Ra Rb' / sqrt((N - 1) (M - 1)). This needs no matrix square root and is exact for N or M < D too.
     """
     roots = [np.linalg.qr(x - x.mean(0), mode="r") / np.sqrt(max(len(x) - 1, 1)) for x in (a, b)]
     cross = np.linalg.svd(roots[0] @ roots[1].T, compute_uv=False).sum()
@@ -124,7 +136,7 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def cubic_mmd(a: np.ndarray, b: np.ndarray) -> float:
-    """Unbiased squared maximum mean discrepancy with k(u, v) = (u.v / D + 1)^3; about 0 for equal distributions."""
+    """Unbiased squared maximum mean discrepancy with k(u, v) = (u.v / D + 1)^3, about 0 for equal distributions."""
 
     def kernel(u: np.ndarray, v: np.ndarray) -> np.ndarray:
         return (u @ v.T / u.shape[1] + 1) ** 3

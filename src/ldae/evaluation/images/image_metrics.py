@@ -1,12 +1,13 @@
-"""How alike two volumes are: SSIM, MS-SSIM, PSNR, MSE, over the whole volume and inside the brain.
+"""How similar two volumes are: SSIM, MS-SSIM, PSNR and MSE, over the whole volume and inside the brain.
 
-SSIM (Wang et al. 2004, doi 10.1109/TIP.2003.819861) with K1 = 0.01, K2 = 0.03 and data range 1. Ours: Gaussian window
-of sigma 1.5 and width 11 in 3D. `published`: width 3, as LDAE (arXiv 2504.08635) reports it. A volume smaller than the
-window gets the largest odd width that fits. Whole-volume values average where the window lies inside the volume; values
-in the mask average the map over its voxels, with replicated borders. Background inflates the former: read the latter.
+SSIM (Wang et al. 2004, doi 10.1109/TIP.2003.819861) has K1 = 0.01, K2 = 0.03 and data range 1. Its Gaussian window has
+sigma 1.5 and a width of 11 voxels in 3D; `published` SSIM has a width of 3, as in the LDAE paper (arXiv 2504.08635). A
+volume smaller than the window gets the largest odd width that fits. Values over the whole volume average the positions
+at which the window is inside the volume; values in a mask average the map over the voxels of the mask, with replicated
+borders. Background raises the values over the whole volume, so those in the mask are the ones to read.
 
-Metrics stay on the device of the volumes and nothing here waits for them, but for `brain_mask` (SciPy works on the CPU)
-and `read_back`, with which a caller reads all its numbers at once.
+Metrics stay on the device of the volumes and wait for nothing there, except `brain_mask` (SciPy computes on the CPU)
+and `copy_to_host`, with which a caller fetches all its numbers at once.
 """
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -20,21 +21,21 @@ from torch.nn import functional
 from ldae.losses.structural import WIDTH, fitting_width, ssim_map, ssim_maps
 
 PUBLISHED_WIDTH = 3
-# MS-SSIM: weights of the five scales (Wang et al. 2003, doi 10.1109/ACSSC.2003.1292216), and a window that fits small
-# volumes: MONAI's default needs over 160 voxels an axis.
+# MS-SSIM: weights of the five scales (Wang et al. 2003, doi 10.1109/ACSSC.2003.1292216), and the width of the window.
+# MONAI's default width needs more than 160 voxels per axis.
 SCALES, MS_WIDTH = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333), 5
 MASK_THRESHOLD = 0.05
 Key = TypeVar("Key", bound=Hashable)
 
 
-def _inside(x: Tensor, width: int) -> Tensor:
-    """The part of a map where the whole window lay inside the volume."""
+def _crop_to_window(x: Tensor, width: int) -> Tensor:
+    """The part of a map (B, 1, X, Y, Z) where the whole window is inside the volume."""
     half = width // 2
     return x[..., half : x.shape[-3] - half, half : x.shape[-2] - half, half : x.shape[-1] - half]
 
 
 def _mean(values: Tensor, mask: Tensor | None) -> Tensor:
-    """Mean per sample, (B,); over a mask of the same shape where given (NaN if it is empty)."""
+    """Mean per sample, (B,), over the whole map or a mask of its shape; NaN if the mask is empty."""
     if mask is None:
         return values.flatten(1).mean(1)
     weight = mask.to(values.dtype)
@@ -42,26 +43,26 @@ def _mean(values: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def ssim(x: Tensor, y: Tensor, mask: Tensor | None = None, width: int = WIDTH) -> Tensor:
-    """Mean SSIM of each pair of (B, 1, X, Y, Z) volumes, (B,); inside `mask` (B, 1, X, Y, Z) where given."""
+    """Mean SSIM of each pair of volumes (B, 1, X, Y, Z), (B,), whole or inside `mask` (B, 1, X, Y, Z)."""
     values = ssim_map(x, y, width)
-    return _mean(_inside(values, fitting_width(tuple(x.shape[2:]), width)) if mask is None else values, mask)
+    return _mean(_crop_to_window(values, fitting_width(tuple(x.shape[2:]), width)) if mask is None else values, mask)
 
 
 def ssim_whole_and_masked(x: Tensor, y: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean SSIM of each pair over the whole volume and inside `mask`, (B,) each: `ssim` twice, from one map."""
+    """Mean SSIM of each pair over the whole volume and inside `mask`, (B,) each, computed from one map."""
     values = ssim_map(x, y, WIDTH)
-    return _mean(_inside(values, fitting_width(tuple(x.shape[2:]), WIDTH)), None), _mean(values, mask)
+    return _mean(_crop_to_window(values, fitting_width(tuple(x.shape[2:]), WIDTH)), None), _mean(values, mask)
 
 
 def published_ssim(x: Tensor, y: Tensor) -> Tensor:
-    """Whole-volume SSIM with the published width of 3, (B,)."""
+    """SSIM over the whole volume with the published width of 3, (B,)."""
     return ssim(x, y, width=PUBLISHED_WIDTH)
 
 
 def ms_ssim(x: Tensor, y: Tensor) -> Tensor:
-    """Multi-scale SSIM of (B, 1, X, Y, Z) volumes, (B,): as many of the five scales as hold a window of width 5.
+    """Multi-scale SSIM of volumes (B, 1, X, Y, Z), (B,), over those of the five scales that fit a window of width 5.
 
-    The weights of the scales used are made to sum to one. Negative factors count as 0.
+    The weights of the scales used are rescaled to sum to 1. Negative factors count as 0.
     """
     smallest, count = min(x.shape[2:]), 1
     while count < len(SCALES) and smallest // 2**count >= MS_WIDTH:
@@ -72,7 +73,7 @@ def ms_ssim(x: Tensor, y: Tensor) -> Tensor:
         width = fitting_width(tuple(x.shape[2:]), MS_WIDTH)
         whole, structure = ssim_maps(x, y, width)
         last = scale == count - 1
-        value = value * _mean(_inside(whole if last else structure, width), None).clamp(min=0) ** weight
+        value = value * _mean(_crop_to_window(whole if last else structure, width), None).clamp(min=0) ** weight
         x, y = functional.avg_pool3d(x, 2), functional.avg_pool3d(y, 2)
     return value
 
@@ -88,17 +89,17 @@ def psnr(x: Tensor, y: Tensor, mask: Tensor | None = None) -> Tensor:
 
 
 def brain_mask(x: Tensor, threshold: float = MASK_THRESHOLD) -> Tensor:
-    """The head of skull-stripped scans (B, 1, X, Y, Z) in [0, 1]: bool, same shape and device.
+    """The brain, ventricles included, of skull-stripped scans (B, 1, X, Y, Z) in [0, 1]: bool, same shape and device.
 
-    Voxels above `threshold`, closed by one voxel, holes filled, largest component: ventricles belong to it. Of a whole
-    head it is the head. SciPy computes it: scans on a device are copied to the CPU, so hand in the CPU's where they are
-    at hand, and see BrainMasks for scans that come again.
+    Voxels above `threshold`, closed by one voxel, holes filled, largest component. If the skull was not stripped, it is
+    the head. SciPy computes it on the CPU: pass scans that are there already if possible, and use BrainMasks for scans
+    that are needed again.
     """
     from scipy import ndimage
 
     masks = []
     for volume in x.detach().float().cpu().numpy()[:, 0]:
-        padded = np.pad(volume > threshold, 1)  # closing must not erode at the border
+        padded = np.pad(volume > threshold, 1)  # otherwise closing erodes at the border
         filled = ndimage.binary_fill_holes(ndimage.binary_closing(padded))[1:-1, 1:-1, 1:-1]
         parts, count = ndimage.label(filled)
         if count > 1:
@@ -108,17 +109,17 @@ def brain_mask(x: Tensor, threshold: float = MASK_THRESHOLD) -> Tensor:
 
 
 class BrainMasks:
-    """Brain masks of scans that come again and again, each computed once; they take one byte a voxel of host memory.
+    """Brain masks of scans that are needed repeatedly, each computed once; one byte of host memory per voxel.
 
-    Keep one object for one kind of image (the scans, or their reconstructions by one autoencoder) and for as long as
-    these stay what they are.
+    Use one object per kind of image (the scans, or their reconstructions by one autoencoder), and only while these
+    images do not change.
     """
 
     def __init__(self) -> None:
         self._masks: dict[int, Tensor] = {}
 
     def __call__(self, x: Tensor, rows: Sequence[int]) -> Tensor:
-        """`brain_mask(x)` of images (B, 1, X, Y, Z), the i-th of scan `rows[i]`; only those of new scans are read."""
+        """`brain_mask(x)` of images (B, 1, X, Y, Z), where image i shows scan `rows[i]`; only new scans are read."""
         rows = [int(row) for row in rows]
         for image, row in zip(x.split(1), rows, strict=True):
             if row not in self._masks:
@@ -127,12 +128,12 @@ class BrainMasks:
 
 
 def to_arrays(images: Tensor) -> np.ndarray:
-    """(B, 1, X, Y, Z) -> (B, X, Y, Z) float32 on the CPU."""
+    """Images (B, 1, X, Y, Z) as an array (B, X, Y, Z), float32."""
     return images[:, 0].detach().float().cpu().numpy()
 
 
 def copy_to_host(values: Mapping[Key, Tensor]) -> dict[Key, np.ndarray]:
-    """Tensors of one shape as float64 arrays, copied from their device together: the one wait for a batch's numbers."""
+    """Tensors of one shape as float64 arrays, copied from their device together so that it is waited for only once."""
     stacked = torch.stack([value.detach().double() for value in values.values()]).cpu().numpy()
     return dict(zip(values, stacked, strict=True))
 
@@ -143,10 +144,14 @@ def compare_images(
     mask: Tensor | None = None,
     perceptual: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> dict[str, Tensor]:
-    """Every metric of `x` against `reference`, (B,) each; the mask is that of the reference.
+    """Every metric of `x` against `reference` (B, 1, X, Y, Z), (B,) each.
 
-    `ssim`, `ms_ssim`, `psnr`, `mse` over the whole volume, `..._mask` in the brain, `ssim_published`, and `lpips` where
-    a distance (x, y) -> scalar is given (called scan by scan).
+    `ssim`, `ms_ssim`, `psnr` and `mse` over the whole volume, `ssim_mask`, `psnr_mask` and `mse_mask` inside the brain,
+    `ssim_published`, and `lpips` if a perceptual distance is given.
+
+    Args:
+        mask: the brain; None: that of the reference.
+        perceptual: (x, reference) -> scalar, called once per scan.
     """
     mask = brain_mask(reference) if mask is None else mask
     whole, inside = ssim_whole_and_masked(x, reference, mask)

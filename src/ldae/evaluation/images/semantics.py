@@ -1,32 +1,44 @@
-"""Is y used? What y adds to the prediction of z_0, and what of a scan can be decoded from y alone.
+"""Does the decoder use y? How much y improves the prediction of z_0, and what can be decoded from y alone.
 
-A probe cannot tell: y may predict a diagnosis while the decoder ignores it. The error of z_0, the mean over voxels of
-(z_0 predicted - z_0)^2 in units of the latent's variance, is compared at the same noise with the scan's own y, with
-another subject's, and without guidance. Another's y must be worse than one's own where it matters: at high noise.
+A probe cannot tell: y may predict a diagnosis although the decoder ignores it. The error of z_0 is the mean over voxels
+of (predicted z_0 - z_0)^2, in units of the latent's variance. At the same noise it is measured with the scan's own y,
+with another subject's y, and without guidance. If y is used, another subject's y must be worse, at high noise.
+
+Metrics on test scans, with intervals over subjects:
+
+- `semantics/z0_error/{own,other,none}`: mean error for t >= 0.8 T; `..._t000` to `..._t800`: by band of t.
+- `semantics/z0_error_ratio`: other / own; `semantics/z0_error_ratio_none`: none / own.
+- `semantics/ssim`, `semantics/ssim_mask`: scans decoded from y alone (z_T is fixed noise), against the scan;
+  `..._autoencoder`: against the autoencoder's reconstruction.
+- `semantics/<structure>_r`: Pearson's r of a structure's volume in the decoded scan (edits/anatomy.py) with the true
+  one; `..._r_control`: the same with another subject's decoded scan and the own intensity levels, near 0 unless the
+  measurement itself gives the answer away.
+- `semantics/scans`: how many test scans there were.
+
+semantics_<structure>.png shows decoded against true volumes.
 """
 
 import logging
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ldae.data.subsampling import subsample_by_subject
+from ldae.denoiser import Denoiser
 from ldae.diffusion.process import add_noise, eps_to_z0
 from ldae.evaluation import figures
 from ldae.evaluation.context import Context, iterate_batches
-from ldae.evaluation.edits.anatomy import STRUCTURES, SoftVolume, build_soft_volume, read_true_volumes
-from ldae.evaluation.images.image_metrics import brain_mask, copy_to_host, ssim_whole_and_masked
+from ldae.evaluation.edits.anatomy import STRUCTURES, Levels, SoftVolume, build_soft_volume, read_true_volumes
+from ldae.evaluation.images.image_metrics import brain_mask, copy_to_host, ssim_whole_and_masked, to_arrays
 from ldae.evaluation.probes import scores
-from ldae.evaluation.probes.bootstrap import draw_subject_weights, summarise
+from ldae.evaluation.probes.bootstrap import draw_subject_weights, summarise, summarise_mean
 from ldae.utils.seeding import draw_normal
 
 log = logging.getLogger(__name__)
 
-BANDS = 5
-KINDS = ("own", "other", "none")
+BANDS = 5  # equal parts of the noise schedule
+KINDS = ("own", "other", "none")  # whose y guides the prediction
 
 
 def band_name(kind: str, band: int) -> str:
@@ -36,65 +48,61 @@ def band_name(kind: str, band: int) -> str:
 
 @torch.no_grad()
 def measure_z0_errors(
-    denoiser: Any, z0: Tensor, own: Tensor, other: Tensor, seed: int, keys: Sequence[int], points: int = 2
+    denoiser: Denoiser, z0: Tensor, own: Tensor, other: Tensor, seed: int, keys: Sequence[int], points: int = 2
 ) -> dict[str, Tensor]:
-    """Error of z_0 of every scan by kind of y and band of t: names as `band_name`, (B,) each on the device of z0.
+    """Error of z_0 of every scan, by kind of y and band of t (`band_name`); (B,) each, on the device of z0.
 
     Args:
-        denoiser: a Denoiser (`schedule`, `eps(z_t, t)`, `guided_eps(y) -> eps_fn`).
-        z0: (B, C, X, Y, Z) unit-variance latents.
+        z0: (B, C, X, Y, Z), latents of unit variance.
         own, other: (B, dim), the scans' own y and other subjects'.
-        keys: one a scan; its noise depends on (seed, key, t) alone.
-        points: timesteps in each of the five bands, at the middles of equal parts.
+        keys: one per scan; its noise depends on (seed, key, t) only.
+        points: timesteps per band, at the middles of equal parts.
     """
     schedule, count = denoiser.schedule, BANDS * points
-    times = [int((place + 0.5) * schedule.timesteps / count) for place in range(count)]
-    found = {band_name(kind, band): torch.zeros(len(z0), device=z0.device) for kind in KINDS for band in range(BANDS)}
-    for place, step in enumerate(times):
+    errors = {band_name(kind, band): torch.zeros(len(z0), device=z0.device) for kind in KINDS for band in range(BANDS)}
+    for point in range(count):
+        step = int((point + 0.5) * schedule.timesteps / count)
         t = torch.full((len(z0),), step, device=z0.device)
-        noise = draw_normal(z0.shape[1:], seed, keys, f"z0_error/{step}").to(z0)
-        z_t = add_noise(schedule, z0, noise, t)
-        twice = denoiser.guided_eps(torch.cat([own, other]))(torch.cat([z_t, z_t]), torch.cat([t, t]).float())
-        for kind, eps in zip(KINDS, (*twice.chunk(2), denoiser.eps(z_t, t.float())), strict=True):
+        z_t = add_noise(schedule, z0, draw_normal(z0.shape[1:], seed, keys, f"z0_error/{step}").to(z0), t)
+        guided = denoiser.guided_eps(torch.cat([own, other]))(torch.cat([z_t, z_t]), torch.cat([t, t]).float())
+        for kind, eps in zip(KINDS, (*guided.chunk(2), denoiser.eps(z_t, t.float())), strict=True):
             error = (eps_to_z0(schedule, eps.to(z_t.dtype), z_t, t) - z0).float().square().flatten(1).mean(1)
-            found[band_name(kind, place // points)] += error / points
-    return found
+            errors[band_name(kind, point // points)] += error / points
+    return errors
 
 
 def measure_z0_errors_of_scan(
-    denoiser: Any, z0: Tensor, own: Tensor, other: Tensor, seed: int, key: int
+    denoiser: Denoiser, z0: Tensor, own: Tensor, other: Tensor, seed: int, key: int
 ) -> dict[str, Tensor]:
-    """`z0_error/{own,other,none}_t{000,200,400,600,800}` of one scan (B = 1), for a training's validation.
+    """`z0_error/{own,other,none}_t{000,200,400,600,800}` of one scan (B = 1), for the validation of a stage.
 
-    Scalars on the device of z0; nothing is read back.
+    Scalars on the device of z0, which is not waited for.
     """
-    table = measure_z0_errors(denoiser, z0, own, other, seed, [key])
-    return {f"z0_error/{name}": values.mean() for name, values in table.items()}
+    errors = measure_z0_errors(denoiser, z0, own, other, seed, [key])
+    return {f"z0_error/{name}": values.mean() for name, values in errors.items()}
 
 
 def pair_with_other_subjects(subjects: Sequence[str]) -> np.ndarray | None:
-    """For each scan the position of one of another subject; each scan is taken once. None if that cannot be had.
+    """For each scan the position of a scan of another subject, each used once; None if that is impossible.
 
-    Scans sorted by subject and shifted by the longest run of one subject: no scan lands on its own subject.
+    Scans are sorted by subject and shifted by the largest number of scans of a subject.
     """
     order = np.argsort(np.asarray(subjects, dtype=str), kind="stable")
-    longest = int(np.unique(np.asarray(subjects, dtype=str), return_counts=True)[1].max())
-    if 2 * longest > len(order):
+    most = int(np.unique(np.asarray(subjects, dtype=str), return_counts=True)[1].max())
+    if 2 * most > len(order):
         return None
     partner = np.empty(len(order), dtype=int)
-    partner[order] = np.roll(order, -longest)
+    partner[order] = np.roll(order, -most)
     return partner
 
 
 class Semantics:
-    """`semantics/...` on test scans, with intervals over subjects.
+    """The evaluation that the module describes.
 
-    - `z0_error/{own,other,none}`: mean for t >= 0.8 T; `..._t000` to `..._t800` by band; `z0_error_ratio`: other / own.
-    - `ssim`, `ssim_mask`: decoding from y alone (z_T fixed noise) against the scan; `..._autoencoder`: against
-      the autoencoder's reconstruction.
-    - `ventricle_r`: Pearson's r of the decoded scan's volume (anatomy.py) with the scan's own; `..._control`: the same
-      with ANOTHER subject's decoded scan and the own intensity levels, near 0 unless the measure itself gives the
-      answer away.
+    Args:
+        scans: at most this many test scans; None: all of them.
+        points: timesteps per band.
+        structures: whose volumes are measured, see edits/anatomy.py.
     """
 
     def __init__(
@@ -105,83 +113,79 @@ class Semantics:
         resamples: int = 1000,
         structures: Sequence[str] = ("ventricle",),
     ):
-        """`scans` at most (None: all of test); `points` timesteps in each band; `structures` of anatomy.py."""
         self.structures = list(structures)
         self.scans, self.batch_size, self.points, self.resamples = scans, batch_size, points, resamples
 
     def __call__(self, context: Context) -> Iterator[tuple[str, float]]:
-        subjects = context.table["subject"].to_numpy(str)
-        rows = subsample_by_subject(context.rows("test"), subjects, self.scans, context.seed)
-        partner = pair_with_other_subjects(subjects[rows]) if len(rows) else None
+        rows = context.sample_rows("test", self.scans)
+        partner = pair_with_other_subjects(context.subjects(rows)) if len(rows) else None
         if partner is None:
-            log.warning("semantics are skipped: test needs scans of at least two subjects, none with most of them")
+            log.warning("semantics is skipped: test needs two subjects, none of them with more than half of the scans")
             return
         measures = {name: build_soft_volume(context, STRUCTURES[name]) for name in self.structures}
-        if not any(measures.values()):
+        measures = {name: measure for name, measure in measures.items() if measure is not None}
+        if not measures:
             log.warning("semantics: the table has no usable label maps (labels_path), volumes are not measured")
-        found, volumes = self._all_batches(context, rows, partner, measures)
-        weights = draw_subject_weights(subjects[rows], self.resamples, context.seed)
+        found, decoded, levels = self._measure(context, rows, partner, measures)
+        weights = draw_subject_weights(context.subjects(rows), self.resamples, context.seed)
         yield "semantics/scans", float(len(rows))
-        yield from self._means(found, weights)
-        for name, (decoded, control) in volumes.items():
+        yield from _summarise_scans(found, weights)
+        for name, measure in measures.items():
             truth = read_true_volumes(context, name, rows)
-            yield from summarise(f"semantics/{name}_r", scores.pearson(truth, decoded, weights))
+            own = np.array([measure.measure(image, level) for image, level in zip(decoded, levels[name], strict=True)])
+            pairs = zip(decoded[partner], levels[name], strict=True)
+            control = np.array([measure.measure(image, level) for image, level in pairs])
+            yield from summarise(f"semantics/{name}_r", scores.pearson(truth, own, weights))
             yield f"semantics/{name}_r_control", float(scores.pearson(truth, control, weights[:1])[0])
-            figures.draw_scatter(context.out / f"semantics_{name}.png", f"{name} volume", "mm3", truth, decoded)
+            figures.draw_scatter(context.out / f"semantics_{name}.png", f"{name} volume", "mm3", truth, own)
 
-    def _means(self, found: dict[str, np.ndarray], weights: np.ndarray) -> Iterator[tuple[str, float]]:
-        means = {name: weights @ values / weights.sum(1) for name, values in found.items()}
-        top = {kind: means[band_name(kind, BANDS - 1)] for kind in KINDS}
-        for kind in KINDS:
-            yield from summarise(f"semantics/z0_error/{kind}", top[kind])
-            for band in range(BANDS):
-                name = band_name(kind, band)
-                yield f"semantics/z0_error/{name}", float(means.pop(name)[0])
-        yield from summarise("semantics/z0_error_ratio", top["other"] / top["own"])
-        yield from summarise("semantics/z0_error_ratio_none", top["none"] / top["own"])
-        for name, values in means.items():
-            yield from summarise(f"semantics/{name}", values)
-
-    def _all_batches(
-        self, context: Context, rows: np.ndarray, partner: np.ndarray, measures: dict[str, SoftVolume | None]
-    ) -> tuple[dict[str, np.ndarray], dict[str, tuple[np.ndarray, np.ndarray]]]:
-        """Per-scan numbers, (N,) each, and decoded and control volumes of each measurable structure."""
+    def _measure(
+        self, context: Context, rows: np.ndarray, partner: np.ndarray, measures: Mapping[str, SoftVolume]
+    ) -> tuple[dict[str, np.ndarray], np.ndarray, dict[str, list[Levels]]]:
+        """Metrics per scan, (N,) each; scans decoded from y, (N, X, Y, Z); intensity levels by structure."""
         from tqdm import tqdm
 
         found: dict[str, list[np.ndarray]] = {}
         decoded = np.empty((len(rows), *context.volumes(rows[:1]).shape[2:]), np.float32)
-        levels: dict[str, list[Any]] = {name: [] for name, measure in measures.items() if measure is not None}
-        chunks = list(iterate_batches(range(len(rows)), self.batch_size))
-        for places in tqdm(chunks, "semantics"):
-            numbers, images, reconstruction = self._batch(context, rows[places], rows[partner[places]])
+        levels: dict[str, list[Levels]] = {name: [] for name in measures}
+        for places in tqdm(list(iterate_batches(range(len(rows)), self.batch_size)), "semantics"):
+            metrics, images, reconstruction = self._measure_batch(context, rows[places], rows[partner[places]])
             decoded[places] = images
-            for name, values in numbers.items():
+            for name, values in metrics.items():
                 found.setdefault(name, []).append(values)
-            for name, collected in levels.items():
-                shares = context.regions(rows[places].tolist(), STRUCTURES[name])
-                collected += [measures[name].levels(r, s) for r, s in zip(reconstruction, shares, strict=True)]
-        volumes = {
-            name: (
-                np.array([measures[name].measure(image, level) for image, level in zip(decoded, own, strict=True)]),
-                np.array([measures[name].measure(decoded[partner[i]], level) for i, level in enumerate(own)]),
-            )
-            for name, own in levels.items()
-        }
-        return {name: np.concatenate(parts) for name, parts in found.items()}, volumes
+            for name, measure in measures.items():
+                fractions = context.regions(rows[places].tolist(), STRUCTURES[name])
+                levels[name] += [measure.levels(r, f) for r, f in zip(reconstruction, fractions, strict=True)]
+        return {name: np.concatenate(parts) for name, parts in found.items()}, decoded, levels
 
     @torch.no_grad()
-    def _batch(
+    def _measure_batch(
         self, context: Context, rows: np.ndarray, others: np.ndarray
     ) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
-        """Numbers of these scans, their decodings from y alone, and the autoencoder's reconstructions, (B, X, Y, Z)."""
-        model = context.model
-        scans = context.volumes(rows.tolist())
+        """Metrics of these scans, their decodings from y, and the autoencoder's reconstructions, (B, X, Y, Z) each."""
+        model, keys = context.model, rows.tolist()
+        scans = context.volumes(keys)
         x, mask = scans.to(model.device), brain_mask(scans).to(model.device)
-        own, other = (torch.from_numpy(context.embeddings[part]).to(model.device) for part in (rows, others))
+        own, other = context.y(rows), context.y(others)
         z0 = model.compress(x)
-        numbers = measure_z0_errors(model.denoiser, z0, own, other, context.seed, rows.tolist(), self.points)
-        noise = draw_normal(z0.shape[1:], context.seed, rows.tolist(), "semantics").to(z0)
+        metrics = measure_z0_errors(model.denoiser, z0, own, other, context.seed, keys, self.points)
+        noise = draw_normal(z0.shape[1:], context.seed, keys, "semantics").to(z0)
         reconstruction, decoded = model.decompress(z0), model.decode(noise, own)
-        for against, reference in (("", x), ("_autoencoder", reconstruction)):
-            numbers[f"ssim{against}"], numbers[f"ssim_mask{against}"] = ssim_whole_and_masked(decoded, reference, mask)
-        return copy_to_host(numbers), decoded[:, 0].float().cpu().numpy(), reconstruction[:, 0].float().cpu().numpy()
+        for suffix, target in (("", x), ("_autoencoder", reconstruction)):
+            metrics[f"ssim{suffix}"], metrics[f"ssim_mask{suffix}"] = ssim_whole_and_masked(decoded, target, mask)
+        return copy_to_host(metrics), to_arrays(decoded), to_arrays(reconstruction)
+
+
+def _summarise_scans(found: Mapping[str, np.ndarray], weights: np.ndarray) -> Iterator[tuple[str, float]]:
+    """Means of the metrics (N,), with intervals except for the bands of t."""
+    highest = {kind: found[band_name(kind, BANDS - 1)] for kind in KINDS}
+    bands = [band_name(kind, band) for kind in KINDS for band in range(BANDS)]
+    for kind, values in highest.items():
+        yield from summarise_mean(f"semantics/z0_error/{kind}", values, weights)
+    for name in bands:
+        yield f"semantics/z0_error/{name}", float(found[name].mean())
+    means = {kind: weights @ values / weights.sum(1) for kind, values in highest.items()}
+    yield from summarise("semantics/z0_error_ratio", means["other"] / means["own"])
+    yield from summarise("semantics/z0_error_ratio_none", means["none"] / means["own"])
+    for name in (name for name in found if name not in bands):
+        yield from summarise_mean(f"semantics/{name}", found[name], weights)
