@@ -1,6 +1,6 @@
-"""Proves what surrounds the images in preprocessing: which scans are found, who they show, names, tables, faults, QC.
+"""Proves preprocessing without ANTs: finding scans and participants, names, tables, resumption, limits, quality.
 
-No ANTs and no real scan: a "brain" is an ellipsoid on a background of 0, which is how a stripped scan looks.
+The scans are synthetic: an ellipsoid of tissue on a background of 0, as in a skull-stripped scan.
 """
 
 import errno
@@ -11,6 +11,7 @@ import nibabel as nib
 import numpy as np
 import pandas as pd
 import pytest
+from hydra.utils import instantiate
 
 from ldae.commands.preprocess import compose_steps
 from ldae.data.nifti import BadScan
@@ -29,13 +30,13 @@ from ldae.preprocessing.template import resample
 from ldae.preprocessing.volume import Volume
 from ldae.utils.errors import UserError
 from ldae.utils.files import read_json
-from ldae.utils.process_pool import DIED, run_in_processes
+from ldae.utils.renamed import with_present_names
 
-OFF = PreprocessingSteps(bias=None, brain=Stripped(), registration=None, spacing=4.0)
+WITHOUT_ANTS = PreprocessingSteps(bias=None, brain=Stripped(), registration=None, spacing=4.0)
 
 
 def brain(spacing=4.0, half=(65, 80, 60), shape=(44, 52, 40), seed=0):
-    """An ellipsoid of tissue: CSF outside, grey, white inside; about 1300 cm3."""
+    """An ellipsoid of white matter, grey matter and CSF, from inside to outside; about 1300 cm3."""
     affine = np.diag([spacing] * 3 + [1.0])
     affine[:3, 3] = -spacing * (np.array(shape) - 1) / 2
     place = nib.affines.apply_affine(affine, np.moveaxis(np.indices(shape), 0, -1))
@@ -46,7 +47,7 @@ def brain(spacing=4.0, half=(65, 80, 60), shape=(44, 52, 40), seed=0):
 
 
 def bids(root, scans, participants=None):
-    """A BIDS tree of "sub-1/ses-M000" -> Volume."""
+    """Write a BIDS dataset; `scans` maps "sub-1/ses-M000" to a Volume."""
     for name, volume in scans.items():
         volume.write(root / name / "anat" / f"{name.replace('/', '_')}_T1w.nii.gz")
     if participants:
@@ -54,17 +55,15 @@ def bids(root, scans, participants=None):
     return root
 
 
-def run(root, out, pipeline=OFF, **options):
-    scans = find_scans(root)
-    people = Participants(root, Columns())
-    return preprocess_cohort(
-        scans, people, Job(pipeline, out, options.pop("regions", None)), workers=0, progress=False, **options
-    )
+def run(root, out, steps=WITHOUT_ANTS, labels=None, regions=None):
+    """Preprocess the BIDS dataset `root` into `out`, in this process."""
+    job = Job(steps, out, regions)
+    return preprocess_cohort(find_scans(root), Participants(root, Columns()), job, labels, workers=0, progress=False)
 
 
 def test_a_bids_folder_becomes_a_table_that_training_reads(tmp_path):
-    people = "participant_id age sex group\nsub-1 61.5 male AD\nsub-2 n/a F n/a\n"
-    root = bids(tmp_path / "raw", {"sub-1/ses-M000": brain(), "sub-1/ses-M012": brain(), "sub-2": brain()}, people)
+    table = "participant_id age sex group\nsub-1 61.5 male AD\nsub-2 n/a F n/a\n"
+    root = bids(tmp_path / "raw", {"sub-1/ses-M000": brain(), "sub-1/ses-M012": brain(), "sub-2": brain()}, table)
     (root / "sub-1" / "sub-1_sessions.tsv").write_text("session_id\tdiagnosis\nses-M012\tMCI\n")
     run(root, tmp_path / "out")
     table = read_table(tmp_path / "out" / "scans.csv")
@@ -80,7 +79,7 @@ def test_a_bids_folder_becomes_a_table_that_training_reads(tmp_path):
     assert "sub-2" in (tmp_path / "out" / "qc.html").read_text()
 
 
-def test_the_same_again_does_nothing_and_other_content_or_parameters_do(tmp_path):
+def test_a_second_run_repeats_only_scans_with_other_content_parameters_or_missing_files(tmp_path):
     root = bids(tmp_path / "raw", {"sub-1": brain(), "sub-2": brain()})
     out = tmp_path / "out"
 
@@ -94,15 +93,13 @@ def test_the_same_again_does_nothing_and_other_content_or_parameters_do(tmp_path
     second = stamps()
     assert second[0] == first[0]
     assert second[1] != first[1]
-    third = stamps(pipeline=PreprocessingSteps(bias=None, brain=Stripped(), registration=None, spacing=5.0))
+    third = stamps(steps=PreprocessingSteps(bias=None, brain=Stripped(), registration=None, spacing=5.0))
     assert not set(third) & set(second)
     (out / "sub-1" / "anat" / "sub-1_res-5mm_desc-preproc_T1w.nii.gz").unlink()
-    assert (
-        stamps(pipeline=PreprocessingSteps(bias=None, brain=Stripped(), registration=None, spacing=5.0))[0] != third[0]
-    )
+    assert stamps(steps=PreprocessingSteps(bias=None, brain=Stripped(), registration=None, spacing=5.0))[0] != third[0]
 
 
-def test_a_scan_that_is_set_aside_later_leaves_no_output(tmp_path):
+def test_a_scan_that_is_rejected_later_leaves_no_output(tmp_path):
     root = bids(tmp_path / "raw", {"sub-1": brain(), "sub-2": brain()})
     run(root, tmp_path / "out")
     bids(root, {"sub-1": brain(half=(20, 20, 20))})
@@ -113,13 +110,13 @@ def test_a_scan_that_is_set_aside_later_leaves_no_output(tmp_path):
     assert not list((tmp_path / "out" / "sub-1").rglob("*.nii.gz"))
 
 
-def test_a_full_disk_stops_in_one_line_and_the_next_run_goes_on(tmp_path, monkeypatch):
+def test_a_full_disk_stops_in_one_line_and_the_next_run_continues(tmp_path, monkeypatch):
     root = bids(tmp_path / "raw", {f"sub-{n}": brain() for n in range(3)})
-    job, write, written = Job(OFF, tmp_path / "out"), Volume.write, []
+    job, write, written = Job(WITHOUT_ANTS, tmp_path / "out"), Volume.write, []
 
     def full(self, path, dtype=np.float32):
         written.append(path)
-        if len(written) == 6:  # in the midst of the second scan's files
+        if len(written) == 6:  # the third file of the second scan
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         write(self, path, dtype)
 
@@ -133,7 +130,7 @@ def test_a_full_disk_stops_in_one_line_and_the_next_run_goes_on(tmp_path, monkey
     assert job.find_finished(find_scans(root)[0]) is not None
 
 
-def test_an_interrupt_leaves_tables_of_what_is_done(tmp_path, monkeypatch):
+def test_an_interrupt_leaves_tables_of_the_finished_scans(tmp_path, monkeypatch):
     root = bids(tmp_path / "raw", {f"sub-{n}": brain() for n in range(3)})
 
     def interrupted(function, items, *arguments, **options):
@@ -144,25 +141,15 @@ def test_an_interrupt_leaves_tables_of_what_is_done(tmp_path, monkeypatch):
     monkeypatch.setattr("ldae.preprocessing.preprocess_cohort.run_in_processes", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(root, tmp_path / "out")
-    assert len(read_table(tmp_path / "out" / "scans.csv")) == 3  # those of the run before count
+    assert len(read_table(tmp_path / "out" / "scans.csv")) == 3  # the earlier run had finished all
 
 
-def test_a_process_that_dies_takes_nobody_along():
-    found = dict(run_in_processes(_dies_at_three, [(n,) for n in range(6)], workers=2, progress=False))
-    assert found.pop(3) is DIED
-    assert found == {n: 10 * n for n in (0, 1, 2, 4, 5)}
-
-
-def _dies_at_three(number):
-    if number == 3:
-        os._exit(1)
-    return 10 * number
-
-
-def test_sessions_that_are_no_months_need_a_date(tmp_path):
+def test_sessions_that_are_not_in_months_need_ages(tmp_path):
     root = bids(tmp_path / "raw", {"sub-1/ses-01": brain(), "sub-2/ses-01": brain(), "sub-2/ses-02": brain()})
     run(root, tmp_path / "out")
-    assert read_table(tmp_path / "out" / "scans.csv")["subject"].tolist() == ["sub-1"]  # its only one is its first
+    assert read_table(tmp_path / "out" / "scans.csv")["subject"].tolist() == [
+        "sub-1"
+    ]  # an only session is the first one
     assert pd.read_csv(tmp_path / "out" / "rejected.csv")["reason"].str.contains("months").tolist() == [True, True]
     (root / "sub-2" / "sub-2_sessions.tsv").write_text("session_id\tage\nses-01\t70\nses-02\t71.5\n")
     run(root, tmp_path / "out")
@@ -171,7 +158,7 @@ def test_sessions_that_are_no_months_need_a_date(tmp_path):
     assert table["age"].tolist()[1:] == [70, 71.5]
 
 
-def test_caps_and_csv_are_read(tmp_path):
+def test_scans_of_caps_trees_and_csv_tables_are_found(tmp_path):
     folder = tmp_path / "caps" / "subjects" / "sub-A" / "ses-M006" / "t1_linear"
     whole, crop = (f"sub-A_ses-M006_space-MNI_{part}res-1x1x1_T1w.nii.gz" for part in ("", "desc-Crop_"))
     for name in (whole, crop):
@@ -203,7 +190,7 @@ def test_label_maps_become_region_volumes_in_native_mm3(tmp_path):
         find_label_maps(tmp_path)
 
 
-def test_two_scans_of_one_session_are_both_named(tmp_path):
+def test_two_scans_of_one_session_are_both_rejected(tmp_path):
     root = bids(tmp_path / "raw", {"sub-1": brain()})
     brain().write(root / "sub-1" / "anat" / "sub-1_run-2_T1w.nii.gz")
     run(root, tmp_path / "out")
@@ -212,18 +199,18 @@ def test_two_scans_of_one_session_are_both_named(tmp_path):
     assert rejected["reason"].str.startswith("2 T1w scans in one session").all()
 
 
-def test_masks_close_sulci_and_keep_to_the_brain():
+def test_closing_a_mask_fills_sulci_and_adds_little_else():
     scan = brain(half=(60, 60, 60), shape=(40, 40, 40))
-    furrowed = scan.data.copy()
-    furrowed[20, :12] = 0  # a furrow of 4 mm, open to the outside
-    mask = close_sulci(furrowed > 0, scan.spacing)
+    with_sulcus = scan.data.copy()
+    with_sulcus[20, :12] = 0  # a sulcus of 4 mm, open to the outside
+    mask = close_sulci(with_sulcus > 0, scan.spacing)
     assert mask[20, 10, 20]
     assert (mask & (scan.data == 0)).sum() < 0.05 * mask.sum()
     assert is_skull_stripped(scan)
     assert not is_skull_stripped(brain(half=(100, 120, 100), shape=(60, 70, 60)))
 
 
-def test_resampling_keeps_place_and_mass():
+def test_resampling_keeps_position_and_sum():
     scan = brain(spacing=2.0, shape=(88, 104, 80))
     coarse = resample(scan, 4.0)
     assert np.allclose(coarse.spacing, 4.0)
@@ -234,7 +221,7 @@ def test_resampling_keeps_place_and_mass():
     assert resample(scan, None) is scan
 
 
-def test_tissues_come_to_their_values_whatever_the_scale():
+def test_tissue_means_become_the_targets_at_any_scale():
     scan = brain(spacing=3.0, shape=(60, 70, 54))
     mask = scan.data > 0
     for factor in (1, 7):
@@ -247,7 +234,7 @@ def test_tissues_come_to_their_values_whatever_the_scale():
         WhiteMatter()(np.ones((5, 5, 5)), np.ones((5, 5, 5), bool))
 
 
-def test_measures_see_what_they_are_named_after():
+def test_noise_correlation_and_limits_on_known_scans():
     scan = brain(spacing=2.0, shape=(88, 104, 80))
     mask = scan.data > 0
     assert estimate_noise(scan, mask) == pytest.approx(2 / np.median(scan.data[mask]), rel=0.15)
@@ -261,10 +248,10 @@ def test_measures_see_what_they_are_named_after():
     for value, rigid in ((0.68, False), (0.39, True)):
         with pytest.raises(BadScan, match="template correlation"):
             Limits().check_correlation(value, rigid)
-    Limits().check_correlation(0.68, rigid=True)  # what a small head, well registered, reaches
+    Limits().check_correlation(0.68, rigid=True)  # a small head that is registered well
 
 
-def test_the_worst_scan_comes_first():
+def test_the_quality_page_sorts_rejected_scans_first_then_by_deviation():
     def record(correlation, status="done"):
         return {"status": status, "measures": {"template_correlation": correlation, "head_mm3": 1.4e6, "noise": 0.05}}
 
@@ -272,7 +259,7 @@ def test_the_worst_scan_comes_first():
     assert np.argsort(-scores, kind="stable")[:2].tolist() == [4, 2]
 
 
-def test_steps_that_do_not_go_together_and_unknown_ones_are_refused():
+def test_incompatible_steps_and_unknown_options_are_refused():
     with pytest.raises(UserError, match="brain extraction"):
         PreprocessingSteps(brain=None)
     with pytest.raises(UserError, match="mask"):
@@ -282,23 +269,48 @@ def test_steps_that_do_not_go_together_and_unknown_ones_are_refused():
             compose_steps([wrong])
 
 
-def test_the_scan_of_a_person_that_no_table_knows_is_kept(tmp_path):
-    person = Participants(tmp_path, Columns()).look_up(SourceScan(Path("x"), "sub-9", ""), only=True)
-    assert (person.months, person.diagnosis, person.sex) == (0, "", "")
-    assert np.isnan(person.age)
+def test_a_scan_of_an_unlisted_participant_has_empty_data(tmp_path):
+    participant = Participants(tmp_path, Columns()).look_up(SourceScan(Path("x"), "sub-9", ""), only=True)
+    assert (participant.months, participant.diagnosis, participant.sex) == (0, "", "")
+    assert np.isnan(participant.age)
 
 
-def test_the_record_says_what_was_done(tmp_path):
+@pytest.mark.parametrize(
+    ("overrides", "key"),
+    [
+        ([], "72ac9ef7c2b3c883"),
+        (
+            ["preprocess/registration=syn", "preprocess/brain=stripped", "preprocess/intensity=tissues"],
+            "4c77bdfe18fba0f0",
+        ),
+        (["preprocess/registration=none", "preprocess/bias=none", "preprocess.spacing=null"], "2fd3975175fe594d"),
+    ],
+)
+def test_keys_of_parameters_stay_so_that_finished_scans_are_kept(overrides, key):
+    steps = instantiate(compose_steps(overrides), _convert_="all")
+    assert steps.pop("regions") == Regions(
+        {"ventricle": [49, 50, 51, 52], "hippocampus": [47, 48], "amygdala": [31, 32]}
+    )
+    assert steps.pop("columns") == Columns(**{name: list(value) for name, value in vars(Columns()).items()})
+    assert PreprocessingSteps(**steps).key() == key
+
+
+def test_configs_with_earlier_class_paths_are_read():
+    stored = {"_target_": "ldae.preprocessing.people.Columns", "age": ["years"]}
+    assert instantiate(with_present_names(stored), _convert_="all") == Columns(age=["years"])
+
+
+def test_the_sidecar_has_parameters_and_versions(tmp_path):
     run(bids(tmp_path / "raw", {"sub-1": brain()}), tmp_path / "out")
-    about = read_json(tmp_path / "out" / "sub-1" / "anat" / "sub-1_res-4mm_desc-preproc_T1w.json")
-    assert about["Parameters"]["brain"]["step"] == "Stripped"
-    assert about["SkullStripped"] is True
-    assert {"numpy", "ldae"} <= about["Software"].keys()
+    sidecar = read_json(tmp_path / "out" / "sub-1" / "anat" / "sub-1_res-4mm_desc-preproc_T1w.json")
+    assert sidecar["Parameters"]["brain"]["step"] == "Stripped"
+    assert sidecar["SkullStripped"] is True
+    assert {"numpy", "ldae"} <= sidecar["Software"].keys()
 
 
-def test_without_registration_both_masks_are_kept_each_on_its_grid(tmp_path):
-    pipeline = PreprocessingSteps(bias=None, brain=Stripped(), registration=None, spacing=6.5)
-    run(bids(tmp_path / "raw", {"sub-1": brain()}), tmp_path / "out", pipeline)
+def test_without_registration_each_mask_is_on_its_own_grid(tmp_path):
+    steps = PreprocessingSteps(bias=None, brain=Stripped(), registration=None, spacing=6.5)
+    run(bids(tmp_path / "raw", {"sub-1": brain()}), tmp_path / "out", steps)
     anat = tmp_path / "out" / "sub-1" / "anat"
     scan, mask, native = (
         nib.load(anat / f"sub-1_{name}.nii.gz")
@@ -308,10 +320,10 @@ def test_without_registration_both_masks_are_kept_each_on_its_grid(tmp_path):
     assert native.shape == brain().data.shape
 
 
-def test_the_sessions_of_a_caps_tree_are_found_beside_its_participants(tmp_path):
+def test_sessions_of_a_caps_tree_are_found_beside_the_participants_file(tmp_path):
     (tmp_path / "bids" / "sub-A").mkdir(parents=True)
     (tmp_path / "bids" / "participants.tsv").write_text("participant_id\tage\nsub-A\t70\n")
     (tmp_path / "bids" / "sub-A" / "sub-A_sessions.tsv").write_text("session_id\tdiagnosis\nses-M006\tMCI\n")
-    people = Participants(tmp_path / "caps", Columns(), tmp_path / "bids" / "participants.tsv")
-    person = people.look_up(SourceScan(Path("x"), "sub-A", "ses-M006"), only=True)
-    assert (person.age, person.diagnosis) == (70.5, "MCI")
+    participants = Participants(tmp_path / "caps", Columns(), tmp_path / "bids" / "participants.tsv")
+    participant = participants.look_up(SourceScan(Path("x"), "sub-A", "ses-M006"), only=True)
+    assert (participant.age, participant.diagnosis) == (70.5, "MCI")

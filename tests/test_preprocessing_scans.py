@@ -1,7 +1,7 @@
-"""Proves preprocessing on a real scan: twenty broken copies are each set aside with a true reason and stop nothing; a
-whole one goes through every step, and its transforms carry masks there and back.
+"""Proves preprocessing with ANTs and deepbet on a real scan: twenty broken copies are each rejected with the true reason
+and do not stop the run; an intact one goes through every step, and its transforms work in both directions.
 
-Skipped where antspyx, deepbet or the scans are missing. LDAE_SHARED names the folder of scans where it is elsewhere.
+Skipped if antspyx, deepbet or the scans are missing. LDAE_SHARED gives the folder of the scans.
 """
 
 import gzip
@@ -48,7 +48,7 @@ def ldae(*arguments):
 
 
 def place(root, subject, session=""):
-    """Where a scan's file belongs in a BIDS tree."""
+    """Path of a scan in a BIDS dataset; its folder is created."""
     stem = f"sub-{subject}_{session}_T1w.nii.gz" if session else f"sub-{subject}_T1w.nii.gz"
     folder = root / f"sub-{subject}" / session / "anat"
     folder.mkdir(parents=True, exist_ok=True)
@@ -56,7 +56,7 @@ def place(root, subject, session=""):
 
 
 def broken_images():
-    """Name -> (image, part of the reason)."""
+    """Broken copies of the scan: name -> (image, part of the expected reason)."""
     real = nib.load(SCAN)
     data, affine = np.asarray(real.dataobj, dtype=np.float32), real.affine
 
@@ -68,16 +68,16 @@ def broken_images():
         copy[tuple(slice(None) if everywhere else slice(3, 6) for _ in range(3))] = value
         return image(copy)
 
-    nowhere = image(data, None)
-    nowhere.set_sform(None, 0)
-    nowhere.set_qform(None, 0)
+    no_affine = image(data, None)
+    no_affine.set_sform(None, 0)
+    no_affine.set_qform(None, 0)
     flat = affine.copy()
     flat[:3, 1] = flat[:3, 0]
     sheared = affine.copy()
     sheared[:3, 1] += 0.5 * affine[:3, 0]
     centre = np.array(data.shape) / 2
     distance = 2.0 * np.sqrt(((np.moveaxis(np.indices(data.shape), 0, -1) - centre) ** 2).sum(-1))  # mm
-    # Bright at the rim and dark inside, as no brain is.
+    # Bright at the edge and dark inside, unlike a brain.
     hollow = np.where(distance < 68, 1 + (distance / 68) ** 4 * 200, 0)
     return {
         "fourD": (image(np.stack([data, data], -1)), "not one 3-D volume"),
@@ -89,7 +89,7 @@ def broken_images():
         "nan": (changed(np.nan), "NaN"),
         "infinite": (changed(np.inf), "infinite"),
         "complex": (image(data.astype(np.complex64)), "no real numbers"),
-        "noaffine": (nowhere, "no affine"),
+        "noaffine": (no_affine, "no affine"),
         "degenerate": (image(data, flat), "degenerate"),
         "sheared": (image(data, sheared), "shears"),
         "metres": (image(data, affine @ np.diag([1e-2, 1e-2, 1e-2, 1])), "absurd voxel size"),
@@ -102,7 +102,7 @@ def broken_images():
 
 @pytest.fixture(scope="module")
 def twenty(tmp_path_factory):
-    """Output folder of a run on twenty broken scans, and part of the reason of each."""
+    """Output folder of a run on twenty broken scans, and part of the expected reason for each."""
     root, out = (tmp_path_factory.mktemp("broken") / name for name in ("raw", "out"))
     reasons = {}
     for name, (image, reason) in broken_images().items():
@@ -121,7 +121,7 @@ def twenty(tmp_path_factory):
     return out, reasons
 
 
-def test_twenty_broken_scans_are_each_named_with_a_true_reason(twenty):
+def test_twenty_broken_scans_are_each_rejected_with_the_true_reason(twenty):
     out, reasons = twenty
     rejected = pd.read_csv(out / "rejected.csv")
     found = {Path(path).name: reason for path, reason in zip(rejected["path"], rejected["reason"], strict=True)}
@@ -135,7 +135,7 @@ def test_twenty_broken_scans_are_each_named_with_a_true_reason(twenty):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """Output folder of a run on one real scan with its label map, at 3 mm."""
+    """Output folder of a run on one intact scan with its label map, at 3 mm."""
     folder = tmp_path_factory.mktemp("whole")
     shutil.copyfile(SCAN, place(folder / "raw", "IXI012"))
     (folder / "raw" / "participants.tsv").write_text("participant_id\tage\tsex\nsub-IXI012\t38.78\tM\n")
@@ -148,11 +148,13 @@ def test_a_real_scan_goes_through_every_step(whole):
     table = read_table(whole / "scans.csv")
     row = table.iloc[0]
     assert (row["subject"], row["session"], row["age"], row["sex"]) == ("sub-IXI012", "ses-M000", 38.78, "M")
-    assert row["template_correlation"] > 0.8  # 0.84 after five iterations of N4, at 3 mm; 0.89 to 0.93 as by default
+    assert row["template_correlation"] > 0.8  # 0.84 with five iterations of N4 at 3 mm; 0.89 to 0.93 by default
     assert row["ventricle_mm3"] < row["brain_mm3"] < 1.15 * row["head_mm3"]
     scan, grid = Volume.read(row["path"]), template_at_spacing(Icbm152(), 3.0)
     assert scan.data.shape == grid.data.shape
-    assert dice_overlap(scan.data > 0, template_brain(grid)) > 0.93  # affine: as large as the template, where it is
+    assert (
+        dice_overlap(scan.data > 0, template_brain(grid)) > 0.93
+    )  # after affine registration, size and position are the template's
     raw = nib.load(SCAN)
     mask = nib.load(whole / "sub-IXI012" / "anat" / "sub-IXI012_desc-brain_mask.nii.gz")
     assert mask.shape == raw.shape
@@ -161,21 +163,21 @@ def test_a_real_scan_goes_through_every_step(whole):
     assert "data:image/jpeg" in (whole / "qc.html").read_text()
 
 
-def test_masks_go_to_the_template_and_back(whole):
+def test_a_mask_goes_to_the_template_and_back(whole):
     folder, files = whole, read_json(whole / "records" / "sub-IXI012.json")["files"]
     transforms = Transforms.from_record(folder, files)
     native, moved = (Volume.read(folder / files[name], allow_constant=True) for name in ("native_mask", "mask"))
     back = transforms.to_native(moved, native, "linear")
     assert dice_overlap(back.data > 0.5, native.data > 0) > 0.96
-    # The sidecar's matrix says the same: template mm to native mm.
-    about = read_json(folder / files["scan"].replace(".nii.gz", ".json"))
+    # The matrix in the sidecar (template mm to native mm) agrees.
+    sidecar = read_json(folder / files["scan"].replace(".nii.gz", ".json"))
     inside = nib.affines.apply_affine(moved.affine, np.argwhere(moved.data > 0))
-    points = nib.affines.apply_affine(np.array(about["TemplateToNative"]), inside)
+    points = nib.affines.apply_affine(np.array(sidecar["TemplateToNative"]), inside)
     voxels = nib.affines.apply_affine(np.linalg.inv(native.affine), points).round().astype(int)
     assert native.data[tuple(voxels.T)].mean() > 0.96
 
 
-def test_label_maps_are_carried_as_ants_carries_them(whole):
+def test_label_maps_are_resampled_as_by_ants(whole):
     import ants
 
     files = read_json(whole / "records" / "sub-IXI012.json")["files"]
@@ -186,14 +188,14 @@ def test_label_maps_are_carried_as_ants_carries_them(whole):
         grid.to_ants(), few.to_ants(), [str(path) for path in transforms.forward], interpolator="genericLabel"
     ).numpy()
     assert set(np.unique(theirs)) == {0, 1, 47, 48, 51, 52}
-    # Equal weights may fall to either.
+    # Where two labels have equal weights, either may be chosen.
     assert (transforms.labels_to_template(few, grid).data != theirs).sum() <= 2
     written = Volume.read(whole / files["labels"], allow_constant=True).data
     assert (written != transforms.labels_to_template(atlas, grid).data).sum() == 0
     assert np.isin([47, 48, 51, 52], np.unique(written)).all()
 
 
-def test_the_same_command_again_does_nothing(whole, tmp_path):
+def test_the_same_command_again_keeps_the_finished_scan(whole, tmp_path):
     stamp = (whole / "records" / "sub-IXI012.json").stat().st_mtime_ns
     raw = whole.parent / "raw"
     ldae("preprocess", raw, whole, "-j", 1, "--spacing", 3, "--labels", LABELS.parent,
