@@ -1,5 +1,5 @@
-"""Proves preprocessing with ANTs and deepbet on a real scan: twenty broken copies are each rejected with the true reason
-and do not stop the run; an intact one goes through every step, and its transforms work in both directions.
+"""Proves preprocessing with ANTs and deepbet on a real scan: twenty broken copies are each rejected with the true
+reason and do not stop the run; an intact one goes through every step, and its transforms work in both directions.
 
 Skipped if antspyx, deepbet or the scans are missing. LDAE_SHARED gives the folder of the scans.
 """

@@ -6,6 +6,7 @@ from typing import Any
 
 from ldae.runs import Run, Workspace
 from ldae.utils.files import read_json
+from ldae.utils.metric_table import format_with_intervals, select_headline
 
 CARD = "README.md"
 
@@ -107,8 +108,6 @@ def _steps(about: Mapping[str, Any]) -> str:
 def _metrics(metrics: Mapping[str, float]) -> str:
     if not metrics:
         return "None were measured before the export: run `python evaluate.py` and export again."
-    from ldae.evaluation.report import format_with_intervals, select_headline
-
     rows = "\n".join(f"| {name} | {value} |" for name, value in format_with_intervals(select_headline(metrics)))
     return (
         f"On held-out test subjects; in brackets 95 % intervals over subjects.\n\n| name | value |\n|---|---|\n{rows}"

@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 
-from ldae.evaluation.report import format_with_intervals
 from ldae.evaluation.report_sections import OTHER, SECTIONS, Section
 from ldae.utils.files import write_text
+from ldae.utils.metric_table import format_with_intervals
 
 REPORT = "report.html"
 MEDIA_TYPES = {".png": "image/png", ".gif": "image/gif"}

@@ -21,9 +21,11 @@ from ldae.evaluation.context import Context, Evaluator
 from ldae.evaluation.edits.anatomy import STRUCTURES
 from ldae.evaluation.embeddings import embed_cohort, embed_cohort_in_all_processes
 from ldae.evaluation.html_report import write_report
-from ldae.evaluation.report import format_console_table, merge_metrics, read_metrics, select_headline
+from ldae.evaluation.report import format_console_table, merge_metrics, read_metrics
+from ldae.models.placement import place_module
 from ldae.runs import Run, Workspace
 from ldae.utils.errors import UserError
+from ldae.utils.metric_table import select_headline
 
 if TYPE_CHECKING:
     from ldae.pipeline import LDAE
@@ -153,9 +155,9 @@ def _untrained_encoder(node: DictConfig, seed: int, trained: nn.Module) -> Calla
     device = next(trained.parameters()).device
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        encoder = instantiate(node).eval().to(device)
-    if trained.reference is not None:
-        encoder.set_reference(trained.reference, trained.spread)
+        encoder = place_module(instantiate(node).eval(), device)
+    if getattr(trained, "mean_volume", None) is not None:
+        encoder.set_mean_volume(trained.mean_volume, trained.difference_std)
     return lambda x: encoder(x.to(device))
 
 
