@@ -1,5 +1,5 @@
-"""Proves the trainer: resume to the bit, one average and one clipping an optimiser step, whole states only, no
-duplicate metrics, learning rates, signals."""
+"""The trainer: it resumes to the bit, averages and clips once per optimiser step, loads intact checkpoints only, logs
+no step twice, skips non-finite steps, sets learning rates and stops by signals."""
 
 import json
 import os
@@ -30,7 +30,7 @@ DATA = torch.randn(11, 5, generator=torch.Generator().manual_seed(3))
 
 
 class Toy(Stage):
-    """Denoises five numbers with a layer and dropout."""
+    """Denoises vectors of five numbers with two layers and dropout."""
 
     name = "toy"
     monitor = Monitor("error", higher_is_better=False)
@@ -95,7 +95,7 @@ def _crash_at(step):
     return on_step
 
 
-def test_a_torn_state_is_skipped_for_the_one_before(tmp_path, caplog):
+def test_a_damaged_checkpoint_is_skipped_for_the_one_before(tmp_path, caplog):
     fit(tmp_path, 4)
     newest = sorted((tmp_path / "state").glob("*.safetensors"))[-1]
     data = bytearray(newest.read_bytes())
@@ -103,11 +103,11 @@ def test_a_torn_state_is_skipped_for_the_one_before(tmp_path, caplog):
     newest.write_bytes(bytes(data))
     steps = []
     fit(tmp_path, 6, Toy(on_step=steps.append))
-    assert steps[0] == 2, "resumed from the state before the torn one"
+    assert steps[0] == 2, "resumed from the checkpoint before the damaged one"
     assert "damaged checkpoint" in caplog.text
 
 
-def test_average_and_clip_happen_once_an_optimiser_step(tmp_path, monkeypatch):
+def test_averaging_and_clipping_happen_once_per_optimiser_step(tmp_path, monkeypatch):
     updates = []
     original = Ema.update
     monkeypatch.setattr(Ema, "update", lambda self, step, *more: (updates.append(step), original(self, step, *more)))
@@ -120,7 +120,7 @@ def test_average_and_clip_happen_once_an_optimiser_step(tmp_path, monkeypatch):
 
 
 def test_accumulated_micro_batches_give_the_gradient_of_the_whole():
-    """Two micro-batches of 3 move the weights like one of 6."""
+    """Two micro-batches of 3 samples change the weights as one of 6 does."""
     results = []
     for batches in ([[0, 1, 2], [3, 4, 5]], [[0, 1, 2, 3, 4, 5]]):
         stage = Toy()
@@ -152,8 +152,8 @@ def test_a_non_finite_gradient_never_reaches_the_weights(tmp_path):
     assert {"step": 2, "train/skipped": 2} in records
 
 
-def test_a_skipped_step_is_known_one_step_later(tmp_path, caplog):
-    """The host reads what the device said of a step when the next one is on its way."""
+def test_the_host_learns_of_a_skipped_step_one_step_later(tmp_path, caplog):
+    """The report of a step is read after the next step has been started."""
     known = {}
 
     class Once(Toy):
@@ -171,7 +171,7 @@ def test_a_skipped_step_is_known_one_step_later(tmp_path, caplog):
 
 
 class Overflowing(Toy):
-    """In float16's manner: the loss is scaled by a factor that is far too large at first."""
+    """Trains as in float16: the loss is scaled by a factor that is far too large at first."""
 
     def prepare(self, accelerator, trainer, optim, seed):
         accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, growth_interval=10**6)
@@ -186,14 +186,14 @@ class Overflowing(Toy):
         return super().run_step(micro_batches, step)
 
 
-def test_steps_that_overflow_float16_count_as_none(tmp_path, caplog):
+def test_steps_that_overflow_float16_count_neither_as_updates_nor_as_skipped(tmp_path, caplog):
     stage, progress = fit(tmp_path, 12, Overflowing(), optim={"warmup_steps": 12}, validate_every=None)
     assert 2 <= progress.overflowed <= 11
     assert progress.skipped == progress.skipped_in_a_row == 0
     assert "skipped" not in caplog.text
     adam_steps = {int(state["step"]) for state in stage.optimizers["net"].state.values()}
     assert adam_steps == {12 - progress.overflowed} == {progress.updates}
-    # The rate rises with the steps that were taken; the host knows of an overflow one step late.
+    # The rate rises with the steps that were taken; the host learns of an overflow one step later.
     assert stage.rates[-1] == pytest.approx(1e-2 * (12 - progress.overflowed) / 12, rel=1e-6)
     text = (tmp_path / "metrics.jsonl").read_text()
     assert "Infinity" not in text
@@ -201,8 +201,8 @@ def test_steps_that_overflow_float16_count_as_none(tmp_path, caplog):
     assert json.loads(text.splitlines()[-1])["train/overflowed"] == progress.overflowed
 
 
-def test_a_loss_that_is_no_number_is_no_overflow(tmp_path, caplog):
-    """Its scans are named, and the gradients' scale is left alone: lowering it would not help."""
+def test_a_non_finite_loss_is_not_an_overflow(tmp_path, caplog):
+    """Its scans are logged, and the gradient scale stays as it is, because a lower one would not help."""
 
     class Bad(Overflowing):
         def prepare(self, accelerator, *rest):
@@ -221,7 +221,7 @@ def test_a_loss_that_is_no_number_is_no_overflow(tmp_path, caplog):
 
 
 @pytest.mark.parametrize("options", [{"log_every": 1}, {"log_every": 100, "checkpoint_every": 3}])
-def test_rates_after_a_skipped_step_do_not_depend_on_when_the_host_heard_of_it(tmp_path, options):
+def test_learning_rates_after_a_skipped_step_do_not_depend_on_when_the_host_learns_of_it(tmp_path, options):
     class Once(Toy):
         def loss(self, batch):
             return {"loss": super().loss(batch)["loss"] * (float("nan") if self.now == 2 else 1.0)}
@@ -232,13 +232,13 @@ def test_rates_after_a_skipped_step_do_not_depend_on_when_the_host_heard_of_it(t
 
     warm = {"validate_every": None, "optim": {"warmup_steps": 12}}
     whole, _ = fit(tmp_path / "whole", 8, Once(), log_every=100, checkpoint_every=100, **warm)
-    fit(tmp_path / "parts", 3, Once(), **options, **warm)  # stopped right behind the skipped step
+    fit(tmp_path / "parts", 3, Once(), **options, **warm)  # ends right after the skipped step
     resumed, _ = fit(tmp_path / "parts", 8, Once(), **options, **warm)
     weights = whole.modules["net"].state_dict()
     assert all(torch.equal(t, weights[n]) for n, t in resumed.modules["net"].state_dict().items())
 
 
-def test_an_average_does_not_move_with_a_skipped_step():
+def test_an_average_is_not_updated_by_a_skipped_step():
     net = nn.Linear(3, 2)
     ema = Ema(net, 0.9)
     with torch.no_grad():
@@ -262,8 +262,8 @@ def test_without_warm_up_every_step_keeps_the_published_share_of_the_average():
     torch.testing.assert_close(averages[True].shadow["weight"], before + 0.9)
 
 
-class Spoilt(Toy):
-    """One scan is NaN; a batch norm sees it before the loss does."""
+class NanScanToy(Toy):
+    """One scan is NaN, and it passes through a batch norm before the loss."""
 
     sample_names = tuple(f"subject{index} ses-M000" for index in range(len(DATA)))
 
@@ -280,8 +280,8 @@ class Spoilt(Toy):
         return {"loss": (self.net(batch["x"]) - 1).square().mean()}
 
 
-def test_a_scan_that_is_nan_is_named_and_leaves_no_trace(tmp_path, caplog):
-    stage, progress = fit(tmp_path, 8, Spoilt())
+def test_a_scan_with_nan_is_logged_and_changes_neither_weights_nor_averages(tmp_path, caplog):
+    stage, progress = fit(tmp_path, 8, NanScanToy())
     assert 0 < progress.skipped < 8
     assert progress.skipped_in_a_row <= progress.skipped
     assert "its scans: subject4 ses-M000" in caplog.text
@@ -289,7 +289,7 @@ def test_a_scan_that_is_nan_is_named_and_leaves_no_trace(tmp_path, caplog):
         assert all(torch.isfinite(tensor).all() for tensor in tensors.values())
 
 
-def test_too_many_bad_steps_end_the_run_with_the_last_good_state(tmp_path):
+def test_too_many_skipped_steps_end_the_run_after_which_it_resumes_from_the_last_checkpoint(tmp_path):
     def poison(step):
         if step >= 3:
             DATA[:] = float("nan")
@@ -304,7 +304,7 @@ def test_too_many_bad_steps_end_the_run_with_the_last_good_state(tmp_path):
     assert progress.step == 8
 
 
-def test_a_full_disk_keeps_the_state_before_and_says_so(tmp_path, monkeypatch):
+def test_a_full_disk_is_reported_and_the_checkpoint_before_remains(tmp_path, monkeypatch):
     def full(tensors, path, header=None):
         if "step_00000004" in str(path):
             raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
@@ -320,10 +320,10 @@ def test_a_full_disk_keeps_the_state_before_and_says_so(tmp_path, monkeypatch):
     assert steps[0] == 2
 
 
-def test_other_data_than_the_run_was_made_with_is_refused(tmp_path):
+def test_a_run_is_not_resumed_with_other_scans_or_another_global_batch_size(tmp_path):
     fit(tmp_path, 2)
     other = Toy()
-    other.sample_names = ("somebody ses-M000",) * len(DATA)
+    other.sample_names = ("another ses-M000",) * len(DATA)
     with pytest.raises(UserError, match="another training scans"):
         fit(tmp_path, 4, other)
     with pytest.raises(UserError, match="samples a step"):
@@ -332,7 +332,7 @@ def test_other_data_than_the_run_was_made_with_is_refused(tmp_path):
     fit(tmp_path, 6, other, accept_changes=True)
 
 
-def test_a_run_without_a_whole_state_is_not_started_over(tmp_path):
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_again(tmp_path):
     fit(tmp_path, 4)
     for path in (tmp_path / "state").glob("*.safetensors"):
         path.write_bytes(b"torn")
@@ -340,14 +340,14 @@ def test_a_run_without_a_whole_state_is_not_started_over(tmp_path):
         fit(tmp_path, 6)
 
 
-def test_a_loss_far_above_the_others_is_a_spike_and_noise_is_none():
+def test_a_loss_far_above_the_others_is_a_spike_but_noise_is_not():
     noise = torch.rand(400, generator=torch.Generator().manual_seed(0))
-    watch = SpikeDetector()
-    assert not any(watch.is_spike(0.1 * (0.5 + float(value))) for value in noise)
-    assert watch.is_spike(2.0)
+    detector = SpikeDetector()
+    assert not any(detector.is_spike(0.1 * (0.5 + float(value))) for value in noise)
+    assert detector.is_spike(2.0)
 
 
-def test_a_signal_ends_the_step_saves_and_asks_for_requeue(tmp_path):
+def test_after_a_signal_the_step_is_finished_and_saved_and_the_exit_code_asks_for_a_requeue(tmp_path):
     def on_step(step):
         if step == 2:
             os.kill(os.getpid(), signal.SIGUSR1)
@@ -379,8 +379,8 @@ def test_learning_rate_warms_up_and_decays():
     assert all(learning_rate_factor(step, 100, Optim()) == 1.0 for step in (0, 50, 100)), "published: constant"
 
 
-def test_an_optimiser_goes_on_in_channels_last_as_if_it_had_not_been_written(tmp_path):
-    """A fused step walks memory: a moment that a file has made contiguous would meet another voxel's gradient."""
+def test_an_optimiser_restored_from_a_file_continues_exactly_in_channels_last(tmp_path):
+    """Fused Adam needs its moments in the memory format of the weights, but files contain contiguous tensors."""
 
     def step(weight, optimizer, number):
         weight.grad = torch.empty_like(weight).copy_(
@@ -417,7 +417,7 @@ def test_validation_once_an_epoch_is_counted_in_optimiser_steps(tmp_path):
 
 
 class FlatToy(Toy):
-    """Its training loss is what `losses` says, so that it is known when it stops falling."""
+    """Its training losses are given by `losses`, so that it is known when they stop falling."""
 
     monitor = Monitor("train_loss", higher_is_better=False)
     publishes_last = True
