@@ -1,12 +1,13 @@
-"""The latents of a cohort: a folder with latents.safetensors (latent_file.py), a table, and latents.json about all.
+"""The latents of a cohort: a folder with latents.safetensors (see latent_file.py), a table and latents.json.
 
-z = scale * (mean + std * noise), with one scale per channel measured on the training split (unit variance there).
+A sample of the latent of a scan is z = scale * (mean + std * noise). The scale, one number per channel, is measured on
+the training split so that z has unit variance there.
 """
 
 import math
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,61 +18,68 @@ from torch import Tensor
 
 from ldae.data.latent_file import LATENT_FILE, LatentFile, digest_rows
 from ldae.data.latent_npz import read_npz
-from ldae.data.table import read_table, scan_names
+from ldae.data.table import read_table, scan_names, write_table
 from ldae.utils.errors import UserError
 from ldae.utils.files import read_json, write_json
 
 METADATA_FILE = "latents.json"
-CHUNK = 256  # rows that are read at once; at full size 31 MB
-
-
-def check_latents(folder: Path) -> None:
-    """Refuse a folder that encode_latents.py has not finished."""
-    if not (folder / METADATA_FILE).exists():
-        raise UserError(f"no latents in {folder}: run `python encode_latents.py` with the same name=... and data first")
+REJECTED_FILE = "rejected.csv"
+CHUNK = 256  # rows that are read at a time; 31 MB at full size
 
 
 @dataclass(frozen=True)
 class LatentSet:
-    """The latents of every encoded scan. On the CPU they are mapped from their file: never write to them."""
+    """The latents of every encoded scan. On the CPU they are memory-mapped from their file, so never write to them.
 
-    table: pd.DataFrame  # subject, session, split, latent_path, ...
-    mean: Tensor  # (N, C, X, Y, Z) float32, unscaled
+    Attributes:
+        table: subject, session, split, latent_path, ...; one row per latent.
+        mean: (N, C, X, Y, Z) float32, posterior mean, unscaled.
+        std: (N, C, X, Y, Z) float32, posterior standard deviation, unscaled.
+        scale: (C,) float32.
+        split_hash: of the split by subject that they were made with.
+        autoencoder: hash of the weights of the autoencoder that made them.
+        transform: key of the transform of the scans; empty if it was not recorded.
+    """
+
+    table: pd.DataFrame
+    mean: Tensor
     std: Tensor
-    scale: Tensor  # (C,)
+    scale: Tensor
     split_hash: str
-    autoencoder: str  # hash of its weights
+    autoencoder: str
+    transform: str = ""
 
     @classmethod
     def open(cls, folder: Path) -> "LatentSet":
-        """Open a folder that encode_latents.py wrote, with one file of all latents, or with one NPZ a scan as of old.
+        """Open a folder that encode_latents.py wrote: one file of all latents, or one NPZ file per scan as formerly.
 
-        Of the one file no value is read here; encode_latents.py compares all with their checksums.
+        The values in the file of all latents are not read here: encode_latents.py compares them with checksums.
 
         Raises:
-            UserError: it is not there, not finished, or a latent is missing or foreign.
+            UserError: the folder is missing or unfinished, or a latent is missing or of another autoencoder.
         """
         check_latents(folder)
-        about = _read_about(folder)
-        table = read_table(folder / about["table"], require_files=False)
-        mean, std = _read_latents(table, folder, about["autoencoder_sha256"])
-        if len(about["scale"]) != mean.shape[1]:
+        metadata = _read_metadata(folder)
+        table = read_table(folder / metadata["table"], require_files=False)
+        mean, std = _read_latents(table, folder, metadata["autoencoder_sha256"])
+        if len(metadata["scale"]) != mean.shape[1]:
             raise UserError(f"{folder / METADATA_FILE} has another number of channels than its latents: encode again")
-        scale = torch.tensor(about["scale"], dtype=torch.float32)
-        return cls(table, mean, std, scale, about["split_hash"], about["autoencoder_sha256"])
+        scale = torch.tensor(metadata["scale"], dtype=torch.float32)
+        names = ("split_hash", "autoencoder_sha256", "transform")
+        return cls(table, mean, std, scale, *(metadata.get(name, "") for name in names))
 
     def rows(self, split: str) -> np.ndarray:
-        """Row numbers of a split."""
+        """Row numbers of a split, int64."""
         return np.flatnonzero((self.table["split"] == split).to_numpy())
 
     def sample(self, rows: Tensor | np.ndarray, noise: Tensor) -> Tensor:
-        """z of `rows` for standard normal `noise`, (B, C, X, Y, Z), on the latents' device."""
+        """Samples z of the posteriors of `rows` (B,), given standard normal `noise` (B, C, X, Y, Z), on the device."""
         rows = torch.as_tensor(rows, device=self.mean.device)
         scale = self.scale.to(self.mean.device).view(1, -1, 1, 1, 1)
         return scale * torch.addcmul(self.mean[rows], self.std[rows], noise.to(self.mean.device))
 
     def moments(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Mean and variance of z over `rows`, the posterior's included, (C, X, Y, Z) float32."""
+        """Voxel-wise mean and variance of z over `rows`, including the posterior's variance, (C, X, Y, Z) float32."""
         scale = self.scale.view(-1, 1, 1, 1).double()
         total = squares = torch.zeros(self.mean.shape[1:], dtype=torch.float64, device=self.mean.device)
         for chunk in split_into_chunks(rows):
@@ -82,36 +90,77 @@ class LatentSet:
 
     def to(self, device: torch.device) -> "LatentSet":
         """The same latents on `device`."""
-        return LatentSet(
-            self.table,
-            self.mean.to(device),
-            self.std.to(device),
-            self.scale.to(device),
-            self.split_hash,
-            self.autoencoder,
-        )
+        tensors = {name: getattr(self, name).to(device) for name in ("mean", "std", "scale")}
+        return replace(self, **tensors)
 
 
-def _read_about(folder: Path) -> dict[str, Any]:
-    """latents.json, with the values of the right kinds."""
+def check_latents(folder: Path) -> None:
+    """Refuse a folder that encode_latents.py has not finished.
+
+    Raises:
+        UserError: it is not finished, or does not exist.
+    """
+    if not (folder / METADATA_FILE).exists():
+        raise UserError(f"no latents in {folder}: run `python encode_latents.py` with the same name=... and data first")
+
+
+def write_metadata(folder: Path, metadata: dict[str, Any]) -> None:
+    """Write latents.json, with which the folder counts as finished."""
+    write_json(folder / METADATA_FILE, metadata)
+
+
+def copy_rejected(folder: Path, target: Path) -> None:
+    """Copy the list of scans that were rejected when the latents in `folder` were made, if there is one."""
+    if (folder / REJECTED_FILE).exists():
+        rows = pd.read_csv(folder / REJECTED_FILE, dtype=str, keep_default_na=False)
+        write_table(rows.assign(path=[os.path.abspath(folder / path) for path in rows["path"]]), target)
+
+
+def split_into_chunks(rows: np.ndarray) -> Iterator[np.ndarray]:
+    """`rows` in consecutive parts that are read at a time."""
+    for start in range(0, len(rows), CHUNK):
+        yield rows[start : start + CHUNK]
+
+
+def channel_scale(mean: Tensor, std: Tensor, rows: np.ndarray) -> list[float]:
+    """The factor by which each channel of samples of the posterior has unit variance over `rows`.
+
+    The variance of a sample is that of the means plus the mean variance of the posteriors. It is computed in NumPy
+    chunk by chunk: memory for one chunk is enough, and the result does not depend on the number of threads.
+
+    Args:
+        mean: (N, C, X, Y, Z), on the CPU.
+        std: (N, C, X, Y, Z), on the CPU.
+    """
+    first = second = 0.0
+    for chunk in split_into_chunks(rows):
+        m, s = (part[chunk].flatten(2).numpy().astype(np.float64) for part in (mean, std))
+        first = first + m.sum((0, 2))
+        second = second + np.einsum("ncv,ncv->c", m, m) + np.einsum("ncv,ncv->c", s, s)
+    count = len(rows) * math.prod(mean.shape[2:])
+    return [float(value) for value in 1 / np.sqrt(second / count - np.square(first / count))]
+
+
+def _read_metadata(folder: Path) -> dict[str, Any]:
+    """latents.json, with the types of its values checked."""
     path = folder / METADATA_FILE
     try:
-        about = read_json(path)
-        texts = [about[name] for name in ("table", "autoencoder_sha256", "split_hash")]
-        good = all(isinstance(text, str) for text in texts) and about["table"] == Path(about["table"]).name
-        if not good or not all(math.isfinite(value) and value > 0 for value in about["scale"]):
-            raise ValueError("a value of the wrong kind")
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        metadata = read_json(path)
+        texts = [metadata[name] for name in ("table", "autoencoder_sha256", "split_hash")]
+        good = all(isinstance(text, str) for text in texts) and metadata["table"] == Path(metadata["table"]).name
+        if not good or not all(math.isfinite(value) and value > 0 for value in metadata["scale"]):
+            raise ValueError("a value of the wrong type")
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged ({error}): run encode_latents.py again") from error
-    return about
+    return metadata
 
 
 def _read_latents(table: pd.DataFrame, folder: Path, autoencoder: str) -> tuple[Tensor, Tensor]:
-    """Mean and std of the rows of a table, (N, C, X, Y, Z), mapped from their file where it has the same order."""
+    """Posterior mean and standard deviation of the rows of a table, (N, C, X, Y, Z)."""
     if "latent_path" not in table:
         raise UserError(f"the table in {folder} has no latent_path: run encode_latents.py again")
     paths = table["latent_path"]
-    # A latents' table, which may come with them from elsewhere, names files of its own folder.
+    # A folder of latents may come from elsewhere: its table must name no file outside of it.
     for path in set(paths):
         if os.path.dirname(path) != os.path.abspath(folder):
             raise UserError(f"latent {path or '(empty)'} is not in {folder}: run encode_latents.py again")
@@ -126,6 +175,7 @@ def _read_latents(table: pd.DataFrame, folder: Path, autoencoder: str) -> tuple[
 
 
 def _read_file(table: pd.DataFrame, folder: Path, autoencoder: str) -> tuple[Tensor, Tensor]:
+    """The same from the file of all latents: memory-mapped if the table has the same order, otherwise copied."""
     if table["latent_path"].nunique() != 1:
         raise UserError(f"the table in {folder} names other latents beside {LATENT_FILE}: run encode_latents.py again")
     file = LatentFile.open(folder / LATENT_FILE, autoencoder)
@@ -136,29 +186,3 @@ def _read_file(table: pd.DataFrame, folder: Path, autoencoder: str) -> tuple[Ten
     if np.array_equal(places, np.arange(len(file))):
         return file.mean, file.std
     return file.mean[places], file.std[places]
-
-
-def split_into_chunks(rows: np.ndarray) -> Iterator[np.ndarray]:
-    """`rows` in runs that are read at once."""
-    for start in range(0, len(rows), CHUNK):
-        yield rows[start : start + CHUNK]
-
-
-def channel_scale(mean: Tensor, std: Tensor, rows: np.ndarray) -> list[float]:
-    """1 / standard deviation by channel of posterior samples over `rows` of (N, C, X, Y, Z), on the CPU.
-
-    The variance of a sample is that of the means plus the mean of the posterior's own. Chunk by chunk, in NumPy: memory
-    for one is enough, and the number of threads, which differs between one process and several, changes no bit.
-    """
-    first = second = 0.0
-    for chunk in split_into_chunks(rows):
-        m, s = (part[chunk].flatten(2).numpy().astype(np.float64) for part in (mean, std))
-        first = first + m.sum((0, 2))
-        second = second + np.einsum("ncv,ncv->c", m, m) + np.einsum("ncv,ncv->c", s, s)
-    count = len(rows) * math.prod(mean.shape[2:])
-    return [float(value) for value in 1 / np.sqrt(second / count - np.square(first / count))]
-
-
-def write_metadata(folder: Path, about: dict) -> None:
-    """Write latents.json, which makes the folder count as finished."""
-    write_json(folder / METADATA_FILE, about)
