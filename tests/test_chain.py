@@ -4,7 +4,9 @@ Files, resume, skipping, refusal of what does not fit, two processes, and the tu
 """
 
 import json
+import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -21,8 +23,13 @@ NOTEBOOK = ROOT / "notebooks" / "tutorial.ipynb"
 
 @pytest.fixture
 def copied(smoke, tmp_path):
-    """The smoke run to spoil."""
-    shutil.copytree(smoke, tmp_path, dirs_exist_ok=True)
+    """A copy of the smoke run that a test may change. The states are hard links: they are replaced, never edited."""
+
+    def copy(source, target):
+        is_state = Path(source).match("state/*.safetensors")
+        return os.link(source, target) if is_state else shutil.copy2(source, target)
+
+    shutil.copytree(smoke, tmp_path, dirs_exist_ok=True, copy_function=copy)
     return tmp_path
 
 

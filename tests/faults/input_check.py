@@ -12,7 +12,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from ldae.bundle.allowlist import refuse_untrusted_targets
+from ldae.bundle.allowlist import refuse_oversized_network, refuse_untrusted_targets
 from ldae.bundle.bundle import Bundle
 from ldae.data.latent_file import LatentFile
 from ldae.data.latent_npz import read_npz
@@ -37,6 +37,7 @@ def _read_run(path: Path) -> None:
     node = run.config.model.autoencoder
     if isinstance(node, DictConfig):
         refuse_untrusted_targets(OmegaConf.to_container(node), str(path))
+        refuse_oversized_network(OmegaConf.to_container(node), run.weights_file("autoencoder"))
     run.module("autoencoder", node)
 
 

@@ -10,7 +10,6 @@ import runpy
 import subprocess
 import sys
 import tempfile
-import threading
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -45,10 +44,7 @@ def enter_folder(folder: Path, environment: dict[str, str], out: Path, err: Path
 def _execute(path: Path, arguments: tuple[str, ...], folder: Path, environment: dict, out: Path, err: Path) -> None:
     enter_folder(folder, environment, out, err)
     sys.argv = [str(path), *arguments]
-    try:
-        runpy.run_path(str(path), run_name="__main__")
-    finally:
-        threading._shutdown()  # as an interpreter does at its end, before all else: joblib's idle workers end by it
+    runpy.run_path(str(path), run_name="__main__")
 
 
 def run_script(
