@@ -1,14 +1,13 @@
-"""A GPU without a GPU: the `meta` device with CUDA's autocast, which refuses whatever would make the host wait.
+"""A GPU simulated by PyTorch's `meta` device: training and inference fail here if they would make the host wait.
 
-On `meta`, tensors have shapes and dtypes but no values: reading one back (`float`, `bool`, `.item()`, `.cpu()`, a
-boolean index) raises, and so does an operation between it and a tensor that was left on the CPU. `Rehearsal` adds what
-`meta` lacks: autocast as CUDA's lists have it, the mix of devices in operations that do not check it, and, inside a
-training step, copies that wait for the device.
+On `meta`, tensors have shapes and dtypes but no values. Reading a value (`float`, `bool`, `.item()`, `.cpu()`, or an
+index by a boolean tensor) raises, and so does an operation with a tensor that was left on the CPU. `Rehearsal` adds
+what `meta` lacks: autocast with CUDA's lists of operations, errors for mixed devices in operations that do not check
+them, and, inside a training step, errors for copies that wait for the device.
 
-What this cannot see: values (whether a kernel is right), memory, speed, what cuDNN supports, streams, whether memory is
-pinned, the report that the trainer's guard copies to the host (tests/test_training.py has it on a CPU), checkpointing
-under autocast, and code that asks for `device.type == "cuda"` by name (the split group norm, pinning). `make
-gpu-check` shows these where there is a GPU.
+What this cannot detect: wrong values, memory, speed, what cuDNN supports, streams, whether memory is pinned, the report
+that the trainer's guard copies to the host (tests/test_training.py tests it on a CPU), checkpointing under autocast,
+and code for `device.type == "cuda"` only (the group norm for GPUs, pinning). `make gpu-check` checks these on a GPU.
 """
 
 import contextlib
@@ -35,7 +34,7 @@ IN_32_BITS = {
 
 
 class Autocast(contextlib.ContextDecorator):
-    """Stands for torch.autocast: one stack for all devices, read by `Rehearsal`."""
+    """Replaces torch.autocast by one stack of dtypes for all devices, which `Rehearsal` reads."""
 
     stack: list[torch.dtype | None]
 
@@ -54,7 +53,7 @@ Autocast.stack = []
 
 
 class Rehearsal(TorchFunctionMode):
-    """Inside, tensors on `meta` behave as they would on a GPU; `in_step` also forbids whatever waits for one."""
+    """Mode in which tensors on `meta` behave as on a GPU; inside `step`, waiting for the device is an error."""
 
     def __init__(self):
         super().__init__()
@@ -62,7 +61,7 @@ class Rehearsal(TorchFunctionMode):
 
     @contextlib.contextmanager
     def step(self):
-        """Inside, nothing may wait."""
+        """Context in which the host must not wait for the device."""
         self.in_step = True
         try:
             yield
@@ -86,32 +85,32 @@ class Rehearsal(TorchFunctionMode):
 
     @staticmethod
     def _refuse_mixture(func, found):
-        """Only numbers, tensors without axes, may come from the CPU; indexing and copying may take more."""
+        """Operations may take 0-d tensors from the CPU; copies may take any tensor."""
         allowed = {torch.Tensor.copy_, torch.Tensor.to, torch.Tensor.data.__set__}
         if func not in allowed and any(tensor.device.type == "cpu" and tensor.ndim for tensor in found):
             raise RuntimeError(f"{getattr(func, '__name__', func)} of tensors on the device and on the CPU")
 
     @staticmethod
     def _refuse_waiting(func, found, result, kwargs):
-        """A copy to the device holds up the host unless it is from pinned memory and says non_blocking."""
+        """A copy to the device blocks the host unless it comes from pinned memory and is non_blocking."""
         arrived = isinstance(result, Tensor) and result.is_meta
         name = getattr(func, "__name__", str(func))
         if arrived and not found and func in (torch.tensor, torch.as_tensor):
-            raise RuntimeError(f"{name} makes a tensor on the device of numbers on the host: the host waits")
+            raise RuntimeError(f"{name} copies numbers from the host into a tensor on the device: the host waits")
         from_host = any(tensor.device.type == "cpu" and tensor.ndim for tensor in found)
         if arrived and from_host and not kwargs.get("non_blocking"):
             raise RuntimeError(f"{name} copies to the device without non_blocking: the host waits")
 
 
 def cast(value, dtype):
-    """Floating-point tensors on the device, in another dtype."""
+    """A floating-point tensor on the device in another dtype; everything else unchanged."""
     if isinstance(value, Tensor) and value.is_meta and value.is_floating_point() and value.dtype != torch.float64:
         return value.to(dtype)
     return value
 
 
 class Accelerator:
-    """What the stages use of Accelerate's, for one GPU in bf16 or float32."""
+    """The part of accelerate.Accelerator that the stages use, for one GPU in bf16 or float32."""
 
     device = META
     num_processes, process_index, is_main_process, scaler = 1, 0, True, None
@@ -127,7 +126,7 @@ class Accelerator:
         return prepared[0] if len(prepared) == 1 else prepared
 
     def wrap(self, module):
-        """Its forward pass under autocast, its outputs in float32: as Accelerate does."""
+        """As Accelerate does: the forward pass under autocast, its outputs in float32."""
         module = module.to(self.device)
         forward = module.forward
 
@@ -140,9 +139,9 @@ class Accelerator:
         return module
 
     def backward(self, loss):
-        # What checkpointing computes again is under the autocast of the first time.
+        # Checkpointing computes the forward pass again, which needs the same autocast.
         with self.autocast():
-            torch.autograd.backward([loss])  # Tensor.backward would be a function of its own to `Rehearsal`
+            torch.autograd.backward([loss])  # Tensor.backward would be intercepted by `Rehearsal`
 
     def no_sync(self, module):
         return contextlib.nullcontext()
@@ -153,7 +152,7 @@ def is_16_bits(value):
 
 
 class FusedAdam:
-    """Stands for the fused Adam, which PyTorch does not build on `meta`: asks of a step what that one asks."""
+    """Replaces the fused Adam, which does not exist on `meta`, and checks what a step of it requires."""
 
     def __init__(self, parameters, lr, optim):
         groups = list(parameters)
@@ -168,7 +167,7 @@ class FusedAdam:
 
     def step(self):
         assert isinstance(self.found_inf, Tensor)
-        assert self.found_inf.is_meta, "the device decides whether the step is taken"
+        assert self.found_inf.is_meta, "whether the step is taken is decided on the device"
         assert self.found_inf.dtype == torch.float32
         for parameter in self.parameters:
             assert parameter.is_meta
@@ -182,6 +181,6 @@ class FusedAdam:
 
 
 def on_meta(build) -> nn.Module:
-    """What `build()` makes, with its parameters on `meta`."""
+    """The module that `build()` returns, built with its parameters on `meta`."""
     with META:
         return build()

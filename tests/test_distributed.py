@@ -36,7 +36,7 @@ def test_two_processes_write_the_same_outputs_as_one(trained: Path, tmp_path: Pa
     distributed.compare_outputs(trained, tmp_path, counts=(1, 2))
 
 
-def test_a_cache_that_takes_longer_than_the_timeout_is_built_by_all(trained: Path, tmp_path: Path) -> None:
+def test_a_cache_that_takes_longer_than_the_timeout_is_built_by_both_processes(trained: Path, tmp_path: Path) -> None:
     """One process alone would need 24 s for the scans, and the other would stop waiting for it after 10 s."""
     folder = tmp_path
     data = [small_chain.copy_runs(trained, folder, "latents", "evaluation"), f"paths.cache={folder / 'cache'}"]
@@ -51,8 +51,8 @@ def test_a_cache_that_takes_longer_than_the_timeout_is_built_by_all(trained: Pat
     assert [name for name in names if (latents[0] / name).read_bytes() != (latents[1] / name).read_bytes()] == []
 
 
-def test_processes_make_each_volume_once_whoever_is_faster(tmp_path: Path) -> None:
-    """While the first is at its first scan, the second makes all, that one as well, from its own share on."""
+def test_a_faster_process_transforms_the_volumes_that_a_slower_one_has_not_started(tmp_path: Path) -> None:
+    """While the first process transforms its first scan, the second transforms all of them, its own share first."""
     scans, made = [str(tmp_path / f"{number}.nii") for number in range(6)], []
     for number, scan in enumerate(scans):
         data = np.random.default_rng(number).uniform(1, 100, (9, 9, 9)).astype(np.float32)
@@ -73,15 +73,15 @@ def test_processes_make_each_volume_once_whoever_is_faster(tmp_path: Path) -> No
     assert volumes.batch(range(6)).isfinite().all()
 
 
-def test_every_piece_is_somewhere_in_the_order_of_everyone() -> None:
+def test_the_work_order_of_every_process_contains_all_items_and_starts_with_its_own_share() -> None:
     for count, processes in ((10, 3), (3, 5), (0, 2), (7, 1)):
         orders = [work_order(count, rank, processes) for rank in range(processes)]
         assert all(sorted(order) == list(range(count)) for order in orders)
         own = [order[: len(range(rank, count, processes))] for rank, order in enumerate(orders)]
-        assert sorted(np.concatenate(own)) == list(range(count)), "shares neither overlap nor leave anything"
+        assert sorted(np.concatenate(own)) == list(range(count)), "the shares do not overlap and cover all items"
 
 
-def test_a_process_that_waits_for_phantoms_ends_with_the_table_or_with_the_others_death(tmp_path: Path) -> None:
+def test_a_process_that_waits_for_phantoms_returns_with_the_table_or_gives_up(tmp_path: Path) -> None:
     table = tmp_path / "scans.csv"
     writer = threading.Timer(1.0, lambda: table.write_text("done"))
     writer.start()

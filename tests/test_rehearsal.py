@@ -1,5 +1,5 @@
-"""Proves that every stage and every use of a model runs on a device whose values nobody can read, at all sizes, with
-the layout and the autocast that CUDA gets; and that what this project has mended would be caught (see rehearsal.py)."""
+"""Every stage and every method of a model runs, at all sizes, on a simulated GPU without waiting for it (rehearsal.py),
+in the memory formats and with the autocast that CUDA gets; and known mistakes of this kind are detected."""
 
 from types import SimpleNamespace
 
@@ -36,7 +36,7 @@ def composed(size, stage, *more):
 
 
 def cohort(config):
-    """Scans without content: (B, 1, X, Y, Z) float16, as a cache holds them."""
+    """Empty scans, (B, 1, X, Y, Z) float16 as in the cache."""
     shape = tuple(config.data.shape)
     volumes = SimpleNamespace(
         shape=shape,
@@ -59,7 +59,7 @@ def latents(config, scans):
 
 
 class Predecessor:
-    """A finished stage whose weights are on the device."""
+    """A finished stage with its weights on the device."""
 
     def __init__(self, config):
         self.config, self.path = config, SimpleNamespace(name="run")
@@ -74,7 +74,7 @@ class Predecessor:
 
 @pytest.fixture
 def stage_of(monkeypatch):
-    """Builds and prepares a stage on the device; SciPy's masks and the one place that reads values are replaced."""
+    """Builds a stage and prepares it on the device; brain masks and `read_metrics`, which need values, are replaced."""
     monkeypatch.setattr(torch, "autocast", rehearsal.Autocast)
     for name in ("aekl", "pretrain", "repr"):
         monkeypatch.setattr(f"ldae.stages.{name}.build_adam", rehearsal.FusedAdam)
@@ -83,16 +83,16 @@ def stage_of(monkeypatch):
     )
     monkeypatch.setattr(
         "ldae.training.validation.read_metrics",
-        lambda found: {row: {name: check_scalar(value) for name, value in m.items()} for row, m in found.items()},
+        lambda rows: {row: {name: check_scalar(value) for name, value in m.items()} for row, m in rows.items()},
     )
 
     def build(size, name, precision="bf16", *more):
         quick = ["trainer.validation_scans=2", *(["stage.sampler.steps=1"] if name == "repr" else [])]
         config = composed(size, name, *quick, *more)
         scans = cohort(config)
-        known = latents(config, scans)
-        monkeypatch.setattr("ldae.stages.pretrain.open_latents", lambda *_: known)
-        monkeypatch.setattr("ldae.stages.repr.open_latents", lambda *_: known)
+        scan_latents = latents(config, scans)
+        monkeypatch.setattr("ldae.stages.pretrain.open_latents", lambda *_: scan_latents)
+        monkeypatch.setattr("ldae.stages.repr.open_latents", lambda *_: scan_latents)
         space = SimpleNamespace(predecessor=lambda *_: Predecessor(config), split_file="split.csv")
         stage = on_meta(lambda: instantiate(config.stage, _partial_=True)(cohort=scans, workspace=space))
         settings, optim = OmegaConf.to_object(config.trainer), OmegaConf.to_object(config.optim)
@@ -109,7 +109,7 @@ def check_scalar(value):
 
 
 def batches(stage, count=2, accumulate=2):
-    """As the stream's threads make them: on the host."""
+    """Micro-batches on the host, as the threads of data/stream.py make them."""
     made = []
     for number in range(accumulate):
         index = np.arange(number * count, (number + 1) * count) % stage.num_samples
@@ -139,7 +139,7 @@ def test_a_step_and_a_validation_of_every_stage_read_nothing_back(stage_of, size
 @pytest.mark.parametrize("channels_last", [True, False])
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 @pytest.mark.parametrize("name", ["aekl", "pretrain", "repr"])
-def test_both_layouts_and_precisions_train(stage_of, name, precision, channels_last):
+def test_every_stage_trains_in_both_memory_formats_and_precisions(stage_of, name, precision, channels_last):
     with Rehearsal() as mode:
         stage = stage_of(
             "smoke",
@@ -178,7 +178,7 @@ def model_of(size, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("size", SIZES)
-def test_every_use_of_a_model_runs_without_a_value(monkeypatch, size, dtype):
+def test_every_method_of_a_model_runs_without_reading_a_value(monkeypatch, size, dtype):
     monkeypatch.setattr(torch, "autocast", rehearsal.Autocast)
     with Rehearsal() as mode:
         model = model_of(size, dtype)
@@ -198,21 +198,21 @@ def test_every_use_of_a_model_runs_without_a_value(monkeypatch, size, dtype):
         assert model.sample(2).shape == (2, 1, *model.shape)
 
 
-def wrong_layout(module, channels_last):
-    """As it was: one layout for all weights."""
+def single_memory_format(module, device, channels_last):
+    """One memory format for all weights, whatever their number of axes."""
     return module.to(memory_format=torch.channels_last_3d)
 
 
-def test_one_layout_for_all_weights_is_caught(stage_of, monkeypatch):
-    monkeypatch.setattr("ldae.stages.repr.module_to_memory_format", wrong_layout)
+def test_one_memory_format_for_all_weights_is_detected(stage_of, monkeypatch):
+    monkeypatch.setattr("ldae.stages.repr.module_to_device", single_memory_format)
     with Rehearsal(), pytest.raises(RuntimeError, match="rank"):
         stage_of("smoke", "repr")
 
 
-def test_reading_a_loss_inside_a_step_is_caught(stage_of, monkeypatch):
+def test_reading_a_value_inside_a_step_is_detected(stage_of, monkeypatch):
     def reading(self, step, skipped=None):
         if float(skipped) == 0:
-            raise AssertionError("it was read")
+            raise AssertionError("the value was read")
 
     monkeypatch.setattr(Ema, "update", reading)
     with Rehearsal():
@@ -221,7 +221,7 @@ def test_reading_a_loss_inside_a_step_is_caught(stage_of, monkeypatch):
             stage.run_step(batches(stage), 0)
 
 
-def test_a_batch_that_is_not_moved_is_caught(stage_of, monkeypatch):
+def test_a_batch_that_is_left_on_the_cpu_is_detected(stage_of, monkeypatch):
     monkeypatch.setattr("ldae.stages.pretrain.batch_to_device", lambda batch, device: batch)
     with Rehearsal():
         stage = stage_of("smoke", "pretrain")
@@ -229,7 +229,7 @@ def test_a_batch_that_is_not_moved_is_caught(stage_of, monkeypatch):
             stage.run_step(batches(stage), 0)
 
 
-def test_a_copy_that_waits_is_caught(stage_of, monkeypatch):
+def test_a_copy_that_waits_is_detected(stage_of, monkeypatch):
     waiting = lambda batch, device: {n: v.to(device) if torch.is_tensor(v) else v for n, v in batch.items()}  # noqa: E731
     monkeypatch.setattr("ldae.stages.pretrain.batch_to_device", waiting)
     with Rehearsal() as mode:
@@ -238,13 +238,13 @@ def test_a_copy_that_waits_is_caught(stage_of, monkeypatch):
             stage.run_step(batches(stage), 0)
 
 
-def test_a_boolean_index_is_caught():
+def test_a_boolean_index_is_detected():
     x = torch.zeros(3, device=META)
     with Rehearsal(), pytest.raises((RuntimeError, NotImplementedError)):
         x[x > 0]
 
 
-def test_the_last_convolution_and_what_follows_are_in_float32(stage_of):
+def test_the_last_convolution_of_the_u_net_is_in_float32_and_inner_layers_in_bfloat16(stage_of):
     with Rehearsal():
         stage = stage_of("smoke", "pretrain")
         unet, seen = stage.modules["unet"], {}
@@ -256,4 +256,4 @@ def test_the_last_convolution_and_what_follows_are_in_float32(stage_of):
         stage.run_step(batches(stage), 0)
     assert seen["last"] == (torch.float32, torch.float32)
     assert seen["inner"] == (torch.bfloat16, torch.bfloat16)
-    assert seen["norm"] == (torch.bfloat16, torch.bfloat16), "a norm's output has its input's dtype"
+    assert seen["norm"] == (torch.bfloat16, torch.bfloat16), "the output of a norm has the dtype of its input"
