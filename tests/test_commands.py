@@ -1,4 +1,4 @@
-"""Proves the command line as a new user meets it: help, images that overlay on the scan, one line for every mistake."""
+"""Tests the console script: help texts, images that overlay on the scan, tables that continue, one line per mistake."""
 
 import csv
 import json
@@ -21,7 +21,7 @@ from test_scan import brain, ood_check_of_brains, reoriented
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A folder with `runs/small`, two visits, one of them in another orientation, and things that are no scans."""
+    """A folder with `runs/small`, two scans, one also in another orientation, a raw head and two unusable files."""
     folder = tmp_path_factory.mktemp("user")
     small_run(folder / "runs/small", ood_check_of_brains(Transform((8, 8, 8), 9.0)))
     nib.save(brain(0), folder / "a.nii.gz")
@@ -35,7 +35,7 @@ def place(tmp_path_factory):
 
 @pytest.fixture
 def ldae(place, monkeypatch):
-    """Run the command in `place`; returns click's result."""
+    """A function that runs a command in `place` and returns click's result."""
     monkeypatch.chdir(place)
 
     def run(*arguments, model=True):
@@ -45,8 +45,8 @@ def ldae(place, monkeypatch):
     return run
 
 
-def overlays(path, scan):
-    """Whether an image shares shape and affine with a scan; its voxels."""
+def read_overlay(path, scan):
+    """Check that an image has the shape and affine of a scan; returns its voxels."""
     image, original = nib.load(path), nib.load(scan)
     assert image.shape == original.shape
     np.testing.assert_array_equal(image.affine, original.affine)
@@ -55,7 +55,7 @@ def overlays(path, scan):
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.name)
-def test_every_command_explains_itself(command):
+def test_every_command_and_option_has_a_help_text(command):
     result = CliRunner().invoke(main, [command.name, "-h"])
     assert result.exit_code == 0
     # BIDS apps take input and output by place.
@@ -64,34 +64,43 @@ def test_every_command_explains_itself(command):
     assert all(option.help for option in command.params if option.param_type_name == "option")
 
 
-def test_alphas_unit_is_in_the_help():
+def test_help_names_the_unit_of_alpha():
     assert "sqrt(768)" in CliRunner().invoke(main, ["manipulate", "-h"]).output
 
 
-def test_reconstruct_overlays_and_from_y_alone_is_another_image(ldae, place):
+def test_reconstructions_overlay_and_differ_with_the_code(ldae, place):
     assert ldae("reconstruct", "a.nii.gz", "-o", "out/r.nii.gz").exit_code == 0
     assert ldae("reconstruct", "-i", "a.nii.gz", "-o", "out/s.nii.gz", "--semantic").exit_code == 0
-    full, semantic = (overlays(place / f"out/{name}.nii.gz", place / "a.nii.gz") for name in "rs")
+    full, semantic = (read_overlay(place / f"out/{name}.nii.gz", place / "a.nii.gz") for name in "rs")
     assert np.abs(full - semantic).max() > 1
 
 
-def test_vary_gives_as_many_as_asked_for_and_the_same_for_the_same_seed(ldae, place):
+def test_variants_are_equal_for_equal_seeds(ldae, place):
     assert ldae("vary", "a.nii.gz", "-n", 2, "--seed", 3, "-o", "v").exit_code == 0
     assert ldae("vary", "a.nii.gz", "-n", 1, "--seed", 3, "-o", "w").exit_code == 0
-    first, second = (overlays(place / f"v/a_vary0{n}.nii.gz", place / "a.nii.gz") for n in (1, 2))
-    again = overlays(place / "w/a_vary01.nii.gz", place / "a.nii.gz")
+    first, second = (read_overlay(place / f"v/a_vary0{n}.nii.gz", place / "a.nii.gz") for n in (1, 2))
+    again = read_overlay(place / "w/a_vary01.nii.gz", place / "a.nii.gz")
     np.testing.assert_allclose(first, again, atol=1e-2)
     assert np.abs(first - second).max() > 1
 
 
-def test_interpolate_starts_at_the_first_scan(ldae, place):
+def test_interpolation_at_zero_is_the_first_scan(ldae, place):
     assert ldae("interpolate", "a.nii.gz", "b.nii.gz", "--at", "0,0.5", "-o", "i").exit_code == 0
-    start, middle = (overlays(place / f"i/a_to_b_at{at}.nii.gz", place / "a.nii.gz") for at in ("0", "0.5"))
+    start, middle = (read_overlay(place / f"i/a_to_b_at{at}.nii.gz", place / "a.nii.gz") for at in ("0", "0.5"))
     np.testing.assert_array_equal(start, nib.load(place / "a.nii.gz").get_fdata())
     assert np.abs(middle - start).max() > 1
 
 
-def test_manipulate_writes_an_image_for_each_alpha_and_says_the_verdict(ldae, place):
+def test_manipulate_embeds_the_scan_once(ldae, monkeypatch):
+    from ldae import LDAE
+
+    embedded, embed = [], LDAE.embed
+    monkeypatch.setattr(LDAE, "embed", lambda self, x: embedded.append(x) or embed(self, x))
+    assert ldae("manipulate", "a.nii.gz", "--direction", "diagnosis", "--alpha", "1", "-o", "once").exit_code == 0
+    assert len(embedded) == 3  # the scan, the volume decoded at alpha 0, and the edited volume
+
+
+def test_manipulate_writes_an_image_per_alpha_and_prints_the_probes_predictions(ldae, place):
     arguments = ("--direction", "diagnosis", "--alpha", "-2,0,2", "-o", "m", "--viewer")
     for scan in ("a.nii.gz", "twin.nii.gz"):
         result = ldae("manipulate", scan, *arguments)
@@ -102,14 +111,14 @@ def test_manipulate_writes_an_image_for_each_alpha_and_says_the_verdict(ldae, pl
     moved = [float(row[1].removeprefix("AD ").removesuffix(" %")) for row in table[1:]]
     assert moved[1] <= moved[0] == moved[2] <= moved[3]
     assert moved[1] < moved[3]
-    none, more = (overlays(place / f"m/a_diagnosis+{alpha}.nii.gz", place / "a.nii.gz") for alpha in (0, 2))
+    none, more = (read_overlay(place / f"m/a_diagnosis+{alpha}.nii.gz", place / "a.nii.gz") for alpha in (0, 2))
     np.testing.assert_array_equal(none, nib.load(place / "a.nii.gz").get_fdata())
     assert np.abs(more - none).max() > 1
     twin = reoriented(nib.load(place / "m/twin_diagnosis+2.nii.gz"), "RAS")
     np.testing.assert_allclose(twin.get_fdata(), more, atol=1e-3)
 
 
-def test_the_viewer_needs_nothing_else_and_holds_the_volumes(ldae, place):
+def test_the_viewer_is_self_contained(ldae, place):
     ldae("manipulate", "a.nii.gz", "--direction", "diagnosis", "-o", "html", "--viewer")
     page = (place / "html/a_diagnosis.html").read_text()
     assert "http" not in page
@@ -120,14 +129,14 @@ def test_the_viewer_needs_nothing_else_and_holds_the_volumes(ldae, place):
     assert data["shape"] == [8, 8, 8]
 
 
-def test_sample_makes_images_in_model_space(ldae, place):
+def test_samples_are_images_in_model_space(ldae, place):
     assert ldae("sample", "-n", 2, "-o", "samples").exit_code == 0
     images = [nib.load(place / f"samples/sample0{n}.nii.gz") for n in (1, 2)]
     assert {image.shape for image in images} == {(8, 8, 8)}
     assert np.abs(images[0].get_fdata() - images[1].get_fdata()).max() > 0
 
 
-def test_an_exported_bundle_is_the_same_model_with_a_card(ldae, place):
+def test_an_exported_bundle_gives_the_same_y_and_has_a_model_card(ldae, place):
     assert ldae("export", "small", "-o", "bundle", model=False).exit_code == 0
     card = (place / "bundle/README.md").read_text()
     for heading in ("## Data", "## Metrics", "## Intended use", "## Limits"):
@@ -143,13 +152,13 @@ def rows(path):
         return list(csv.DictReader(handle))
 
 
-def test_embed_goes_on_where_it_stopped_and_sees_a_scan_that_was_replaced(ldae, place):
+def test_embed_continues_and_recomputes_a_scan_that_was_replaced(ldae, place):
     nib.save(brain(5), place / "changing.nii.gz")
     assert ldae("embed", "a.nii.gz", "twin.nii.gz", "-o", "y.csv").exit_code == 0
     first = (place / "y.csv").read_text()
-    (place / "y.csv").write_text(first + "b.nii.gz,torn")  # killed while it wrote
+    (place / "y.csv").write_text(first + "b.nii.gz,torn")  # killed while writing
     assert ldae("embed", "a.nii.gz", "b.nii.gz", "changing.nii.gz", "-o", "y.csv").exit_code == 0
-    assert (place / "y.csv").read_text().startswith(first)  # kept to the byte
+    assert (place / "y.csv").read_text().startswith(first)  # byte by byte
     table = {row["path"]: row for row in rows(place / "y.csv")}
     assert list(table) == ["a.nii.gz", "twin.nii.gz", "b.nii.gz", "changing.nii.gz"]
     assert [table["a.nii.gz"][f"y{n:03d}"] for n in range(16)] == [table["twin.nii.gz"][f"y{n:03d}"] for n in range(16)]
@@ -160,13 +169,13 @@ def test_embed_goes_on_where_it_stopped_and_sees_a_scan_that_was_replaced(ldae, 
     assert again["changing.nii.gz"]["y000"] != table["changing.nii.gz"]["y000"]
 
 
-def test_done_scans_are_not_computed_again(ldae, place, monkeypatch):
+def test_embedded_scans_are_not_computed_again(ldae, place, monkeypatch):
     assert ldae("embed", "a.nii.gz", "-o", "once.csv").exit_code == 0
     monkeypatch.setattr(ResumableCsv, "add", lambda *_: pytest.fail("computed again"))
     assert ldae("embed", "a.nii.gz", "-o", "once.csv").exit_code == 0
 
 
-def test_a_bad_scan_is_set_aside_and_the_rest_goes_on(ldae, place):
+def test_rejected_scans_are_tabulated_and_the_others_embedded(ldae, place):
     result = ldae("embed", "four.nii.gz", "a.nii.gz", "gone.nii.gz", "head.nii.gz", "-o", "some.csv")
     assert result.exit_code == 1
     assert [row["path"] for row in rows(place / "some.csv")] == ["a.nii.gz"]
@@ -178,12 +187,12 @@ def test_a_bad_scan_is_set_aside_and_the_rest_goes_on(ldae, place):
     assert not (place / "some_rejected.csv").exists()
 
 
-def test_an_unlike_scan_is_taken_only_by_force(ldae, place):
+def test_force_skips_the_out_of_distribution_check(ldae, place):
     refused = ldae("reconstruct", "head.nii.gz", "-o", "h.nii.gz")
     assert refused.exit_code == 2
     assert not (place / "h.nii.gz").exists()
     assert ldae("reconstruct", "head.nii.gz", "-o", "h.nii.gz", "--force").exit_code == 0
-    overlays(place / "h.nii.gz", place / "head.nii.gz")
+    read_overlay(place / "h.nii.gz", place / "head.nii.gz")
 
 
 MISTAKES = [
@@ -198,11 +207,17 @@ MISTAKES = [
     (["vary", "a.nii.gz", "-o", "text.nii.gz/x"], "nothing can be written there (a file is in the way)"),
     (["sample", "-o", "/dev/null/x"], "nothing can be written there (a file is in the way)"),
     (["embed", "a.nii.gz", "-o", "text.nii.gz/y.csv"], "there (a file is in the way)"),
-    (["manipulate", "a.nii.gz", "--direction", "diagnosis", "--alpha", "nan", "-o", "x"], "numbers separated by commas"),
+    (
+        ["manipulate", "a.nii.gz", "--direction", "diagnosis", "--alpha", "nan", "-o", "x"],
+        "separated by commas",
+    ),
     (["interpolate", "a.nii.gz", "-o", "x"], "1 scans were given where two scans are needed"),
     (["interpolate", "a.nii.gz", "b.nii.gz", "--at", "0.5,2", "-o", "x"], "positions must be between 0"),
     (["manipulate", "a.nii.gz", "--direction", "sex", "-o", "x"], "no probe or direction 'sex'; it has diagnosis"),
-    (["manipulate", "a.nii.gz", "--direction", "diagnosis", "--alpha", "1;2", "-o", "x"], "numbers separated by commas"),
+    (
+        ["manipulate", "a.nii.gz", "--direction", "diagnosis", "--alpha", "1;2", "-o", "x"],
+        "separated by commas",
+    ),
     (["embed", "gone.nii.gz", "-o", "x.csv"], "none of the 1 scans could be embedded"),
 ]
 
@@ -217,7 +232,7 @@ def test_a_mistake_ends_in_one_line_and_no_traceback(ldae, arguments, message):
     assert "Traceback" not in result.output
 
 
-def test_a_model_must_be_named_and_be_there(ldae, place):
+def test_a_missing_or_ambiguous_model_is_refused(ldae, place):
     scan = ("reconstruct", "a.nii.gz", "-o", "x.nii.gz")
     cases = {
         (): "name one model",
@@ -248,14 +263,13 @@ def test_a_table_of_something_else_is_not_overwritten(ldae, place):
     assert (place / "mine.csv").read_text() == "subject,age\n1,70\n"
 
 
-def test_numbers_say_what_is_wrong():
+def test_numbers_are_parsed_or_refused_with_an_example():
     assert parse_numbers("-2,-1,1", "--alpha", "") == [-2, -1, 1]
     with pytest.raises(UserError, match="as in -1,1"):
         parse_numbers("a", "--alpha", "-1,1")
 
 
-def test_the_script_exits_as_it_should(place):
-    """Through a real process: the exit status and stderr that a shell sees."""
+def test_a_process_exits_with_status_2_and_one_line(place):
     command = [sys.executable, "-m", "ldae.cli", "reconstruct", "gone.nii.gz", "-o", "x.nii.gz", "--run", "small"]
     result = subprocess.run(command, cwd=place, capture_output=True, text=True, timeout=300, check=False)
     assert result.returncode == 2
