@@ -171,7 +171,7 @@ def test_the_tutorial_runs_from_top_to_bottom(smoke, tmp_path):
     (tmp_path / "tutorial.py").write_text(code, encoding="utf-8")
     environment = {"LDAE_RUN": "smoke", "CUDA_VISIBLE_DEVICES": ""}
     result = run_script(tmp_path / "tutorial.py", cwd=smoke, environment=environment)
-    for said in ("probes ['age', 'diagnosis']", "as it is ['AD"):
+    for said in ("probes ['age', 'diagnosis']", "alpha 0 ['AD"):
         assert said in result.stdout
 
 
