@@ -27,6 +27,7 @@ from ldae.editing.directions import Direction, EditDirection
 from ldae.editing.editor import EditSettings
 from ldae.editing.linear_model import LinearModel
 from ldae.editing.readouts import Readouts
+from ldae.models.placement import place_module
 from ldae.models.sizes import latent_sizes
 from ldae.scans.ood_check import OodCheck
 from ldae.scans.raw_scan import TrainingPreprocessing
@@ -96,7 +97,7 @@ class LDAE:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.autoencoder, self.encoder, self.denoiser = autoencoder, encoder, denoiser
         for module in (autoencoder, encoder, denoiser.unet, denoiser.estimator):
-            module.to(self.device).eval().requires_grad_(False)
+            place_module(module, self.device).eval().requires_grad_(False)
         denoiser.schedule.to(self.device)
         self.scale = torch.as_tensor(scale, dtype=torch.float32, device=self.device).view(1, -1, 1, 1, 1)
         self.sampler = sampler
@@ -194,7 +195,7 @@ class LDAE:
     @cached_property
     def ood_check(self) -> OodCheck | None:
         """The out-of-distribution check measured on the training scans; None if the model has none."""
-        stored = None if self.bundle is None else self.bundle.likeness
+        stored = None if self.bundle is None else self.bundle.ood_check
         return None if stored is None else OodCheck.from_dict(stored)
 
     # Semantic vector and latent

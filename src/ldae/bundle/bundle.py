@@ -1,17 +1,15 @@
-"""A trained model as a description: what each network is, where its weights lie, and what its numbers mean.
+"""A trained model as a description: the config and weights of each network, and what the numbers mean.
 
 It is read from a run, `runs/<name>`, or from a bundle, a folder that can be moved and shared:
 
-    bundle.json                 format, each network's config and weights' hash, latent scale, transform, diffusion,
-                                sampler, where it came from; written last, so that a torn folder is none
-    <network>.safetensors       autoencoder, encoder, unet, estimator
-    probes.json                 optional: frozen probes of y (ldae/evaluation/frozen.py)
-    directions.json             optional: directions of edits and their settings (ldae/knowledge.py)
-    README.md                   the model card (ldae/card.py)
+    bundle.json              format, config and weights' hash of each network, latent scale, transform, diffusion,
+                             sampler, provenance; written last, so that an incomplete folder is not taken for a bundle
+    <network>.safetensors    autoencoder, encoder, unet, estimator
+    probes.json              optional: frozen probes of y (ldae.editing.frozen_probes)
+    directions.json          optional: directions of edits and their settings (ldae.editing.readouts)
+    README.md                the model card (ldae.bundle.model_card)
 
-A bundle may come from strangers: nothing in it is unpickled, its configs may name only classes of this package that
-build networks, transforms and diffusion, its files must be those that were described, its tensors exactly those that
-the networks have.
+A bundle may come from anyone; ldae.bundle.allowlist lists what is checked before it is used.
 """
 
 import hashlib
@@ -23,15 +21,15 @@ from typing import Any
 
 from torch import nn
 
-from ldae.bundle.allowlist import ALLOWED, refuse_untrusted_targets
+from ldae.bundle.allowlist import check_bundle
 from ldae.bundle.description import (
-    DESCRIBED,
+    BUILT,
     DESCRIPTION,
     DIRECTIONS,
     FORMAT,
     MEASURED,
+    OPTIONAL_FILES,
     PROBES,
-    described_file,
     read_description,
 )
 from ldae.bundle.model_card import CARD, describe_provenance, render_model_card
@@ -43,31 +41,31 @@ from ldae.utils.files import file_sha256, read_json, replacing, write_json, writ
 
 @dataclass(frozen=True)
 class StoredNetwork:
-    """One network: its config with `_target_`, its safetensors file, and that file's SHA-256."""
+    """One network: its config with `_target_`, its safetensors file, and the SHA-256 of that file."""
 
     config: dict[str, Any]
     file: Path
     sha256: str
 
     def build(self) -> nn.Module:
-        """The network with its weights, on the CPU, frozen, in eval mode; its random start is never computed."""
+        """The network with its weights, on the CPU, frozen, in eval mode."""
         return load_module(self.config, self.file, self.file)
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """Everything that `LDAE` is made of.
+    """Everything that `LDAE` is built from.
 
     Attributes:
         networks: the four networks by name.
         scale: 1 / standard deviation of each latent channel.
-        transform, schedule, parameterisation, sampler: configs with `_target_`; the sampler holds the guidance.
+        transform, schedule, parameterisation, sampler: configs with `_target_`; the sampler includes the guidance.
         probes: file of frozen probes, or None.
         directions: file of directions found by evaluation=manipulation, or None.
-        likeness: what the training scans look like (data/likeness.py), or None where nobody measured it.
-        preprocess: parameters of every step by which they were made (preprocessing/steps.py), or None.
-        affine: voxel to mm, 4x4, of model space on their common grid, or None where they have none.
-        sources: where it came from, for people.
+        ood_check: the out-of-distribution check of the training scans (ldae.scans.ood_check), or None.
+        preprocess: parameters of the training scans' preprocessing (ldae.preprocessing.steps), or None.
+        affine: voxel to mm, 4x4, of model space if all training scans share one grid, or None.
+        sources: provenance, for the model card.
     """
 
     networks: dict[str, StoredNetwork]
@@ -78,17 +76,16 @@ class Bundle:
     sampler: dict[str, Any]
     probes: Path | None = None
     directions: Path | None = None
-    likeness: dict[str, Any] | None = None
+    ood_check: dict[str, Any] | None = None
     preprocess: dict[str, Any] | None = None
     affine: list[list[float]] | None = None
     sources: dict[str, Any] = field(default_factory=dict)
 
     @property
     def weights_hash(self) -> str:
-        """The hash that frozen probes are tied to: of encoder and autoencoder, as evaluate.py writes it."""
-        return hashlib.sha256(
-            f"{self.networks['encoder'].sha256}{self.networks['autoencoder'].sha256}".encode()
-        ).hexdigest()
+        """Hash of encoder and autoencoder, by which probes and directions name the model that they were fitted on."""
+        hashes = f"{self.networks['encoder'].sha256}{self.networks['autoencoder'].sha256}"
+        return hashlib.sha256(hashes.encode()).hexdigest()
 
     @classmethod
     def find(cls, path: Path | str, runs: Path | str = "runs", trust: Sequence[str] = ()) -> "Bundle":
@@ -103,33 +100,28 @@ class Bundle:
             if (place / "aekl").is_dir():
                 return cls.from_run(place)
         if Path(path).is_dir():
-            return cls.from_run(path)  # which says what is missing
+            return cls.from_run(path)  # raises the error that names what is missing
         known = ", ".join(sorted(found.parent.name for found in Path(runs).glob("*/repr"))) or "none"
         raise UserError(f"no run or bundle '{path}'; the runs in {runs} are: {known}")
 
     @classmethod
     def from_run(cls, root: Path | str) -> "Bundle":
-        """The model of `runs/<name>`, each network with the config it was trained with.
+        """The model of `runs/<name>`, each network with the config that it was trained with.
 
         Raises:
-            UserError: a stage is missing, or one stands on weights that have since been replaced.
+            UserError: a stage is missing, or was trained on weights of an earlier stage that have since been replaced.
         """
         space = Workspace(Path(root))
         runs = {name: space.predecessor(name) for name in ("aekl", "pretrain", "repr")}
+        _check_stages(runs)
         first, second, third = runs.values()
-        if second.metadata["autoencoder_sha256"] != first.sha256("autoencoder"):
-            raise UserError(
-                f"{second.path} learned the latents of another autoencoder than {first.path}: train it again"
-            )
-        for stage, weights in third.metadata["stands_on"].items():
-            if stage in runs and weights != runs[stage].metadata["weights"]:
-                raise UserError(f"{third.path} stands on other weights than {runs[stage].path} holds: train it again")
         encoder = third.config.model.encoder
+        estimator = estimator_node(second.config.model.unet, encoder.dim, third.config.model.estimator)
         configs = {
             "autoencoder": (first, first.config.model.autoencoder),
             "encoder": (third, encoder),
             "unet": (second, second.config.model.unet),
-            "estimator": (third, estimator_node(second.config.model.unet, encoder.dim, third.config.model.estimator)),
+            "estimator": (third, estimator),
         }
         networks = {
             name: StoredNetwork(to_container(node), run.weights_file(name), run.sha256(name))
@@ -145,74 +137,86 @@ class Bundle:
             sampler=to_container(third.config.sampler),
             probes=probes if probes.is_file() else None,
             directions=directions if directions.is_file() else None,
-            **_measured(space, first),
+            **_read_measured(space, first),
             sources=describe_provenance(space, runs),
         )
 
     @classmethod
     def open(cls, folder: Path | str, trust: Sequence[str] = ()) -> "Bundle":
-        """A bundle folder, checked before anything is built.
+        """Open a bundle's folder.
 
         Args:
             trust: prefixes of further modules whose classes its configs may name, e.g. ("mylab.networks.",).
 
         Raises:
-            UserError: it is no bundle, of another format, altered, or names what it may not.
+            UserError: it is not a bundle, is of another format or damaged, or is refused (see ldae.bundle.allowlist).
         """
         folder = Path(folder)
-        about = read_description(folder)
-        for key in ("modules", *DESCRIBED):
-            refuse_untrusted_targets(about[key], f"{folder / DESCRIPTION}: {key}", (*ALLOWED, *trust))
-        for key in DESCRIBED:
-            build_stored(about[key], f"{folder / DESCRIPTION}: {key}")
+        description = read_description(folder)
+        files = check_bundle(folder, description, trust)
+        for key in BUILT:
+            build_stored(description[key], f"{folder / DESCRIPTION}: {key}")
         networks = {
-            name: StoredNetwork(
-                about["modules"][name]["config"], described_file(folder, about["modules"][name]), entry["sha256"]
-            )
-            for name, entry in about["modules"].items()
+            name: StoredNetwork(entry["config"], files[name], entry["sha256"])
+            for name, entry in description["modules"].items()
         }
-        files = {name: described_file(folder, about[name]) for name in ("probes", "directions") if about.get(name)}
-        kept = {key: about[key] for key in (*DESCRIBED, "sources", "scale")}
-        refuse_untrusted_targets(about.get("preprocess"), f"{folder / DESCRIPTION}: preprocess")
-        return cls(networks=networks, **{key: about.get(key) for key in MEASURED}, **files, **kept)
+        return cls(
+            networks=networks,
+            **{name: files.get(name) for name in OPTIONAL_FILES},
+            **{attribute: description.get(key) for attribute, key in MEASURED.items()},
+            **{key: description[key] for key in (*BUILT, "sources", "scale")},
+        )
 
     def save(self, folder: Path | str) -> Path:
-        """Write the bundle; files that lie there already, as described, stay. Returns the folder."""
+        """Write the bundle and return its folder.
+
+        Raises:
+            UserError: a file of weights has changed since it was published.
+        """
         folder = Path(folder)
         modules = {
-            name: {"config": part.config, **_copy(part.file, folder / f"{name}.safetensors")}
-            for name, part in self.networks.items()
+            name: {"config": network.config, **_copy(network.file, folder / f"{name}.safetensors")}
+            for name, network in self.networks.items()
         }
-        for name, part in self.networks.items():
-            if modules[name]["sha256"] != part.sha256:
-                raise UserError(f"{part.file} has changed since it was published: train or export it again")
-        about = {
+        for name, network in self.networks.items():
+            if modules[name]["sha256"] != network.sha256:
+                raise UserError(f"{network.file} has changed since it was published: train or export it again")
+        description = {
             "format": FORMAT,
             "modules": modules,
-            "scale": self.scale,
-            "transform": self.transform,
-            "schedule": self.schedule,
-            "parameterisation": self.parameterisation,
-            "sampler": self.sampler,
             "probes": _copy(self.probes, folder / PROBES) if self.probes else None,
             "directions": _copy(self.directions, folder / DIRECTIONS) if self.directions else None,
-            **{key: getattr(self, key) for key in MEASURED},
-            "sources": self.sources,
+            **{key: getattr(self, attribute) for attribute, key in MEASURED.items()},
+            **{key: getattr(self, key) for key in (*BUILT, "sources", "scale")},
         }
-        write_text(folder / CARD, render_model_card(about))
-        write_json(folder / DESCRIPTION, about)
+        write_text(folder / CARD, render_model_card(description))
+        write_json(folder / DESCRIPTION, description)
         return folder
 
 
-def _measured(space: Workspace, autoencoder: Run) -> dict[str, Any]:
-    """What encode_latents.py found about the training scans, if it was with this autoencoder."""
+def _check_stages(runs: dict[str, Run]) -> None:
+    """Refuse stages that do not belong together."""
+    first, second, third = runs.values()
+    if second.metadata["autoencoder_sha256"] != first.sha256("autoencoder"):
+        raise UserError(f"{second.path} learned the latents of another autoencoder than {first.path}: train it again")
+    for stage, weights in third.metadata["stands_on"].items():
+        if stage in runs and weights != runs[stage].metadata["weights"]:
+            raise UserError(
+                f"{third.path} was trained on other weights than {runs[stage].path} has now: train it again"
+            )
+
+
+def _read_measured(space: Workspace, autoencoder: Run) -> dict[str, Any]:
+    """What encode_latents.py measured on the training scans, if it used this autoencoder."""
     path = space.latents / METADATA_FILE
-    about = read_json(path) if path.is_file() else {}
-    same = about.get("autoencoder_sha256") == autoencoder.sha256("autoencoder")
-    return {key: about.get(key) for key in MEASURED} if same else {}
+    metadata = read_json(path) if path.is_file() else {}
+    if metadata.get("autoencoder_sha256") != autoencoder.sha256("autoencoder"):
+        return {}
+    return {attribute: metadata.get(key) for attribute, key in MEASURED.items()}
 
 
 def _copy(source: Path, target: Path) -> dict[str, str]:
+    """Copy a file, unless it is there already; its entry in the description."""
     if source.resolve() != target.resolve():
         with replacing(target) as temporary:
             shutil.copyfile(source, temporary)

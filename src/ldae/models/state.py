@@ -1,9 +1,7 @@
 """Reading tensors from files, safely, and loading them, strictly."""
 
 import pickle
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -11,9 +9,6 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ldae.utils.errors import UserError
-
-COUNTING = ("blocks", "depth", "layers")  # in the names of arguments that count what a level holds
-FEW = 16  # blocks that any network may have
 
 
 def read_tensors(path: Path | str, bare: bool = False) -> dict[str, Tensor]:
@@ -47,34 +42,6 @@ def read_tensors(path: Path | str, bare: bool = False) -> dict[str, Tensor]:
 def _is_zip(path: Path) -> bool:
     with open(path, "rb") as handle:
         return handle.read(2) == b"PK"
-
-
-def check_depth(config: Any, tensors: dict[str, Tensor], source: Path | str) -> None:
-    """Refuse a network's config that asks for more blocks than its file has tensors, before anything is built.
-
-    The longest list (a level an entry) times the largest number of blocks or layers a level. A damaged or hostile
-    number would else be built for minutes, only to be refused then.
-
-    Raises:
-        UserError: with both numbers.
-    """
-    lengths, counts = [1], [1]
-
-    def read(value: Any, counting: bool) -> None:
-        if isinstance(value, Mapping):
-            for key, item in value.items():
-                read(item, any(word in str(key) for word in COUNTING))
-        elif isinstance(value, Sequence) and not isinstance(value, str):
-            lengths.append(len(value))
-            for item in value:
-                read(item, counting)
-        elif counting and isinstance(value, int):
-            counts.append(value)
-
-    read(config, False)
-    asked = max(lengths) * max(counts)
-    if asked > max(len(tensors), FEW):
-        raise UserError(f"{source}: its config asks for {asked} blocks, the file holds {len(tensors)} tensors")
 
 
 def load_strictly(module: nn.Module, tensors: dict[str, Tensor], source: Path | str, assign: bool = False) -> None:
