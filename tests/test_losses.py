@@ -8,7 +8,7 @@ from ldae.diffusion.schedule import linear
 from ldae.losses import autoencoder as losses
 from ldae.losses.denoising import denoising_loss, gap_filling_loss
 from ldae.losses.perceptual import MedicalNetDistance, SliceLpips, SqueezeLpips, plane_slices
-from ldae.losses.structural import _gaussian_mean, ssim_map, structural_dissimilarity
+from ldae.losses.structural import gaussian_mean, ssim_map, structural_dissimilarity
 from ldae.utils.errors import UserError
 from ldae.utils.seeding import draw_normal, make_generator
 
@@ -155,9 +155,9 @@ def test_structural_dissimilarity_is_one_minus_ssim_and_leads_to_its_optimum():
 def test_the_gaussian_mean_replicates_borders():
     """By hand: a constant stays; an impulse at the corner keeps the weights that fall beyond the border."""
     flat = torch.full((1, 1, 5, 5, 5), 0.3)
-    torch.testing.assert_close(_gaussian_mean(flat, 3), flat)
+    torch.testing.assert_close(gaussian_mean(flat, 3), flat)
     impulse = torch.zeros(1, 1, 5, 5, 5)
     impulse[0, 0, 0, 0, 0] = 1.0
     side = torch.exp(torch.tensor(-1 / 4.5))
     weight = (1 + side) / (1 + 2 * side)
-    torch.testing.assert_close(_gaussian_mean(impulse, 3)[0, 0, 0, 0, 0], weight**3)
+    torch.testing.assert_close(gaussian_mean(impulse, 3)[0, 0, 0, 0, 0], weight**3)

@@ -26,7 +26,7 @@ def _gaussian_matrix(size: int, width: int, like: Tensor) -> Tensor:
     return matrix.scatter_add_(1, columns, (weights / weights.sum()).expand(size, width))
 
 
-def _gaussian_mean(x: Tensor, width: int) -> Tensor:
+def gaussian_mean(x: Tensor, width: int) -> Tensor:
     """Of (B, C, X, Y, Z), same size."""
     for axis in (2, 3, 4):
         matrix = _gaussian_matrix(x.shape[axis], width, x)
@@ -36,7 +36,7 @@ def _gaussian_mean(x: Tensor, width: int) -> Tensor:
 
 def ssim_maps(x: Tensor, y: Tensor, width: int) -> tuple[Tensor, Tensor]:
     """Maps (B, 1, X, Y, Z) of SSIM and of its contrast-structure factor, of volumes of that shape in [0, 1]."""
-    mx, my, xx, yy, xy = _gaussian_mean(torch.cat([x, y, x * x, y * y, x * y], 1), width).split(1, 1)
+    mx, my, xx, yy, xy = gaussian_mean(torch.cat([x, y, x * x, y * y, x * y], 1), width).split(1, 1)
     covariance, spread = xy - mx * my, (xx - mx * mx) + (yy - my * my)
     structure = (2 * covariance + C2) / (spread + C2)
     return structure * (2 * mx * my + C1) / (mx * mx + my * my + C1), structure
