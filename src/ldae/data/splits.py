@@ -47,7 +47,8 @@ def load_or_draw_split(
     """
     shares = normalise_shares(shares)
     stored = read_split(path) if path is not None and path.exists() else {}
-    own = {s: split for s, split in zip(table["subject"], table.get("split", ()), strict=False) if split}
+    column = table["split"] if "split" in table else [""] * len(table)
+    own = {subject: split for subject, split in zip(table["subject"], column, strict=True) if split}
     for subject, split in own.items():
         if stored.get(subject, split) != split:
             raise UserError(

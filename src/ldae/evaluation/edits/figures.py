@@ -5,7 +5,6 @@ which the axial, coronal and sagittal slices go (`utils.slices.voxel_to_show`).
 """
 
 from collections.abc import Mapping, Sequence
-from itertools import cycle
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +13,7 @@ from ldae.evaluation.figures import open_figure, show_slice
 from ldae.utils.files import replacing
 from ldae.utils.slices import PLANES, slices_to_show
 
+MARKERS = "os^vD<>P"  # one for each curve of a trade-off
 COLOURS = {"ventricle": "tab:blue", "hippocampus": "tab:orange"}
 FRAME_MS = 180
 IDENTITY = "SSIM to alpha = 0, in the brain"
@@ -59,7 +59,7 @@ def draw_dose_response(
     """
     unedited = list(alphas).index(0.0)
     with open_figure(path, (4.2 * (len(volumes) + 1), 3.8), 1, len(volumes) + 1) as (_, grid):
-        for axes, (name, measured) in zip(grid, volumes.items(), strict=False):
+        for axes, (name, measured) in zip(grid[:-1], volumes.items(), strict=True):
             kept = measured[measured[:, unedited] > 0]  # without contrast to its surroundings it has no volume
             change = 100 * (kept / kept[:, unedited : unedited + 1] - 1)
             axes.plot(alphas, change.T, color=COLOURS.get(name, "0.5"), alpha=0.25, linewidth=0.8)
@@ -74,8 +74,8 @@ def draw_dose_response(
 def draw_trade_off(path: Path, curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], title: str = "") -> None:
     """Identity against effect, one labelled curve (effect, identity) per setting; further up and right is better."""
     with open_figure(path, (8.5, 5.2)) as (_, axes):
-        for marker, (name, (effect, identity)) in zip(cycle("os^vD<>P"), curves.items(), strict=False):
-            axes.plot(effect, identity, marker=marker, markersize=5, linewidth=1, label=name)
+        for number, (name, (effect, identity)) in enumerate(curves.items()):
+            axes.plot(effect, identity, marker=MARKERS[number % len(MARKERS)], markersize=5, linewidth=1, label=name)
         axes.axvline(0, color="0.8", linewidth=0.8)
         axes.set(xlabel="change of ventricle volume from -alpha to +alpha, %", ylabel=IDENTITY)
         axes.set_title(title, fontsize=10)
