@@ -38,6 +38,7 @@ from ldae.utils.seeding import draw_normal
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 Scans = Tensor | Scan | Source | Sequence[Scan | Source]
 PreprocessMode = Literal["auto", "always", "never"]
+# None, True and False are the former names of the modes.
 _MODES = {"auto": "auto", "always": "always", "never": "never", None: "auto", True: "always", False: "never"}
 
 P = ParamSpec("P")
