@@ -1,7 +1,7 @@
-"""Tests edits and their measures on a linear model whose every answer is known.
+"""Tests the evaluations of edits on a linear model, for which every result is known.
 
-Dose-response, true counterfactuals, interpolation and variation give the numbers that follow by hand; pictures are
-written.
+Dose-response, true counterfactuals, interpolation and variation give the numbers that are computed by hand; pictures
+are written.
 """
 
 import json
@@ -38,14 +38,14 @@ from ldae.evaluation.images.variation import Variation
 from ldae.evaluation.probes.targets import Classification, Regression
 from ldae.utils.errors import UserError
 
-SHAPE, DIM, VOXEL = (10, 12, 10), 6, 8.0
+SHAPE, DIM = (10, 12, 10), 6
 VENTRICLE, HIPPOCAMPUS = (slice(4, 6), slice(5, 7), slice(4, 7)), (slice(2, 3), slice(3, 5), slice(3, 4))
 RIM = (slice(6, 7), slice(5, 7), slice(4, 7))
 DIAGNOSIS = Classification("diagnosis", "AD", "CN")
 
 
 def templates():
-    """(DIM, *SHAPE): y_0 darkens a side of the rim of the ventricle, y_1 brightens another place, the rest nothing."""
+    """Effect of each number of y on the image: y_0 darkens one side of the ventricle's rim, y_1 brightens a region."""
     found = np.zeros((DIM, *SHAPE), np.float32)
     found[0][RIM] = -0.05
     found[1][7:9, 2:10, 2:4] = 0.1
@@ -53,14 +53,14 @@ def templates():
 
 
 def base():
-    """(*SHAPE): dark ventricle, bright tissue, and a side of the rim in between."""
+    """The image of y = 0: a dark ventricle, bright tissue, and one side of the rim in between."""
     found = torch.full(SHAPE, 0.6)
     found[VENTRICLE], found[RIM] = 0.1, 0.35
     return found
 
 
 class LinearModelOfBrains:
-    """y is read off two places, z_T is what y does not explain: z = noise + y @ templates."""
+    """z = noise + y @ templates: y is measured in two regions, and z_T is the part of z that y does not explain."""
 
     device = torch.device("cpu")
     transform = None
@@ -70,9 +70,9 @@ class LinearModelOfBrains:
 
     def embed(self, x):
         y = torch.zeros(len(x), DIM)
-        for place in (0, 1):
-            template = self.templates[place]
-            y[:, place] = ((x[:, 0] - base()) * template).sum((1, 2, 3)) / template.square().sum()
+        for index in (0, 1):
+            template = self.templates[index]
+            y[:, index] = ((x[:, 0] - base()) * template).sum((1, 2, 3)) / template.square().sum()
         return y
 
     def compress(self, x):
@@ -81,20 +81,21 @@ class LinearModelOfBrains:
     def decompress(self, z):
         return z.clamp(0, 1)
 
-    def _mean(self, y):
+    def image_of(self, y):
+        """What y explains, (B, 1, *SHAPE)."""
         return torch.einsum("bd,dxyz->bxyz", y, self.templates)[:, None]
 
     def invert(self, z, y, steps=None, strength=None, depth=1.0, noise=None, renoise=0.0):
-        return Code(z - self._mean(y), None, depth)
+        return Code(z - self.image_of(y), None, depth)
 
     def decode(self, code, y, steps=None, strength=None):
         noise = code.z if isinstance(code, Code) else base() + 0.01 * code
-        return self.decompress(noise + self._mean(y))
+        return self.decompress(noise + self.image_of(y))
 
 
 @pytest.fixture
 def context(tmp_path):
-    """60 subjects, some with three visits; AD darkens the rim, age goes with AD and brightens the other place."""
+    """60 subjects, half with three visits. AD darkens the rim; age correlates with AD and brightens the region."""
     rng = np.random.default_rng(0)
     rows, ys = [], []
     for subject in range(60):
@@ -108,7 +109,7 @@ def context(tmp_path):
             ys.append(y)
     table = pd.DataFrame(rows, columns=["subject", "session", "months", "diagnosis", "age", "split"])
     y, model = torch.tensor(np.array(ys), dtype=torch.float32), LinearModelOfBrains()
-    images = (base() + model._mean(y)).clamp(0, 1)
+    images = (base() + model.image_of(y)).clamp(0, 1)
     regions = {51: np.zeros(SHAPE, np.float32), 47: np.zeros(SHAPE, np.float32)}
     regions[51][VENTRICLE] = 1
     regions[47][HIPPOCAMPUS] = 1
@@ -151,7 +152,7 @@ def test_halves_share_no_subject_and_have_both_classes():
 
 
 def test_manipulation_of_a_planted_effect(context):
-    """Edits darken the rim in proportion to alpha: every scan's ventricles follow, and nothing else is touched."""
+    """Edits darken the rim in proportion to alpha: the ventricles of every scan grow, and nothing else changes."""
     evaluator = Manipulation(
         {"diagnosis": DIAGNOSIS, "age": Regression("age"), "nothing": Regression("no_such_column")},
         HeldFixed(MeanDifference(), ["age", "diagnosis"]), Editor(), alphas=[-0.6, -0.3, 0, 0.3, 0.6], shown=0.3,
@@ -186,14 +187,14 @@ def test_the_reversed_direction_has_no_spearman_share(context):
     assert metrics["manipulation/d/ventricle_spearman_median"] == -1
 
 
-def test_alphas_must_hold_zero_and_what_is_shown():
+def test_alphas_must_contain_zero_and_what_is_shown():
     with pytest.raises(UserError, match="0 and"):
         Manipulation({}, Weights(), Editor(), alphas=[-1, 1], shown=1)
 
 
 @pytest.mark.parametrize("sign", [1, -1])
-def test_maps_against_a_true_counterfactual(context, sign):
-    """A truth that darkens the same rim correlates perfectly, one that brightens it perfectly negatively."""
+def test_difference_maps_correlate_with_those_of_a_true_counterfactual(context, sign):
+    """A counterfactual that darkens the same rim gives a correlation of 1, one that brightens it -1."""
     context.embeddings[:, 1:] = 0
     direction = Direction(np.zeros(DIM), np.ones(DIM), np.eye(DIM)[0])
     anatomy, editor = Anatomy(context), Editor()
@@ -214,29 +215,30 @@ def test_maps_against_a_true_counterfactual(context, sign):
     np.testing.assert_allclose(found.metrics["ventricle_error"], error)
 
 
-def test_exchange_is_kept_within_the_generators_limits():
+def test_the_exchange_rate_stays_within_the_range_of_the_generator():
     rate = ExchangeRate(None, "age", 10.0)
     assert rate.change(-0.5) == -5
     assert rate.change(9) == 25
 
 
-def test_counterfactuals_of_a_real_phantom_are_the_stored_scan_moved(tmp_path):
-    """Unmoved: the stored scan less its noise. More severe: larger ventricles, and darker voxels."""
+def test_counterfactuals_of_a_phantom_are_its_stored_scan_with_another_severity(tmp_path):
+    """With its own severity it is the stored scan without noise; with a higher one the ventricles are larger."""
     from ldae.data.phantom import make_cohort
     from ldae.data.transforms import Transform
 
     table = pd.read_csv(make_cohort(tmp_path, 1, 3, 8.0, (24, 28, 24), workers=1, progress=False))
     table["path"] = [str(tmp_path / path) for path in table["path"]]
     transform = Transform((24, 28, 24), 8.0)
-    source = CounterfactualRenderer(SimpleNamespace(table=table, model=SimpleNamespace(transform=transform)))
-    assert source.available
-    same, worse = source.render(0), source.render(0, "severity", 0.8)
+    renderer = CounterfactualRenderer(SimpleNamespace(table=table, model=SimpleNamespace(transform=transform)))
+    assert renderer.available
+    same, worse = renderer.render(0), renderer.render(0, "severity", 0.8)
     stored = transform(table["path"][0])
     assert correlation(np.asarray(same.volume), stored, stored > 0) > 0.98
     assert same.ventricle == pytest.approx(table["ventricle_mm3"][0], rel=1e-3)
-    rise = source.ventricle_slope([0], "severity")
+    rise = renderer.ventricle_slope([0], "severity")
     assert worse.ventricle - same.ventricle == pytest.approx(0.8 * rise, rel=0.4)
-    assert not CounterfactualRenderer(SimpleNamespace(table=table.drop(columns="severity"), model=source)).available
+    others = SimpleNamespace(table=table.drop(columns="severity"), model=SimpleNamespace(transform=transform))
+    assert not CounterfactualRenderer(others).available
 
 
 def test_triples_and_nearest_visit():
@@ -249,17 +251,17 @@ def test_triples_and_nearest_visit():
 
 
 def test_interpolation_numbers_by_hand(context):
-    """Months 0, 6, 24: a quarter of the way. All is linear: our prediction and both blends are the same image."""
+    """Visits at months 0, 6 and 24, so t = 1/4. All is linear, so that our prediction and both blends are one image."""
     metrics = dict(Interpolation(Editor(depth=1.0), resamples=20)(context))
     assert metrics["interpolation/triples"] == len(find_triples(context.table, context.rows("test"))) == 6
     row = pd.read_csv(context.out / "interpolation.csv").query("against == 'real'").set_index(["subject", "method"])
     triple = find_triples(context.table, context.rows("test"))[0]
-    x = context.volumes([triple.start, triple.target, triple.end]).numpy()
-    who = context.table["subject"].iloc[triple.target]
+    x = context.volumes(triple.rows).numpy()
+    subject = context.table["subject"].iloc[triple.target]
     blend = 0.75 * x[0] + 0.25 * x[2]
-    assert row.loc[(who, "voxel"), "mse"] == pytest.approx(((blend - x[1]) ** 2).mean(), rel=1e-3)
-    assert row.loc[(who, "latent"), "mse"] == pytest.approx(row.loc[(who, "voxel"), "mse"], rel=1e-3)
-    assert row.loc[(who, "nearest"), "mse"] == pytest.approx(((x[0] - x[1]) ** 2).mean(), rel=1e-3)
+    assert row.loc[(subject, "voxel"), "mse"] == pytest.approx(((blend - x[1]) ** 2).mean(), rel=1e-3)
+    assert row.loc[(subject, "latent"), "mse"] == pytest.approx(row.loc[(subject, "voxel"), "mse"], rel=1e-3)
+    assert row.loc[(subject, "nearest"), "mse"] == pytest.approx(((x[0] - x[1]) ** 2).mean(), rel=1e-3)
     assert metrics["interpolation/ldae/real/mse_gap24"] == pytest.approx(metrics["interpolation/ldae/real/mse"])
     gain = metrics["interpolation/nearest/real/mse"] - metrics["interpolation/ldae/real/mse"]
     assert metrics["interpolation/gain/real/mse_over_nearest"] == pytest.approx(gain)
@@ -267,8 +269,8 @@ def test_interpolation_numbers_by_hand(context):
     assert (context.out / "interpolation_1.gif").exists()
 
 
-def test_variation_of_a_model_whose_y_holds_everything(context):
-    """Variants differ by the noise of standard deviation 0.01 alone, and the probe's verdict stays."""
+def test_variation_of_a_model_whose_y_determines_the_image(context):
+    """Variants differ only by noise of standard deviation 0.01, and the probe's prediction stays the same."""
     metrics = dict(Variation({"diagnosis": DIAGNOSIS}, scans=6, variants=12, resamples=20)(context))
     assert metrics["variation/std_mask"] == pytest.approx(0.01, rel=0.1)
     assert metrics["variation/diagnosis_agreement"] > 0.95
@@ -279,13 +281,13 @@ def test_variation_of_a_model_whose_y_holds_everything(context):
 
 
 def test_selection_prefers_the_direction_that_is_true(context, monkeypatch):
-    """The truth is the rim darkening; the raw difference brightens age's place too, held fixed it does not."""
+    """The true change darkens the rim. The raw difference brightens the region of age too; held fixed, it does not."""
 
     def render(row, factor, change):
         return Counterfactual(context.volumes([row])[0] + change * context.model.templates[:1], 1000.0 * (1 + change))
 
-    source = SimpleNamespace(available=True, render=render)
-    monkeypatch.setattr(selection, "Counterfactuals", lambda context: source)
+    renderer = SimpleNamespace(available=True, render=render)
+    monkeypatch.setattr(selection, "CounterfactualRenderer", lambda context: renderer)
     estimators = {"raw": MeanDifference(), "fixed": HeldFixed(MeanDifference(), ["age"])}
     evaluator = selection.Selection(
         {"diagnosis": DIAGNOSIS}, estimators, Editor(), depths=[0.5, 1.0], renoises=[0.0], strengths=[None],
@@ -300,15 +302,15 @@ def test_selection_prefers_the_direction_that_is_true(context, monkeypatch):
     assert (context.out / "selection_diagnosis.png").exists()
 
 
-def test_an_edit_without_effect_is_held_to_a_real_change(context, monkeypatch):
+def test_an_edit_without_effect_is_compared_with_a_real_change(context, monkeypatch):
     nothing = Direction(np.zeros(DIM), np.ones(DIM), np.eye(DIM)[DIM - 1])
-    source = SimpleNamespace(available=True, ventricle_slope=lambda rows, factor: 10000.0)
-    monkeypatch.setattr(counterfactuals, "Counterfactuals", lambda context: source)
+    renderer = SimpleNamespace(available=True, ventricle_slope=lambda rows, factor: 10000.0)
+    monkeypatch.setattr(counterfactuals, "CounterfactualRenderer", lambda context: renderer)
     rate = counterfactuals.calibrate_exchange_rate(context, Editor(), Anatomy(context), nothing, "severity", 4, 4, 0.5)
     assert rate.change(0.5) == pytest.approx(0.3)
 
 
-def test_rank_prefers_sure_settings():
+def test_monotone_settings_are_ranked_first():
     table = pd.DataFrame({"difference_r": [0.9, 0.4, 0.6], "monotone": [0.5, 1.0, 0.8]})
     assert selection.rank_settings(table)["difference_r"].tolist() == [0.6, 0.4, 0.9]
 
@@ -322,7 +324,7 @@ def test_animation_runs_forth_and_back(tmp_path):
         assert image.n_frames == 6
 
 
-def test_configs_build_what_they_say():
+def test_the_config_builds_the_evaluators_it_names():
     config = compose_config(
         "evaluate", ["evaluation=[manipulation,selection,interpolation,variation]", "experiment=demo"]
     )

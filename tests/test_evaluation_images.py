@@ -166,7 +166,7 @@ def ball(radius, shape=(24, 24, 24), fine=3):
 @pytest.mark.parametrize(("low", "high"), [(0.2, 0.7), (0.9, 0.5)])
 def test_a_soft_volume_is_the_true_one_whatever_the_intensities(low, high):
     """Levels found by least squares; partial voxels count by their share."""
-    measure = SoftVolume(ball(9) > 0, voxel=8.0)
+    measure = SoftVolume(ball(9) > 0, voxel_mm3=8.0)
     reference = ball(4)
     levels = measure.levels(high + (low - high) * reference, reference)
     assert (levels.inside, levels.outside) == (pytest.approx(low), pytest.approx(high))
@@ -176,5 +176,5 @@ def test_a_soft_volume_is_the_true_one_whatever_the_intensities(low, high):
 
 
 def test_equal_levels_measure_nothing():
-    measure = SoftVolume(ball(9) > 0, voxel=8.0)
+    measure = SoftVolume(ball(9) > 0, voxel_mm3=8.0)
     assert np.isnan(measure.measure(ball(4), Levels(0.5, 0.5)))

@@ -1,1 +1,1 @@
-"""What edits do to a scan: manipulation, counterfactuals, interpolation."""
+"""Evaluations of edits: manipulation along a direction, choice of settings, interpolation through time."""

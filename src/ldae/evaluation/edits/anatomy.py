@@ -1,16 +1,17 @@
-"""Volumes of ventricles and hippocampi read off a decoded scan, in mm3, without segmenting it.
+"""Volumes of ventricles and hippocampi in a decoded scan, in mm3, without segmenting it.
 
-A voxel in the structure's region holds the structure to the share by which its intensity lies between two levels:
+Each voxel of the structure's region contains the structure to the fraction that its intensity v implies:
 
-    share = clip((outside - v) / (outside - inside), 0, 1),    volume = voxel size x sum of shares over the region
+    fraction = clip((outside - v) / (outside - inside), 0, 1),    volume = voxel volume x sum of the fractions
 
-The region is FIXED for a cohort: where the training scans' label maps put the structure in at least 5 % of them, one
-voxel wider. A scan's own labels, however dilated, would tell its volume before a decoded voxel is looked at. The two
-levels belong to the scan: least squares of its autoencoder reconstruction on its own label map's share of each voxel,
-so that a decoded scan is measured with levels that its own decoding cannot move.
+The region is the same for all scans of a cohort: the voxels that belong to the structure in at least 5 % of the
+training scans' label maps, dilated by one voxel. (A region made from the scan's own label map would tell its volume
+before any decoded voxel is read.) The two intensity levels are the scan's own: a least-squares fit of its autoencoder
+reconstruction to its label map, so that they do not depend on the decoded scan that is measured.
 
-On phantoms at 4.5 mm the measure of the scan itself correlates with the true ventricle volume at 0.97, with another
-scan's at -0.1. Hippocampi have no contrast to their surroundings there (-0.2): read theirs at fine resolution only.
+On phantoms at 4.5 mm, the volume measured in a scan correlates with its true ventricle volume at 0.97, with another
+scan's at -0.1. Hippocampi have no contrast to their surroundings at that resolution (-0.2): measure them at fine
+resolution only.
 """
 
 import logging
@@ -20,22 +21,22 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from ldae.data.subsampling import subsample_by_subject
 from ldae.evaluation.context import Context, iterate_batches
 from ldae.evaluation.images.image_metrics import BrainMasks, to_arrays
 
 log = logging.getLogger(__name__)
 
-# DLMUSE numbers; phantoms use the same.
+# Label numbers of DLMUSE, which phantoms use as well.
 VENTRICLES = (49, 50, 51, 52)
 HIPPOCAMPI = (47, 48)
 STRUCTURES = {"ventricle": VENTRICLES, "hippocampus": HIPPOCAMPI}
-FREQUENCY, TRAIN_SCANS = 0.05, 200
+MIN_FREQUENCY, TRAIN_SCANS = 0.05, 200
+BATCH = 16  # label maps that are read at once
 
 
 @dataclass(frozen=True)
 class Levels:
-    """Intensity inside the structure (CSF for ventricles) and around it."""
+    """Mean intensity inside a structure (CSF for ventricles) and around it."""
 
     inside: float
     outside: float
@@ -43,28 +44,30 @@ class Levels:
 
 @dataclass(frozen=True)
 class SoftVolume:
-    """Measures one structure. region: (X, Y, Z) bool; voxel: mm3."""
+    """Measures the volume of one structure.
+
+    Attributes:
+        region: (X, Y, Z) bool.
+        voxel_mm3: volume of a voxel.
+    """
 
     region: np.ndarray
-    voxel: float
+    voxel_mm3: float
 
-    def levels(self, reference: np.ndarray, share: np.ndarray) -> Levels:
-        """Both levels of a scan from its reconstruction and its label map's share of each voxel, (X, Y, Z) each."""
-        inside = share[self.region].astype(np.float64)
+    def levels(self, image: np.ndarray, fraction: np.ndarray) -> Levels:
+        """Intensity levels of an image (X, Y, Z), given the fraction of each voxel that its label map covers."""
+        inside = fraction[self.region].astype(np.float64)
         design = np.stack([inside, 1 - inside], 1)
-        found = np.linalg.lstsq(design, reference[self.region].astype(np.float64), rcond=None)[0]
+        found = np.linalg.lstsq(design, image[self.region].astype(np.float64), rcond=None)[0]
         return Levels(float(found[0]), float(found[1]))
 
-    def shares(self, volume: np.ndarray, levels: Levels) -> np.ndarray:
-        """Share of the structure in each voxel of the region, (K,)."""
-        gap = levels.outside - levels.inside
-        if abs(gap) < 1e-6:
-            return np.full(int(self.region.sum()), np.nan)
-        return np.clip((levels.outside - volume[self.region]) / gap, 0, 1)
-
-    def measure(self, volume: np.ndarray, levels: Levels) -> float:
-        """Volume of the structure in a decoded scan (X, Y, Z), mm3; NaN when the levels are equal."""
-        return float(self.shares(volume, levels).sum() * self.voxel)
+    def measure(self, image: np.ndarray, levels: Levels) -> float:
+        """Volume of the structure in an image (X, Y, Z), mm3; NaN if both levels are equal."""
+        contrast = levels.outside - levels.inside
+        if abs(contrast) < 1e-6:
+            return float("nan")
+        fractions = np.clip((levels.outside - image[self.region]) / contrast, 0, 1)
+        return float(fractions.sum() * self.voxel_mm3)
 
 
 def build_soft_volume(context: Context, labels: Sequence[int]) -> SoftVolume | None:
@@ -73,30 +76,34 @@ def build_soft_volume(context: Context, labels: Sequence[int]) -> SoftVolume | N
 
     if context.regions is None:
         return None
-    rows = subsample_by_subject(context.rows("train"), context.table["subject"].tolist(), TRAIN_SCANS, context.seed)
-    total, count = 0.0, 0
-    for part in iterate_batches(rows, 16):
-        total = total + (context.regions(part, labels) > 0.5).sum(0)
-        count += len(part)
-    if not count or not np.any(total):
+    rows = context.sample_rows("train", TRAIN_SCANS)
+    if not len(rows):
         return None
-    region = binary_dilation(total / count >= FREQUENCY)
+    total = sum((context.regions(part, labels) > 0.5).sum(0) for part in iterate_batches(rows, BATCH))
+    if not np.any(total):
+        return None
+    region = binary_dilation(total / len(rows) >= MIN_FREQUENCY)
     return SoftVolume(region, float(np.prod(context.spacing)))
 
 
 def read_true_volumes(context: Context, name: str, rows: Sequence[int]) -> np.ndarray:
-    """(B,) mm3 of structure `name` ("ventricle", "hippocampus"): the table's column, else from the label maps."""
+    """True volume of a structure ("ventricle", "hippocampus") in each scan, (B,) mm3.
+
+    From the column `<name>_mm3` of the table if all rows have a value, otherwise from the label maps.
+    """
     column = f"{name}_mm3"
     if column in context.table and context.table[column].iloc[list(rows)].notna().all():
         return context.table[column].iloc[list(rows)].to_numpy(np.float64)
-    voxel = float(np.prod(context.spacing))
-    parts = [context.regions(part, STRUCTURES[name]).sum((1, 2, 3)) * voxel for part in iterate_batches(rows, 16)]
-    return np.concatenate(parts)
+    batches, voxel_mm3 = iterate_batches(rows, BATCH), float(np.prod(context.spacing))
+    return np.concatenate([context.regions(part, STRUCTURES[name]).sum((1, 2, 3)) * voxel_mm3 for part in batches])
 
 
 class Anatomy:
-    """Soft volumes of the structures that the table's label maps show, and `brains`, the masks of the scans' own
-    reconstructions, which every editor and direction asks for anew.
+    """Measures all structures that the table's label maps show.
+
+    Attributes:
+        measures: by structure; empty without label maps.
+        brains: masks of the scans' reconstructions, which every editor and direction needs again.
     """
 
     def __init__(self, context: Context):
@@ -108,7 +115,7 @@ class Anatomy:
 
     @property
     def region(self) -> np.ndarray | None:
-        """(X, Y, Z) bool: where disease and age are expected to show, the structures one voxel wider still."""
+        """Where disease and age are expected to show: all structures, dilated once more, (X, Y, Z) bool."""
         from scipy.ndimage import binary_dilation
 
         if not self.measures:
@@ -116,16 +123,17 @@ class Anatomy:
         return binary_dilation(np.any([measure.region for measure in self.measures.values()], axis=0))
 
     def levels(self, rows: Sequence[int], images: Tensor) -> list[dict[str, Levels]]:
-        """Intensity levels of each of the scans `rows`, from images (B, 1, X, Y, Z) that show the same anatomy."""
+        """Intensity levels by structure of each image (B, 1, X, Y, Z); image i shows the anatomy of scan `rows[i]`."""
         rows = [int(row) for row in rows]
         arrays, found = to_arrays(images), [{} for _ in rows]
         for name, measure in self.measures.items():
-            for levels, image, share in zip(found, arrays, self.context.regions(rows, STRUCTURES[name]), strict=True):
-                levels[name] = measure.levels(image, np.asarray(share))
+            fractions = self.context.regions(rows, STRUCTURES[name])
+            for levels, image, fraction in zip(found, arrays, fractions, strict=True):
+                levels[name] = measure.levels(image, np.asarray(fraction))
         return found
 
     def volumes(self, images: Tensor, levels: Sequence[Mapping[str, Levels]]) -> dict[str, np.ndarray]:
-        """mm3 by structure, (B,) each."""
+        """Volume of each structure in images (B, 1, X, Y, Z), mm3, (B,) each."""
         arrays = to_arrays(images)
         return {
             name: np.array([measure.measure(image, own[name]) for image, own in zip(arrays, levels, strict=True)])
@@ -133,12 +141,12 @@ class Anatomy:
         }
 
 
-def interpolate_levels(first: Mapping[str, Levels], second: Mapping[str, Levels], share: float) -> dict[str, Levels]:
-    """Levels on the line between those of two scans."""
+def interpolate_levels(first: Mapping[str, Levels], second: Mapping[str, Levels], t: float) -> dict[str, Levels]:
+    """Levels between those of two scans: the first at t = 0, the second at t = 1."""
     return {
         name: Levels(
-            (1 - share) * first[name].inside + share * second[name].inside,
-            (1 - share) * first[name].outside + share * second[name].outside,
+            (1 - t) * first[name].inside + t * second[name].inside,
+            (1 - t) * first[name].outside + t * second[name].outside,
         )
         for name in first
     }

@@ -1,18 +1,19 @@
-"""The truth about an edit, known for phantoms alone: the same person, scanner and noise with another severity or age.
+"""Does an edit change a phantom as a true change of severity or age would?
 
-Alpha has no fixed exchange rate with severity or age. `exchange` measures one on VALIDATION scans: decoded growth of
-the ventricles per alpha over their true growth per unit of the factor. The truth at alpha is rendered from it.
+The true counterfactual of an edit is known for phantoms only: the same subject, scanner and noise-free scan with
+another severity or age. How much severity (or age) corresponds to alpha is measured on VALIDATION scans: the growth of
+the decoded ventricles per unit of alpha over their true growth per unit of the factor. The counterfactual that an edit
+by alpha is compared with is rendered at this rate.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ldae.data.subsampling import subsample_by_subject
 from ldae.editing.directions import Direction
 from ldae.editing.editor import Editor
 from ldae.evaluation.context import Context, iterate_batches
@@ -24,50 +25,58 @@ from ldae.evaluation.images.image_metrics import to_arrays
 
 log = logging.getLogger(__name__)
 
-NEEDED = ("phantom_seed", "severity", "path")
-# Which of a phantom's factors a probe's column stands for.
-FACTORS = {"diagnosis": "severity", "severity": "severity", "age": "age"}
-# How far a factor is moved at most: beyond, the generator leaves the people it was made for.
-LIMITS = {"severity": 1.2, "age": 25.0}
-STEPS = {"severity": 0.25, "age": 5.0}  # for the true slope
-LEAST = {"severity": 0.3, "age": 5.0}  # what +-alpha stands for at least: an edit that does nothing is not right
+PHANTOM_COLUMNS = ("phantom_seed", "severity", "path")
+FACTORS = {"diagnosis": "severity", "severity": "severity", "age": "age"}  # column of a probe -> factor of a phantom
+MAX_CHANGE = {"severity": 1.2, "age": 25.0}  # larger changes leave the range that phantoms are generated for
+STEPS = {"severity": 0.25, "age": 5.0}  # of the finite difference for the true slope
+# The least change that +-alpha is compared with, so that an edit without effect is not scored as correct.
+MIN_CHANGE = {"severity": 0.3, "age": 5.0}
 
 
 @dataclass(frozen=True)
 class Counterfactual:
-    """volume: (1, X, Y, Z) in model space; ventricle: mm3."""
+    """A rendered phantom.
+
+    Attributes:
+        volume: (1, X, Y, Z) in model space.
+        ventricle: volume of the ventricles, mm3.
+    """
 
     volume: Tensor
     ventricle: float
 
 
 class CounterfactualRenderer:
-    """Renders counterfactuals of a phantom table's rows and brings them to model space by the model's own transform."""
+    """Renders counterfactuals of a phantom table's rows and brings them to model space by the model's transform."""
 
     def __init__(self, context: Context):
-        self.table, self.transform = context.table, getattr(context.model, "transform", None)
+        self.table, self.transform = context.table, context.model.transform
 
     @property
     def available(self) -> bool:
-        """Whether the cohort is of phantoms."""
-        return self.transform is not None and all(column in self.table for column in NEEDED)
+        """Whether the cohort consists of phantoms."""
+        return self.transform is not None and all(column in self.table for column in PHANTOM_COLUMNS)
 
     def render(self, row: int, factor: str = "severity", change: float = 0.0) -> Counterfactual:
-        """Scan `row` without noise, its `factor` ("severity", 1 = a typical patient, or "age", years) moved."""
+        """Scan `row` without noise, its factor changed.
+
+        Args:
+            factor: "severity" (1 = a typical patient) or "age" (years).
+        """
         import nibabel
 
         from ldae.data.phantom import render
 
         entry = self.table.iloc[row]
         header = nibabel.load(entry["path"]).header
-        moved = {factor: float(entry[factor]) + change}
+        changed = {factor: float(entry[factor]) + change}
         spacing, shape = float(header.get_zooms()[0]), header.get_data_shape()[:3]
-        scan = render(entry, noise=False, spacing=spacing, shape=shape, **moved)
-        image = nibabel.Nifti1Image(np.rint(scan.image).astype(np.int16), scan.affine)  # rounded as scans are stored
+        scan = render(entry, noise=False, spacing=spacing, shape=shape, **changed)
+        image = nibabel.Nifti1Image(np.rint(scan.image).astype(np.int16), scan.affine)  # rounded as stored scans are
         return Counterfactual(torch.from_numpy(np.asarray(self.transform(image))), scan.volumes["ventricle"])
 
     def ventricle_slope(self, rows: Sequence[int], factor: str) -> float:
-        """Mean true change of the ventricles per unit of `factor`, mm3; nothing is rendered."""
+        """Mean true change of the ventricle volume per unit of `factor`, mm3; nothing is rendered."""
         from ldae.data.phantom.rendering import find_factors
         from ldae.data.phantom.subjects import target_volumes
 
@@ -80,90 +89,119 @@ class CounterfactualRenderer:
         return float(np.mean(slopes))
 
 
+class CachedCounterfactuals:
+    """Renders each counterfactual only once."""
+
+    def __init__(self, renderer: CounterfactualRenderer):
+        self._renderer, self._rendered = renderer, {}
+
+    def render(self, row: int, factor: str = "severity", change: float = 0.0) -> Counterfactual:
+        """See CounterfactualRenderer.render."""
+        key = (row, factor, round(change, 6))
+        if key not in self._rendered:
+            self._rendered[key] = self._renderer.render(row, factor, change)
+        return self._rendered[key]
+
+
 @dataclass(frozen=True)
 class ExchangeRate:
-    """per_alpha: severity, or years, that alpha = 1 stands for."""
+    """How a change of alpha converts to a change of a phantom's factor.
 
-    source: CounterfactualRenderer
+    Attributes:
+        renderer: of the counterfactuals.
+        per_alpha: severity, or years, that corresponds to alpha = 1.
+    """
+
+    renderer: CounterfactualRenderer | CachedCounterfactuals
     factor: str
     per_alpha: float
 
     def change(self, alpha: float) -> float:
-        """Of the factor at `alpha`, within the generator's limits."""
-        limit = LIMITS[self.factor]
+        """The change of the factor that corresponds to `alpha`, within the range of the generator."""
+        limit = MAX_CHANGE[self.factor]
         return float(np.clip(alpha * self.per_alpha, -limit, limit))
 
 
 def calibrate_exchange_rate(
-    context: Context, editor: Editor, anatomy: Anatomy, direction: Direction, factor: str | None, scans: int,
-    batch_size: int, alpha: float,
-) -> ExchangeRate | None:  # fmt: skip
-    """The exchange rate between 0 and +-alpha on validation scans; None without phantoms or label maps.
+    context: Context,
+    editor: Editor,
+    anatomy: Anatomy,
+    direction: Direction,
+    factor: str | None,
+    count: int,
+    batch_size: int,
+    alpha: float,
+) -> ExchangeRate | None:
+    """The exchange rate between -alpha and +alpha on validation scans; None without phantoms or label maps.
 
-    A direction that moves ventricles the wrong way gets the same rate: its maps must come out anticorrelated. One that
-    hardly moves them is held to the LEAST change.
+    The rate is positive even if the direction shrinks the ventricles, so that the difference maps of such a direction
+    are anticorrelated with the true ones. It is at least MIN_CHANGE / alpha.
+
+    Args:
+        count: at most this many scans.
     """
-    source = CounterfactualRenderer(context)
-    rows = subsample_by_subject(context.rows("val"), context.table["subject"].tolist(), scans, context.seed)
-    if factor not in LIMITS or not source.available or "ventricle" not in anatomy.measures or not len(rows):
+    renderer, rows = CounterfactualRenderer(context), context.sample_rows("val", count)
+    if factor not in MAX_CHANGE or not renderer.available or "ventricle" not in anatomy.measures or not len(rows):
         return None
     alphas, slopes = [-alpha, 0.0, alpha], []
     for part in iterate_batches(rows, batch_size):
-        opened = invert_scans(context, editor, anatomy, part)
-        ladder = run_sweep(context, editor, anatomy, direction, opened, alphas)
-        slopes.append(slope(np.array(alphas), ladder.volumes["ventricle"]))
-    rate = float(np.nanmean(np.concatenate(slopes))) / source.ventricle_slope(rows, factor)
+        scans = invert_scans(context, editor, anatomy, part)
+        sweep = run_sweep(context, editor, anatomy, direction, scans, alphas)
+        slopes.append(slope(np.array(alphas), sweep.volumes["ventricle"]))
+    rate = float(np.nanmean(np.concatenate(slopes))) / renderer.ventricle_slope(rows, factor)
     if rate < 0:
-        log.warning("this direction moves the ventricles of validation scans the wrong way (%.3g %s)", rate, factor)
-    return ExchangeRate(source, factor, max(abs(rate), LEAST[factor] / alpha))
+        log.warning("this direction shrinks the ventricles of validation scans (%.3g %s per alpha)", rate, factor)
+    return ExchangeRate(renderer, factor, max(abs(rate), MIN_CHANGE[factor] / alpha))
 
 
 @dataclass(frozen=True)
 class CounterfactualComparison:
-    """One batch against its true counterfactuals at +-alpha.
+    """B scans compared with their true counterfactuals at -alpha and +alpha.
 
     Attributes:
-        numbers: (B,) each, see `compare`.
+        metrics: (B,) each, see `compare_with_counterfactuals`.
         difference: true change at +alpha, (B, X, Y, Z).
     """
 
-    numbers: dict[str, np.ndarray]
+    metrics: dict[str, np.ndarray]
     difference: np.ndarray
 
 
 @torch.no_grad()
 def compare_with_counterfactuals(
-    context: Context, anatomy: Anatomy, rate: ExchangeRate, ladder: AlphaSweep, alpha: float, ceiling: bool = True
+    context: Context, anatomy: Anatomy, rate: ExchangeRate, sweep: AlphaSweep, alpha: float, ceiling: bool = True
 ) -> CounterfactualComparison:
-    """Decoded against true changes at -alpha and +alpha.
+    """Compare decoded with true changes at -alpha and +alpha.
 
-    `difference_r`: correlation in the brain of the difference maps, mean of both ends; `difference_r_ceiling`: of the
-    autoencoder's rendition of the true change with it; `change_decoded`, `change_true`: ventricles, mm3, from -alpha
-    to +alpha; `ventricle_error`: between them, `ventricle_error_unedited`: that of changing nothing.
+    - `difference_r`: correlation of the difference maps inside the brain, mean of both ends; `difference_r_ceiling`:
+      that of the true change as the autoencoder reconstructs it (only if `ceiling`).
+    - `outside_share_true`: share of the true change that is outside the structures' regions.
+    - `change_decoded`, `change_true`: growth of the ventricles from -alpha to +alpha, mm3.
+    - `ventricle_error`: absolute difference of these two; `ventricle_error_unedited`: if nothing is changed.
     """
-    ends, rows, brain = (-alpha, alpha), ladder.opened.rows, ladder.brain
-    truths = {move: [rate.source.render(row, rate.factor, rate.change(move)) for row in rows] for move in (0.0, *ends)}
-    volumes = {move: torch.stack([truth.volume for truth in found]) for move, found in truths.items()}
+    ends, rows, brain = (-alpha, alpha), sweep.scans.rows, sweep.brain
+    rendered = {a: [rate.renderer.render(row, rate.factor, rate.change(a)) for row in rows] for a in (0.0, *ends)}
+    volumes = {a: torch.stack([phantom.volume for phantom in phantoms]) for a, phantoms in rendered.items()}
     true = {end: to_arrays(volumes[end] - volumes[0.0]) for end in ends}
-    decoded = {end: ladder.change(end) for end in ends}
-    found = {"difference_r": _correlations(decoded, true, brain)}
+    found = {"difference_r": _correlations({end: sweep.difference_at(end) for end in ends}, true, brain)}
     if ceiling:
-        passed = {move: context.model.decompress(context.model.compress(x)) for move, x in volumes.items()}
-        found["difference_r_ceiling"] = _correlations(
-            {end: to_arrays(passed[end] - passed[0.0]) for end in ends}, true, brain
-        )
+        passed = {a: context.model.decompress(context.model.compress(x)) for a, x in volumes.items()}
+        best = {end: to_arrays(passed[end] - passed[0.0]) for end in ends}
+        found["difference_r_ceiling"] = _correlations(best, true, brain)
     if anatomy.region is not None:
         found["outside_share_true"] = np.mean([share_outside(true[end], brain, anatomy.region) for end in ends], 0)
-    mm3 = {end: np.array([truth.ventricle for truth in truths[end]]) for end in ends}
+    mm3 = {end: np.array([phantom.ventricle for phantom in rendered[end]]) for end in ends}
     found["change_true"] = mm3[alpha] - mm3[-alpha]
-    found["change_decoded"] = ladder.volume_change("ventricle", alpha) - ladder.volume_change("ventricle", -alpha)
+    found["change_decoded"] = sweep.volume_change("ventricle", alpha) - sweep.volume_change("ventricle", -alpha)
     found["ventricle_error"] = np.abs(found["change_decoded"] - found["change_true"])
     found["ventricle_error_unedited"] = np.abs(found["change_true"])
     return CounterfactualComparison(found, true[alpha])
 
 
-def _correlations(first: dict[float, np.ndarray], second: dict[float, np.ndarray], brain: np.ndarray) -> np.ndarray:
-    """(B,) of maps (B, X, Y, Z), averaged over the ends."""
+def _correlations(
+    first: Mapping[float, np.ndarray], second: Mapping[float, np.ndarray], brain: np.ndarray
+) -> np.ndarray:
+    """Correlation (B,) of difference maps (B, X, Y, Z), averaged over the ends."""
     values = [
         [correlation(a, b, mask) for a, b, mask in zip(first[end], second[end], brain, strict=True)] for end in first
     ]

@@ -1,10 +1,10 @@
-"""Numbers that describe an effect: slopes and rank correlations of a dose-response, medians, correlation of maps."""
+"""Numbers that describe an effect: slope and rank correlation of a dose-response, medians, correlation of maps."""
 
 import numpy as np
 
 
 def slope(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Least-squares slope of y (N, A) over x (A,), (N,)."""
+    """Least-squares slope of each row of y (N, A) over x (A,), (N,)."""
     centred = x - x.mean()
     return (y - y.mean(1, keepdims=True)) @ centred / (centred @ centred)
 
@@ -21,14 +21,14 @@ def spearman(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def weighted_median(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """(R,) medians of values (N,) under integer weights (R, N); NaN values are left out."""
+    """Medians (R,) of values (N,) under integer weights (R, N); NaN values are ignored."""
     kept = np.isfinite(values)
     values, weights = values[kept], weights[:, kept].astype(int)
     return np.array([np.median(np.repeat(values, row)) if row.sum() else np.nan for row in weights])
 
 
 def correlation(first: np.ndarray, second: np.ndarray, mask: np.ndarray) -> float:
-    """Pearson's r of two difference maps (X, Y, Z) inside a mask; NaN when either is constant there."""
+    """Pearson's r of two difference maps (X, Y, Z) inside a mask; NaN if either is constant there."""
     a, b = first[mask].astype(np.float64), second[mask].astype(np.float64)
     a, b = a - a.mean(), b - b.mean()
     norm = float(np.sqrt((a @ a) * (b @ b)))

@@ -1,12 +1,12 @@
-"""A judge that knows nothing of the direction: probe and direction are fitted on disjoint halves of the train subjects.
+"""Does a probe that shares no subject with the direction notice the edit?
 
-The scan edited along the first half's direction is embedded anew, and the second half's probe reads it. A direction
-that only pleases its own probe, as adversarial examples do, does not move this one.
+The direction is fitted on one half of the training subjects, the probe on the other half. Scans edited along the
+direction are embedded anew and read by the probe. A direction that affects only the probe it came from, as adversarial
+examples do, does not change this one's output.
 """
 
 import logging
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,58 +16,63 @@ from ldae.editing.editor import Editor
 from ldae.editing.linear_model import LinearModel
 from ldae.evaluation.context import Context
 from ldae.evaluation.edits.inverted_scans import InvertedScans
-from ldae.evaluation.probes.fitting import fit
+from ldae.evaluation.probes.targets import Probe
 from ldae.utils.errors import UserError
 
 log = logging.getLogger(__name__)
 
 
 def split_subjects_in_halves(subjects: np.ndarray, truth: np.ndarray, seed: int) -> np.ndarray:
-    """(N,) bool: membership of one half of the subjects, with about the same labels in both halves."""
+    """Whether each row belongs to the first half of the subjects, (N,) bool; labels are alike in both halves."""
     names, first = np.unique(subjects, return_index=True)
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(names))
-    order = order[np.argsort(truth[first][order], kind="stable")]  # neighbours in the label go to different halves
+    order = order[np.argsort(truth[first][order], kind="stable")]  # subjects with neighbouring labels are separated
     chosen = names[order[rng.integers(2) :: 2]]
     return np.isin(subjects, chosen)
 
 
 @dataclass(frozen=True)
 class HeldOutProbe:
-    """direction: of one half; model: the other half's probe; alpha: how far scans are moved, both ways."""
+    """A direction from one half of the training subjects, and the probe of the other half.
+
+    Attributes:
+        alpha: length of the edit, applied in both directions.
+    """
 
     direction: Direction
     model: LinearModel
     alpha: float
 
     @classmethod
-    def fit(cls, context: Context, probe: Any, estimator: DirectionEstimator, alpha: float) -> "HeldOutProbe | None":
-        """None (and a line in the log) where half of the train subjects is too few."""
-        table = context.table
-        rows = labelled_rows(table, probe, context.rows("train"))
-        truth, subjects = probe.target(table)[rows], table["subject"].to_numpy(str)[rows]
-        member = split_subjects_in_halves(subjects, truth, context.seed)
-        why = probe.reason_unusable(truth[~member], subjects[~member], fitting=True)
+    def fit(cls, context: Context, probe: Probe, estimator: DirectionEstimator, alpha: float) -> "HeldOutProbe | None":
+        """None, with a line in the log, if half of the training subjects is too few."""
+        rows = labelled_rows(context.table, probe, context.rows("train"))
+        truth, subjects = probe.target(context.table)[rows], context.subjects(rows)
+        is_first = split_subjects_in_halves(subjects, truth, context.seed)
+        first, second = rows[is_first], rows[~is_first]
+        reason = probe.reason_unusable(truth[~is_first], subjects[~is_first], fitting=True)
         try:
-            if why:
-                raise UserError(f"half of the train split has {why}")
-            direction = find_direction(estimator, probe, table, context.embeddings, rows[member], context.seed)
+            if reason:
+                raise UserError(f"half of the train split has {reason}")
+            direction = find_direction(estimator, probe, context.table, context.embeddings, first, context.seed)
         except UserError as error:
-            log.warning("no independent probe of %s: %s", probe.column, error)
+            log.warning("no held-out probe of %s: %s", probe.column, error)
             return None
-        held = rows[~member]
-        model = fit(probe, context.embeddings[held].astype(np.float64), truth[~member], subjects[~member], context.seed)
+        y = context.embeddings[second].astype(np.float64)
+        model = probe.fit(y, truth[~is_first], subjects[~is_first], context.seed)
         return cls(direction, model, alpha)
 
     @torch.no_grad()
-    def effect(self, context: Context, editor: Editor, opened: InvertedScans) -> dict[str, np.ndarray]:
-        """(B,) each: `independent_slope`, log-odds (or years, ...) per unit alpha; `independent_right`, did it rise.
+    def measure(self, context: Context, editor: Editor, scans: InvertedScans) -> dict[str, np.ndarray]:
+        """The probe's response to scans edited by -alpha and +alpha and embedded anew, (B,) each.
 
-        Both between the scans decoded at -alpha and +alpha and embedded anew.
+        `independent_slope`: change of its output (log-odds, years, ...) per unit of alpha; `independent_right`: 1 if
+        the output rises, else 0.
         """
         embedded = []
         for alpha in (-self.alpha, self.alpha):
-            edited = editor.decode(context.model, opened.code, self.direction.edit(opened.y, alpha))
+            edited = editor.decode(context.model, scans.code, self.direction.edit(scans.y, alpha))
             embedded.append(context.model.embed(edited))
         below, above = torch.stack(embedded).float().cpu().numpy()
         rise = self.model.decision(above) - self.model.decision(below)

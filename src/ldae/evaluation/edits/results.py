@@ -1,93 +1,107 @@
-"""What a manipulation leaves behind beside its metrics: tables of curves and of scans, figures and animations."""
+"""Collects the edits of a manipulation batch by batch and writes its tables, figures and animations."""
 
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from ldae.evaluation.edits import figures as edit_figures
+from ldae.evaluation.context import Context
+from ldae.evaluation.edits import figures
 from ldae.evaluation.edits.alpha_sweep import AlphaSweep
 from ldae.evaluation.images.image_metrics import to_arrays
-from ldae.utils.files import replacing
 from ldae.utils.html_viewer import write_viewer
 from ldae.utils.slices import voxel_to_show
 
 
 @dataclass
 class ManipulationResults:
-    """Collects batches. stem: path that file names begin with; pictures: how many scans are drawn."""
+    """The edits of all scans along one direction.
 
-    stem: Path
+    Attributes:
+        label: of the direction; files are named `manipulation_<label>...`.
+        shown: the |alpha| of the pictures.
+        pictures: how many scans are drawn.
+    """
+
+    context: Context
+    label: str
     alphas: list[float]
     shown: float
     pictures: int
-    spacing: tuple[float, float, float] = (1.0, 1.0, 1.0)  # voxel size, mm
     _volumes: list[dict[str, np.ndarray]] = field(default_factory=list)
     _identity: list[np.ndarray] = field(default_factory=list)
-    _numbers: list[dict[str, np.ndarray]] = field(default_factory=list)
+    _metrics: list[dict[str, np.ndarray]] = field(default_factory=list)
     _drawn: int = 0
 
     def add(
         self,
-        ladder: AlphaSweep,
-        numbers: dict[str, np.ndarray],
-        true: np.ndarray | None,
-        table: pd.DataFrame,
+        sweep: AlphaSweep,
+        metrics: dict[str, np.ndarray],
+        true_difference: np.ndarray | None,
         region: np.ndarray | None,
     ) -> None:
-        """One batch: numbers (B,) each, true difference at +shown (B, X, Y, Z) or None; draws the first scans."""
-        self._volumes.append(ladder.volumes)
-        self._identity.append(ladder.identity)
-        self._numbers.append(numbers)
-        for place in range(min(self.pictures - self._drawn, len(table))):
+        """Add one batch and draw the first scans.
+
+        Args:
+            metrics: (B,) each.
+            true_difference: of the counterfactual at +shown, (B, X, Y, Z), if there is one.
+            region: (X, Y, Z) bool, through whose centre slices are drawn; None: the middle of the volume.
+        """
+        self._volumes.append(sweep.volumes)
+        self._identity.append(sweep.identity)
+        self._metrics.append(metrics)
+        for place in range(min(self.pictures - self._drawn, len(sweep.scans.rows))):
             self._drawn += 1
-            self._draw(ladder, place, None if true is None else true[place], table.iloc[place], region)
+            self._draw(sweep, place, None if true_difference is None else true_difference[place], region)
 
     def volumes(self) -> dict[str, np.ndarray]:
-        """mm3 by structure, (N, A) each."""
+        """Volumes by structure, mm3, (N, A) each."""
         return {name: np.concatenate([part[name] for part in self._volumes]) for name in self._volumes[0]}
 
-    def numbers(self) -> dict[str, np.ndarray]:
-        """(N,) each."""
-        return {name: np.concatenate([part[name] for part in self._numbers]) for name in self._numbers[0]}
+    def metrics(self) -> dict[str, np.ndarray]:
+        """Metrics per scan, (N,) each."""
+        return {name: np.concatenate([part[name] for part in self._metrics]) for name in self._metrics[0]}
 
-    def write(self, table: pd.DataFrame) -> None:
-        """`<stem>.csv`, a row for every scan and alpha; `<stem>_scans.csv`, a row a scan; the dose-response figure."""
+    def write(self, rows: np.ndarray) -> None:
+        """Write the tables of the scans `rows`, and the figure of the dose-response.
+
+        `manipulation_<label>.csv` has one row per scan and alpha, `manipulation_<label>_scans.csv` one row per scan.
+        """
         volumes, identity = self.volumes(), np.concatenate(self._identity)
-        who = table[["subject", "session"]].reset_index(drop=True)
+        scans = self.context.table.iloc[rows][["subject", "session"]].reset_index(drop=True)
         curves = [
-            who.assign(
+            scans.assign(
                 alpha=alpha,
                 ssim_mask=identity[:, place],
                 **{f"{name}_mm3": values[:, place] for name, values in volumes.items()},
             )
             for place, alpha in enumerate(self.alphas)
         ]
-        for name, frame in (("", pd.concat(curves)), ("_scans", who.assign(**self.numbers()))):
-            with replacing(self._path(f"{name}.csv")) as temporary:
-                frame.to_csv(temporary, index=False)
+        self.context.write_csv(f"{self._stem}.csv", pd.concat(curves))
+        self.context.write_csv(f"{self._stem}_scans.csv", scans.assign(**self.metrics()))
         if volumes:
-            edit_figures.draw_dose_response(self._path("_dose.png"), self.alphas, volumes, identity)
+            figures.draw_dose_response(self.context.out / f"{self._stem}_dose.png", self.alphas, volumes, identity)
 
-    def _path(self, end: str) -> Path:
-        return self.stem.with_name(self.stem.name + end)
+    @property
+    def _stem(self) -> str:
+        return f"manipulation_{self.label}"
 
     def _draw(
-        self, ladder: AlphaSweep, place: int, true: np.ndarray | None, row: pd.Series, region: np.ndarray | None
+        self, sweep: AlphaSweep, place: int, true_difference: np.ndarray | None, region: np.ndarray | None
     ) -> None:
-        frames = to_arrays(ladder.images[:, place])  # (A, X, Y, Z)
+        frames = to_arrays(sweep.images[:, place])  # (A, X, Y, Z)
         cut = voxel_to_show(region, frames.shape[1:])
-        ends = [self.alphas.index(end) for end in (-self.shown, 0.0, self.shown)]
-        title = f"{row['subject']} {row['session']}: {self.stem.name.replace('_', ' along ', 1)}"
-        shown = [(f"alpha = {self.alphas[end]:+g}".replace("+0", "0"), frames[end]) for end in ends]
-        changes = [(f"change at {label.removeprefix('alpha = ')}", frame - frames[ends[1]]) for label, frame in shown]
-        changes = [changes[0], changes[2]]
-        if true is not None:
-            changes.append((f"true change at {self.shown:+g}", true))
-        edit_figures.draw_strip(self._path(f"_{self._drawn}.png"), shown, changes, cut, title)
+        low, unedited, high = (frames[self.alphas.index(alpha)] for alpha in (-self.shown, 0.0, self.shown))
+        volumes = [(f"alpha = {-self.shown:+g}", low), ("alpha = 0", unedited), (f"alpha = {self.shown:+g}", high)]
+        changes = [(f"change at {-self.shown:+g}", low - unedited), (f"change at {self.shown:+g}", high - unedited)]
+        if true_difference is not None:
+            changes.append((f"true change at {self.shown:+g}", true_difference))
+        title = f"{self.context.scan_name(sweep.scans.rows[place])}: edited along {self.label}"
         captions = [f"alpha = {alpha:+.2f}" for alpha in self.alphas]
-        edit_figures.write_animation(self._path(f"_{self._drawn}.gif"), frames, captions, cut)
-        if self._drawn == 1:  # a megabyte each
-            named = dict(zip(captions, frames, strict=True))
-            write_viewer(self._path("_1.html"), title, named, captions[ends[1]], self.spacing)
+        out, stem = self.context.out, f"{self._stem}_{self._drawn}"
+        figures.draw_strip(out / f"{stem}.png", volumes, changes, cut, title)
+        figures.write_animation(out / f"{stem}.gif", frames, captions, cut)
+        if self._drawn == 1:  # a viewer takes a megabyte
+            viewed = dict(zip(captions, frames, strict=True))
+            reference = captions[self.alphas.index(0.0)]
+            write_viewer(out / f"{stem}.html", title, viewed, reference, self.context.spacing)
