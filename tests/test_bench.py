@@ -169,7 +169,7 @@ def test_tiles_equal_the_whole(rows):
     x = torch.rand(2, 1, 16, 8, 12) * torch.linspace(0, 1, 16).view(1, 1, -1, 1, 1)
     whole = autoencoder.encode(x)
     decoded = autoencoder.decode(whole[0])
-    autoencoder.tile = rows
+    autoencoder.inference_planes = rows
     for found, expected in zip((*autoencoder.encode(x), autoencoder.decode(whole[0])), (*whole, decoded), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 

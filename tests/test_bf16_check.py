@@ -5,13 +5,14 @@ import logging
 
 import pytest
 import torch
+from monai.networks.blocks import UpSample
 from monai.networks.nets import PatchDiscriminator
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ldae.models.autoencoder import AutoencoderKL
 from ldae.models.convnext import ConvNeXt
-from ldae.models.cpu_kernels import Conv3d, EnlargingConv3d
+from ldae.models.placement import place_module
 from ldae.models.slice_cnn import SliceCNN
 from ldae.models.unet import UNet
 from ldae.training.bf16_check import bf16_errors, guard_bf16, relative_error
@@ -133,7 +134,8 @@ def test_a_shape_known_to_be_wrong_is_computed_in_float32_without_a_check(kernel
 
 def test_a_convolution_with_upsampling_is_checked_by_the_size_of_the_upsampled_volume():
     torch.manual_seed(0)
-    conv = EnlargingConv3d(4, 6, (2, 2, 2))
+    decoder = AutoencoderKL(channels=(4, 4), residual_blocks=1, groups=2).decoder
+    conv = place_module(next(m for m in decoder.blocks if isinstance(m, UpSample)), torch.device("cpu"))
     x = torch.randn(2, 4, 1, 3, 2)
     expected = gradients(conv, x, bf16=False)[1]
     dtype, found = gradients(guard_bf16(conv), x)
@@ -197,6 +199,7 @@ def networks():
 def test_every_convolution_of_the_networks_is_guarded_and_parameter_names_stay(case):
     torch.manual_seed(0)
     network, inputs = list(networks())[case]
+    place_module(network, torch.device("cpu"))
     names, text = list(network.state_dict()), str(network)
     convolutions = [m for m in network.modules() if isinstance(m, nn.Conv2d | nn.Conv3d)]
     kinds = [type(m) for m in convolutions]
@@ -220,7 +223,7 @@ def test_every_convolution_of_the_networks_is_guarded_and_parameter_names_stay(c
 def test_guarded_gradients_are_correct_on_this_cpu(size):
     """Meaningful on a CPU with bf16 in hardware; elsewhere bf16 is emulated, which is correct without the guard."""
     torch.manual_seed(0)
-    conv, x = Conv3d(32, 32, 3, padding=1), torch.randn(4, 32, *size)
+    conv, x = place_module(nn.Conv3d(32, 32, 3, padding=1), torch.device("cpu")), torch.randn(4, 32, *size)
     expected = gradients(conv, x, bf16=False)[1]
     assert close(gradients(guard_bf16(conv), x)[1], expected)
 

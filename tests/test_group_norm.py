@@ -1,5 +1,7 @@
-"""Proves the algebra of the split group norm: with stand-ins for the four CUDA kernels that it calls, written from
-their definitions, its values and gradients are those of PyTorch's own. `make gpu-check` compares the kernels."""
+"""The split group norm has the values and gradients of PyTorch's own, with stand-ins for the CUDA kernels it calls.
+
+The stand-ins are written from the kernels' definitions. `make gpu-check` compares the kernels themselves on a GPU.
+"""
 
 from types import SimpleNamespace
 
@@ -41,7 +43,7 @@ def test_values_and_gradients_are_those_of_group_norm(shape, groups):
     x = (3 * torch.randn(shape) + 1).requires_grad_()
     weight, bias = torch.randn(shape[1]).requires_grad_(), torch.randn(shape[1]).requires_grad_()
     with torch.no_grad():
-        weight[0] = 0  # nothing passes this channel, but its group's sums still reach its input
+        weight[0] = 0  # the output of this channel is constant, but its input still gets gradients through the group
     found, expected = split_group_norm(x, groups, weight, bias, 1e-5), F.group_norm(x, groups, weight, bias, 1e-5)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     dy = torch.randn(shape)
@@ -50,7 +52,7 @@ def test_values_and_gradients_are_those_of_group_norm(shape, groups):
         torch.testing.assert_close(own, reference, rtol=1e-4, atol=1e-4)
 
 
-def test_it_is_for_gpus_alone():
+def test_the_split_norm_is_for_few_large_groups_on_a_gpu():
     large = torch.zeros(1, dtype=torch.bfloat16).expand(1, 32, 128, 128, 128)
     on_gpu = SimpleNamespace(device=SimpleNamespace(type="cuda"), dtype=large.dtype)
     assert not has_few_large_groups(large, 32)
@@ -60,7 +62,7 @@ def test_it_is_for_gpus_alone():
 
 
 class Pretended:
-    """A tensor that says that it lies on a GPU."""
+    """A tensor that reports a GPU as its device."""
 
     def __init__(self, tensor, place):
         self.tensor, self.device, self.dtype = tensor, place.device, place.dtype

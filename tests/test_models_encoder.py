@@ -1,4 +1,5 @@
-"""Proves the semantic encoder and its ConvNeXt: order and plane of slices, weights read strictly, checkpointing."""
+"""The semantic encoder and its backbones: order and axis of slices, slice dropout, mean volume, ImageNet weights; and
+shapes and sizes of the autoencoders."""
 
 import copy
 
@@ -39,7 +40,7 @@ def test_the_order_of_slices_matters():
 
 
 @pytest.mark.parametrize("axis", [0, 1])
-def test_slicing_another_axis_is_slicing_the_turned_volume(axis):
+def test_slicing_another_axis_equals_slicing_the_rotated_volume(axis):
     network = encoder(slices=X.shape[2 + axis], axis=axis)
     axial = copy.deepcopy(network)
     axial.axis = 2
@@ -58,7 +59,7 @@ def test_positions_are_sines_at_even_and_cosines_at_odd_indices():
     torch.testing.assert_close(table[3, 3], angle.cos())
 
 
-def test_no_projection_where_the_widths_agree():
+def test_features_are_projected_only_if_their_width_differs_from_that_of_y():
     assert not list(encoder(dim=8).widen.parameters())
     assert encoder(dim=16).widen.weight.shape == (16, 8)
 
@@ -74,22 +75,6 @@ def test_checkpointing_changes_neither_outputs_nor_gradients():
         torch.testing.assert_close(plain, recomputed)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_blank_slices_are_read_once_where_no_gradient_is_asked_for(checkpointing):
-    network, read = encoder(checkpointing=checkpointing), []
-    network.backbone.register_forward_hook(lambda _, inputs, __: read.append(len(inputs[0])))
-    x = X.clone()
-    x[0, ..., [0, 1, 5]] = 0
-    x[1, ..., 9:] = 0
-    whole = network(x)
-    assert sum(read) == 24
-    read.clear()
-    with torch.no_grad():
-        torch.testing.assert_close(network(x), whole)
-        assert sum(read) == (20 if checkpointing else 19)  # one blank slice a volume or a batch, 18 others
-        torch.testing.assert_close(network(X), encoder()(X))
-
-
 def test_slice_dropout_computes_fewer_slices_in_training_only():
     network = encoder(slice_dropout=0.5)
     counts = []
@@ -99,45 +84,51 @@ def test_slice_dropout_computes_fewer_slices_in_training_only():
     assert counts == [24, 12]
 
 
-def test_a_kept_slice_keeps_its_position():
+def test_slices_keep_their_positions_under_slice_dropout():
     network = encoder(slice_dropout=0.5).train()
     plain = encoder().train()
     torch.manual_seed(3)
-    slices, kept = network._slices(X)
-    tokens = network._tokens(network._read(slices), kept)
-    everything = plain._tokens(plain._read(plain._slices(X)[0]), torch.arange(12).expand(2, 12))
-    torch.testing.assert_close(tokens[1], everything[1, kept[1]])
+    slices, chosen = network.cut_slices(X)
+    tokens = network.tokens(network.features(slices), chosen)
+    whole, everything = plain.cut_slices(X)
+    expected = plain.tokens(plain.features(whole), everything)
+    torch.testing.assert_close(tokens[1], expected[1, chosen[1]])
 
 
-def test_y_is_measured_from_the_reference_whatever_is_left_out():
-    """Of the reference itself nothing is left but the LayerNorm's bias; a scan's y does not hang on the shared part."""
-    network = encoder(reference=X.shape[2:], gated=True, slice_dropout=0.5)
-    network.set_reference(X[:1], torch.tensor(0.3))
+def test_y_of_the_mean_volume_is_the_bias_of_the_norm_with_and_without_slice_dropout():
+    """y depends only on the difference from the mean volume, which is 0 for the first scan and not for the second."""
+    network = encoder(mean_volume_shape=X.shape[2:], position_gate=True, slice_dropout=0.5)
+    network.set_mean_volume(X[:1], torch.tensor(0.3))
     nn.init.constant_(network.norm.bias, 3.0)
     for mode in (True, False):
         y = network.train(mode)(X)
-        # How a product is rounded may hang on its size; the LayerNorm's epsilon lets little of it through.
+        # The two products may be rounded differently, and the LayerNorm scales the difference up.
         torch.testing.assert_close(y[0], torch.full_like(y[0], 3.0), atol=1e-3, rtol=0)
-        assert 0.5 < (y[1] - 3).square().mean() < 1.1, "a scan that differs has a y"
-    assert "reference" in network.state_dict()
+        assert 0.5 < (y[1] - 3).square().mean() < 1.1
 
 
-def test_a_reference_of_another_size_is_refused():
-    with pytest.raises(UserError, match="reference"):
-        encoder(reference=(8, 16, 13))
+def test_the_mean_volume_is_stored_under_its_published_name():
+    stored = encoder(mean_volume_shape=X.shape[2:]).state_dict()
+    assert {"reference", "spread"} <= stored.keys()
+    assert not {"reference", "spread"} & encoder().state_dict().keys()
 
 
-def test_the_same_picture_at_another_height_gives_another_y_when_gated():
+def test_a_mean_volume_of_another_size_is_refused():
+    with pytest.raises(UserError, match="mean_volume_shape"):
+        encoder(mean_volume_shape=(8, 16, 13))
+
+
+def test_a_position_gate_makes_y_depend_more_on_the_position_of_a_slice():
     single = torch.zeros(2, *X.shape[1:])
     single[0, ..., 2] = single[1, ..., 7] = X[0, ..., 5]
-    ungated, gated = (encoder(reference=X.shape[2:], gated=gated) for gated in (False, True))
+    ungated, gated = (encoder(mean_volume_shape=X.shape[2:], position_gate=gated) for gated in (False, True))
     assert float((gated(single)[0] - gated(single)[1]).norm()) > 2 * float(
         (ungated(single)[0] - ungated(single)[1]).norm()
     )
 
 
-def test_the_slice_cnn_begins_as_a_global_average_and_learns_where_to_look():
-    network = SliceCNN(size=(16, 32), widths=(4, 8), out_channels=6, looks=3)
+def test_the_slice_cnn_starts_as_a_global_average_and_learns_where_to_average():
+    network = SliceCNN(size=(16, 32), widths=(4, 8), out_channels=6, num_poolings=3)
     x = torch.zeros(2, 1, 16, 32)
     x[0, 0, 5, 5] = x[1, 0, 9, 21] = 4.0
     y = network(x)
@@ -157,7 +148,7 @@ def test_the_slice_cnn_begins_as_a_global_average_and_learns_where_to_look():
 
 
 def imagenet() -> dict[str, torch.Tensor]:
-    """A made-up ImageNet file for `backbone()`: RGB stem, 1000 classes."""
+    """Tensors of an ImageNet file for `backbone()`: an RGB stem and a classifier of 10 classes."""
     tensors = {name: torch.randn_like(t) for name, t in backbone().state_dict().items()}
     tensors["features.0.0.weight"] = torch.randn(4, 3, 2, 2)
     return {**tensors, "classifier.2.weight": torch.randn(10, 8), "classifier.2.bias": torch.randn(10)}
@@ -181,7 +172,7 @@ def test_an_imagenet_file_loads_with_its_stem_summed(tmp_path, suffix):
         ({"classifier.2.bias": None}, "'classifier.2.bias' is missing"),
     ],
 )
-def test_a_file_that_does_not_fit_is_refused_by_tensor(tmp_path, change, message):
+def test_a_file_that_does_not_fit_is_refused_with_the_name_of_the_tensor(tmp_path, change, message):
     tensors = {name: value for name, value in {**imagenet(), **change}.items() if value is not None}
     torch.save(tensors, tmp_path / "convnext.pth")
     with pytest.raises(UserError, match=message):
@@ -221,20 +212,8 @@ def test_identity_autoencoder_is_voxel_space():
     assert not std.any()
 
 
-def test_one_query_attends_as_multi_head_attention_over_keys_and_values_does():
-    network = encoder(dim=16)
-    for parameter in network.cross_attention.parameters():
-        nn.init.normal_(parameter)
-    tokens = torch.randn(3, 12, 16)
-    mean = (network.score(tokens).softmax(dim=1) * tokens).sum(dim=1, keepdim=True)
-    expected, weights = network.cross_attention(network.query(mean), network.key(tokens), network.value(tokens))
-    found, own = network._attend(tokens)
-    torch.testing.assert_close(found, expected[:, 0])
-    torch.testing.assert_close(own.mean(dim=1), weights[:, 0])
-
-
 def test_every_parameter_gets_a_gradient():
-    """Otherwise a step of several processes never ends."""
-    network = encoder(reference=X.shape[2:], gated=True).train()
+    """Otherwise a training step in several processes never ends, because each waits for the gradients of the others."""
+    network = encoder(mean_volume_shape=X.shape[2:], position_gate=True).train()
     network(X).sum().backward()
     assert [name for name, parameter in network.named_parameters() if parameter.grad is None] == []

@@ -1,4 +1,4 @@
-"""Proves the U-Net and the gradient estimator: shapes, time, zero at the start, checkpointing, the trunk left alone."""
+"""The U-Net and the gradient estimator: shapes, conditioning on t and y, zero output before training, checkpointing."""
 
 import copy
 import math
@@ -9,14 +9,15 @@ from torch import nn
 
 from ldae.models.blocks import Attention, ResidualBlock, time_features
 from ldae.models.gradient_estimator import GradientEstimator
+from ldae.models.placement import place_module
 from ldae.models.unet import UNet
 from ldae.utils.errors import UserError
 
 SHAPE = {"base": 8, "multipliers": (1, 2), "residual_blocks": 1, "attention_at": (2,), "groups": 4}
 
 
-def randomised(module: nn.Module) -> nn.Module:
-    """Away from zero-initialised outputs, which would hide everything."""
+def randomise(module: nn.Module) -> nn.Module:
+    """The module with random parameters, because zero-initialised outputs would hide all that comes before them."""
     torch.manual_seed(0)
     for parameter in module.parameters():
         nn.init.normal_(parameter, std=0.2)
@@ -25,12 +26,12 @@ def randomised(module: nn.Module) -> nn.Module:
 
 @pytest.fixture
 def unet():
-    return randomised(UNet(**SHAPE))
+    return randomise(UNet(**SHAPE))
 
 
 @pytest.fixture
 def estimator():
-    return randomised(GradientEstimator(semantic_dim=6, **SHAPE))
+    return randomise(GradientEstimator(semantic_dim=6, **SHAPE))
 
 
 Z, T, Y = torch.randn(2, 3, 4, 6, 4), torch.tensor([3.0, 977.5]), torch.randn(2, 6)
@@ -66,7 +67,7 @@ def test_time_features_are_cosines_then_sines_and_take_fractions():
     torch.testing.assert_close(features, torch.tensor(expected))
 
 
-def test_time_and_y_change_the_output_of_every_sample_alone(unet, estimator):
+def test_t_and_y_change_the_output_of_their_own_sample_only(unet, estimator):
     features = unet.features(Z, T)
     g = estimator(features, Y)
     other = estimator(features, torch.cat([Y[:1], Y[1:] + 1]))
@@ -75,9 +76,9 @@ def test_time_and_y_change_the_output_of_every_sample_alone(unet, estimator):
     assert not torch.allclose(unet(Z, T), unet(Z, T + 0.5))
 
 
-def test_adaptive_normalisation_is_the_equation():
+def test_adaptive_normalisation_follows_its_equation():
     torch.manual_seed(1)
-    block = randomised(ResidualBlock(4, 4, 8, groups=2, dropout=0.0, semantic=True))
+    block = randomise(ResidualBlock(4, 4, 8, groups=2, dropout=0.0, semantic=True))
     h, time, semantic = torch.randn(2, 4, 2, 2, 2), torch.randn(2, 8), torch.randn(2, 8)
 
     def pair(linear, embedding):
@@ -85,11 +86,11 @@ def test_adaptive_normalisation_is_the_equation():
 
     (scale_t, shift_t), (scale_y, shift_y) = pair(block.time.linear, time), pair(block.semantic.linear, semantic)
     expected = (1 + scale_y) * (h * (1 + scale_t) + shift_t) + shift_y
-    torch.testing.assert_close(block._modulated(h, time, semantic), expected)
+    torch.testing.assert_close(block.modulate(h, time, semantic), expected)
 
 
 def test_attention_is_softmax_over_all_voxels():
-    attention = randomised(Attention(4, heads=2, groups=2))
+    attention = randomise(Attention(4, heads=2, groups=2))
     x = torch.randn(1, 4, 2, 3, 2)
     tokens = attention.norm(x).flatten(2)[0].T  # (L, C)
     q, k, v = (attention.qkv(tokens)).chunk(3, dim=1)
@@ -115,12 +116,13 @@ def test_checkpointing_changes_neither_outputs_nor_gradients(unet, estimator):
         torch.testing.assert_close(plain, recomputed)
 
 
-def test_training_the_estimator_leaves_the_trunk(unet, estimator):
+def test_training_the_estimator_leaves_the_unet_unchanged(unet, estimator):
     unet.requires_grad_(False)
     before = copy.deepcopy(unet.state_dict())
     optimizer = torch.optim.Adam(estimator.parameters(), 0.1)
-    unet, estimator = (network.to(memory_format=torch.channels_last_3d) for network in (unet, estimator))
-    with torch.no_grad():  # in channels_last, where PyTorch's own GroupNorm would crash
+    # Placed, because PyTorch's GroupNorm crashes on channels-last features without a gradient (see CpuGroupNorm).
+    unet, estimator = (place_module(m, torch.device("cpu")) for m in (unet, estimator))
+    with torch.no_grad():
         features = unet.features(Z.to(memory_format=torch.channels_last_3d), T)
     estimator(features, Y).square().mean().backward()
     optimizer.step()

@@ -1,4 +1,4 @@
-"""The voxels' prior is the exact prediction for independent normal voxels, and what an untrained U-Net says."""
+"""The voxel prior predicts independent Gaussian voxels exactly, and an untrained U-Net predicts what the prior does."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from ldae.diffusion.process import Epsilon, Velocity, add_noise
 from ldae.diffusion.samplers import Multistep
 from ldae.models.gradient_estimator import GradientEstimator
 from ldae.models.unet import UNet
-from ldae.models.voxel_prior import LEAST, VoxelPrior
+from ldae.models.voxel_prior import SMALLEST_STD, VoxelPrior
 from ldae.utils.errors import UserError
 from ldae.utils.seeding import draw_normal
 
@@ -34,24 +34,24 @@ def latents(count):
 
 @pytest.mark.parametrize("parameterisation", [Velocity(), Epsilon()])
 @pytest.mark.parametrize("t", [3, 300, 950])
-def test_expected_is_the_regression_on_z_t_and_deviation_what_it_leaves(parameterisation, t):
+def test_mean_and_std_are_those_of_the_target_given_z_t(parameterisation, t):
     z0 = latents(3000)
     noise, times = draw_normal(MEAN.shape, 0, range(3000), "noise"), torch.full((3000,), t)
     z_t = add_noise(LINEAR, z0, noise, times)
     found = fitted(parameterisation)(z_t, times)
-    rest = parameterisation.target(LINEAR, z0, noise, times) - found.expected
-    # Over all voxels: the sampling error of one voxel is 2 %.
-    assert abs(float((found.unit.square().mean(0)).mean()) - 1) < 0.005
-    ratio = rest.square().mean(0) / found.deviation[0] ** 2
+    rest = parameterisation.target(LINEAR, z0, noise, times) - found.mean
+    # Averaged over the voxels, because the sampling error of a single one is 2 %.
+    assert abs(float((found.standardised.square().mean(0)).mean()) - 1) < 0.005
+    ratio = rest.square().mean(0) / found.std[0] ** 2
     assert abs(float(ratio.mean()) - 1) < 0.005
     assert ratio.min() > 0.85
     assert ratio.max() < 1.15
-    assert abs(float((rest * found.unit / found.deviation).mean())) < 0.005
+    assert abs(float((rest * found.standardised / found.std).mean())) < 0.005
 
 
 @torch.no_grad()
-def test_untrained_network_turns_such_voxels_into_a_normal_code():
-    """Without the prior a code's deviation is the latent's, far from 1 in air."""
+def test_an_untrained_unet_inverts_such_voxels_to_codes_of_unit_variance():
+    """Without the prior the standard deviation of a code is that of the latent, far from 1 in air."""
     unet = UNet(**SHAPE, prior=fitted(Velocity())).eval()
     z0 = latents(8)
     code = Multistep(steps=40).invert(Denoiser(unet, None, LINEAR, Velocity()).eps, z0, LINEAR).z
@@ -63,24 +63,24 @@ def test_untrained_network_turns_such_voxels_into_a_normal_code():
     assert float(code[:, 0, 0].std()) < 0.6
 
 
-def test_estimate_counts_in_the_deviations_that_the_prior_leaves():
+def test_the_estimate_is_scaled_by_the_std_of_the_prior():
     prior = fitted(Velocity())
     unet = UNet(**SHAPE, prior=prior).eval()
     estimator = GradientEstimator(semantic_dim=4, modes=2, **SHAPE).eval()
     torch.nn.init.ones_(estimator.path.conv.bias)
     z_t, t = draw_normal(MEAN.shape, 0, range(2), "z_t"), torch.tensor([100.0, 700.5])
     gradient = estimator(unet.features(z_t, t), torch.zeros(2, 4))
-    assert torch.allclose(gradient, prior(z_t, t).deviation, atol=1e-6)
+    assert torch.allclose(gradient, prior(z_t, t).std, atol=1e-6)
 
 
-def test_map_takes_any_grid_and_keeps_off_zero():
+def test_the_maps_fit_any_latent_size_and_the_variance_is_clamped():
     prior = VoxelPrior(2, 16, 1000, Velocity())
     prior.fit(MEAN[:, :6, :, :5], 0 * VARIANCE[:, :6, :, :5], LINEAR)
-    assert float(prior.variance.min()) == pytest.approx(LEAST**2)
-    assert prior(torch.zeros(1, 2, 6, 8, 5), torch.tensor([-1.0])).expected.isfinite().all()
+    assert float(prior.variance.min()) == pytest.approx(SMALLEST_STD**2)
+    assert prior(torch.zeros(1, 2, 6, 8, 5), torch.tensor([-1.0])).mean.isfinite().all()
 
 
-def test_refuses_another_schedule_or_number_of_channels():
+def test_another_number_of_timesteps_or_channels_is_refused():
     prior = VoxelPrior(2, 8, 500, Velocity())
     with pytest.raises(UserError, match="500 timesteps"):
         prior.fit(MEAN, VARIANCE, LINEAR)

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from ldae.data.latent_npz import read_npz
 from ldae.data.latents import LatentSet
 from ldae.models.blocks import Attention
-from ldae.models.cpu_kernels import Conv3d, EnlargingConv3d
+from ldae.models.cpu_kernels import CPU_KERNELS
+from ldae.models.placement import remove_kernels, use_kernels
 from ldae.training.ema import Ema
 from ldae.training.stage import Stage
 
@@ -34,24 +35,10 @@ class PlainAttention(Attention):
         return x + self.projection(mixed).transpose(1, 2).unflatten(2, x.shape[2:])
 
 
-class PlainEnlargingConv3d(EnlargingConv3d):
-    """The enlarged volume in memory, then the convolution."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, X, Y, Z) -> (B, C', factor X, factor Y, factor Z)."""
-        return nn.Conv3d._conv_forward(self, self.upsample(x), self.weight, self.bias)
-
-
 def straighten(module: nn.Module) -> nn.Module:
-    """The module with plain kernels in place: its parameters and names stay."""
-    for child in module.modules():
-        if type(child) is Attention:
-            child.__class__ = PlainAttention
-        elif type(child) is Conv3d:
-            child.__class__ = nn.Conv3d
-        elif type(child) is EnlargingConv3d:
-            child.__class__ = PlainEnlargingConv3d
-    return module.to(memory_format=torch.contiguous_format)
+    """The module as it is defined, without CPU kernels and with plain attention. Its parameters and names stay."""
+    remove_kernels(module, CPU_KERNELS)
+    return use_kernels(module, {Attention: PlainAttention}).to(memory_format=torch.contiguous_format)
 
 
 class PlainEma(Ema):

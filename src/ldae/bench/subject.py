@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from hydra.utils import instantiate
+from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
@@ -29,7 +29,7 @@ from ldae.data.volumes import Volumes
 from ldae.denoiser import Denoiser
 from ldae.models.sizes import latent_sizes
 from ldae.pipeline import LDAE
-from ldae.runs import estimator_node
+from ldae.runs import Workspace, estimator_node
 from ldae.training.precision import DTYPES
 from ldae.training.stage import Stage
 
@@ -52,6 +52,17 @@ class UntrainedRun:
     def module(self, name: str, node: Any) -> nn.Module:
         """Built, not loaded."""
         return instantiate(node).eval().requires_grad_(False)
+
+
+@dataclass(frozen=True)
+class UntrainedWorkspace(Workspace):
+    """A workspace in which every predecessor is `run`."""
+
+    run: UntrainedRun | None = None
+
+    def predecessor(self, name: str, path: str | None = None) -> UntrainedRun:
+        """`run`."""
+        return self.run
 
 
 @cache
@@ -153,23 +164,22 @@ class Subject:
             shape = self.latent_shape(instantiate(config.model.autoencoder))
         metadata = {"split_hash": HASH, "autoencoder_sha256": HASH, "weights": {}}
         run = UntrainedRun(config, self.folder / name, metadata)
-        latents = None if name == "aekl" else self.write_latents(shape)
-        space = SimpleNamespace(latents=latents, root=self.folder, predecessor=lambda *_: run)
+        if name != "aekl":
+            self.write_latents(shape)
+        parts: dict[str, Any] = {"workspace": UntrainedWorkspace(self.folder, run=run)}
+        if get_class(config.stage._target_).reads_scans:
+            parts["cohort"] = self.cohort
         torch.manual_seed(0)
-        stage = instantiate(config.stage, _partial_=True)(cohort=self.cohort, workspace=space)
+        stage = instantiate(config.stage, _partial_=True)(**parts)
         settings, optim = OmegaConf.to_object(config.trainer), OmegaConf.to_object(config.optim)
-        if self.settings.straight:
-            self._straighten(stage)
+        if self.settings.straight and hasattr(stage, "latents"):
+            stage.latents = NpzLatents.of(stage.latents, self.waiting)
         stage.prepare(self.accelerator, settings, optim, 0)
         if self.settings.straight:
+            for module in [*stage.modules.values(), *(v for v in vars(stage).values() if isinstance(v, nn.Module))]:
+                straighten(module)
             straighten_stage(stage)
         return stage
-
-    def _straighten(self, stage: Stage) -> None:
-        for module in [*stage.modules.values(), *(v for v in vars(stage).values() if isinstance(v, nn.Module))]:
-            straighten(module)
-        if hasattr(stage, "latents"):
-            stage.latents = NpzLatents.of(stage.latents, self.waiting)
 
     def model(self) -> LDAE:
         """All networks behind the methods, untrained."""

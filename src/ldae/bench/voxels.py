@@ -40,7 +40,7 @@ def counts(config: DictConfig) -> dict[str, float]:
         autoencoder, unet, encoder = (instantiate(nodes[name]) for name in ("autoencoder", "unet", "encoder"))
         estimator = instantiate(estimator_node(nodes.unet, encoder.dim, nodes.estimator))
     for module in (autoencoder, unet, estimator):
-        straighten(module)  # an enlargement counts as what it is, not as a CPU computes it
+        straighten(module)
     # Shapes of a device that has autocast, which the networks switch off in places.
     with FakeTensorMode(allow_non_fake_inputs=True):
         for module in (autoencoder, unet, estimator):

@@ -1,72 +1,57 @@
-"""What the U-Net and the gradient estimator are made of: the residual, resampling and attention blocks of ADM in 3D
-(arXiv 2105.05233, section 3; adaptive group normalisation: its equation 3).
+"""The blocks that the U-Net and the gradient estimator are made of: those of ADM in 3D (arXiv 2105.05233, section 3).
 
-Volumes are (B, C, X, Y, Z), embeddings of time and of y (B, E). Nothing here breaks the channels_last_3d layout.
+Volumes are (B, C, X, Y, Z); the embeddings of the timestep and of y are (B, E).
 """
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from ldae.models.cpu_kernels import Conv3d, EnlargingConv3d
-from ldae.models.group_norm import has_few_large_groups, split_group_norm
-
 MAX_PERIOD = 10_000.0
 
 
 def full_precision(x: Tensor) -> torch.autocast:
-    """A context without autocast on the device of `x`: operations compute in the dtype of what they are given."""
+    """A context that switches autocast off on the device of `x`: operations compute in the dtype of their inputs."""
     return torch.autocast(x.device.type, enabled=False)
 
 
 def zero_module(module: nn.Module) -> nn.Module:
-    """The module with zero parameters: a branch that starts as nothing, an output that starts at 0."""
+    """Set all parameters of `module` to zero and return it. A branch that ends in it adds nothing before training."""
     for parameter in module.parameters():
         nn.init.zeros_(parameter)
     return module
 
 
 def time_features(t: Tensor, width: int) -> Tensor:
-    """Sinusoid of t (B,), which may be fractional: half cosines, then half sines; (B, width) float32."""
+    """Sinusoidal features of the timestep (arXiv 1706.03762, section 3.5): first the cosines, then the sines.
+
+    Args:
+        t: (B,) timesteps, which may be fractional.
+        width: number of features, even.
+
+    Returns:
+        (B, width) float32.
+    """
     half = width // 2
     frequencies = torch.exp(torch.arange(half, device=t.device, dtype=torch.float32) * (-math.log(MAX_PERIOD) / half))
     angles = t.float()[:, None] * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
-def run(module: nn.Module, checkpointing: bool, *inputs: Any) -> Any:
-    """module(*inputs); with checkpointing its activations are computed again in the backward pass instead of kept."""
+def run_block(block: nn.Module, checkpointing: bool, *inputs: object) -> Tensor:
+    """block(*inputs). With `checkpointing`, the backward pass recomputes the block's activations instead of storing
+    them."""
     if checkpointing and torch.is_grad_enabled():
-        return checkpoint(module, *inputs, use_reentrant=False)
-    return module(*inputs)
-
-
-class GroupNorm(nn.GroupNorm):
-    """nn.GroupNorm whose output has the input's dtype.
-
-    Under autocast on a GPU, PyTorch's own returns float32, so that all that follows up to the next convolution moves
-    twice the memory. The kernel sums in float32 in any case.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, ...) -> the same shape and dtype."""
-        # PyTorch's CPU kernel (2.13) crashes in channels_last when it need not compute the input's gradient, as for
-        # features of the frozen trunk.
-        if x.device.type == "cpu" and torch.is_grad_enabled() and self.weight.requires_grad and not x.requires_grad:
-            x = x.detach().requires_grad_()
-        with full_precision(x):
-            if has_few_large_groups(x, self.num_groups):
-                return split_group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
-            return F.group_norm(x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+        return checkpoint(block, *inputs, use_reentrant=False)
+    return block(*inputs)
 
 
 class Modulation(nn.Module):
-    """SiLU, Linear: an embedding (B, E) to a scale and a shift, (B, C) each."""
+    """SiLU and Linear, from an embedding (B, E) to a scale and a shift of each channel, (B, C) each."""
 
     def __init__(self, embedding: int, channels: int) -> None:
         super().__init__()
@@ -78,14 +63,17 @@ class Modulation(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """GroupNorm, SiLU, conv3; AdaGN, SiLU, dropout, zeroed conv3; plus the input, through conv1 where widths differ.
+    """Two convolutions, conditioned on the timestep and, in the gradient estimator, on y.
+
+    GroupNorm, SiLU, resampling, conv3; adaptive GroupNorm (`modulate`), SiLU, dropout, zero-initialised conv3. The
+    input is added, after the same resampling and a conv1 where the number of channels changes.
 
     Args:
-        channels, out_channels: width of the input and of the output.
-        embedding: width of the embeddings of time and y.
-        semantic: whether the block is conditioned on y besides time.
-        downsample, upsample: factors along x, y, z of an average pooling or of a nearest-neighbour enlargement of both
-            branches before their first convolution; at most one of them.
+        channels, out_channels: number of channels of the input and of the output.
+        embedding: width E of the embeddings of the timestep and of y.
+        semantic: whether the block is conditioned on y as well as on the timestep.
+        downsample, upsample: factors along x, y and z of average pooling or of nearest-neighbour upsampling. At most
+            one of the two is given.
     """
 
     def __init__(
@@ -100,50 +88,58 @@ class ResidualBlock(nn.Module):
         upsample: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
-        self.norm1 = GroupNorm(groups, channels)
-        self.downsample = nn.Identity() if downsample is None else nn.AvgPool3d(tuple(downsample))
-        self.upsamples = upsample is not None
-        self.conv1 = (
-            EnlargingConv3d(channels, out_channels, upsample)
-            if self.upsamples
-            else Conv3d(channels, out_channels, 3, padding=1)
-        )
+        self.norm1 = nn.GroupNorm(groups, channels)
+        self.resample: nn.Module = nn.Identity()
+        if downsample is not None:
+            self.resample = nn.AvgPool3d(tuple(downsample))
+        elif upsample is not None:
+            self.resample = nn.Upsample(scale_factor=tuple(float(factor) for factor in upsample), mode="nearest")
+        self.conv1 = nn.Conv3d(channels, out_channels, 3, padding=1)
         self.time = Modulation(embedding, out_channels)
         self.semantic = Modulation(embedding, out_channels) if semantic else None
-        self.norm2 = GroupNorm(groups, out_channels)
+        self.norm2 = nn.GroupNorm(groups, out_channels)
         self.dropout = nn.Dropout(dropout)
-        self.conv2 = zero_module(Conv3d(out_channels, out_channels, 3, padding=1))
+        self.conv2 = zero_module(nn.Conv3d(out_channels, out_channels, 3, padding=1))
         same = channels == out_channels
-        self.shortcut = nn.Identity() if same else Conv3d(channels, out_channels, 1)
+        self.shortcut = nn.Identity() if same else nn.Conv3d(channels, out_channels, 1)
 
-    def _modulated(self, h: Tensor, time: Tensor, semantic: Tensor | None) -> Tensor:
-        """(1 + scale_y) (h (1 + scale_t) + shift_t) + shift_y, as one scale and one shift of the volume."""
+    def modulate(self, h: Tensor, time: Tensor, semantic: Tensor | None) -> Tensor:
+        """Scale and shift each channel of the normalised volume h: the adaptive part of AdaGN.
+
+        With y: (1 + scale_y) (h (1 + scale_t) + shift_t) + shift_y (PDAE, arXiv 2212.12990, section 3.3). Without y:
+        h (1 + scale_t) + shift_t (arXiv 2105.05233, equation 3).
+        """
         scale, shift = self.time(time)
         scale = 1 + scale
         if self.semantic is not None:
+            # The two affine maps are joined into one, so that the volume is read and written only once.
             scale_y, shift_y = self.semantic(semantic)
             scale, shift = scale * (1 + scale_y), shift * (1 + scale_y) + shift_y
-        return torch.addcmul(shift[..., None, None, None], h, scale[..., None, None, None])
+        return torch.addcmul(shift[..., None, None, None], h, scale[..., None, None, None])  # shift + h * scale
+
+    def resample_and_convolve(self, h: Tensor) -> Tensor:
+        """The resampling, then the first convolution."""
+        return self.conv1(self.resample(h))
 
     def forward(self, x: Tensor, time: Tensor, semantic: Tensor | None = None) -> Tensor:
-        """(B, C, X, Y, Z), (B, E)[, (B, E)] -> (B, C', X', Y', Z')."""
-        h = self.conv1(self.downsample(F.silu(self.norm1(x))))
-        h = F.silu(self._modulated(self.norm2(h), time, semantic))
-        x = self.conv1.upsample(x) if self.upsamples else self.downsample(x)
-        return self.shortcut(x) + self.conv2(self.dropout(h))
+        """x (B, C, X, Y, Z), time (B, E), semantic (B, E) -> (B, C', X', Y', Z')."""
+        h = self.resample_and_convolve(F.silu(self.norm1(x)))
+        h = F.silu(self.modulate(self.norm2(h), time, semantic))
+        return self.shortcut(self.resample(x)) + self.conv2(self.dropout(h))
 
 
 class Attention(nn.Module):
-    """GroupNorm, one projection to q, k, v, softmax attention over all voxels, zeroed projection; added to the input.
+    """Self-attention over all voxels: softmax(q k^T / sqrt(d)) v, between a GroupNorm and a zero-initialised conv1.
 
-    Takes and ignores embeddings, so that it stands in one row with residual blocks.
+    The result is added to the input. It takes and ignores the embeddings, so that it can follow a residual block in a
+    sequence.
     """
 
     def __init__(self, channels: int, heads: int, groups: int) -> None:
         super().__init__()
         self.heads = heads
-        self.norm = GroupNorm(groups, channels)
-        # 1x1 convolutions on (B, L, C), which is how channels_last_3d lies in memory.
+        self.norm = nn.GroupNorm(groups, channels)
+        # Convolutions of size 1, written as Linear because the voxels are already laid out as (B, L, C).
         self.qkv = nn.Linear(channels, 3 * channels)
         self.projection = zero_module(nn.Linear(channels, channels))
 

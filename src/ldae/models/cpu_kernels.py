@@ -1,92 +1,160 @@
-"""Convolutions as a CPU computes them fastest: with oneDNN whatever the volume's size, and without the multiplications
-that nearest-neighbour enlargement repeats."""
+"""CPU kernels: other ways to compute parts of the networks, faster on a CPU in float32 and equal up to rounding.
 
+Each is a subclass that takes the place of the class it computes (placement.py). In another precision, under autocast
+and at sizes at which it would not be faster, it computes as its parent does. `python -m ldae.bench.cpu_kernels`
+measures what each one saves.
+"""
+
+import math
 from collections.abc import Sequence
 
 import torch
+from monai.networks.blocks import UpSample
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-# PyTorch computes a float32 convolution of one sample with oneDNN only where N * C * X * Y is larger, or where it has
-# groups (2.13, aten/src/ATen/native/Convolution.cpp, use_mkldnn); smaller ones go through im2col, twice as slow.
-SMALLEST = 20480
-# Below these many voxels, reading the larger kernel takes longer than the multiplications that it saves.
-FEWEST = 512
+from ldae.models.blocks import ResidualBlock
+from ldae.models.semantic_encoder import SemanticEncoder
+
+# PyTorch computes a float32 convolution of one sample with oneDNN only if C * X * Y is larger than this, or if it has
+# groups (2.13, aten/src/ATen/native/Convolution.cpp, use_mkldnn). Smaller ones go through im2col, at half the speed.
+LARGEST_IM2COL = 20480
+# With fewer voxels than this, reading the larger kernel takes longer than the multiplications that it saves.
+FEWEST_VOXELS = 512
 
 
-class Conv3d(nn.Conv3d):
-    """nn.Conv3d; a single small volume on a CPU is convolved in two groups of output channels that both read all of its
-    channels: the same sums. Of an odd number of output channels the last is computed twice."""
+def _computes_in_float32(x: Tensor) -> bool:
+    return x.device.type == "cpu" and x.dtype is torch.float32 and not torch.is_autocast_enabled("cpu")
+
+
+class SmallVolumeConv3d(nn.Conv3d):
+    """nn.Conv3d that computes one small volume with oneDNN, as PyTorch does larger ones.
+
+    It convolves two copies of the input as two groups, each of which gives half of the output channels. If their number
+    is odd, the last one is computed twice.
+    """
 
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if not self._slow(x):
+        if not self.is_slow(x):
             return super()._conv_forward(x, weight, bias)
         if self.out_channels % 2:
             weight, bias = (part if part is None else torch.cat([part, part[-1:]]) for part in (weight, bias))
-        twice = F.conv3d(torch.cat([x, x], dim=1), weight, bias, self.stride, self.padding, self.dilation, groups=2)
-        return twice[:, : self.out_channels]
+        y = F.conv3d(torch.cat([x, x], dim=1), weight, bias, self.stride, self.padding, self.dilation, groups=2)
+        return y[:, : self.out_channels]
 
-    def _slow(self, x: Tensor) -> bool:
+    def is_slow(self, x: Tensor) -> bool:
+        """Whether PyTorch would compute this convolution of x (B, C, X, Y, Z) through im2col."""
         return (
-            x.device.type == "cpu"
+            _computes_in_float32(x)
             and len(x) == 1
-            and x.dtype is torch.float32
-            and not torch.is_autocast_enabled("cpu")
             and self.groups == 1
             and self.padding_mode == "zeros"
             and self.kernel_size[-1] > 1
-            and x.shape[1:4].numel() <= SMALLEST
+            and x.shape[1:4].numel() <= LARGEST_IM2COL
         )
 
 
-class EnlargingConv3d(Conv3d):
-    """A 3x3x3 convolution, padded by 1, of x enlarged along each axis by a factor (nearest neighbour).
+def upsampling_pays(x: Tensor) -> bool:
+    """Whether `upsample_and_convolve` is faster for x (B, C, X, Y, Z) than upsampling and convolving it."""
+    return _computes_in_float32(x) and len(x) * x.shape[2:].numel() >= FEWEST_VOXELS
 
-    Equal voxels meet sums of the kernel's planes: on a CPU, a transposed convolution with those sums (kernel 4, stride
-    2 along a doubled axis) gives the same from the small volume, with 8 multiplications instead of 27.
+
+def upsample_and_convolve(x: Tensor, conv: nn.Conv3d, factors: Sequence[int]) -> Tensor:
+    """conv(nearest-neighbour upsampling of x), computed from the small volume.
+
+    Equal voxels are multiplied by the sum of the kernel's planes that meet them, so that one transposed convolution
+    with
+    these sums gives the result: a kernel of 4 and a stride of 2 along a doubled axis, 8 multiplications instead of 27.
+
+    Args:
+        x: (B, C, X, Y, Z).
+        conv: a convolution of size 3 with a padding of 1.
+        factors: of the upsampling along x, y and z.
     """
+    kernel = conv.weight.flip(2, 3, 4).transpose(0, 1)
+    for axis, factor in enumerate(factors):
+        paddings = [[0] * 6 for _ in range(factor)]
+        for shift, padding in enumerate(paddings):
+            padding[4 - 2 * axis : 6 - 2 * axis] = shift, factor - 1 - shift
+        kernel = sum(F.pad(kernel, padding) for padding in paddings)  # (C, C', 2 + factor, ...)
+    return F.conv_transpose3d(x, kernel, conv.bias, stride=tuple(factors), padding=1)
 
-    factors: tuple[int, int, int]
 
-    def __init__(self, channels: int, out_channels: int, factors: Sequence[int]) -> None:
-        super().__init__(channels, out_channels, 3, padding=1)
-        self.factors = tuple(factors)
+class CpuResidualBlock(ResidualBlock):
+    """ResidualBlock whose upsampling is part of its first convolution."""
 
-    @classmethod
-    def of(cls, conv: nn.Conv3d, factors: Sequence[int]) -> "EnlargingConv3d":
-        """A convolution that followed an enlargement, turned into both; its parameters stay."""
-        conv.__class__ = cls
-        conv.factors = tuple(factors)
-        return conv
+    def resample_and_convolve(self, h: Tensor) -> Tensor:
+        """See ResidualBlock."""
+        if isinstance(self.resample, nn.Upsample) and upsampling_pays(h):
+            return upsample_and_convolve(h, self.conv1, [int(factor) for factor in self.resample.scale_factor])
+        return super().resample_and_convolve(h)
 
-    def upsample(self, x: Tensor) -> Tensor:
-        """(B, C, X, Y, Z), each axis enlarged by its factor."""
-        return F.interpolate(x, scale_factor=tuple(float(f) for f in self.factors), mode="nearest")
+
+class CpuUpSample(UpSample):
+    """MONAI's UpSample of the autoencoder, whose upsampling is part of its convolution."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, X, Y, Z) -> (B, C', factor X, factor Y, factor Z)."""
-        if not self._pays(x):
-            return super().forward(self.upsample(x))
-        return F.conv_transpose3d(x, self._sums(), self.bias, stride=self.factors, padding=1)
-
-    def _pays(self, x: Tensor) -> bool:
-        plain = x.dtype is torch.float32 and not torch.is_autocast_enabled("cpu")
-        return x.device.type == "cpu" and plain and len(x) * x.shape[2:].numel() >= FEWEST
-
-    def _sums(self) -> Tensor:
-        """The transposed convolution's kernel, (C, C', 2 + factor, ...): sums of neighbouring planes."""
-        kernel = self.weight.flip(2, 3, 4).transpose(0, 1)
-        for axis, factor in enumerate(self.factors):
-            around = [[0] * 6 for _ in range(factor)]
-            for shift, padding in enumerate(around):
-                padding[4 - 2 * axis : 6 - 2 * axis] = shift, factor - 1 - shift
-            kernel = sum(F.pad(kernel, padding) for padding in around)
-        return kernel
+        """(B, C, X, Y, Z) -> (B, C, 2 X, 2 Y, 2 Z)."""
+        if upsampling_pays(x):
+            return upsample_and_convolve(x, self.postconv.conv, (2, 2, 2))
+        return super().forward(x)
 
 
-def with_onednn(module: nn.Module) -> nn.Module:
-    """`module` with every nn.Conv3d in it turned into a Conv3d; parameters and names stay."""
-    for child in module.modules():
-        if type(child) is nn.Conv3d:
-            child.__class__ = Conv3d
-    return module
+class CpuGroupNorm(nn.GroupNorm):
+    """nn.GroupNorm that also trains on channels-last inputs without a gradient, at which PyTorch's kernel crashes.
+
+    Such are the features of the frozen U-Net. PyTorch 2.13 ends with a segmentation fault there, in every precision.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, ...) -> the same shape."""
+        if torch.is_grad_enabled() and self.weight.requires_grad and not x.requires_grad:
+            x = x.detach().requires_grad_()
+        return super().forward(x)
+
+
+class CpuSemanticEncoder(SemanticEncoder):
+    """SemanticEncoder that reads blank slices once and whose attention projects one query instead of all tokens."""
+
+    def read_slices(self, slices: Tensor) -> Tensor:
+        """See SemanticEncoder. Without gradients, the blank slices of a batch are read as one: a head leaves a quarter
+        of them empty. (A GPU would have to wait for their number.)"""
+        if self.training or torch.is_grad_enabled():
+            return super().read_slices(slices)
+        blank = (slices == 0).flatten(1).all(dim=1)
+        read = ~blank | (blank.cumsum(dim=0) == 1)  # all but the blank ones after the first
+        place = read.cumsum(dim=0) - 1  # of each slice among those that are read
+        place = torch.where(blank, place[blank.int().argmax()], place)
+        return super().read_slices(slices[read])[place]
+
+    def attend(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """See SemanticEncoder.
+
+        The projections of the keys are applied to the query, q . (W t) = (W^T q) . t, and those of the values to the
+        weighted mean of the tokens, so that the cost hardly grows with the number of slices. The biases of the keys add
+        the same to the score of every slice and cancel in the softmax.
+        """
+        attention = self.cross_attention
+        heads, size = attention.num_heads, attention.head_dim
+        to_query, to_key, to_value = attention.in_proj_weight.chunk(3)
+        query_bias, _, value_bias = attention.in_proj_bias.chunk(3)
+        query = F.linear(self.query_of(tokens)[:, 0], to_query, query_bias).unflatten(1, (heads, size))
+        query = torch.einsum("bhk,hkd->bhd", query / math.sqrt(size), to_key.unflatten(0, (heads, size)))
+        # This bias changes nothing, but training in several processes waits for its gradient, which is 0.
+        scores = (query @ self.key.weight) @ tokens.mT + (query @ self.key.bias)[..., None]  # (B, heads, S)
+        weights = scores.softmax(dim=2)
+        used = F.dropout(weights, attention.dropout, self.training)
+        total = used.sum(dim=2, keepdim=True)  # 1 but for dropout: how often a bias of the values counts
+        values = F.linear(used @ tokens, self.value.weight) + total * self.value.bias  # (B, heads, dim)
+        values = torch.einsum("bhd,hkd->bhk", values, to_value.unflatten(0, (heads, size)))
+        values = values + total * value_bias.unflatten(0, (heads, size))
+        return attention.out_proj(values.flatten(1)), weights
+
+
+CPU_KERNELS: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Conv3d: SmallVolumeConv3d,
+    ResidualBlock: CpuResidualBlock,
+    UpSample: CpuUpSample,
+    nn.GroupNorm: CpuGroupNorm,
+    SemanticEncoder: CpuSemanticEncoder,
+}

@@ -1,12 +1,15 @@
-"""Sizes that fit: a volume must divide by the autoencoder's strides, its latent by the U-Net's."""
+"""Sizes that fit: the strides of the autoencoder divide a volume's sizes, and the U-Net's divide the latent's."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from ldae.utils.errors import UserError
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 AXES = "xyz"
 
@@ -15,7 +18,7 @@ def check_divisible(shape: Sequence[int], strides: Sequence[int], what: str) -> 
     """Refuse sizes (X, Y, Z) that `strides` do not divide.
 
     Raises:
-        UserError: names the axis and the nearest sizes that would do.
+        UserError: names `what`, the axis and the nearest sizes that divide.
     """
     for axis, size, stride in zip(AXES, shape, strides, strict=True):
         if size % stride or size == 0:
@@ -29,28 +32,19 @@ def latent_sizes(shape: Sequence[int], strides: Sequence[int]) -> tuple[int, ...
 
 
 def check_strides(shape: Sequence[int], autoencoder: Sequence[int], unet: Sequence[int]) -> None:
-    """Refuse a volume (X, Y, Z) that the two networks' strides together do not divide."""
+    """Refuse a volume (X, Y, Z) whose sizes the strides of the two networks, one after the other, do not divide."""
     strides = [a * b for a, b in zip(autoencoder, unet, strict=True)]
     check_divisible(shape, strides, "data.shape")
 
 
-def check_volume_shape(shape: Sequence[int], autoencoder: Any, unet: Any) -> None:
-    """The same for networks given as configs, before anything is trained or read.
-
-    Args:
-        shape: (X, Y, Z) of the volumes.
-        autoencoder, unet: config nodes, built without memory on the meta device; or modules; or strides.
-    """
-    first, second = (build_on_meta(node) for node in (autoencoder, unet))
-    check_strides(shape, getattr(first, "strides", first), getattr(second, "strides", second))
+def check_volume_shape(shape: Sequence[int], autoencoder: "DictConfig", unet: "DictConfig") -> None:
+    """Refuse a volume (X, Y, Z) that does not fit the two networks of these configs, before anything is read."""
+    check_strides(shape, build_on_meta(autoencoder).strides, build_on_meta(unet).strides)
 
 
-def build_on_meta(node: Any) -> Any:
-    """A config node's module on the meta device: its shapes without its memory. Anything else as it is."""
+def build_on_meta(node: "DictConfig") -> nn.Module:
+    """The network of a config on the meta device: its shapes without its memory."""
     from hydra.utils import instantiate
-    from omegaconf import DictConfig
 
-    if isinstance(node, nn.Module) or not isinstance(node, DictConfig | dict):
-        return node
     with torch.device("meta"):
         return instantiate(node)

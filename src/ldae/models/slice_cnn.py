@@ -1,5 +1,5 @@
-"""A small CNN for slices, for a few hundred scans of some dozen voxels: strided convolutions, then weighted means over
-the grid that is left, whose weights are learned.
+"""A small CNN for the slices of a few hundred scans of some dozen voxels a side: strided convolutions, then pooling
+with learned weights. An alternative to ConvNeXt as the semantic encoder's backbone.
 """
 
 from collections.abc import Sequence
@@ -9,40 +9,46 @@ from torch import Tensor, nn
 
 from ldae.utils.errors import UserError
 
-GAIN = 4.0  # of what is learned about where to look: Adam's steps are as long for it as for any other weight
+# Factor of the learned part of the pooling weights, which are small numbers: Adam's steps are as long for them as for
+# any other weight.
+POOLING_GAIN = 4.0
 
 
 class SliceCNN(nn.Module):
-    """(N, 1, H, W) -> (N, out_channels).
+    """Slices (N, 1, H, W) -> features (N, out_channels).
 
-    It starts as a network with a global average pool, as ConvNeXt is (arXiv 2201.03545), and learns where to look: in
-    which place a slice is dark is most of what tells two brains at 4 mm apart.
+    Before training every pooling is the global average pool of ConvNeXt (arXiv 2201.03545). Training learns where to
+    average: the position of the dark areas in a slice is most of what distinguishes two brains at 4 mm.
 
     Args:
         size: (H, W) of the slices.
-        widths: channels after each convolution; each halves H and W.
-        out_channels: C of the result.
-        looks: how many weighted means.
+        widths: number of channels after each convolution. Each halves H and W.
+        out_channels: number of features.
+        num_poolings: number of weighted averages over the positions that are left after the convolutions.
     """
 
     def __init__(
-        self, size: Sequence[int], widths: Sequence[int] = (16, 32), out_channels: int = 256, looks: int = 16
+        self, size: Sequence[int], widths: Sequence[int] = (16, 32), out_channels: int = 256, num_poolings: int = 16
     ) -> None:
         super().__init__()
         stride = 2 ** len(widths)
         if len(size) != 2 or any(edge % stride for edge in size):
-            raise UserError(f"model.encoder.backbone: slices of size {list(size)} do not divide by {stride}")
+            raise UserError(
+                f"model.encoder.backbone: slices of size {list(size)} do not divide by {stride}; choose data.shape so "
+                "that they do, or fewer widths"
+            )
         self.out_channels = out_channels
         layers: list[nn.Module] = []
         for before, width in zip((1, *widths[:-1]), widths, strict=True):
             layers += [nn.Conv2d(before, width, 3, stride=2, padding=1), nn.GELU()]
         self.layers = nn.Sequential(*layers)
-        grid = (size[0] // stride) * (size[1] // stride)
-        self.where = nn.Parameter(torch.zeros(looks, grid))
-        self.head = nn.Linear(looks * widths[-1], out_channels)
+        positions = (size[0] // stride) * (size[1] // stride)
+        # What is added to the weights of the global average. (Stored under this name.)
+        self.where = nn.Parameter(torch.zeros(num_poolings, positions))
+        self.head = nn.Linear(num_poolings * widths[-1], out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, 1, H, W) -> (N, C)."""
-        weights = 1 / self.where.shape[1] + GAIN * self.where
-        seen = self.layers(x).flatten(2) @ weights.T  # (N, width, looks)
-        return self.head(seen.flatten(1))
+        """(N, 1, H, W) -> (N, out_channels)."""
+        weights = 1 / self.where.shape[1] + POOLING_GAIN * self.where  # (poolings, positions)
+        pooled = self.layers(x).flatten(2) @ weights.T  # (N, width, poolings)
+        return self.head(pooled.flatten(1))

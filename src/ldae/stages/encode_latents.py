@@ -23,6 +23,7 @@ from ldae.data.latents import channel_scale, write_metadata
 from ldae.data.sharing import work_order
 from ldae.data.table import scan_names, write_table
 from ldae.data.transforms import Transform
+from ldae.models.placement import place_module
 from ldae.runs import Run
 from ldae.scans.ood_check import MAX_SCANS, OodCheck
 from ldae.scans.raw_scan import read_recorded_parameters
@@ -68,7 +69,7 @@ def scan_digests(cohort: Cohort, precision: str = "no") -> np.ndarray:
 
 
 def _encoder(run: Run, cohort: Cohort, accelerator: Accelerator) -> Encode:
-    autoencoder = run.module("autoencoder", run.config.model.autoencoder).to(accelerator.device)
+    autoencoder = place_module(run.module("autoencoder", run.config.model.autoencoder), accelerator.device)
     # As in training: on a CPU channels-last is faster for volumes, on a GPU it is not (docs/bench.md).
     layout = torch.channels_last_3d if accelerator.device.type == "cpu" else torch.contiguous_format
 

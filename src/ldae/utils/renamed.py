@@ -33,6 +33,10 @@ CLASSES: dict[str, str] = {
 }
 # Present class path -> former argument -> present argument.
 ARGUMENTS: dict[str, dict[str, str]] = {
+    "ldae.models.autoencoder.AutoencoderKL": {"reference": "mean_latent_for", "tile": "inference_planes"},
+    "ldae.models.semantic_encoder.SemanticEncoder": {"reference": "mean_volume_shape", "gated": "position_gate"},
+    "ldae.models.slice_cnn.SliceCNN": {"looks": "num_poolings"},
+    "ldae.models.voxel_prior.VoxelPrior": {"nodes": "grid_size"},
     "ldae.evaluation.images.reconstruction.Reconstruction": {"reference": "reference_sampler"},
 }
 
