@@ -12,6 +12,10 @@ from pathlib import Path
 import pytest
 
 from faults.scripts import run_script
+from ldae import LDAE
+from ldae.data.transforms import Transform
+from small_run import small_run
+from small_scans import fit_ood_check
 
 # The slowest files start first, so that no worker is still busy with one of them when the others have finished.
 SLOWEST = (
@@ -51,3 +55,15 @@ def smoke(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run_script("train", "experiment=smoke", "stage=repr", cwd=folder)
     run_script("evaluate", "experiment=smoke", cwd=folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of a very small model with random weights, a probe and an out-of-distribution check. Read only."""
+    return small_run(tmp_path_factory.mktemp("runs") / "small", fit_ood_check(Transform((8, 8, 8), 9.0)))
+
+
+@pytest.fixture(scope="session")
+def model(run: Path) -> LDAE:
+    """The model of `run` on the CPU. Read only."""
+    return LDAE.load(run, device="cpu")

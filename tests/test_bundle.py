@@ -11,19 +11,8 @@ from omegaconf import OmegaConf
 from ldae import LDAE
 from ldae.bundle.allowlist import refuse_untrusted_targets
 from ldae.utils.errors import UserError
-from small_run import small_run
 
 X = torch.rand(2, 1, 8, 8, 8, generator=torch.Generator().manual_seed(0))
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    return small_run(tmp_path_factory.mktemp("runs") / "small")
-
-
-@pytest.fixture(scope="module")
-def model(run):
-    return LDAE.load(run, device="cpu")
 
 
 @pytest.fixture(scope="module")

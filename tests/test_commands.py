@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import subprocess
 import sys
 
@@ -12,18 +13,16 @@ from click.testing import CliRunner
 
 from ldae.cli import COMMANDS, main
 from ldae.commands.options import parse_numbers
-from ldae.data.transforms import Transform
 from ldae.utils.errors import UserError
 from ldae.utils.resumable_csv import ResumableCsv
-from small_run import small_run
-from test_scan import brain, ood_check_of_brains, reoriented
+from small_scans import brain, reoriented
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
+def place(run, tmp_path_factory):
     """A folder with `runs/small`, two scans, one also in another orientation, a raw head and two unusable files."""
     folder = tmp_path_factory.mktemp("user")
-    small_run(folder / "runs/small", ood_check_of_brains(Transform((8, 8, 8), 9.0)))
+    shutil.copytree(run, folder / "runs/small")
     nib.save(brain(0), folder / "a.nii.gz")
     nib.save(brain(1), folder / "b.nii.gz")
     nib.save(reoriented(brain(0), "PSR"), folder / "twin.nii.gz")

@@ -8,22 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from ldae import LDAE
 from ldae.diffusion.guidance import Guidance, Score
 from ldae.diffusion.samplers import DDIM
 from ldae.utils.errors import UserError
-from small_run import small_run
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    return small_run(tmp_path_factory.mktemp("runs") / "small")
-
-
-@pytest.fixture(scope="module")
-def model(run):
-    return LDAE.load(run, device="cpu")
-
 
 X = torch.rand(2, 1, 8, 8, 8, generator=torch.Generator().manual_seed(0))
 

@@ -34,7 +34,7 @@ from ldae.scans.scan import open_scan
 from ldae.stages.encode_latents import common_affine
 from ldae.utils.errors import UserError
 from small_run import small_run
-from test_scan import brain
+from small_scans import brain
 
 SHARED = Path(os.environ.get("LDAE_SHARED", Path(__file__).parents[2] / "shared"))
 HEAD = SHARED / "data" / "ds000011" / "sub-01" / "anat" / "sub-01_T1w.nii.gz"

@@ -14,40 +14,7 @@ from ldae.scans.ood_check import OodCheck
 from ldae.scans.raw_scan import PreprocessedImage, TrainingPreprocessing
 from ldae.scans.scan import nifti_in_model_space, open_scan, reorient_to_ras, scan_name
 from ldae.utils.errors import UserError
-from small_run import small_run
-
-SHAPE = (20, 24, 22)
-
-
-def brain(seed=0, size=0.7, empty=0.0):
-    """An ellipsoid with random bumps, in RAS at 4 mm, int16; `size` is its squared radius, `empty` the background."""
-    grid = np.stack(np.meshgrid(*(np.linspace(-1, 1, n) for n in SHAPE), indexing="ij"))
-    rng = np.random.default_rng(seed)
-    bumps = sum(
-        rng.uniform(100, 300) * np.exp(-((grid - rng.uniform(-0.4, 0.4, (3, 1, 1, 1))) ** 2).sum(0) / 0.1)
-        for _ in range(6)
-    )
-    data = np.where((grid**2).sum(0) < size, 300 + bumps, empty)
-    affine = np.diag([4.0, 4.0, 4.0, 1.0])
-    affine[:3, 3] = (-31, 7, 12)
-    return nib.Nifti1Image(data.astype(np.int16), affine)
-
-
-def reoriented(image, axcodes):
-    change = nib.orientations.ornt_transform(
-        nib.orientations.io_orientation(image.affine), nib.orientations.axcodes2ornt(axcodes)
-    )
-    return image.as_reoriented(change)
-
-
-def ood_check_of_brains(transform):
-    return OodCheck.fit(torch.from_numpy(transform(brain(seed))) for seed in range(8))
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    check = ood_check_of_brains(Transform((8, 8, 8), 9.0))
-    return LDAE.load(small_run(tmp_path_factory.mktemp("runs") / "small", check), device="cpu")
+from small_scans import brain, reoriented
 
 
 @pytest.mark.parametrize("axcodes", ["LPI", "PSR", "ASL"])
