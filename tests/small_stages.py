@@ -22,6 +22,7 @@ from ldae.models.autoencoder import AutoencoderKL
 from ldae.models.convnext import ConvNeXt
 from ldae.models.semantic_encoder import SemanticEncoder
 from ldae.models.unet import UNet
+from ldae.runs import Workspace
 from ldae.stages.aekl import AutoencoderStage
 from ldae.stages.pretrain import PretrainStage
 from ldae.stages.repr import ReprStage
@@ -94,9 +95,20 @@ class FinishedRun:
         return module.eval().requires_grad_(False)
 
 
-def workspace_with_latents(folder: Path, cohort: MadeUpCohort) -> SimpleNamespace:
+class FinishedWorkspace(Workspace):
+    """A workspace in which every predecessor is finished."""
+
+    def split_hash(self):
+        return MadeUpCohort.split_hash
+
+    def predecessor(self, name, path=None):
+        return FinishedRun(name)
+
+
+def workspace_with_latents(folder: Path, cohort: MadeUpCohort) -> FinishedWorkspace:
     """A workspace whose predecessors are finished, with random latents of the cohort below `folder`."""
-    latents = folder / "latents"
+    workspace = FinishedWorkspace(folder)
+    latents = workspace.latents
     latents.mkdir()
     mean = torch.randn(8, *LATENT_SHAPE, generator=make_generator(1, "latent")).numpy()
     rows = digest_rows(cohort.table)
@@ -104,12 +116,7 @@ def workspace_with_latents(folder: Path, cohort: MadeUpCohort) -> SimpleNamespac
     write_table(cohort.table.assign(latent_path=str(latents / LATENT_FILE)), latents / "scans.csv")
     metadata = {"table": "scans.csv", "scale": [1.0] * 3, "split_hash": HASH, "autoencoder_sha256": HASH}
     write_metadata(latents, metadata)
-    return SimpleNamespace(
-        root=folder,
-        split_file=folder / "split.csv",
-        latents=latents,
-        predecessor=lambda name, path=None: FinishedRun(name),
-    )
+    return workspace
 
 
 def aekl_stage() -> AutoencoderStage:
@@ -127,11 +134,11 @@ def aekl_stage() -> AutoencoderStage:
 
 def pretrain_stage(folder: Path) -> PretrainStage:
     """Stage 2; its latents are written below `folder`."""
-    cohort = MadeUpCohort()
+    workspace = workspace_with_latents(folder, MadeUpCohort())
     torch.manual_seed(0)
     return PretrainStage(
         unet=UNet(**UNET), schedule=linear(), parameterisation=Velocity(), latents=None, initial_weights=None,
-        cohort=cohort, workspace=workspace_with_latents(folder, cohort),
+        workspace=workspace,
     )  # fmt: skip
 
 

@@ -124,6 +124,19 @@ def test_encoding_skips_what_is_done_and_replaces_what_is_damaged(copied):
     assert path.read_bytes() == good
 
 
+def test_stage_2_needs_the_latents_and_no_scan(copied):
+    """On a machine that has only the latents it publishes the same weights, and makes no cache of volumes."""
+    trained = load_file(copied / "runs/smoke/pretrain/weights/unet.safetensors")
+    for name in ("data", "runs/smoke/aekl", "runs/smoke/pretrain", "runs/smoke/repr"):
+        shutil.rmtree(copied / name)
+    (copied / "runs/smoke/split.csv").unlink()
+    arguments = ("experiment=smoke", "stage=pretrain", "data=table", "data.table=none.csv")
+    run_script("train", *arguments, "data.shape=[24,24,24]", "data.spacing=9.0", cwd=copied)
+    found = load_file(copied / "runs/smoke/pretrain/weights/unet.safetensors")
+    assert all(torch.equal(found[name], trained[name]) for name in trained)
+    assert not (copied / "data").exists()
+
+
 def test_a_latent_of_another_autoencoder_is_refused(copied):
     run_script("train", "experiment=smoke", "stage=aekl", "trainer.max_steps=6", cwd=copied)
     result = run_script("train", "experiment=smoke", "stage=pretrain", cwd=copied, check=False)

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from hydra.utils import instantiate
+from hydra.utils import get_class, instantiate
 from omegaconf import OmegaConf
 
 import rehearsal
@@ -93,8 +93,11 @@ def stage_of(monkeypatch):
         scan_latents = latents(config, scans)
         monkeypatch.setattr("ldae.stages.pretrain.open_latents", lambda *_: scan_latents)
         monkeypatch.setattr("ldae.stages.repr.open_latents", lambda *_: scan_latents)
-        space = SimpleNamespace(predecessor=lambda *_: Predecessor(config), split_file="split.csv")
-        stage = on_meta(lambda: instantiate(config.stage, _partial_=True)(cohort=scans, workspace=space))
+        space = SimpleNamespace(
+            predecessor=lambda *_: Predecessor(config), split_file="split.csv", split_hash=lambda: None
+        )
+        parts = {"workspace": space} | ({"cohort": scans} if get_class(config.stage._target_).reads_scans else {})
+        stage = on_meta(lambda: instantiate(config.stage, _partial_=True)(**parts))
         settings, optim = OmegaConf.to_object(config.trainer), OmegaConf.to_object(config.optim)
         stage.prepare(rehearsal.Accelerator(precision), settings, optim, seed=0)
         return stage

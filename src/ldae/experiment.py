@@ -1,4 +1,4 @@
-"""What the three scripts do with a composed config: build the parts, and call one thing."""
+"""What train.py, encode_latents.py and evaluate.py do with a composed config: build the parts, and run one of them."""
 
 import hashlib
 import logging
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from accelerate import Accelerator
 from accelerate.utils import gather_object, set_seed
-from hydra.utils import instantiate
+from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from ldae.config import check_constructor_arguments, refuse_missing_values
@@ -20,40 +20,123 @@ from ldae.utils.seeding import derive_seed
 log = logging.getLogger(__name__)
 
 
-def _check(config: DictConfig) -> None:
-    """Everything that can be said about a config without data: unknown arguments, sizes that do not divide."""
-    from ldae.models.sizes import check_volume_shape
+def train(config: DictConfig) -> None:
+    """Train the stage of `config`, or resume it.
 
-    check_constructor_arguments(config)
-    check_volume_shape(config.data.shape, config.model.autoencoder, config.model.unet)
+    Raises:
+        UserError: the config, the data or an earlier stage is faulty, or the run cannot be resumed.
+    """
+    from ldae.training.changes import check_changes
+
+    _check(config)
+    refuse_missing_values(config.stage)
+    accelerator = instantiate(config.accelerator)
+    space = open_workspace(config)
+    run = space.stage(get_class(config.stage._target_).name)
+    _check_predecessors(config, space)
+    check_changes(run, config)
+    with lock_folder(run.path, accelerator.is_main_process):
+        _train(config, accelerator, space, run)
+    accelerator.end_training()
 
 
-def ensure_phantoms(config: DictConfig, accelerator: Accelerator) -> None:
-    """Make the phantom cohort of `data=phantom` on first use."""
-    if config.data.phantom is None or Path(config.data.table).exists():
-        return
-    from ldae.data.phantom.synthetic_cohort import make_cohort, wait_for_cohort
+def _train(config: DictConfig, accelerator: Accelerator, space: Workspace, run: Run) -> None:
+    from ldae.data.latents import copy_rejected
+    from ldae.training.precision import set_up_backends
+    from ldae.training.trainer import Trainer
 
-    phantom = config.data.phantom
-    if accelerator.is_main_process:
-        make_cohort(
-            Path(config.data.table).parent, phantom.subjects, phantom.seed, phantom.spacing, tuple(phantom.shape),
-            workers=config.data.workers,
-        )  # fmt: skip
+    set_up_backends(autotune=True)
+    reads_scans = get_class(config.stage._target_).reads_scans
+    cohort = open_cohort(config, accelerator, space) if reads_scans else None
+    # A run that is killed before its first checkpoint starts again from the same weights.
+    set_seed(derive_seed(config.seed, "weights", config.stage._target_) % 2**32)
+    # Partial: Hydra would turn the cohort, a dataclass, into a config.
+    build = instantiate(config.stage, _partial_=True)
+    if cohort is not None:
+        stage = build(cohort=cohort, workspace=space)
+        data = {"split_hash": cohort.split_hash, "transform": cohort.transform.key()}
     else:
-        wait_for_cohort(Path(config.data.table))
+        stage = build(workspace=space)
+        transform = stage.latents.transform or instantiate(config.data.transform).key()
+        data = {"split_hash": stage.latents.split_hash, "transform": transform}
+    if accelerator.is_main_process:
+        run.write_config(config)
+        if cohort is not None:
+            cohort.write_rejected(run.path / "rejected.csv")
+        else:
+            copy_rejected(_latents_folder(config, space), run.path / "rejected.csv")
+    settings, optim = OmegaConf.to_object(config.trainer), OmegaConf.to_object(config.optim)
+    Trainer(accelerator, run, settings, optim, config.seed).fit(stage, {**data, "seed": config.seed})
+
+
+def encode(config: DictConfig) -> None:
+    """Compress every scan of the table with the trained autoencoder.
+
+    Raises:
+        UserError: the config or the data is faulty, or the autoencoder was trained on other data.
+    """
+    from ldae.stages.encode_latents import encode_cohort
+
+    _check(config)
+    accelerator = instantiate(config.accelerator)
+    space = open_workspace(config)
+    trained = _has_weights(config.model.autoencoder)
+    run = space.predecessor("aekl") if trained else space.stage("aekl")
+    cohort = open_cohort(config, accelerator, space)
+    if not trained and accelerator.is_main_process:
+        _publish_untrained(config, run, cohort)
+    accelerator.wait_for_everyone()
+    if run.metadata["split_hash"] != cohort.split_hash:
+        raise UserError(f"{run.path} was trained on another split of the subjects than {space.split_file}")
+    if run.metadata["transform"] != cohort.transform.key():
+        raise UserError(f"{run.path} was trained on volumes of another transform: keep the same data.* values")
+    with lock_folder(space.latents, accelerator.is_main_process):
+        encode_cohort(run, cohort, space.latents, Path(config.data.table), accelerator, config.trainer.batch_size)
+
+
+def evaluate(config: DictConfig) -> None:
+    """Embed every scan, then run the evaluations that the config chooses; see ldae.evaluation.
+
+    Raises:
+        UserError: the config or the data is faulty, or a stage has not been trained or was trained on other data.
+    """
+    from ldae.evaluation.run import EXTERNAL, embed_in_all_processes, run_evaluations
+    from ldae.pipeline import LDAE
+    from ldae.training.precision import inference_dtype
+
+    _check(config)
+    refuse_missing_values(config.perceptual)
+    accelerator = instantiate(config.accelerator)
+    space = open_workspace(config)
+    for stage in ("aekl", "pretrain", "repr"):
+        space.predecessor(stage)
+    evaluators = {name: instantiate(node) for name, node in config.evaluation.items()}
+    cohort = open_cohort(config, accelerator, space, external=EXTERNAL in evaluators)
+    main = accelerator.is_main_process
+    if main:
+        cohort.write_rejected(space.evaluation / "rejected.csv")
+    dtype = inference_dtype(accelerator)
+    model = LDAE.load(space.root, device=accelerator.device, sampler=instantiate(config.sampler), dtype=dtype)
+    if accelerator.num_processes > 1:
+        embed_in_all_processes(model, cohort, evaluators, space, config, accelerator)
+    # The other processes end here: they would not wait longer than accelerator.timeout for the main one.
+    accelerator.end_training()
+    if main:
+        run_evaluations(model, cohort, evaluators, space, config)
 
 
 def open_cohort(config: DictConfig, accelerator: Accelerator, space: Workspace, external: bool = False) -> Cohort:
-    """The table with its split, which the main process draws, and its volumes, which all processes make together.
+    """The cohort of a config: the main process draws the split, and all processes transform scans together.
 
-    An external cohort is all test. No process waits in a collective while others work for long: each returns from
-    making volumes once all are there.
+    No process waits in a collective operation while others work for long: each returns once all volumes exist.
+
+    Args:
+        external: whether it is another cohort than that of the workspace; all of its subjects are then test subjects.
 
     Raises:
         UserError: see `load_cohort`; or the processes do not find the same scans usable.
     """
-    ensure_phantoms(config, accelerator)
+    make_synthetic_cohort(config, accelerator)
     data = config.data
     cohort = load_cohort(
         table=data.table,
@@ -76,14 +159,53 @@ def open_cohort(config: DictConfig, accelerator: Accelerator, space: Workspace, 
     return cohort
 
 
+def make_synthetic_cohort(config: DictConfig, accelerator: Accelerator) -> None:
+    """Make the scans of `data=phantom` if their table does not exist; the main process does so, the others wait."""
+    if config.data.phantom is None or Path(config.data.table).exists():
+        return
+    from ldae.data.phantom.synthetic_cohort import make_cohort, wait_for_cohort
+
+    phantom = config.data.phantom
+    if accelerator.is_main_process:
+        make_cohort(
+            Path(config.data.table).parent, phantom.subjects, phantom.seed, phantom.spacing, tuple(phantom.shape),
+            workers=config.data.workers,
+        )  # fmt: skip
+    else:
+        wait_for_cohort(Path(config.data.table))
+
+
+def _check(config: DictConfig) -> None:
+    """All checks of a config that need no data: unknown arguments, and sizes that are not divisible."""
+    from ldae.models.sizes import check_volume_shape
+
+    check_constructor_arguments(config)
+    check_volume_shape(config.data.shape, config.model.autoencoder, config.model.unet)
+
+
+def _check_predecessors(config: DictConfig, space: Workspace) -> None:
+    """Refuse a stage whose predecessors are missing before any data is read."""
+    for key in ("aekl", "pretrain"):
+        if key in config.stage:
+            space.predecessor(key, config.stage[key])
+    if "latents" in config.stage:
+        from ldae.data.latents import check_latents
+
+        check_latents(_latents_folder(config, space))
+
+
+def _latents_folder(config: DictConfig, space: Workspace) -> Path:
+    return Path(config.stage.latents or space.latents)
+
+
 def _workers(wanted: int | None, accelerator: Accelerator) -> int:
-    """Worker processes for one of the processes on this machine, which share its CPUs."""
+    """Number of worker processes for each of the processes on this machine, which share its CPU cores."""
     here = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
     return max(1, (wanted or len(os.sched_getaffinity(0))) // here)
 
 
 def _check_agreement(cohort: Cohort, accelerator: Accelerator) -> None:
-    """All processes train on the same rows, or none does: a scan may have been unreadable for one of them alone."""
+    """Refuse a cohort of which the processes find different scans usable: they would train on different rows."""
     if accelerator.num_processes == 1:
         return
     counts = gather_object([(len(cohort), hashlib.sha256("\n".join(cohort.table["path"]).encode()).hexdigest())])
@@ -94,112 +216,18 @@ def _check_agreement(cohort: Cohort, accelerator: Accelerator) -> None:
         )
 
 
-def train(config: DictConfig) -> None:
-    """Train the stage of `config`, or resume it."""
-    from ldae.training.changes import check_changes
-
-    _check(config)
-    refuse_missing_values(config.stage)
-    accelerator = instantiate(config.accelerator)
-    space = open_workspace(config)
-    name = config.stage._target_.rsplit(".", 2)[-2]
-    run = space.stage(name)
-    _check_predecessors(config, space)
-    check_changes(run, config)
-    with lock_folder(run.path, accelerator.is_main_process):
-        _train(config, accelerator, space, run)
-    accelerator.end_training()
-
-
-def _train(config: DictConfig, accelerator: Accelerator, space: Workspace, run: Run) -> None:
-    from ldae.training.precision import set_up_backends
-    from ldae.training.trainer import Trainer
-
-    set_up_backends(autotune=True)
-    cohort = open_cohort(config, accelerator, space)
-    # A run that is killed before its first checkpoint starts again from the same weights.
-    set_seed(derive_seed(config.seed, "weights", config.stage._target_) % 2**32)
-    # Partial: Hydra would turn the cohort, a dataclass, into a config.
-    stage = instantiate(config.stage, _partial_=True)(cohort=cohort, workspace=space)
-    if accelerator.is_main_process:
-        run.write_config(config)
-        cohort.write_rejected(run.path / "rejected.csv")
-    settings, optim = OmegaConf.to_object(config.trainer), OmegaConf.to_object(config.optim)
-    trainer = Trainer(accelerator, run, settings, optim, config.seed)
-    trainer.fit(stage, {"split_hash": cohort.split_hash, "transform": cohort.transform.key(), "seed": config.seed})
-
-
-def _check_predecessors(config: DictConfig, space: Workspace) -> None:
-    """A missing earlier stage is said before any data is read."""
-    for key in ("aekl", "pretrain"):
-        if key in config.stage:
-            space.predecessor(key, config.stage[key])
-    if "latents" in config.stage:
-        from ldae.data.latents import check_latents
-
-        check_latents(Path(config.stage.latents or space.latents))
-
-
-def encode(config: DictConfig) -> None:
-    """Compress every scan of the table with the trained autoencoder."""
-    from ldae.stages.encode_latents import encode_cohort
-
-    _check(config)
-    accelerator = instantiate(config.accelerator)
-    space = open_workspace(config)
-    trained = _has_weights(config.model.autoencoder)
-    run = space.predecessor("aekl") if trained else space.stage("aekl")
-    cohort = open_cohort(config, accelerator, space)
-    if not trained and accelerator.is_main_process:
-        _publish_untrained(config, run, cohort)
-    accelerator.wait_for_everyone()
-    if run.metadata["split_hash"] != cohort.split_hash:
-        raise UserError(f"{run.path} was trained on another split of the subjects than {space.split_file} holds now")
-    if run.metadata["transform"] != cohort.transform.key():
-        raise UserError(f"{run.path} was trained on volumes of another transform: keep the same data.* values")
-    with lock_folder(space.latents, accelerator.is_main_process):
-        encode_cohort(run, cohort, space.latents, Path(config.data.table), accelerator, config.trainer.batch_size)
-
-
 def _has_weights(node: DictConfig) -> bool:
-    """Whether a network has anything to train; `model/autoencoder=identity` has nothing."""
+    """Whether a network has parameters to train; `model/autoencoder=identity` has none."""
     from ldae.models.sizes import build_on_meta
 
     return bool(build_on_meta(node).state_dict())
 
 
 def _publish_untrained(config: DictConfig, run: Run, cohort: Cohort) -> None:
-    """An autoencoder without weights needs no stage 1: its run holds what later stages ask of one."""
+    """Publish an autoencoder that has no weights, so that later stages find the run of stage 1."""
     target = config.model.autoencoder._target_
     if run.published and run.config.model.autoencoder._target_ != target:
-        raise UserError(f"{run.path} holds a trained autoencoder, not {target}: choose another name=...")
-    about = {"stage": "aekl", "step": 0, "metrics": {}}
-    run.publish({"autoencoder": {}}, {**about, "split_hash": cohort.split_hash, "transform": cohort.transform.key()})
+        raise UserError(f"{run.path} is the run of a trained autoencoder, not of {target}: choose another name=...")
+    metadata = {"stage": "aekl", "step": 0, "metrics": {}}
+    run.publish({"autoencoder": {}}, {**metadata, "split_hash": cohort.split_hash, "transform": cohort.transform.key()})
     run.write_config(config)
-
-
-def evaluate(config: DictConfig) -> None:
-    """Embed every scan, then run each chosen evaluation; see ldae/evaluation/."""
-    from ldae.evaluation.run import EXTERNAL, embed_in_all_processes, run_evaluations
-    from ldae.pipeline import LDAE
-    from ldae.training.precision import inference_dtype
-
-    _check(config)
-    refuse_missing_values(config.perceptual)
-    accelerator = instantiate(config.accelerator)
-    space = open_workspace(config)
-    for stage in ("aekl", "pretrain", "repr"):
-        space.predecessor(stage)
-    evaluators = {name: instantiate(node) for name, node in config.evaluation.items()}
-    cohort = open_cohort(config, accelerator, space, external=EXTERNAL in evaluators)
-    main = accelerator.is_main_process
-    if main:
-        cohort.write_rejected(space.evaluation / "rejected.csv")
-    dtype = inference_dtype(accelerator)
-    model = LDAE.load(space.root, device=accelerator.device, sampler=instantiate(config.sampler), dtype=dtype)
-    if accelerator.num_processes > 1:
-        embed_in_all_processes(model, cohort, evaluators, space, config, accelerator)
-    # From here on the main process is alone: others that waited for it would give up after half an hour.
-    accelerator.end_training()
-    if main:
-        run_evaluations(model, cohort, evaluators, space, config)

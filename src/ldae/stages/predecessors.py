@@ -10,17 +10,25 @@ from ldae.runs import Run, Workspace
 from ldae.utils.errors import UserError
 
 
-def open_latents(path: str | None, split_hash: str, workspace: Workspace) -> LatentSet:
+def open_latents(path: str | None, split_hash: str | None, workspace: Workspace) -> LatentSet:
     """The latents of a workspace, or of the folder `path`.
+
+    Args:
+        split_hash: of the split that they must belong to; None if the workspace has no split of its own.
 
     Raises:
         UserError: they belong to another split or to another autoencoder than the workspace.
     """
     folder = Path(path) if path else workspace.latents
     latents = LatentSet.open(folder)
-    if latents.split_hash != split_hash:
+    if split_hash is not None and latents.split_hash != split_hash:
         raise UserError(f"{folder} was made for another split of the subjects: run encode_latents.py again")
-    if path is None and latents.autoencoder != workspace.predecessor("aekl").sha256("autoencoder"):
+    # On a machine that has only the latents there is no autoencoder to compare them with.
+    if (
+        path is None
+        and workspace.has("aekl")
+        and latents.autoencoder != workspace.predecessor("aekl").sha256("autoencoder")
+    ):
         raise UserError(f"{folder} was made by another autoencoder than {workspace.root / 'aekl'}: encode again")
     return latents
 

@@ -15,7 +15,6 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ldae.config import Optim, TrainerSettings
-from ldae.data.cohort import Cohort
 from ldae.data.stream import Batch
 from ldae.data.subsampling import subsample_by_subject
 from ldae.data.table import scan_names
@@ -44,11 +43,11 @@ class PretrainStage(Stage):
         parameterisation: what the U-Net predicts, eps or v.
         latents: folder that encode_latents.py wrote; None: that of the workspace.
         initial_weights: file with the weights of a U-Net to start from, loaded strictly.
-        cohort: only its split is used.
         workspace: holds the latents and the autoencoder that made them.
     """
 
     name = "pretrain"
+    reads_scans = False
     harmless_on_resume = ("latents", "initial_weights")
     monitor = Monitor(TRAIN_LOSS, higher_is_better=False)
     publishes_last = True
@@ -61,7 +60,6 @@ class PretrainStage(Stage):
         parameterisation: Parameterisation,
         latents: str | None,
         initial_weights: str | None,
-        cohort: Cohort,
         workspace: Workspace,
     ) -> None:
         if initial_weights is not None:
@@ -69,7 +67,7 @@ class PretrainStage(Stage):
         self.modules = {"unet": unet}
         self.schedule = schedule
         self.parameterisation = parameterisation
-        self.latents = open_latents(latents, cohort.split_hash, workspace)
+        self.latents = open_latents(latents, workspace.split_hash(), workspace)
         self.train_rows = self.latents.rows("train")
         self.num_samples = len(self.train_rows)
         self.sample_names = scan_names(self.latents.table, self.train_rows)
