@@ -14,12 +14,12 @@ from hydra.utils import instantiate
 from ldae.bench import run as bench_run
 from ldae.bench import tasks
 from ldae.bench.__main__ import hydra_arguments
-from ldae.bench.measure import Cost, counted
-from ldae.bench.memory import footprint
-from ldae.bench.results import compare_with_earlier, flat
-from ldae.bench.run import bench
-from ldae.bench.straight import PlainAdam, PlainAttention, PlainEma, straighten
-from ldae.bench.voxels import counts
+from ldae.bench.measure import Cost, count_flops
+from ldae.bench.memory import compute_footprint
+from ldae.bench.results import compare_with_earlier, to_flat_numbers
+from ldae.bench.run import run_bench
+from ldae.bench.straight import PlainAdam, PlainAttention, PlainEma, use_plain_kernels
+from ldae.bench.voxels import count_operations
 from ldae.config import check_constructor_arguments, compose_config
 from ldae.models.autoencoder import AutoencoderKL
 from ldae.models.unet import UNet
@@ -61,7 +61,7 @@ def test_the_straight_port_computes_the_same_function_of_the_same_weights():
     unet = random_weights(UNet(**UNET))
     z, t = torch.randn(2, 3, 4, 4, 4), torch.tensor([3.0, 700.0])
     ours = unet(z, t)
-    straighten(unet)
+    use_plain_kernels(unet)
     assert any(isinstance(module, PlainAttention) for module in unet.modules())
     torch.testing.assert_close(unet(z, t), ours, rtol=1e-4, atol=1e-4)
 
@@ -89,14 +89,14 @@ def test_the_plain_optimiser_leaves_out_a_step_that_is_not_finite():
 
 def test_flops_of_a_product_and_of_attention_are_counted_as_on_paper():
     a = torch.ones(3, 5)
-    assert counted(lambda: a @ a.T) == 2 * 3 * 5 * 3
+    assert count_flops(lambda: a @ a.T) == 2 * 3 * 5 * 3
     q = torch.ones(1, 1, 7, 4)
-    assert counted(lambda: torch.nn.functional.scaled_dot_product_attention(q, q, q)) == 2 * (2 * 7 * 7 * 4)
+    assert count_flops(lambda: torch.nn.functional.scaled_dot_product_attention(q, q, q)) == 2 * (2 * 7 * 7 * 4)
 
 
 def test_gains_multiply_to_the_speed_up():
     costs = {name: {"encode": Cost(seconds, 1, 2e9)} for name, seconds in (("a", 6.0), ("b", 3.0), ("c", 2.0))}
-    numbers = flat(costs, {"a": 1e9, "b": 1e9, "c": 2e9})
+    numbers = to_flat_numbers(costs, {"a": 1e9, "b": 1e9, "c": 2e9})
     assert numbers["speedup/encode"] == pytest.approx(3)
     assert numbers["gain/b/encode"] * numbers["gain/c/encode"] == pytest.approx(3)
     assert numbers["encode/ms"] == pytest.approx(2000)
@@ -125,7 +125,7 @@ def test_a_run_writes_every_number_of_every_task(tmp_path, monkeypatch):
         "bench.repeats=1", "bench.matrix=64", "accelerator=cpu", f"paths.runs={tmp_path}",
         "bench.batch={aekl: 1, pretrain: 2, repr: 1}",
     )  # fmt: skip
-    bench(composed(), composed)
+    run_bench(composed(), composed)
     numbers = json.loads((tmp_path / "bench" / "bench.json").read_text())
     names = ["loading", "reading", "encode", "embed", "invert", "sample", "decode", "reconstruct", "counterfactual"]
     for task in [*names, "train_aekl", "train_pretrain", "train_repr"]:
@@ -149,13 +149,13 @@ def test_what_is_measured_outlives_what_fails_later(tmp_path, monkeypatch):
         f"paths.runs={tmp_path}", "bench.batch={aekl: 1, pretrain: 2, repr: 1}",
     )  # fmt: skip
     with pytest.raises(UserError, match="no voxels"):
-        bench(composed(), composed)
+        run_bench(composed(), composed)
     assert json.loads((tmp_path / "bench" / "partial.json").read_text())["embed/ms"] > 0
 
 
 def test_a_latent_that_is_the_scan_costs_no_autoencoder():
     space = ["model/autoencoder=identity", *[o for o in TINY if "autoencoder" not in o]]
-    found = counts(composer("bench", *space)())
+    found = count_operations(composer("bench", *space)())
     assert found["autoencoder"] == 0
     assert found["evaluation"] > found["attention"] > 0
 
@@ -194,7 +194,7 @@ def test_bytes_of_a_step_are_counted_without_memory():
         parameters = sum(p.numel() for p in unet.parameters())
         buffers = sum(b.numel() for b in unet.buffers())
     one, two, lean = (
-        footprint(config, "pretrain", batch, lean, reduced=False, ema=True)
+        compute_footprint(config, "pretrain", batch, lean, reduced=False, ema=True)
         for batch, lean in ((32, False), (64, False), (64, True))
     )
     assert one.trained == one.average == 4 * (parameters + buffers)
@@ -203,7 +203,7 @@ def test_bytes_of_a_step_are_counted_without_memory():
     assert two.passes > one.passes
     assert lean.passes < two.passes
     for stage in ("aekl", "repr"):
-        assert footprint(config, stage, 1, checkpointing=True, reduced=True, ema=False).peak > 0
+        assert compute_footprint(config, stage, 1, checkpointing=True, reduced=True, ema=False).peak > 0
 
 
 def cohort(folder):

@@ -13,11 +13,11 @@ import torch
 from ldae.bench.gpu_check import parts as parts_module
 from ldae.bench.gpu_check import run as run_module
 from ldae.bench.gpu_check.__main__ import main
-from ldae.bench.gpu_check.chain import differences, left_out, records
-from ldae.bench.gpu_check.check import FULL, SMOKE, Check
+from ldae.bench.gpu_check.chain import relative_differences, count_skipped, read_records
+from ldae.bench.gpu_check.check import FULL, SMOKE, GpuCheck
 from ldae.bench.gpu_check.items import Item, run_item
 from ldae.bench.gpu_check.parts import PARTS
-from ldae.bench.gpu_check.run import choose, run
+from ldae.bench.gpu_check.run import choose_items, run_check
 from ldae.bench.gpu_check.training import count_waits
 from ldae.utils.errors import UserError
 
@@ -77,7 +77,7 @@ def test_a_part_that_fails_is_told_and_the_others_go_on(tmp_path, monkeypatch):
         return {"ms": 2.0, "places": ["here.py:1"]}
 
     fake(monkeypatch, first=(1, lambda check: {"ms": 1.5}), bad=(1, fail), last=(1, last))
-    assert run(FULL, ["made_up"], tmp_path, budget=60) == 1
+    assert run_check(FULL, ["made_up"], tmp_path, budget=60) == 1
     assert seen[0]["first"]["numbers"] == {"ms": 1.5}
     assert "the deepest reason" in seen[0]["bad"]["reason"]
     table = (tmp_path / "gpu_check.md").read_text()
@@ -87,13 +87,13 @@ def test_a_part_that_fails_is_told_and_the_others_go_on(tmp_path, monkeypatch):
 
 def test_what_does_not_fit_the_budget_is_skipped_and_what_an_earlier_call_measured_stays(tmp_path, monkeypatch):
     fake(monkeypatch, cheap=(1, lambda check: {"ms": 1.0}), dear=(1000, lambda check: {"ms": 2.0}))
-    assert run(FULL, ["made_up"], tmp_path, budget=30) == 0
+    assert run_check(FULL, ["made_up"], tmp_path, budget=30) == 0
     found = read(tmp_path, "made_up")
     assert found["cheap"]["state"] == "done"
     assert found["dear"]["state"] == "skipped"
     assert "1000 s" in found["dear"]["reason"]
-    run(FULL, ["made_up/dear"], tmp_path, budget=2000)
-    run(FULL, ["made_up/dear"], tmp_path, budget=30)
+    run_check(FULL, ["made_up/dear"], tmp_path, budget=2000)
+    run_check(FULL, ["made_up/dear"], tmp_path, budget=30)
     found = read(tmp_path, "made_up")
     assert found["dear"]["numbers"] == {"ms": 2.0}
     assert found["cheap"]["numbers"] == {"ms": 1.0}
@@ -108,16 +108,16 @@ def test_the_budget_ends_what_takes_longer_than_it_was_thought_to(tmp_path):
         return {}
 
     start = time.monotonic()
-    outcome = run_item(Item("long", 0.0, sleep), Check(FULL, tmp_path, tmp_path, budget=0.3))
+    outcome = run_item(Item("long", 0.0, sleep), GpuCheck(FULL, tmp_path, tmp_path, budget=0.3))
     assert outcome.state == "skipped"
     assert time.monotonic() - start < 10
 
 
 def test_parts_are_chosen_by_name_and_order():
-    assert [item.name for _, item in choose(["chain_more", "chain/fp32"])] == ["fp16", "compiled", "fp32"]
-    assert {part for part, _ in choose(list(PARTS))} == set(PARTS)
+    assert [item.name for _, item in choose_items(["chain_more", "chain/fp32"])] == ["fp16", "compiled", "fp32"]
+    assert {part for part, _ in choose_items(list(PARTS))} == set(PARTS)
     with pytest.raises(UserError, match="nosuch"):
-        choose(["nosuch"])
+        choose_items(["nosuch"])
 
 
 def test_a_wait_for_the_device_is_counted_with_the_line_that_asked_for_it():
@@ -145,17 +145,17 @@ def chain_run(root, loss, skipped=None):
         lines = [{"step": 1, "train/loss": 1.0, "train/gradient_norm": 5.0}, {"step": 2, "train/loss": loss}]
         lines += [{"step": 2, "val/l1": 0.5}] + ([{"step": 2, "train/skipped": skipped}] if skipped else [])
         (root / stage / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return records(root)
+    return read_records(root)
 
 
 def test_chains_are_compared_by_their_largest_relative_difference(tmp_path):
     reference, other = chain_run(tmp_path / "a", 2.0), chain_run(tmp_path / "b", 2.2, skipped=1)
-    assert differences(reference, reference) == dict.fromkeys(differences(reference, reference), 0.0)
-    found = differences(reference, other)
+    assert relative_differences(reference, reference) == dict.fromkeys(relative_differences(reference, reference), 0.0)
+    found = relative_differences(reference, other)
     assert found["repr_loss"] == pytest.approx(0.1)
     assert found["repr_val"] == 0
-    assert left_out(other) == {"skipped": 3, "overflowed": 0}
+    assert count_skipped(other) == {"skipped": 3, "overflowed": 0}
     del other["aekl", 2, "train/loss"]
-    assert differences(reference, other)["aekl_loss"] == float("inf")
+    assert relative_differences(reference, other)["aekl_loss"] == float("inf")
     other["aekl", 2, "train/overflowed"] = 1.0
-    assert differences(reference, other)["aekl_loss"] == 0
+    assert relative_differences(reference, other)["aekl_loss"] == 0

@@ -23,14 +23,14 @@ def main(config: DictConfig) -> None:
         from hydra import compose
         from hydra.core.hydra_config import HydraConfig
 
-        from ldae.bench.run import bench
+        from ldae.bench.run import run_bench
 
         given = list(HydraConfig.get().overrides.task)
 
         def composed(more: Sequence[str]) -> DictConfig:
             return compose("bench", [*given, *more])
 
-        bench(config, composed)
+        run_bench(config, composed)
 
 
 def hydra_arguments(arguments: Sequence[str]) -> list[str]:

@@ -35,7 +35,7 @@ class Cost:
     waited: float = 0.0
     busy: float = 0.0
 
-    def times(self, factor: float) -> "Cost":
+    def scaled(self, factor: float) -> "Cost":
         """The same work `factor` times."""
         return Cost(self.seconds * factor, self.scans, self.flop * factor, self.peak, self.waited, self.busy * factor)
 
@@ -58,7 +58,7 @@ def synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-class Peak:
+class PeakMemory:
     """Peak memory since it was made: the GPU's allocations, or the growth of this process."""
 
     def __init__(self, device: torch.device) -> None:
@@ -91,7 +91,7 @@ def _record() -> int:
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def counter_of(work: Callable[[], Any]) -> FlopCounterMode:
+def run_flop_counter(work: Callable[[], Any]) -> FlopCounterMode:
     """The FLOPs of one call of `work`, by kind.
 
     Attention is counted as the two products that it is: the counter does not know a CPU's fused kernel.
@@ -101,17 +101,17 @@ def counter_of(work: Callable[[], Any]) -> FlopCounterMode:
     return counter
 
 
-def counted(work: Callable[[], Any]) -> float:
+def count_flops(work: Callable[[], Any]) -> float:
     """FLOPs of one call of `work`, which is also its warm-up."""
-    return float(counter_of(work).get_total_flops())
+    return float(run_flop_counter(work).get_total_flops())
 
 
-def timed(work: Callable[[], Any], repeats: int, device: torch.device, scans: int = 1) -> Cost:
+def time_calls(work: Callable[[], Any], repeats: int, device: torch.device, scans: int = 1) -> Cost:
     """The cost of one call of `work`; one run counts FLOPs, one warms up where kernels are chosen by measuring."""
-    flop = counted(work)
+    flop = count_flops(work)
     if device.type == "cuda":
         work()
-    seconds, busy, peak = [], [], Peak(device)
+    seconds, busy, peak = [], [], PeakMemory(device)
     for _ in range(repeats):
         synchronise(device)
         start, core = time.perf_counter(), time.process_time()
@@ -122,7 +122,7 @@ def timed(work: Callable[[], Any], repeats: int, device: torch.device, scans: in
     return Cost(statistics.median(seconds), scans, flop, peak.bytes(), busy=statistics.median(busy))
 
 
-def matrix_rate(edge: int, device: torch.device, dtype: torch.dtype, repeats: int = 5) -> float:
+def measure_matrix_rate(edge: int, device: torch.device, dtype: torch.dtype, repeats: int = 5) -> float:
     """FLOP/s of a matrix product of this edge: the best of `repeats`, what this machine can do."""
     a = torch.randn(edge, edge, device=device, dtype=dtype)
     b = torch.randn(edge, edge, device=device, dtype=dtype)

@@ -49,7 +49,7 @@ class Footprint:
         return {**parts, "peak": self.peak / 2**30, "fits": float(self.peak <= gigabytes * 2**30)}
 
 
-class Live(TorchDispatchMode):
+class LiveBytes(TorchDispatchMode):
     """Bytes of the tensors alive that were made inside, now and at their worst."""
 
     def __init__(self) -> None:
@@ -97,7 +97,9 @@ def _size(*modules: nn.Module) -> int:
     return sum(FLOAT * tensor.numel() for module in modules for tensor in module.state_dict().values())
 
 
-def footprint(config: DictConfig, stage: str, batch: int, checkpointing: bool, reduced: bool, ema: bool) -> Footprint:
+def compute_footprint(
+    config: DictConfig, stage: str, batch: int, checkpointing: bool, reduced: bool, ema: bool
+) -> Footprint:
     """Of one optimiser step of a stage.
 
     Args:
@@ -106,7 +108,7 @@ def footprint(config: DictConfig, stage: str, batch: int, checkpointing: bool, r
         ema: whether an average is kept.
     """
     trained, frozen, passes = PASSES[stage](config, batch, checkpointing)
-    live = Live()
+    live = LiveBytes()
     # Built without memory, the networks get fake tensors of a device that has autocast.
     with FakeTensorMode(allow_non_fake_inputs=True):
         for module in (*trained, *frozen):

@@ -23,7 +23,7 @@ COLUMNS = {
 Costs = Mapping[str, Mapping[str, Cost]]
 
 
-def flat(costs: Costs, matrix_rates: Mapping[str, float]) -> dict[str, float]:
+def to_flat_numbers(costs: Costs, matrix_rates: Mapping[str, float]) -> dict[str, float]:
     """The last variant's numbers under `task/...`, the others' under `variant/task/...`, and gains.
 
     Args:
@@ -55,7 +55,7 @@ def _per_scan(cost: Cost) -> float:
     return cost.seconds / cost.scans
 
 
-def table(numbers: Mapping[str, float], variants: Sequence[str], tasks: Sequence[str]) -> str:
+def format_table(numbers: Mapping[str, float], variants: Sequence[str], tasks: Sequence[str]) -> str:
     """Aligned lines: a task of a variant each, then the gains."""
     rows = [("task", "variant", "ms", "core ms", "scans/s", "peak MB", "GFLOP", "of matrix rate", "waiting")]
     for task in tasks:

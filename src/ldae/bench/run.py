@@ -9,11 +9,11 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from ldae.bench.measure import Cost, matrix_rate
-from ldae.bench.memory import footprint
-from ldae.bench.results import compare_with_earlier, flat, table
-from ldae.bench.settings import Bench, Case
-from ldae.bench.subject import Subject
+from ldae.bench.measure import Cost, measure_matrix_rate
+from ldae.bench.memory import compute_footprint
+from ldae.bench.results import compare_with_earlier, to_flat_numbers, format_table
+from ldae.bench.settings import Bench, MemoryCase
+from ldae.bench.subject import VariantUnderTest
 from ldae.bench.tasks import TASKS, run_tasks
 from ldae.bench.voxels import compare_spaces
 from ldae.config import check_constructor_arguments
@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 Compose = Callable[[Sequence[str]], DictConfig]
 
 
-def bench(config: DictConfig, compose: Compose) -> dict[str, float]:
+def run_bench(config: DictConfig, compose: Compose) -> dict[str, float]:
     """Measure, write bench.json and log the table. Returns the numbers.
 
     Raises:
@@ -40,37 +40,39 @@ def bench(config: DictConfig, compose: Compose) -> dict[str, float]:
     rates: dict[str, float] = {}
     with tempfile.TemporaryDirectory(prefix="ldae-bench-") as folder:
         for variant, overrides in settings.variants.items():
-            costs[variant], rates[variant] = measure(compose, variant, overrides, Path(folder) / variant)
-            write_json(partial, flat(costs, rates))  # an hour's measurements outlive what comes after
+            costs[variant], rates[variant] = measure_variant(compose, variant, overrides, Path(folder) / variant)
+            write_json(partial, to_flat_numbers(costs, rates))  # an hour's measurements outlive what comes after
         voxels = compare_spaces(compose, settings.voxels, Path(folder) / "voxels") if settings.voxels else {}
-    numbers = flat(costs, rates) | voxels
+    numbers = to_flat_numbers(costs, rates) | voxels
     for name, case in settings.memory.items():
-        numbers |= memory(compose, name, case)
-    report(numbers, settings, list(costs))
+        numbers |= compute_memory(compose, name, case)
+    write_report(numbers, settings, list(costs))
     partial.unlink(missing_ok=True)
     return numbers
 
 
-def measure(compose: Compose, variant: str, overrides: Sequence[str], folder: Path) -> tuple[dict[str, Cost], float]:
+def measure_variant(
+    compose: Compose, variant: str, overrides: Sequence[str], folder: Path
+) -> tuple[dict[str, Cost], float]:
     """The costs of one variant, and the matrix rate beside them."""
     folder.mkdir(parents=True, exist_ok=True)
-    subject = Subject(compose, overrides, folder)
+    subject = VariantUnderTest(compose, overrides, folder)
     edge = subject.settings.matrix
-    rates = [matrix_rate(edge, subject.device, subject.dtype)]
+    rates = [measure_matrix_rate(edge, subject.device, subject.dtype)]
     costs = {}
     for name, cost in run_tasks(subject):
         costs[name] = cost
         log.info("%s %s: %.1f ms", variant, name, 1e3 * cost.seconds)
     # The machine may be busier at one end than at the other: the share is of the better rate.
-    rates.append(matrix_rate(edge, subject.device, subject.dtype))
+    rates.append(measure_matrix_rate(edge, subject.device, subject.dtype))
     return costs, max(rates)
 
 
-def memory(compose: Compose, name: str, case: Case) -> dict[str, float]:
+def compute_memory(compose: Compose, name: str, case: MemoryCase) -> dict[str, float]:
     """Bytes of a training step with checkpointing in 16 bits, and the peak of one in float32 without."""
     config = compose(case.overrides)
     ema = case.stage != "aekl"
-    lean, plain = (footprint(config, case.stage, case.batch, lean, lean, ema) for lean in (True, False))
+    lean, plain = (compute_footprint(config, case.stage, case.batch, lean, lean, ema) for lean in (True, False))
     found = {f"memory/{name}/{key}": value for key, value in lean.numbers(case.gigabytes).items()}
     found[f"memory/{name}/peak_plain"] = plain.peak / 2**30
     log.info(
@@ -80,13 +82,13 @@ def memory(compose: Compose, name: str, case: Case) -> dict[str, float]:
     return found
 
 
-def report(numbers: dict[str, float], settings: Bench, variants: list[str]) -> None:
+def write_report(numbers: dict[str, float], settings: Bench, variants: list[str]) -> None:
     """bench.json, the table, and the comparison where one is asked for."""
     numbers["machine/threads"] = float(torch.get_num_threads())
     numbers["machine/cuda"] = float(torch.cuda.is_available())
     path = Path(settings.output) / "bench.json"
     tasks = list(dict.fromkeys(name.split("/")[-2] for name in numbers if name.endswith("/ms")))
-    log.info("\n%s\n\n%s", table(numbers, variants, tasks), path)
+    log.info("\n%s\n\n%s", format_table(numbers, variants, tasks), path)
     if settings.against is not None:
         lines, slower = compare_with_earlier(numbers, settings.against, settings.tolerance)
         log.info("\n%s\n%s", lines, f"slower than {settings.against}: {', '.join(slower) or 'nothing'}")

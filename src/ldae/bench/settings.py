@@ -8,7 +8,7 @@ from ldae.utils.errors import UserError
 
 
 @dataclass(frozen=True)
-class Voxels:
+class SpaceComparison:
     """Latent against voxel space, at equal widths and steps.
 
     Args:
@@ -23,7 +23,7 @@ class Voxels:
 
 
 @dataclass(frozen=True)
-class Case:
+class MemoryCase:
     """A training step whose bytes are counted.
 
     Args:
@@ -73,8 +73,8 @@ class Bench:
     against: str | None
     tolerance: float
     output: str
-    voxels: Voxels | None = None
-    memory: Mapping[str, Case] = field(default_factory=dict)
+    voxels: SpaceComparison | None = None
+    memory: Mapping[str, MemoryCase] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.repeats < 1 or self.scans < 2:

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ldae.bench.measure import Cost, Peak, counted, synchronise
-from ldae.bench.subject import Subject
+from ldae.bench.measure import Cost, PeakMemory, count_flops, synchronise
+from ldae.bench.subject import VariantUnderTest
 from ldae.data.stream import Batch, Batches, SampleStream
 from ldae.training.precision import set_up_backends
 from ldae.utils.errors import UserError
@@ -19,7 +19,7 @@ WARM_UP = 2  # steps after the one that counts operations: kernels are chosen by
 SCALING = 20  # further steps, at most: a scaler of float16 finds its factor by steps that do not count
 
 
-class Steps(AbstractContextManager["Steps"]):
+class TrainingSteps(AbstractContextManager["Steps"]):
     """The real stage of a subject on made-up data. A call takes one step, its data included, and waits for nothing.
 
     Attributes:
@@ -27,7 +27,7 @@ class Steps(AbstractContextManager["Steps"]):
         number: the step to take next.
     """
 
-    def __init__(self, subject: Subject, name: str) -> None:
+    def __init__(self, subject: VariantUnderTest, name: str) -> None:
         self.subject = subject
         if not subject.settings.straight:
             set_up_backends(autotune=subject.settings.autotune)
@@ -88,9 +88,9 @@ class Steps(AbstractContextManager["Steps"]):
         self._batches.close()
 
 
-def step_cost(steps: Steps, repeats: int, count: bool = True) -> Cost:
+def measure_step(steps: TrainingSteps, repeats: int, count: bool = True) -> Cost:
     """What a step costs, after one that counts its operations (not where it is compiled: `count` off) and a warm-up."""
-    flop = counted(steps) if count else 0.0
+    flop = count_flops(steps) if count else 0.0
     on_gpu = steps.device.type == "cuda"
     steps.warm_up(WARM_UP if on_gpu else int(not count))
     seconds, waited, busy, peak = (_in_flight if on_gpu else _one_by_one)(steps, repeats)
@@ -98,17 +98,17 @@ def step_cost(steps: Steps, repeats: int, count: bool = True) -> Cost:
     return Cost(seconds, steps.size, flop, peak.bytes(), waited, busy)
 
 
-Timing = tuple[float, float, float, Peak]
+Timing = tuple[float, float, float, PeakMemory]
 
 
-def _in_flight(steps: Steps, repeats: int) -> Timing:
+def _in_flight(steps: TrainingSteps, repeats: int) -> Timing:
     """Steps that the host hands to a GPU without waiting, as in training: seconds of one is their mean.
 
     The wait for data is what the GPU idles between the end of a step and the next one's batch: where the host is ahead,
     a batch that takes long costs nothing.
     """
     done, fetched = ([torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)] for _ in range(2))
-    peak, waiting = Peak(steps.device), steps.subject.waiting
+    peak, waiting = PeakMemory(steps.device), steps.subject.waiting
     waiting.seconds = 0.0
     start, core = time.perf_counter(), time.process_time()
     done[0].record()
@@ -124,9 +124,9 @@ def _in_flight(steps: Steps, repeats: int) -> Timing:
     return seconds / repeats, waited / seconds, busy / repeats, peak
 
 
-def _one_by_one(steps: Steps, repeats: int) -> Timing:
+def _one_by_one(steps: TrainingSteps, repeats: int) -> Timing:
     """On a CPU: the median step, and the share of all of them that went by before the batch was there."""
-    seconds, waits, busy, peak = [], [], [], Peak(steps.device)
+    seconds, waits, busy, peak = [], [], [], PeakMemory(steps.device)
     waiting, straight = steps.subject.waiting, steps.subject.settings.straight
     for _ in range(repeats):
         waiting.seconds = 0.0
@@ -140,7 +140,7 @@ def _one_by_one(steps: Steps, repeats: int) -> Timing:
     return statistics.median(seconds), sum(waits) / sum(seconds), statistics.median(busy), peak
 
 
-def seconds_of(work: Callable[[], object], device: torch.device) -> float:
+def measure_seconds(work: Callable[[], object], device: torch.device) -> float:
     """Of one call of `work`, the device's part included."""
     synchronise(device)
     start = time.perf_counter()

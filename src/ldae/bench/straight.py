@@ -35,7 +35,7 @@ class PlainAttention(Attention):
         return x + self.projection(mixed).transpose(1, 2).unflatten(2, x.shape[2:])
 
 
-def straighten(module: nn.Module) -> nn.Module:
+def use_plain_kernels(module: nn.Module) -> nn.Module:
     """The module as it is defined, without CPU kernels and with plain attention. Its parameters and names stay."""
     remove_kernels(module, CPU_KERNELS)
     return use_kernels(module, {Attention: PlainAttention}).to(memory_format=torch.contiguous_format)
@@ -68,7 +68,7 @@ class PlainAdam(torch.optim.Adam):
             super().step(closure)
 
 
-def straighten_stage(stage: Stage) -> None:
+def use_plain_updates(stage: Stage) -> None:
     """After `prepare`: plain optimisers and averages."""
     for optimizer in stage.optimizers.values():
         for group in optimizer.param_groups:
@@ -78,7 +78,7 @@ def straighten_stage(stage: Stage) -> None:
     stage.averages = {name: PlainEma(ema.module, ema.decay, ema.warmup) for name, ema in stage.averages.items()}
 
 
-class Waiting:
+class WaitingTime:
     """Seconds spent on files; read and reset by whoever times a step."""
 
     def __init__(self) -> None:
@@ -96,7 +96,7 @@ class NpzVolumes:
     """Volumes read from NPZ files, one after the other, when a batch is asked for."""
 
     files: Sequence[Path]
-    waiting: Waiting
+    waiting: WaitingTime
     shape: tuple[int, int, int]
 
     def batch(self, indices: Iterable[int]) -> Tensor:
@@ -121,10 +121,10 @@ class NpzVolumes:
 class NpzLatents(LatentSet):
     """Latents read from their files when a batch is asked for."""
 
-    waiting: Waiting | None = None
+    waiting: WaitingTime | None = None
 
     @classmethod
-    def of(cls, latents: LatentSet, waiting: Waiting) -> "NpzLatents":
+    def of(cls, latents: LatentSet, waiting: WaitingTime) -> "NpzLatents":
         """The same latents, from their files."""
         return cls(**vars(latents), waiting=waiting)
 
@@ -142,7 +142,7 @@ class NpzLatents(LatentSet):
         return NpzLatents(**{**vars(self), "scale": self.scale.to(device)})
 
 
-def port_accelerator() -> Accelerator:
+def build_port_accelerator() -> Accelerator:
     """fp16 autocast on a GPU, as published; float32 on a CPU. PyTorch's backends as they are by default."""
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.benchmark = False

@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from ldae.bench.settings import Bench
-from ldae.bench.straight import NpzLatents, NpzVolumes, Waiting, straighten, straighten_stage
+from ldae.bench.straight import NpzLatents, NpzVolumes, WaitingTime, use_plain_kernels, use_plain_updates
 from ldae.data.augmentation import Augmentation
 from ldae.data.cohort import Cohort
 from ldae.data.latent_file import LATENT_FILE, digest_rows, write_latents
@@ -66,7 +66,7 @@ class UntrainedWorkspace(Workspace):
 
 
 @cache
-def made_up_scan(spacing: float, shape: tuple[int, int, int]) -> np.ndarray:
+def make_scan(spacing: float, shape: tuple[int, int, int]) -> np.ndarray:
     """Noise in an ellipsoid as large as a brain, in air, (X, Y, Z) float32 in [0, 1]; `spacing` in mm."""
     axes = [spacing * (np.arange(size) - (size - 1) / 2) / half for size, half in zip(shape, BRAIN, strict=True)]
     inside = sum(np.square(axis) for axis in np.meshgrid(*axes, indexing="ij", sparse=True)) < 1
@@ -74,7 +74,7 @@ def made_up_scan(spacing: float, shape: tuple[int, int, int]) -> np.ndarray:
     return np.where(inside, 0.2 + 0.8 * noise, np.float32(0)).astype(np.float32)
 
 
-class Subject:
+class VariantUnderTest:
     """A variant's config, and what the tasks need of it.
 
     Args:
@@ -93,7 +93,7 @@ class Subject:
         self.device = self.accelerator.device
         self.dtype = DTYPES[self.accelerator.mixed_precision]
         self.folder = folder
-        self.waiting = Waiting()
+        self.waiting = WaitingTime()
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -118,7 +118,7 @@ class Subject:
     @cached_property
     def scan(self) -> np.ndarray:
         """A head in air, (X, Y, Z) float32 in model space: what costs less in air must have the air of a scan."""
-        return made_up_scan(float(self.config.data.spacing), self.shape)
+        return make_scan(float(self.config.data.spacing), self.shape)
 
     @cached_property
     def cohort(self) -> Cohort:
@@ -177,8 +177,8 @@ class Subject:
         stage.prepare(self.accelerator, settings, optim, 0)
         if self.settings.straight:
             for module in [*stage.modules.values(), *(v for v in vars(stage).values() if isinstance(v, nn.Module))]:
-                straighten(module)
-            straighten_stage(stage)
+                use_plain_kernels(module)
+            use_plain_updates(stage)
         return stage
 
     def model(self) -> LDAE:
@@ -202,5 +202,5 @@ class Subject:
         )
         if self.settings.straight:
             for module in (autoencoder, unet, encoder, estimator):
-                straighten(module)
+                use_plain_kernels(module)
         return model

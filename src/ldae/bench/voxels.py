@@ -12,10 +12,10 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ldae.bench.measure import counter_of
-from ldae.bench.settings import Voxels
-from ldae.bench.straight import straighten
-from ldae.bench.subject import Subject
+from ldae.bench.measure import run_flop_counter
+from ldae.bench.settings import SpaceComparison
+from ldae.bench.straight import use_plain_kernels
+from ldae.bench.subject import VariantUnderTest
 from ldae.bench.tasks import inference
 from ldae.runs import estimator_node
 
@@ -27,20 +27,20 @@ PRODUCTS = ("bmm", "baddbmm")  # of attention's scores and values; Linears count
 
 def _count(work: Callable[[], object]) -> tuple[float, float]:
     """FLOPs of `work`, and those of them that attention's two products take."""
-    counter = counter_of(work)
+    counter = run_flop_counter(work)
     by_kind = counter.get_flop_counts().get("Global", {})  # nothing at all where the latent is the scan itself
     attention = sum(flop for kind, flop in by_kind.items() if str(kind).rsplit(".", 1)[-1] in PRODUCTS)
     return float(counter.get_total_flops()), float(attention)
 
 
-def counts(config: DictConfig) -> dict[str, float]:
+def count_operations(config: DictConfig) -> dict[str, float]:
     """FLOPs of one scan: `evaluation` (U-Net and estimator), its `attention`, and `autoencoder`, there and back."""
     nodes = config.model
     with torch.device("meta"):
         autoencoder, unet, encoder = (instantiate(nodes[name]) for name in ("autoencoder", "unet", "encoder"))
         estimator = instantiate(estimator_node(nodes.unet, encoder.dim, nodes.estimator))
     for module in (autoencoder, unet, estimator):
-        straighten(module)
+        use_plain_kernels(module)
     # Shapes of a device that has autocast, which the networks switch off in places.
     with FakeTensorMode(allow_non_fake_inputs=True):
         for module in (autoencoder, unet, estimator):
@@ -59,12 +59,12 @@ def counts(config: DictConfig) -> dict[str, float]:
     return {"evaluation": evaluation, "attention": attention, "autoencoder": both}
 
 
-def compare_spaces(compose: Compose, settings: Voxels, folder: Path) -> dict[str, float]:
+def compare_spaces(compose: Compose, settings: SpaceComparison, folder: Path) -> dict[str, float]:
     """Flat names to numbers: an inversion and a decoding of `settings.steps` steps each, in both spaces."""
     numbers: dict[str, float] = {}
     totals, bare = [], []
     for space, more in (("latent", []), ("voxel", [VOXEL])):
-        found = counts(compose([*settings.full, *more]))
+        found = count_operations(compose([*settings.full, *more]))
         totals.append(2 * settings.steps * found["evaluation"] + found["autoencoder"])
         bare.append(totals[-1] - 2 * settings.steps * found["attention"])
         numbers |= {f"voxels/full/{space}_{name}_gflop": flop / 1e9 for name, flop in found.items()}
@@ -73,7 +73,9 @@ def compare_spaces(compose: Compose, settings: Voxels, folder: Path) -> dict[str
     seconds = []
     for space, more in (("latent", []), ("voxel", [VOXEL])):
         (folder / space).mkdir(parents=True)
-        subject = Subject(compose, [*settings.reduced, *more, f"sampler.steps={settings.steps}"], folder / space)
+        subject = VariantUnderTest(
+            compose, [*settings.reduced, *more, f"sampler.steps={settings.steps}"], folder / space
+        )
         costs = dict(inference(subject))
         seconds.append(sum(costs[name].seconds for name in ("encode", "invert", "sample", "decode")))
         numbers[f"voxels/reduced/{space}_ms"] = 1e3 * seconds[-1]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ldae.bench.gpu_check.check import FULL, SMOKE
 from ldae.bench.gpu_check.parts import PARTS
-from ldae.bench.gpu_check.run import run
+from ldae.bench.gpu_check.run import run_check
 from ldae.utils.errors import EXIT_USER_ERROR, UserError
 
 log = logging.getLogger(__name__)
@@ -28,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout, force=True)
     logging.getLogger("ldae.bench").setLevel(logging.INFO)
     try:
-        failed = run(SIZES[given.size], given.parts.split(","), given.out, given.budget)
+        failed = run_check(SIZES[given.size], given.parts.split(","), given.out, given.budget)
     except UserError as error:
         log.error("%s", error)
         sys.exit(EXIT_USER_ERROR)

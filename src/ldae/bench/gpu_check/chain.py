@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ldae.bench.gpu_check.check import Check, Numbers
+from ldae.bench.gpu_check.check import GpuCheck, Numbers
 
 STAGES = ("aekl", "pretrain", "repr")
 TOLERANCES = {"fp32": 0.01, "compiled": 0.01, "fp16": 0.05, "bf16": 0.05}
@@ -27,7 +27,7 @@ NO_DROPOUT = (
 Records = dict[tuple[str, int, str], float]  # (stage, step, name) to value
 
 
-def made_up_scans(folder: Path, count: int, shape: Sequence[int], spacing: float) -> Path:
+def make_scans(folder: Path, count: int, shape: Sequence[int], spacing: float) -> Path:
     """A table of NIfTI files (X, Y, Z), one a subject: blurred noise in a ball, in air. Returns it."""
     import nibabel as nib
     import pandas as pd
@@ -49,7 +49,7 @@ def made_up_scans(folder: Path, count: int, shape: Sequence[int], spacing: float
     return folder / "scans.csv"
 
 
-def run_chain(check: Check, name: str) -> Path:
+def run_chain(check: GpuCheck, name: str) -> Path:
     """Train, encode, train, train. Returns the folder of the runs."""
     from ldae.experiment import encode, train
 
@@ -67,11 +67,11 @@ def run_chain(check: Check, name: str) -> Path:
     return check.scratch / "chain" / "runs" / name
 
 
-def _table(check: Check) -> Path:
+def _table(check: GpuCheck) -> Path:
     folder = check.scratch / "chain" / "data"
     if not (folder / "scans.csv").exists():
         data = check.composer("encode_latents", "experiment=smoke", *_shared(check.size.chain))([]).data
-        made_up_scans(folder, data.phantom.subjects, data.shape, data.spacing)
+        make_scans(folder, data.phantom.subjects, data.shape, data.spacing)
     return folder / "scans.csv"
 
 
@@ -86,7 +86,7 @@ def _fresh() -> None:
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def records(root: Path) -> Records:
+def read_records(root: Path) -> Records:
     """Everything that a run logged, but gradient norms."""
     found: Records = {}
     for stage in STAGES:
@@ -97,7 +97,7 @@ def records(root: Path) -> Records:
     return found
 
 
-def differences(reference: Records, found: Records) -> dict[str, float]:
+def relative_differences(reference: Records, found: Records) -> dict[str, float]:
     """By stage, the largest relative difference of its losses and of its validation metrics.
 
     A value that a run lacks is infinitely far, unless float16 overflowed in that step, which then logs none.
@@ -113,7 +113,7 @@ def differences(reference: Records, found: Records) -> dict[str, float]:
     return numbers
 
 
-def left_out(found: Records) -> dict[str, float]:
+def count_skipped(found: Records) -> dict[str, float]:
     """Steps of all stages together that were skipped, and that overflowed."""
     totals = {}
     for kind in ("skipped", "overflowed"):
@@ -122,7 +122,7 @@ def left_out(found: Records) -> dict[str, float]:
     return totals
 
 
-def latent_difference(reference: Path, found: Path) -> float:
+def measure_latent_difference(reference: Path, found: Path) -> float:
     """Root mean square of the difference of all latents, in standard deviations of the reference's."""
     from ldae.data.latents import LatentSet
 
@@ -130,16 +130,18 @@ def latent_difference(reference: Path, found: Path) -> float:
     return float((one - other).square().mean().sqrt() / one.std())
 
 
-def compare_chain(check: Check, name: str) -> Numbers:
+def compare_chain(check: GpuCheck, name: str) -> Numbers:
     """Differences of a chain on the device from the CPU's, and whether they are within the tolerance."""
     reference = check.scratch / "chain" / "runs" / "cpu"
     if not (reference / "repr" / "weights").exists():
         run_chain(check, "cpu")
     root = run_chain(check, name)
-    found = records(root)
-    numbers = differences(records(reference), found) | {"latents": latent_difference(reference, root)}
+    found = read_records(root)
+    numbers = relative_differences(read_records(reference), found) | {
+        "latents": measure_latent_difference(reference, root)
+    }
     tolerance = TOLERANCES[name]
     worst = float(np.max(list(numbers.values())))
-    lost = left_out(found)
+    lost = count_skipped(found)
     verdict = "passed" if worst <= tolerance and not lost["skipped"] else "FAILED"
     return {**numbers, **lost, "worst": worst, "tolerance": tolerance, "verdict": verdict}

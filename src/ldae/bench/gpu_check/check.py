@@ -52,7 +52,7 @@ class BudgetSpent(BaseException):
 
 
 @dataclass
-class Check:
+class GpuCheck:
     """One call of the check.
 
     Args:
@@ -105,9 +105,9 @@ class Check:
 
     def matrix_rate(self, dtype: "torch.dtype") -> float:
         """FLOP/s of a large matrix product, measured once."""
-        from ldae.bench.measure import matrix_rate
+        from ldae.bench.measure import measure_matrix_rate
 
         if str(dtype) not in self.rates:
             edge = self.bench()([]).bench.matrix
-            self.rates[str(dtype)] = matrix_rate(edge, self.device, dtype)
+            self.rates[str(dtype)] = measure_matrix_rate(edge, self.device, dtype)
         return self.rates[str(dtype)]

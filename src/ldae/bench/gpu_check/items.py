@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from types import FrameType
 from typing import Any
 
-from ldae.bench.gpu_check.check import BudgetSpent, Check, Numbers
+from ldae.bench.gpu_check.check import BudgetSpent, GpuCheck, Numbers
 
 LIMIT = 1500  # characters of a traceback
 
@@ -22,7 +22,7 @@ class Item:
 
     name: str
     seconds: float
-    work: Callable[[Check], Numbers]
+    work: Callable[[GpuCheck], Numbers]
 
 
 @dataclass
@@ -39,7 +39,7 @@ class Outcome:
         return asdict(self)
 
 
-def run_item(item: Item, check: Check) -> Outcome:
+def run_item(item: Item, check: GpuCheck) -> Outcome:
     """Measure, whatever happens; what is not caught is the wish to stop."""
     cost = item.seconds * check.size.seconds
     if cost > check.left:

@@ -7,7 +7,7 @@ import platform
 import shutil
 import subprocess
 
-from ldae.bench.gpu_check.check import Check, Numbers
+from ldae.bench.gpu_check.check import GpuCheck, Numbers
 
 # What the measurements import, by the name under which pip has it.
 PACKAGES = {
@@ -18,12 +18,12 @@ PACKAGES = {
 }  # fmt: skip
 
 
-def lacking() -> list[str]:
+def find_missing_packages() -> list[str]:
     """Packages that are not installed, by pip's names."""
     return [name for module, name in PACKAGES.items() if importlib.util.find_spec(module) is None]
 
 
-def describe() -> dict[str, str]:
+def describe_machine() -> dict[str, str]:
     """Card, driver, versions and date, in words."""
     import torch
 
@@ -51,11 +51,11 @@ def _driver() -> str:
     return done.stdout.strip().splitlines()[0] if done.stdout.strip() else "unknown"
 
 
-def matrix_rates(check: Check) -> Numbers:
+def measure_matrix_rates(check: GpuCheck) -> Numbers:
     """TFLOP/s of a large matrix product in each precision."""
     import torch
 
-    from ldae.bench.measure import matrix_rate
+    from ldae.bench.measure import measure_matrix_rate
 
     if check.device.type == "cpu":
         return {"float32_tflops": check.matrix_rate(torch.float32) / 1e12}
@@ -63,9 +63,9 @@ def matrix_rates(check: Check) -> Numbers:
     before = torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision("highest")
-        rates = {"float32_tflops": matrix_rate(edge, check.device, torch.float32) / 1e12}
+        rates = {"float32_tflops": measure_matrix_rate(edge, check.device, torch.float32) / 1e12}
         torch.set_float32_matmul_precision("high")
-        rates["tf32_tflops"] = matrix_rate(edge, check.device, torch.float32) / 1e12
+        rates["tf32_tflops"] = measure_matrix_rate(edge, check.device, torch.float32) / 1e12
     finally:
         torch.set_float32_matmul_precision(before)
     for dtype in (torch.bfloat16, torch.float16):

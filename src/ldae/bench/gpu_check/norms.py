@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ldae.bench.gpu_check.check import Check, Numbers
-from ldae.bench.measure import synchronise, timed
+from ldae.bench.gpu_check.check import GpuCheck, Numbers
+from ldae.bench.measure import synchronise, time_calls
 from ldae.models.group_norm import split_group_norm
 
 GROUPS, EPS = 32, 1e-5
@@ -15,12 +15,12 @@ CASES = (("float32", (1, 64, 64, 80, 64)), ("bfloat16", (1, 64, 128, 160, 128)),
 Norm = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def plain(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def plain_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """PyTorch's own."""
     return F.group_norm(x, GROUPS, weight.to(x.dtype), bias.to(x.dtype), EPS)
 
 
-def split(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def split_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Ours."""
     return split_group_norm(x, GROUPS, weight, bias, EPS)
 
@@ -31,7 +31,7 @@ def _results(norm: Norm, x: Tensor, weight: Tensor, bias: Tensor, dy: Tensor) ->
     return [y.detach(), *torch.autograd.grad(y, leaves, dy.to(y.dtype))]
 
 
-def compare_norms(check: Check) -> Numbers:
+def compare_norms(check: GpuCheck) -> Numbers:
     """By case: the largest relative difference to PyTorch's float32 norm of value and gradients, and milliseconds of
     both there and back. On a CPU there is nothing to compare: the split one is for GPUs."""
     if not torch.cuda.is_available():
@@ -45,12 +45,12 @@ def _case(name: str, shape: tuple[int, ...], device: torch.device) -> Numbers:
     x = (2 * torch.randn(shape, device=device) + 0.5).to(getattr(torch, name))
     dy = torch.randn(shape, device=device)
     weight, bias = (1 + 0.1 * torch.randn(shape[1], device=device), torch.randn(shape[1], device=device))
-    exact = _results(plain, x.float(), weight, bias, dy)
+    exact = _results(plain_norm, x.float(), weight, bias, dy)
     numbers: Numbers = {}
-    for label, norm in (("plain", plain), ("split", split)):
+    for label, norm in (("plain", plain_norm), ("split", split_norm)):
         found = _results(norm, x, weight, bias, dy)
         errors = [float((a.float() - b).norm() / b.norm()) for a, b in zip(found, exact, strict=True)]
         numbers |= {f"{label}_{part}_error": e for part, e in zip(("y", "dx", "dw", "db"), errors, strict=True)}
         synchronise(device)
-        numbers[f"{label}_ms"] = 1e3 * timed(lambda n=norm: _results(n, x, weight, bias, dy), 5, device).seconds
+        numbers[f"{label}_ms"] = 1e3 * time_calls(lambda n=norm: _results(n, x, weight, bias, dy), 5, device).seconds
     return numbers

@@ -4,27 +4,27 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from ldae.bench.gpu_check.check import Check, Numbers
+from ldae.bench.gpu_check.check import GpuCheck, Numbers
 from ldae.bench.gpu_check.items import Item
 
 STAGES = ("pretrain", "repr", "aekl")
 Training = Callable[..., Numbers]
 
 
-def _device(check: Check) -> Numbers:
-    from ldae.bench.gpu_check.machine import matrix_rates
+def _device(check: GpuCheck) -> Numbers:
+    from ldae.bench.gpu_check.machine import measure_matrix_rates
 
-    return matrix_rates(check)
+    return measure_matrix_rates(check)
 
 
-def _norms(check: Check) -> Numbers:
+def _norms(check: GpuCheck) -> Numbers:
     from ldae.bench.gpu_check.norms import compare_norms
 
     return compare_norms(check)
 
 
 def _chain(name: str, seconds: float) -> Item:
-    def work(check: Check) -> Numbers:
+    def work(check: GpuCheck) -> Numbers:
         from ldae.bench.gpu_check.chain import compare_chain
 
         return compare_chain(check, name)
@@ -37,7 +37,7 @@ def _training(measure: str, seconds: float, stage: str, **options: object) -> It
     names = [options.get("model", "base"), stage, *(name for name in ("channels_last", "compile") if options.get(name))]
     names += ["as_cudnn_guesses"] if not options.get("autotune", True) else []
 
-    def work(check: Check) -> Numbers:
+    def work(check: GpuCheck) -> Numbers:
         from ldae.bench.gpu_check import training
 
         return getattr(training, measure)(check, training.Setting(stage, **options))
@@ -46,7 +46,7 @@ def _training(measure: str, seconds: float, stage: str, **options: object) -> It
 
 
 def _bench(task: str, variant: str, seconds: float) -> Item:
-    def work(check: Check) -> Numbers:
+    def work(check: GpuCheck) -> Numbers:
         from ldae.bench.gpu_check.speedups import measure_variant
 
         return measure_variant(check, task, variant)
@@ -54,7 +54,7 @@ def _bench(task: str, variant: str, seconds: float) -> Item:
     return Item(f"{variant} {task}", seconds, work)
 
 
-def _voxels(check: Check) -> Numbers:
+def _voxels(check: GpuCheck) -> Numbers:
     from hydra.utils import instantiate
 
     from ldae.bench.voxels import compare_spaces

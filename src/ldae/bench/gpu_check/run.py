@@ -8,9 +8,9 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from ldae.bench.gpu_check.check import FULL, Check, Size
+from ldae.bench.gpu_check.check import FULL, GpuCheck, Size
 from ldae.bench.gpu_check.items import Item, Outcome, run_item
-from ldae.bench.gpu_check.machine import describe, lacking
+from ldae.bench.gpu_check.machine import describe_machine, find_missing_packages
 from ldae.bench.gpu_check.parts import PARTS
 from ldae.bench.gpu_check.results import Results
 from ldae.utils.errors import UserError
@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 Chosen = list[tuple[str, Item]]
 
 
-def choose(wanted: Sequence[str]) -> Chosen:
+def choose_items(wanted: Sequence[str]) -> Chosen:
     """(part, item) in the order of `wanted`: names of parts, or "part/item" with wildcards.
 
     Raises:
@@ -35,25 +35,25 @@ def choose(wanted: Sequence[str]) -> Chosen:
     return chosen
 
 
-def run(size: Size, wanted: Sequence[str], out: Path, budget: float) -> int:
+def run_check(size: Size, wanted: Sequence[str], out: Path, budget: float) -> int:
     """Measure what is wanted; results go to `out` as they come. Returns how many measurements failed.
 
     Raises:
         UserError: a part that there is not, or PyTorch is not installed.
     """
-    chosen = choose(wanted)
-    missing = lacking()
+    chosen = choose_items(wanted)
+    missing = find_missing_packages()
     if missing:
         log.warning("not installed: %s; `pip install %s`", ", ".join(missing), " ".join(missing))
     if "torch" in missing:
         raise UserError("without torch there is nothing to measure")
-    head = _head(describe(), missing)
+    head = _head(describe_machine(), missing)
     log.info("%s", head)
     out.mkdir(parents=True, exist_ok=True)
     results = Results(out, list(PARTS), head)
     failed = 0
     with tempfile.TemporaryDirectory(prefix="ldae-gpu-check-") as scratch:
-        check = Check(size, out, Path(scratch), budget)
+        check = GpuCheck(size, out, Path(scratch), budget)
         for number, (part, item) in enumerate(chosen):
             outcome = run_item(item, check)
             results.add(part, item.name, outcome)

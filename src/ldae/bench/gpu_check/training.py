@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from ldae.bench.gpu_check.check import Check, Numbers
-from ldae.bench.steps import Steps, seconds_of, step_cost
-from ldae.bench.subject import Subject
+from ldae.bench.gpu_check.check import GpuCheck, Numbers
+from ldae.bench.steps import TrainingSteps, measure_seconds, measure_step
+from ldae.bench.subject import VariantUnderTest
 from ldae.training.checkpoint import Progress
 from ldae.training.guard import StepGuard
 
@@ -36,17 +36,17 @@ class Setting:
     autotune: bool = True
 
 
-def subject_of(check: Check, setting: Setting, checkpointing: bool = False) -> Subject:
+def build_variant(check: GpuCheck, setting: Setting, checkpointing: bool = False) -> VariantUnderTest:
     """Made-up data and the config of a setting; volumes on disk are shared by all."""
     options = {
         "channels_last": setting.channels_last, "compile": setting.compile, "checkpointing": checkpointing
     }  # fmt: skip
     overrides = [f"model={setting.model}", check.accelerator(setting.precision), f"bench.autotune={setting.autotune}"]
     overrides += [f"trainer.{name}={value}" for name, value in options.items()]
-    return Subject(check.bench(), overrides, check.scratch / "steps" / setting.model)
+    return VariantUnderTest(check.bench(), overrides, check.scratch / "steps" / setting.model)
 
 
-def measure_steps(check: Check, setting: Setting) -> Numbers:
+def measure_steps(check: GpuCheck, setting: Setting) -> Numbers:
     """Milliseconds, memory, operations and waits of a step; with checkpointing only where it does not fit without."""
     try:
         return _measure_steps(check, setting, checkpointing=False)
@@ -56,15 +56,15 @@ def measure_steps(check: Check, setting: Setting) -> Numbers:
     return _measure_steps(check, setting, checkpointing=True)
 
 
-def _measure_steps(check: Check, setting: Setting, checkpointing: bool) -> Numbers:
-    subject = subject_of(check, setting, checkpointing)
+def _measure_steps(check: GpuCheck, setting: Setting, checkpointing: bool) -> Numbers:
+    subject = build_variant(check, setting, checkpointing)
     key = f"{setting.model} {setting.stage}"
     extra: dict[str, float] = {}
-    with Steps(subject, setting.stage) as steps:
+    with TrainingSteps(subject, setting.stage) as steps:
         if setting.compile:
-            extra["compile_s"] = seconds_of(steps, steps.device)
+            extra["compile_s"] = measure_seconds(steps, steps.device)
         # Compiled code hides its operations from the counter: they are those of the same step before.
-        cost = step_cost(steps, subject.settings.repeats, count=not setting.compile)
+        cost = measure_step(steps, subject.settings.repeats, count=not setting.compile)
     numbers = cost.numbers(check.matrix_rate(subject.dtype))
     if setting.compile:
         numbers["gflop"] = check.flop.get(key, float("nan")) / 1e9
@@ -75,7 +75,7 @@ def _measure_steps(check: Check, setting: Setting, checkpointing: bool) -> Numbe
 
 
 @contextmanager
-def watched(device: torch.device) -> Iterator[Counter[str]]:
+def record_waits(device: torch.device) -> Iterator[Counter[str]]:
     """Counts the waits of the host for the device inside, by the innermost line of this package that asked for one."""
     found: Counter[str] = Counter()
 
@@ -107,17 +107,17 @@ def _place(stack: traceback.StackSummary) -> str:
 
 def count_waits(steps: Callable[[], None], count: int, device: torch.device) -> Numbers:
     """Waits of the host for the device a step, over `count` of them, and where."""
-    with watched(device) as found:
+    with record_waits(device) as found:
         for _ in range(count):
             steps()
     lines = [f"{number / count:g} a step: {place}" for place, number in found.most_common()]
     return {"synchronisations_a_step": sum(found.values()) / count, "steps": float(count), "places": lines}
 
 
-def measure_waits(check: Check, setting: Setting) -> Numbers:
+def measure_waits(check: GpuCheck, setting: Setting) -> Numbers:
     """Of the real stage, within the guard that reads a step's flags one step late."""
-    subject = subject_of(check, setting)
-    with Steps(subject, setting.stage) as steps:
+    subject = build_variant(check, setting)
+    with TrainingSteps(subject, setting.stage) as steps:
         steps.warm_up(2)
         progress = Progress(step=steps.number)
         guard = StepGuard(
@@ -139,21 +139,21 @@ def _is_kernel(event: Any) -> bool:
     return str(event.device_type).endswith("CUDA") and not getattr(event, "is_user_annotation", False)
 
 
-def profile_steps(check: Check, setting: Setting) -> Numbers:
+def profile_steps(check: GpuCheck, setting: Setting) -> Numbers:
     """The kernels that take the most time, and how long the GPU has nothing to do; the long table goes into a file."""
-    subject = subject_of(check, setting)
+    subject = build_variant(check, setting)
     on_gpu = subject.device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
-    with Steps(subject, setting.stage) as steps:
+    with TrainingSteps(subject, setting.stage) as steps:
         steps.warm_up(2)
 
         def some() -> None:
             for _ in range(PROFILED):
                 steps()
 
-        plain = seconds_of(some, steps.device)  # the profiler slows the host
+        plain = measure_seconds(some, steps.device)  # the profiler slows the host
         with profile(activities=activities) as profiler:
-            seconds_of(some, steps.device)
+            measure_seconds(some, steps.device)
     averages = profiler.key_averages()
     kernels = [event for event in averages if _is_kernel(event)] if on_gpu else list(averages)
 
