@@ -1,4 +1,4 @@
-"""Proves the losses: values known on paper, and the perceptual ones on made-up weight files, loaded strictly."""
+"""The losses have the values known on paper; the perceptual ones load their files, here random weights, strictly."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from ldae.utils.errors import UserError
 from ldae.utils.seeding import draw_normal, make_generator
 
 
-def drawn(*shape, key=0):
+def draw(*shape, key=0):
     return torch.randn(*shape, generator=make_generator(0, key))
 
 
@@ -24,7 +24,7 @@ def test_kl_is_summed_over_the_latent_and_averaged_over_the_batch():
     assert losses.kl_divergence(torch.zeros(1, 3, 2, 2, 2), torch.ones(1, 3, 2, 2, 2)) == 0
 
 
-def test_least_squares_gan_is_zero_where_each_side_wins():
+def test_least_squares_gan_losses_are_zero_at_their_target_scores():
     ones, zeros = torch.ones(2, 1, 3, 3, 3), torch.zeros(2, 1, 3, 3, 3)
     assert losses.generator_adversarial(ones) == 0
     assert losses.discriminator_adversarial(ones, zeros) == 0
@@ -32,8 +32,8 @@ def test_least_squares_gan_is_zero_where_each_side_wins():
 
 
 @pytest.mark.parametrize("parameterisation", [Epsilon(), Velocity()])
-def test_denoising_loss_is_zero_for_the_target_and_one_for_nothing(parameterisation):
-    schedule, z0, noise = linear(), drawn(4, 3, 8, 8, 8), drawn(4, 3, 8, 8, 8, key=1)
+def test_denoising_loss_is_zero_for_the_target_and_one_for_a_zero_output(parameterisation):
+    schedule, z0, noise = linear(), draw(4, 3, 8, 8, 8), draw(4, 3, 8, 8, 8, key=1)
     t = torch.tensor([0, 100, 500, 999])
     target = parameterisation.target(schedule, z0, noise, t)
     assert denoising_loss(parameterisation, schedule, target, z0, noise, t) == 0
@@ -42,10 +42,10 @@ def test_denoising_loss_is_zero_for_the_target_and_one_for_nothing(parameterisat
 
 
 @pytest.mark.parametrize("parameterisation", [Epsilon(), Velocity()])
-def test_the_gap_is_filled_by_the_gradient_that_equals_it(parameterisation):
-    schedule, z0, noise = linear(), drawn(3, 3, 4, 4, 4).double(), drawn(3, 3, 4, 4, 4, key=1).double()
+def test_gap_filling_loss_is_zero_for_the_exact_gradient_and_weighted_mse_for_none(parameterisation):
+    schedule, z0, noise = linear(), draw(3, 3, 4, 4, 4).double(), draw(3, 3, 4, 4, 4, key=1).double()
     t = torch.tensor([1, 300, 999])
-    output = drawn(3, 3, 4, 4, 4, key=2).double()
+    output = draw(3, 3, 4, 4, 4, key=2).double()
     target = parameterisation.target(schedule, z0, noise, t)
     coefficient = parameterisation.gap_coefficient(schedule, t).view(-1, 1, 1, 1, 1)
     filled = gap_filling_loss(parameterisation, schedule, output, (target - output) / coefficient, z0, noise, t)
@@ -66,7 +66,7 @@ def test_noise_of_a_sample_does_not_depend_on_its_batch():
 
 @pytest.fixture(scope="module")
 def lpips_files(tmp_path_factory):
-    """Files laid out as torchvision's SqueezeNet 1.1 and LPIPS's heads, with made-up weights."""
+    """Files with the names of torchvision's SqueezeNet 1.1 and LPIPS's heads, and random weights."""
     folder = tmp_path_factory.mktemp("lpips")
     torch.manual_seed(0)
     network = SqueezeLpips()
@@ -78,7 +78,7 @@ def lpips_files(tmp_path_factory):
     return folder
 
 
-def test_lpips_is_a_distance_deterministic_under_its_generator(lpips_files):
+def test_lpips_is_zero_for_equal_volumes_and_repeats_under_the_same_generator(lpips_files):
     files = {"backbone": str(lpips_files / "squeezenet.pth"), "heads": str(lpips_files / "squeeze.pth")}
     lpips = SliceLpips(**files)
     assert sum(p.numel() for p in lpips.network.features.parameters()) == 722_496, "SqueezeNet 1.1 without classifier"
@@ -87,7 +87,7 @@ def test_lpips_is_a_distance_deterministic_under_its_generator(lpips_files):
     assert [len(keep) for keep in first.values()] == [18, 20, 18]
     assert lpips(a, a, first) == 0
     assert lpips(a, b, first) == lpips(a, b, again) > 0
-    assert lpips(a, b, first) != lpips(a, b, other), "another half of the slices"
+    assert lpips(a, b, first) != lpips(a, b, other), "a different half of the slices"
     published = SliceLpips(**files, share=1.0, total=3.0, signed=False)
     mean = SliceLpips(**files, share=1.0, total=1.0, signed=False)
     torch.testing.assert_close(published(a, b), 3 * mean(a, b))
@@ -107,14 +107,14 @@ def test_lpips_refuses_files_that_do_not_fit(lpips_files, tmp_path):
         SliceLpips(str(tmp_path / "hostile.pth"), str(heads))
 
 
-def test_plane_slices_cut_along_the_axis_they_name():
+def test_plane_slices_are_cut_along_the_given_axis():
     x = torch.arange(2 * 3 * 4.0).reshape(1, 1, 2, 3, 4)
     assert plane_slices(x, 0).shape == (2, 1, 3, 4)
     torch.testing.assert_close(plane_slices(x, 2)[1, 0], x[0, 0, :, :, 1])
     torch.testing.assert_close(plane_slices(x, 2, torch.tensor([1, 3]))[1, 0], x[0, 0, :, :, 3])
 
 
-def test_medicalnet_loads_its_file_strictly_and_measures(tmp_path):
+def test_medicalnet_loads_its_file_strictly_and_passes_gradients(tmp_path):
     from monai.networks.nets import resnet10
 
     torch.manual_seed(0)
@@ -137,13 +137,13 @@ def test_medicalnet_loads_its_file_strictly_and_measures(tmp_path):
         MedicalNetDistance(str(tmp_path / "cut.pth"))
 
 
-def test_structural_dissimilarity_is_one_minus_ssim_and_leads_to_its_optimum():
-    """0 for equal volumes, and descending it makes a blurred volume like the sharp one again."""
+def test_structural_dissimilarity_is_one_minus_ssim_and_its_gradient_sharpens_a_blurred_volume():
+    """It is 0 for equal volumes, and minimising it makes a blurred volume similar to the sharp one again."""
     x = torch.rand(1, 1, 12, 12, 12, generator=torch.Generator().manual_seed(0))
     assert float(structural_dissimilarity(x, x)) == pytest.approx(0, abs=1e-6)
     blurred = torch.nn.functional.avg_pool3d(x, 3, 1, 1).requires_grad_(True)
     start = structural_dissimilarity(blurred, x)
-    assert float(start) == pytest.approx(1 - float(ssim_map(blurred.detach(), x).mean()), abs=1e-6)
+    assert start.item() == pytest.approx(1 - float(ssim_map(blurred.detach(), x).mean()), abs=1e-6)
     optimizer = torch.optim.Adam([blurred], lr=0.02)
     for _ in range(60):
         optimizer.zero_grad()
@@ -153,7 +153,7 @@ def test_structural_dissimilarity_is_one_minus_ssim_and_leads_to_its_optimum():
 
 
 def test_the_gaussian_mean_replicates_borders():
-    """By hand: a constant stays; an impulse at the corner keeps the weights that fall beyond the border."""
+    """A constant volume stays; an impulse in the corner also gets the weights that fall beyond the border."""
     flat = torch.full((1, 1, 5, 5, 5), 0.3)
     torch.testing.assert_close(gaussian_mean(flat, 3), flat)
     impulse = torch.zeros(1, 1, 5, 5, 5)

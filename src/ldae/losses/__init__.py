@@ -1,1 +1,1 @@
-"""Losses; they take noise and timestep as arguments and draw nothing themselves."""
+"""Losses of the three stages. Noise and timesteps are arguments: a loss draws nothing itself."""
