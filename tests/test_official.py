@@ -1,7 +1,8 @@
-"""Proves that released checkpoints are read right: every output within 1e-3 of the official networks', no tensor amiss.
+"""Proves that the networks compute what the official ones do from the released checkpoints, to a relative 1e-3, and
+that the names of all tensors agree.
 
-Parity is that of the public methods of LDAE on the stand-ins of shared/fixtures/official, converted in memory: through
-files it holds too, but 7 GB would be written and read; test_official_import.py does that with small networks.
+The public methods of LDAE are compared on stand-in weights (shared/fixtures/official) that are converted in memory. The
+conversion through files is tested with small networks in test_official_import.py, because it would write 7 GB here.
 """
 
 import importlib.util
@@ -37,7 +38,7 @@ def fill():
 
 
 def stand_in(file: str) -> dict[str, torch.Tensor]:
-    """The stand-in for one released file, float32 as the release."""
+    """The stand-in for one released file, in float32 like the release."""
     tensors = {name: torch.from_numpy(value).float() for name, value in fill().state_dict(file).items()}
     if file == "encoder.pth":
         tensors[official.POSITIONS] = official.sinusoidal_positions(128, DIM)
@@ -52,7 +53,7 @@ def published() -> dict[str, torch.nn.Module]:
 
 @pytest.fixture(scope="module")
 def model():
-    """The stand-ins as an LDAE."""
+    """The stand-in weights as an LDAE."""
     networks = published()
     converted = {
         "autoencoder": official.convert_autoencoder(networks["autoencoder"], stand_in("autoencoderkl.pth"), "a"),
@@ -85,22 +86,22 @@ def assert_same(found: torch.Tensor, wanted: torch.Tensor) -> None:
 
 
 @with_fixtures
-def test_noise_and_gradient(model, given, expected):
+def test_noise_and_gradient_are_those_of_the_official_networks(model, given, expected):
     z, t = given["latent"], given["timestep"]
-    # Samples do not see each other: half of the batch each is enough, and half the time.
+    # Samples of a batch are independent, so half of the batch is enough for each.
     assert_same(model.predict_noise(z[:1], t[:1]), expected["unet_noise"][:1])
     assert torch.equal(expected["unet_noise"], expected["decoder_noise"])
     assert_same(model.estimate_gradient(z[1:], t[1:], given["semantic"][1:]), expected["decoder_gradient"][1:])
 
 
 @with_fixtures
-def test_embedding(model, given, expected):
+def test_embeddings_are_those_of_the_official_encoder(model, given, expected):
     x = given["slices"].permute(0, 1, 3, 4, 2)  # (batch, channel, slice, x, y) -> (B, C, X, Y, Z)
     assert_same(model.embed(x), expected["y_sem"])
 
 
 @with_fixtures
-def test_latent_and_reconstruction(model, given, expected):
+def test_latents_and_reconstructions_are_those_of_the_official_autoencoder(model, given, expected):
     mean, std = model.posterior(given["volume"])
     assert_same(mean, expected["latent_mean"])
     assert_same(std, expected["latent_sigma"])
@@ -108,13 +109,13 @@ def test_latent_and_reconstruction(model, given, expected):
 
 
 @with_fixtures
-def test_names_are_exactly_those_of_the_release():
+def test_tensor_names_are_exactly_those_of_the_release():
     layout = json.loads((FIXTURES / "layout.json").read_text())
     wanted = {"autoencoder": "autoencoderkl.pth", "encoder": "encoder.pth", "unet": "pretrained_unet"}
     modules = published()
-    namers = {n: getattr(official, f"{n}_name") for n in ("autoencoder", "encoder", "unet", "estimator")}
+    namers = {n: getattr(official, f"official_{n}_name") for n in ("autoencoder", "encoder", "unet", "estimator")}
     found = {name: {namers[name](key) for key in module.state_dict()} for name, module in modules.items()}
     for name, file in wanted.items():
-        extra = {k for k in layout[file] if k.startswith(official.BACKBONE_TWIN) or k == official.POSITIONS}
+        extra = {k for k in layout[file] if k.startswith(official.BACKBONE_COPY) or k == official.POSITIONS}
         assert found[name] == set(layout[file]) - extra
     assert found["unet"] | found["estimator"] == set(layout["decoder.pth"])

@@ -1,6 +1,7 @@
-"""Proves that released files become a bundle with all that they imply, and that what does not fit is named.
+"""Proves that released files become a bundle with the settings that they imply, and that tensors that do not fit are
+named.
 
-On small networks with the names of the release.
+The networks are small and have the tensor names of the release.
 """
 
 import re
@@ -22,7 +23,7 @@ DIM = 768
 
 
 def narrow() -> dict[str, dict[str, Any]]:
-    """The published configs with narrow networks and a short encoder: the same names, other shapes."""
+    """The published configs with narrow networks and a short encoder: the same tensor names, other shapes."""
     configs = published_configs()
     for name in ("unet", "estimator"):
         configs[name] |= {"base": 8, "groups": 4}
@@ -33,7 +34,7 @@ def narrow() -> dict[str, dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def probe(tmp_path_factory):
-    """Probe, mean and std as files."""
+    """Files of probe, mean and std, and their values."""
     folder = tmp_path_factory.mktemp("probe")
     rng = np.random.default_rng(0)
     weight, mean, std = rng.normal(size=DIM), rng.normal(size=DIM), rng.uniform(0.5, 2, DIM)
@@ -45,11 +46,11 @@ def probe(tmp_path_factory):
 
 
 def official_names(networks: dict[str, torch.nn.Module]) -> dict[str, dict[str, torch.Tensor]]:
-    """Random tensors for `networks` as the release names and stores them; the U-Net by itself as "unet"."""
+    """Random tensors for `networks`, named and stored as in the release; the U-Net alone is "unet"."""
     torch.manual_seed(0)
     named = {
         name: {
-            getattr(official, f"{name}_name")(key): torch.randn(value.shape)
+            getattr(official, f"official_{name}_name")(key): torch.randn(value.shape)
             for key, value in network.state_dict().items()
         }
         for name, network in networks.items()
@@ -57,14 +58,14 @@ def official_names(networks: dict[str, torch.nn.Module]) -> dict[str, dict[str, 
     flat = {key for name in ("unet", "estimator") for key in named[name] if re.search(r"(qkv|proj_out).weight$", key)}
     for name in ("unet", "estimator"):
         named[name] = {key: value[..., None] if key in flat else value for key, value in named[name].items()}
-    prefix, twin = official.BACKBONE, official.BACKBONE_TWIN
-    twins = {twin + key.removeprefix(prefix): v for key, v in named["encoder"].items() if key.startswith(prefix)}
+    prefix, copy = official.BACKBONE, official.BACKBONE_COPY
+    copies = {copy + key.removeprefix(prefix): v for key, v in named["encoder"].items() if key.startswith(prefix)}
     positions = {official.POSITIONS: official.sinusoidal_positions(128, DIM)}
-    return {**named, "encoder": named["encoder"] | twins | positions, "decoder": named["unet"] | named["estimator"]}
+    return {**named, "encoder": named["encoder"] | copies | positions, "decoder": named["unet"] | named["estimator"]}
 
 
 def small_release() -> tuple[dict[str, torch.nn.Module], dict[str, dict[str, torch.Tensor]]]:
-    """Networks of little size on the meta device, and tensors for them."""
+    """Small networks on the meta device, and tensors for them."""
     with torch.device("meta"):
         networks = {name: instantiate(config) for name, config in narrow().items()}
     return networks, official_names(networks)
@@ -72,7 +73,7 @@ def small_release() -> tuple[dict[str, torch.nn.Module], dict[str, dict[str, tor
 
 @pytest.fixture
 def files(monkeypatch, tmp_path):
-    """A small release on disk, and the import set to its sizes."""
+    """Files of a small release; the import is patched to its sizes."""
     configs, (_, tensors) = narrow(), small_release()
     monkeypatch.setattr(official_bundle, "published_configs", lambda: configs)
     paths = {name: tmp_path / f"{name}.pth" for name in ("autoencoder", "encoder", "decoder")}
@@ -83,7 +84,7 @@ def files(monkeypatch, tmp_path):
     return {**paths, "unet": tmp_path / "unet.ckpt"}
 
 
-def test_files_become_a_bundle_with_all_that_the_weights_imply(files, probe, tmp_path):
+def test_the_bundle_has_the_weights_and_the_settings_that_they_imply(files, probe, tmp_path):
     model = LDAE.load(import_official(**files, **probe[0], out=tmp_path / "bundle"), device="cpu")
     stored = torch.load(files["decoder"], weights_only=True)
     assert torch.equal(model.denoiser.unet.path.conv.weight, stored["out.2.weight"])
@@ -97,7 +98,7 @@ def test_files_become_a_bundle_with_all_that_the_weights_imply(files, probe, tmp
     assert float(model.denoiser.schedule.alpha_bar[0]) == pytest.approx(1 - 1e-4)
 
 
-def test_the_probe_is_turned_towards_ad(files, probe, tmp_path):
+def test_the_positive_class_of_the_imported_probe_is_ad(files, probe, tmp_path):
     paths, weight, mean, std = probe
     model = LDAE.load(import_official(**files, **paths, out=tmp_path / "bundle"), device="cpu")
     y = np.zeros((1, DIM))
@@ -124,26 +125,26 @@ def test_a_training_checkpoint_of_another_unet_is_refused(files, tmp_path):
         ({"output_blocks.9.0.x": torch.zeros(1)}, "unexpected tensor 'output_blocks.9.0.x'"),
     ],
 )
-def test_what_does_not_fit_is_named_as_in_the_file(change, message):
+def test_a_tensor_that_does_not_fit_is_named_as_in_the_file(change, message):
     module, tensors = (part["unet"] for part in small_release())
     changed = {name: value for name, value in {**tensors, **change}.items() if value is not None}
     with pytest.raises(UserError, match=f"unet.ckpt: .*{message}"):
         official.convert_unet(module, changed, "unet.ckpt")
 
 
-def test_a_training_checkpoint_holds_the_unet_under_its_prefix():
+def test_the_unet_of_a_training_checkpoint_is_found_by_its_prefix():
     module, tensors = (part["unet"] for part in small_release())
     prefixed = {f"ema_unet.{name}": value for name, value in tensors.items()}
     found = official.convert_unet(module, {**prefixed, "unet.time_embed.0.bias": torch.ones(3)}, "unet.ckpt")
     assert found.keys() == module.state_dict().keys()
 
 
-def test_copies_of_the_backbone_must_agree_and_positions_be_the_sinusoid():
+def test_differing_backbone_copies_and_other_positions_are_refused():
     module, tensors = (part["encoder"] for part in small_release())
     assert official.convert_encoder(module, tensors, "encoder.pth")
-    twin = official.BACKBONE_TWIN + "backbone.features.0.0.bias"
+    copy = official.BACKBONE_COPY + "backbone.features.0.0.bias"
     with pytest.raises(UserError, match="should be the same"):
-        official.convert_encoder(module, {**tensors, twin: tensors[twin] + 1}, "encoder.pth")
+        official.convert_encoder(module, {**tensors, copy: tensors[copy] + 1}, "encoder.pth")
     with pytest.raises(UserError, match="not the plain sinusoid"):
         official.convert_encoder(module, {**tensors, official.POSITIONS: torch.zeros(1, 128, 768)}, "encoder.pth")
 
