@@ -13,7 +13,7 @@ import torch
 from ldae.bench.gpu_check import parts as parts_module
 from ldae.bench.gpu_check import run as run_module
 from ldae.bench.gpu_check.__main__ import main
-from ldae.bench.gpu_check.chain import relative_differences, count_skipped, read_records
+from ldae.bench.gpu_check.chain import count_skipped, read_records, relative_differences
 from ldae.bench.gpu_check.check import FULL, SMOKE, GpuCheck
 from ldae.bench.gpu_check.items import Item, run_item
 from ldae.bench.gpu_check.parts import PARTS

@@ -11,10 +11,10 @@ from omegaconf import DictConfig
 
 from ldae.bench.measure import Cost, measure_matrix_rate
 from ldae.bench.memory import compute_footprint
-from ldae.bench.results import compare_with_earlier, to_flat_numbers, format_table
+from ldae.bench.results import compare_with_earlier, format_table, to_flat_numbers
 from ldae.bench.settings import Bench, MemoryCase
-from ldae.bench.subject import VariantUnderTest
 from ldae.bench.tasks import TASKS, run_tasks
+from ldae.bench.variant import VariantUnderTest
 from ldae.bench.voxels import compare_spaces
 from ldae.config import check_constructor_arguments
 from ldae.utils.errors import UserError
@@ -52,19 +52,19 @@ def run_bench(config: DictConfig, compose: Compose) -> dict[str, float]:
 
 
 def measure_variant(
-    compose: Compose, variant: str, overrides: Sequence[str], folder: Path
+    compose: Compose, name: str, overrides: Sequence[str], folder: Path
 ) -> tuple[dict[str, Cost], float]:
-    """The costs of one variant, and the matrix rate beside them."""
+    """Costs by task of the variant `name`, and the rate of matrix products, in FLOP/s, that the machine reaches."""
     folder.mkdir(parents=True, exist_ok=True)
-    subject = VariantUnderTest(compose, overrides, folder)
-    edge = subject.settings.matrix
-    rates = [measure_matrix_rate(edge, subject.device, subject.dtype)]
+    variant = VariantUnderTest(compose, overrides, folder)
+    edge = variant.settings.matrix
+    rates = [measure_matrix_rate(edge, variant.device, variant.dtype)]
     costs = {}
-    for name, cost in run_tasks(subject):
-        costs[name] = cost
-        log.info("%s %s: %.1f ms", variant, name, 1e3 * cost.seconds)
-    # The machine may be busier at one end than at the other: the share is of the better rate.
-    rates.append(measure_matrix_rate(edge, subject.device, subject.dtype))
+    for task, cost in run_tasks(variant):
+        costs[task] = cost
+        log.info("%s %s: %.1f ms", name, task, 1e3 * cost.seconds)
+    # The machine may be busier at one end than at the other: the better of the two rates counts.
+    rates.append(measure_matrix_rate(edge, variant.device, variant.dtype))
     return costs, max(rates)
 
 

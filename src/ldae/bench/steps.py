@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ldae.bench.measure import Cost, PeakMemory, count_flops, synchronise
-from ldae.bench.subject import VariantUnderTest
+from ldae.bench.variant import VariantUnderTest
 from ldae.data.stream import Batch, Batches, SampleStream
 from ldae.training.precision import set_up_backends
 from ldae.utils.errors import UserError
@@ -19,31 +19,31 @@ WARM_UP = 2  # steps after the one that counts operations: kernels are chosen by
 SCALING = 20  # further steps, at most: a scaler of float16 finds its factor by steps that do not count
 
 
-class TrainingSteps(AbstractContextManager["Steps"]):
-    """The real stage of a subject on made-up data. A call takes one step, its data included, and waits for nothing.
+class TrainingSteps(AbstractContextManager["TrainingSteps"]):
+    """The real stage of a variant on made-up data. A call takes one step, its data included, and waits for nothing.
 
     Attributes:
         size: samples of a step.
         number: the step to take next.
     """
 
-    def __init__(self, subject: VariantUnderTest, name: str) -> None:
-        self.subject = subject
-        if not subject.settings.straight:
-            set_up_backends(autotune=subject.settings.autotune)
-        self.stage = subject.stage(name)
-        self.size = subject.settings.batch[name]
-        self.device = subject.device
+    def __init__(self, variant: VariantUnderTest, name: str) -> None:
+        self.variant = variant
+        if not variant.settings.straight:
+            set_up_backends(autotune=variant.settings.autotune)
+        self.stage = variant.stage(name)
+        self.size = variant.settings.batch[name]
+        self.device = variant.device
         self.number = 0
         self.skipped: list[Tensor] = []
-        workers = subject.config.trainer.workers or 2
+        workers = variant.config.trainer.workers or 2
         on_gpu = self.device.type == "cuda"
         stream = SampleStream(self.stage.num_samples, 0)
         self._batches = Batches(self.stage.fetch, stream, self.size, workers=workers, pin=on_gpu)
 
     def fetch(self) -> list[Batch]:
         """The micro-batch of the next step; the straight port reads it only now."""
-        if not self.subject.settings.straight:
+        if not self.variant.settings.straight:
             return self._batches.at(self.number)
         position = np.arange(self.number * self.size, (self.number + 1) * self.size)
         index = position % self.stage.num_samples
@@ -70,7 +70,7 @@ class TrainingSteps(AbstractContextManager["Steps"]):
         synchronise(self.device)
         skipped = sum(float(flag) for flag in self.skipped)
         self.skipped.clear()
-        if skipped and self.subject.accelerator.scaler is None:
+        if skipped and self.variant.accelerator.scaler is None:
             raise UserError(f"{self.stage.name}: {skipped:.0f} of the timed steps had no finite loss or gradient")
 
     def warm_up(self, count: int) -> None:
@@ -108,7 +108,7 @@ def _in_flight(steps: TrainingSteps, repeats: int) -> Timing:
     a batch that takes long costs nothing.
     """
     done, fetched = ([torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)] for _ in range(2))
-    peak, waiting = PeakMemory(steps.device), steps.subject.waiting
+    peak, waiting = PeakMemory(steps.device), steps.variant.waiting
     waiting.seconds = 0.0
     start, core = time.perf_counter(), time.process_time()
     done[0].record()
@@ -120,14 +120,14 @@ def _in_flight(steps: TrainingSteps, repeats: int) -> Timing:
     synchronise(steps.device)
     seconds, busy = time.perf_counter() - start, time.process_time() - core
     idle = sum(done[number].elapsed_time(fetched[number]) for number in range(repeats)) / 1e3
-    waited = waiting.seconds if steps.subject.settings.straight else idle
+    waited = waiting.seconds if steps.variant.settings.straight else idle
     return seconds / repeats, waited / seconds, busy / repeats, peak
 
 
 def _one_by_one(steps: TrainingSteps, repeats: int) -> Timing:
     """On a CPU: the median step, and the share of all of them that went by before the batch was there."""
     seconds, waits, busy, peak = [], [], [], PeakMemory(steps.device)
-    waiting, straight = steps.subject.waiting, steps.subject.settings.straight
+    waiting, straight = steps.variant.waiting, steps.variant.settings.straight
     for _ in range(repeats):
         waiting.seconds = 0.0
         start, core = time.perf_counter(), time.process_time()

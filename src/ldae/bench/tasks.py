@@ -12,57 +12,57 @@ from hydra.utils import instantiate
 
 from ldae.bench.measure import Cost, time_calls
 from ldae.bench.steps import TrainingSteps, measure_step
-from ldae.bench.subject import VariantUnderTest
+from ldae.bench.variant import VariantUnderTest
 
 Costs = Iterator[tuple[str, Cost]]
 RAW = (182, 218, 182)  # voxels of 1 mm, as scanners make them
 
 
-def _step(subject: VariantUnderTest, name: str) -> Costs:
+def _step(variant: VariantUnderTest, name: str) -> Costs:
     """An optimiser step of a stage, its data included."""
-    with TrainingSteps(subject, name) as steps:
-        yield f"train_{name}", measure_step(steps, subject.settings.repeats, count=not subject.config.trainer.compile)
+    with TrainingSteps(variant, name) as steps:
+        yield f"train_{name}", measure_step(steps, variant.settings.repeats, count=not variant.config.trainer.compile)
 
 
-def train_aekl(subject: VariantUnderTest) -> Costs:
+def train_aekl(variant: VariantUnderTest) -> Costs:
     """Stage 1."""
-    return _step(subject, "aekl")
+    return _step(variant, "aekl")
 
 
-def train_pretrain(subject: VariantUnderTest) -> Costs:
+def train_pretrain(variant: VariantUnderTest) -> Costs:
     """Stage 2."""
-    return _step(subject, "pretrain")
+    return _step(variant, "pretrain")
 
 
-def train_repr(subject: VariantUnderTest) -> Costs:
+def train_repr(variant: VariantUnderTest) -> Costs:
     """Stage 3."""
-    return _step(subject, "repr")
+    return _step(variant, "repr")
 
 
-def loading(subject: VariantUnderTest) -> Costs:
+def loading(variant: VariantUnderTest) -> Costs:
     """Batches of volumes alone, none of them computed on."""
-    volumes, size = subject.cohort.volumes, subject.settings.batch["repr"]
-    rows = np.arange(size) % subject.settings.scans
-    yield "loading", time_calls(lambda: volumes.batch(rows), 2 * subject.settings.repeats, subject.device, size)
+    volumes, size = variant.cohort.volumes, variant.settings.batch["repr"]
+    rows = np.arange(size) % variant.settings.scans
+    yield "loading", time_calls(lambda: volumes.batch(rows), 2 * variant.settings.repeats, variant.device, size)
 
 
-def reading(subject: VariantUnderTest) -> Costs:
+def reading(variant: VariantUnderTest) -> Costs:
     """A preprocessed scan of 1 mm, from NIfTI to model space: what embedding a new scan starts with."""
-    transform = instantiate(subject.config.data.transform)
+    transform = instantiate(variant.config.data.transform)
     voxels = (1000 * np.random.default_rng(0).random(RAW, dtype=np.float32)).astype(np.int16)
-    with tempfile.TemporaryDirectory(dir=subject.folder) as folder:
+    with tempfile.TemporaryDirectory(dir=variant.folder) as folder:
         path = Path(folder) / "scan.nii.gz"
         nib.save(nib.Nifti1Image(voxels, np.eye(4)), path)
-        yield "reading", time_calls(lambda: transform(path), subject.settings.repeats, subject.device)
+        yield "reading", time_calls(lambda: transform(path), variant.settings.repeats, variant.device)
 
 
-def inference(subject: VariantUnderTest) -> Costs:
+def inference(variant: VariantUnderTest) -> Costs:
     """encode, embed, invert, sample, decode of one scan; reconstruct and counterfactual are their sums."""
-    model, settings = subject.model(), subject.settings
-    x = torch.from_numpy(subject.scan)[None, None].to(subject.device)
+    model, settings = variant.model(), variant.settings
+    x = torch.from_numpy(variant.scan)[None, None].to(variant.device)
 
     def cost(work: Callable[[], object]) -> Cost:
-        return time_calls(work, settings.repeats, subject.device)
+        return time_calls(work, settings.repeats, variant.device)
 
     costs = {"encode": cost(lambda: model.compress(x)), "embed": cost(lambda: model.embed(x))}
     z, y = model.compress(x), model.embed(x)
@@ -88,10 +88,10 @@ TASKS: dict[str, Callable[[VariantUnderTest], Costs]] = {
 }
 
 
-def run_tasks(subject: VariantUnderTest) -> Costs:
+def run_tasks(variant: VariantUnderTest) -> Costs:
     """All tasks of the settings; memory is given back between them."""
-    for name in subject.settings.tasks:
-        yield from TASKS[name](subject)
+    for name in variant.settings.tasks:
+        yield from TASKS[name](variant)
         gc.collect()
-        if subject.device.type == "cuda":
+        if variant.device.type == "cuda":
             torch.cuda.empty_cache()

@@ -15,8 +15,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from ldae.bench.measure import run_flop_counter
 from ldae.bench.settings import SpaceComparison
 from ldae.bench.straight import use_plain_kernels
-from ldae.bench.subject import VariantUnderTest
 from ldae.bench.tasks import inference
+from ldae.bench.variant import VariantUnderTest
 from ldae.runs import estimator_node
 
 log = logging.getLogger(__name__)
@@ -73,10 +73,10 @@ def compare_spaces(compose: Compose, settings: SpaceComparison, folder: Path) ->
     seconds = []
     for space, more in (("latent", []), ("voxel", [VOXEL])):
         (folder / space).mkdir(parents=True)
-        subject = VariantUnderTest(
+        variant = VariantUnderTest(
             compose, [*settings.reduced, *more, f"sampler.steps={settings.steps}"], folder / space
         )
-        costs = dict(inference(subject))
+        costs = dict(inference(variant))
         seconds.append(sum(costs[name].seconds for name in ("encode", "invert", "sample", "decode")))
         numbers[f"voxels/reduced/{space}_ms"] = 1e3 * seconds[-1]
         log.info("%s space: %.1f ms", space, 1e3 * seconds[-1])

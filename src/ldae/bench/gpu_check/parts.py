@@ -47,9 +47,9 @@ def _training(measure: str, seconds: float, stage: str, **options: object) -> It
 
 def _bench(task: str, variant: str, seconds: float) -> Item:
     def work(check: GpuCheck) -> Numbers:
-        from ldae.bench.gpu_check.speedups import measure_variant
+        from ldae.bench.gpu_check.speedups import measure_speedup
 
-        return measure_variant(check, task, variant)
+        return measure_speedup(check, task, variant)
 
     return Item(f"{variant} {task}", seconds, work)
 

@@ -11,7 +11,7 @@ SHOWN = ("ms", "gflop", "matrix_share", "peak_mb", "wait_share")
 YARDSTICK = "straight"
 
 
-def measure_variant(check: GpuCheck, task: str, variant: str) -> Numbers:
+def measure_speedup(check: GpuCheck, task: str, variant: str) -> Numbers:
     """By name of what the task measures: its figures, and how many times faster than the straight port it is."""
     composed = check.bench()
     settings: Bench = instantiate(composed([]).bench)

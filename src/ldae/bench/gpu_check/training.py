@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from ldae.bench.gpu_check.check import GpuCheck, Numbers
 from ldae.bench.steps import TrainingSteps, measure_seconds, measure_step
-from ldae.bench.subject import VariantUnderTest
+from ldae.bench.variant import VariantUnderTest
 from ldae.training.checkpoint import Progress
 from ldae.training.guard import StepGuard
 
@@ -57,18 +57,18 @@ def measure_steps(check: GpuCheck, setting: Setting) -> Numbers:
 
 
 def _measure_steps(check: GpuCheck, setting: Setting, checkpointing: bool) -> Numbers:
-    subject = build_variant(check, setting, checkpointing)
+    variant = build_variant(check, setting, checkpointing)
     key = f"{setting.model} {setting.stage}"
     extra: dict[str, float] = {}
-    with TrainingSteps(subject, setting.stage) as steps:
+    with TrainingSteps(variant, setting.stage) as steps:
         if setting.compile:
             extra["compile_s"] = measure_seconds(steps, steps.device)
         # Compiled code hides its operations from the counter: they are those of the same step before.
-        cost = measure_step(steps, subject.settings.repeats, count=not setting.compile)
-    numbers = cost.numbers(check.matrix_rate(subject.dtype))
+        cost = measure_step(steps, variant.settings.repeats, count=not setting.compile)
+    numbers = cost.numbers(check.matrix_rate(variant.dtype))
     if setting.compile:
         numbers["gflop"] = check.flop.get(key, float("nan")) / 1e9
-        numbers["matrix_share"] = check.flop.get(key, float("nan")) / cost.seconds / check.matrix_rate(subject.dtype)
+        numbers["matrix_share"] = check.flop.get(key, float("nan")) / cost.seconds / check.matrix_rate(variant.dtype)
     elif not checkpointing:  # which computes twice
         check.flop[key] = cost.flop
     return {**numbers, **extra, "batch": float(cost.scans), "checkpointing": float(checkpointing)}
@@ -116,12 +116,12 @@ def count_waits(steps: Callable[[], None], count: int, device: torch.device) -> 
 
 def measure_waits(check: GpuCheck, setting: Setting) -> Numbers:
     """Of the real stage, within the guard that reads a step's flags one step late."""
-    subject = build_variant(check, setting)
-    with TrainingSteps(subject, setting.stage) as steps:
+    variant = build_variant(check, setting)
+    with TrainingSteps(variant, setting.stage) as steps:
         steps.warm_up(2)
         progress = Progress(step=steps.number)
         guard = StepGuard(
-            subject.accelerator, steps.stage, progress, check.size.watched,
+            variant.accelerator, steps.stage, progress, check.size.watched,
             describe_newest=lambda: "", stop_requested=lambda: False,
         )  # fmt: skip
 
@@ -141,10 +141,10 @@ def _is_kernel(event: Any) -> bool:
 
 def profile_steps(check: GpuCheck, setting: Setting) -> Numbers:
     """The kernels that take the most time, and how long the GPU has nothing to do; the long table goes into a file."""
-    subject = build_variant(check, setting)
-    on_gpu = subject.device.type == "cuda"
+    variant = build_variant(check, setting)
+    on_gpu = variant.device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
-    with TrainingSteps(subject, setting.stage) as steps:
+    with TrainingSteps(variant, setting.stage) as steps:
         steps.warm_up(2)
 
         def some() -> None:
