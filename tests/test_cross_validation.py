@@ -1,5 +1,8 @@
-"""Proves cross-validation: two regimes that never mix, the same folds for all, no label of a held-out scan seen, folds
-of several runs put together; region volumes as shares of the head; brain age without its pull to the mean.
+"""Tests cross-validation.
+
+The two regimes are kept apart, all predictors get the same folds, no probe sees a held-out label, and the folds of
+several runs are scored together; region volumes are relative to the head, and brain age is corrected for regression to
+the mean.
 """
 
 from dataclasses import replace
@@ -24,7 +27,7 @@ SEX = Classification("sex", positive="F", negative="M")
 
 
 def cohort(out, subjects=90, seed=0):
-    """One scan a subject; y holds sex and age, both noisy; the head of men is larger, ventricles grow with age."""
+    """One scan per subject. y contains sex and age with noise; men have larger heads, ventricles grow with age."""
     rng = np.random.default_rng(seed)
     age, male = rng.uniform(20, 80, subjects), rng.integers(0, 2, subjects)
     head = 1.4e6 + 1.5e5 * male + 5e4 * rng.standard_normal(subjects)
@@ -75,13 +78,13 @@ def test_the_regime_is_in_every_name_and_chooses_the_scans(judged, tmp_path):
         evaluator(baselines=["nearest"])
 
 
-def test_the_report_says_which(judged, tmp_path):
+def test_the_report_names_the_regime(judged, tmp_path):
     text = write_report(tmp_path, "x", judged[1]).read_text()
     assert "saw, without labels" in text
     assert "never saw" not in text
 
 
-def test_all_predictors_are_judged_in_the_same_folds_with_paired_differences(judged):
+def test_all_predictors_are_scored_in_the_same_folds_with_paired_differences(judged):
     context, metrics = judged
     found = pd.read_csv(context.out / "cv_transductive_age_predictions.csv")
     assert found.groupby("repeat")["subject"].nunique().tolist() == [72, 72]
@@ -96,8 +99,8 @@ def test_all_predictors_are_judged_in_the_same_folds_with_paired_differences(jud
     assert metrics["cv/transductive/baseline/mean/sex/auc"] < 0.6
 
 
-def test_the_mean_of_a_fold_is_that_of_the_others_labels(judged):
-    """The constant predictor shows what a fold was fitted on: never its own labels."""
+def test_the_constant_predictor_of_a_fold_is_the_mean_of_the_other_folds(judged):
+    """The constant predictor shows which labels were used: not those of its own fold."""
     context, _ = judged
     found = pd.read_csv(context.out / "cv_transductive_age_predictions.csv")
     first = found[found["repeat"] == 0]
@@ -106,17 +109,19 @@ def test_the_mean_of_a_fold_is_that_of_the_others_labels(judged):
         assert fold["mean"].iloc[0] == pytest.approx(others["truth"].mean())
 
 
-def test_volumes_are_shares_of_the_head_which_stays_a_feature(tmp_path):
+def test_volumes_are_relative_to_the_head_which_remains_a_feature(tmp_path):
     table = cohort(tmp_path).table
     columns, values = read_table_features(table, "volumes")
     assert columns == ["label_007_mm3", "ventricle_mm3", "head_mm3"]
     assert values[:, 1] == pytest.approx(table["ventricle_mm3"] / table["head_mm3"])
     assert values[:, 2] == pytest.approx(table["head_mm3"])
-    assert read_table_features(table, "volumes", columns)[1] == pytest.approx(values)  # a frozen predictor's way
+    assert read_table_features(table, "volumes", columns)[1] == pytest.approx(
+        values
+    )  # as a frozen predictor reads them
     columns, values = read_table_features(table.drop(columns="head_mm3"), "volumes")
     assert values[:, 1] == pytest.approx(table["ventricle_mm3"])
     bare = table.drop(columns=["ventricle_mm3", "label_007_mm3"])
-    assert read_table_features(bare, "volumes")[0] == []  # a head alone is no region
+    assert read_table_features(bare, "volumes")[0] == []  # the head alone is not a region
 
 
 def test_images_are_averaged_to_about_four_millimetres(tmp_path):
@@ -127,7 +132,7 @@ def test_images_are_averaged_to_about_four_millimetres(tmp_path):
     assert found[3] == pytest.approx(expected.numpy(), abs=1e-6)
 
 
-def test_bias_correction_takes_age_out_of_the_gap_without_the_truth_of_the_judged(judged):
+def test_bias_correction_removes_the_correlation_of_error_and_age(judged):
     _, metrics = judged
     stem = "cv/transductive/probe/age/"
     assert metrics[stem + "gap_pearson"] < -0.4
@@ -136,7 +141,7 @@ def test_bias_correction_takes_age_out_of_the_gap_without_the_truth_of_the_judge
     assert not any("unbiased" in name for name in metrics if "/sex/" in name)
 
 
-def test_the_line_of_the_bias_is_stored_and_leaves_predictions_alone():
+def test_the_bias_is_stored_and_does_not_change_predictions():
     rng = np.random.default_rng(0)
     x = rng.standard_normal((60, 5))
     truth = 50 + 5 * x[:, 0] + 8 * rng.standard_normal(60)
@@ -151,7 +156,7 @@ def test_the_line_of_the_bias_is_stored_and_leaves_predictions_alone():
     assert again.unbiased(plain.predict(x)) == pytest.approx((plain.predict(x) - intercept) / slope)
 
 
-def test_folds_are_disjoint_cover_everyone_and_are_kept(tmp_path):
+def test_folds_are_disjoint_cover_all_subjects_and_are_stored(tmp_path):
     table = cohort(tmp_path).table.drop(columns="split")
     shares = {"train": 0.92, "val": 0.08, "test": 0.0}
     tests = []
@@ -168,7 +173,7 @@ def test_folds_are_disjoint_cover_everyone_and_are_kept(tmp_path):
         subjects_of_fold(table, 5, 5, 0)
 
 
-def test_the_test_folds_of_several_runs_are_put_together(tmp_path):
+def test_the_test_folds_of_several_runs_are_scored_together(tmp_path):
     context = cohort(tmp_path / "out")
     context.out.mkdir()
     tasks = {"age": Regression("age", bias_correction=True)}

@@ -1,4 +1,4 @@
-"""Proves the image metrics by identities, by hand and against MONAI; the brain mask; and the soft volumes."""
+"""Tests the image metrics by identities, by hand and against MONAI; the brain mask; and soft volumes."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ from ldae.evaluation.images import image_metrics as metrics
 
 @pytest.fixture
 def pair():
-    """Two smooth volumes in [0, 1], the second a noisy first."""
+    """Smooth volumes in [0, 1], and the same with noise."""
     generator = torch.Generator().manual_seed(0)
     x = torch.nn.functional.interpolate(torch.rand(2, 1, 6, 7, 5, generator=generator), (26, 30, 22), mode="trilinear")
     return x, (x + 0.05 * torch.randn(x.shape, generator=generator)).clamp(0, 1)
@@ -26,7 +26,7 @@ def test_ssim_equals_monais_where_definitions_agree(pair, width):
 
 
 def test_ssim_of_constants_by_hand():
-    """Without structure only the luminance term is left: (2ab + C1) / (a^2 + b^2 + C1)."""
+    """Without structure only the luminance term remains: (2ab + C1) / (a^2 + b^2 + C1)."""
     x, y = torch.full((1, 1, 14, 14, 14), 0.2), torch.full((1, 1, 14, 14, 14), 0.6)
     expected = (2 * 0.12 + 1e-4) / (0.04 + 0.36 + 1e-4)
     assert float(metrics.ssim(x, y)) == pytest.approx(expected, abs=1e-4)
@@ -63,7 +63,7 @@ def test_errors_by_hand():
     assert float(metrics.psnr(x, y, mask)) == pytest.approx(20, abs=1e-4)
 
 
-def test_background_flatters_the_whole_volume_and_not_the_mask():
+def test_background_raises_ssim_of_the_whole_volume_but_not_in_the_mask():
     generator = torch.Generator().manual_seed(1)
     x = torch.zeros(1, 1, 32, 32, 32)
     x[..., 10:22, 10:22, 10:22] = 0.3 + 0.5 * torch.rand(12, 12, 12, generator=generator)
@@ -73,7 +73,7 @@ def test_background_flatters_the_whole_volume_and_not_the_mask():
     assert float(found["ssim_mask"]) < float(found["ssim"]) - 0.1
 
 
-def test_samples_of_a_batch_do_not_touch_each_other(pair):
+def test_samples_of_a_batch_are_independent(pair):
     x, y = pair
     together = metrics.compare_images(y, x)
     for name, values in metrics.compare_images(y[1:], x[1:]).items():
@@ -87,13 +87,13 @@ def test_small_volumes_are_measured_too(shape):
     assert all(bool(torch.isfinite(values).all()) for values in found.values())
 
 
-def test_a_perceptual_distance_joins_scan_by_scan(pair):
+def test_a_perceptual_distance_is_computed_per_scan(pair):
     x, y = pair
     found = metrics.compare_images(y, x, perceptual=lambda a, b: (a - b).abs().mean())
     torch.testing.assert_close(found["lpips"], (y - x).abs().flatten(1).mean(1))
 
 
-def test_the_mask_holds_ventricles_and_not_specks():
+def test_the_mask_contains_ventricles_but_no_specks():
     x = torch.zeros(2, 1, 20, 20, 20)
     x[:, :, 4:16, 4:16, 4:16] = 0.6
     x[:, :, 8:12, 8:12, 8:12] = 0.0  # ventricles
@@ -108,8 +108,8 @@ def test_the_mask_holds_ventricles_and_not_specks():
     assert int(mask[1].sum()) == 20 * 10 * 20
 
 
-def test_a_mask_is_made_once_a_scan(monkeypatch):
-    """Ten rows asked for twice, in another order and other batches: ten masks, each that of its own scan."""
+def test_a_mask_is_computed_once_per_scan(monkeypatch):
+    """Ten rows requested twice, in another order and other batches: ten masks, each of its own scan."""
     x = torch.nn.functional.interpolate(torch.rand(10, 1, 4, 4, 4), scale_factor=3, mode="trilinear") - 0.4
     expected, made, make = metrics.brain_mask(x), [], metrics.brain_mask
     assert len(expected.flatten(1).unique(dim=0)) == 10
@@ -130,7 +130,7 @@ def test_both_ssims_come_from_one_map(pair):
     assert torch.equal(inside, metrics.ssim(y, x, mask))
 
 
-def test_numbers_are_read_back_together_and_unchanged():
+def test_numbers_are_copied_to_the_host_unchanged():
     values = {
         ("a", 1): torch.rand(3),
         "b": torch.rand(3, requires_grad=True).bfloat16(),
@@ -143,8 +143,8 @@ def test_numbers_are_read_back_together_and_unchanged():
         assert found[name].tolist() == value.tolist()
 
 
-def test_no_metric_waits_for_a_value():
-    """Fake tensors have no values: whatever reads one raises."""
+def test_no_metric_reads_a_value_back():
+    """Fake tensors have no values: reading one raises."""
     from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
     with FakeTensorMode():
@@ -156,7 +156,7 @@ def test_no_metric_waits_for_a_value():
 
 
 def ball(radius, shape=(24, 24, 24), fine=3):
-    """Share of each voxel inside a ball, (X, Y, Z)."""
+    """Fraction of each voxel inside a ball, (X, Y, Z)."""
     axes = [(np.arange(n * fine) + 0.5) / fine - n / 2 for n in shape]
     grid = np.stack(np.meshgrid(*axes, indexing="ij"))
     inside = (np.linalg.norm(grid, axis=0) < radius).astype(float)
@@ -165,7 +165,7 @@ def ball(radius, shape=(24, 24, 24), fine=3):
 
 @pytest.mark.parametrize(("low", "high"), [(0.2, 0.7), (0.9, 0.5)])
 def test_a_soft_volume_is_the_true_one_whatever_the_intensities(low, high):
-    """Levels found by least squares; partial voxels count by their share."""
+    """Levels are found by least squares; partial voxels count by their fraction."""
     measure = SoftVolume(ball(9) > 0, voxel_mm3=8.0)
     reference = ball(4)
     levels = measure.levels(high + (low - high) * reference, reference)
@@ -175,6 +175,6 @@ def test_a_soft_volume_is_the_true_one_whatever_the_intensities(low, high):
         assert measure.measure(high + (low - high) * share, levels) == pytest.approx(8 * share.sum(), rel=1e-6)
 
 
-def test_equal_levels_measure_nothing():
+def test_a_structure_without_contrast_has_no_volume():
     measure = SoftVolume(ball(9) > 0, voxel_mm3=8.0)
     assert np.isnan(measure.measure(ball(4), Levels(0.5, 0.5)))

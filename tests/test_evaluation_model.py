@@ -1,7 +1,7 @@
-"""Proves semantics, reconstruction, generation and the report on a model whose every answer is known on paper.
+"""Tests the evaluations of images and the report on a model for which every result is known.
 
-A scan is a bright cube with a dark ball of some radius at its centre; y is the radius. The denoiser is perfect for the
-y that it is given; without y it expects the cohort's mean.
+A scan is a bright cube with a dark ball at its centre, and y is the radius of the ball. The denoiser is perfect for the
+y that it is given; without y it predicts the scan of the mean radius.
 """
 
 import json
@@ -33,21 +33,21 @@ from ldae.evaluation.images.semantics import (
 SIZE = 16
 
 
-def share(radius):
-    """Smooth share of the ball in each voxel, (B, X, Y, Z)."""
+def ball(radius):
+    """Smooth fraction of each voxel that the ball covers, (B, X, Y, Z)."""
     grid = torch.stack(torch.meshgrid(*[torch.arange(SIZE) - (SIZE - 1) / 2] * 3, indexing="ij"))
     return torch.sigmoid(2 * (radius.view(-1, 1, 1, 1).float() - grid.norm(dim=0)))
 
 
 def scan(radius):
-    """(B, 1, X, Y, Z) in [0, 1]."""
+    """Scans with balls of these radii (B,): (B, 1, X, Y, Z) in [0, 1]."""
     brain = torch.zeros(SIZE, SIZE, SIZE)
     brain[1:-1, 1:-1, 1:-1] = 1
-    return (brain * (0.7 - 0.5 * share(radius)))[:, None]
+    return (brain * (0.7 - 0.5 * ball(radius)))[:, None]
 
 
 class Denoiser:
-    """eps that belongs to z_0 = latent(y), or to a fixed z_0."""
+    """Predicts the eps of z_0 = latent(y), or without y of the z_0 of a radius of 3."""
 
     def __init__(self, uses_y=True):
         self.schedule, self.uses_y = linear(), uses_y
@@ -66,7 +66,7 @@ class Denoiser:
 
 @dataclass
 class Model:
-    """What the evaluators use of LDAE."""
+    """The methods of LDAE that the evaluations use."""
 
     denoiser: Denoiser
     sampler: object
@@ -104,7 +104,7 @@ def context(out: Path, uses_y=True, subjects=40) -> Context:
     return Context(
         model=Model(Denoiser(uses_y), Multistep(steps=5)), table=table, volumes=lambda rows: scan(radius[rows]),
         posterior=None, embeddings=radius[:, None].numpy(), untrained=None, out=out, spacing=(2.0, 2.0, 2.0), seed=1,
-        regions=lambda rows, labels: share(radius[rows]).numpy() * (51 in labels),
+        regions=lambda rows, labels: ball(radius[rows]).numpy() * (51 in labels),
     )  # fmt: skip
 
 
@@ -119,24 +119,24 @@ def test_the_gap_is_filled_by_y_alone(tmp_path):
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2])
-def test_attention_is_reported_where_it_lies(tmp_path, axis):
-    """Every scan's on slice 12 of 16, of 2 mm; then on all slices alike."""
-    looks = torch.full((SIZE,), 0.01)
-    looks[12] = 1 - 0.15
+def test_attention_is_reported_at_its_position(tmp_path, axis):
+    """All scans attend to slice 12 of 16, with slices of 2 mm; then to all slices equally."""
+    weights = torch.full((SIZE,), 0.01)
+    weights[12] = 1 - 0.15
     given = context(tmp_path, subjects=8)
-    given.model = SimpleNamespace(encoder=SimpleNamespace(axis=axis), attention=lambda x: looks.expand(len(x), -1))
+    given.model = SimpleNamespace(encoder=SimpleNamespace(axis=axis), attention=lambda x: weights.expand(len(x), -1))
     found = dict(Attention(resamples=20)(given))
     assert found["attention/peak_mm"] == found["attention/peak_mm_low"] == (12 - 7.5) * 2
     assert found["attention/own_share"] == pytest.approx(0, abs=1e-9)
     assert found["attention/entropy_share"] < 0.4
     assert pd.read_csv(tmp_path / "attention.csv").iloc[0, 2:].astype(float).idxmax() == "slice012"
     assert (tmp_path / "attention.png").exists()
-    looks = torch.full((SIZE,), 1 / SIZE)
+    weights = torch.full((SIZE,), 1 / SIZE)
     assert dict(Attention(resamples=20)(given))["attention/entropy_share"] == pytest.approx(1)
 
 
 def test_z0_errors_by_hand():
-    """Own y leaves no error, another's the distance between the two latents, none the distance to the mean's."""
+    """The own y leaves no error; another subject's y leaves the distance between the two latents."""
     z, other = Model.latent(torch.tensor([2.5, 4.0])), Model.latent(torch.tensor([4.0, 2.5]))
     y = torch.tensor([[2.5], [4.0]])
     table = measure_z0_errors(Denoiser(), z, y, y.flip(0), seed=0, keys=[1, 2])
@@ -153,8 +153,8 @@ def test_z0_errors_by_hand():
     }
 
 
-def test_z0_errors_wait_for_no_value():
-    """On the meta device there are no values: whatever reads one, or mixes in a tensor of another device, raises."""
+def test_z0_errors_do_not_read_values_back():
+    """The meta device has no values: reading one, or using a tensor of another device, raises."""
     denoiser = SimpleNamespace(
         schedule=linear(),
         eps=lambda z_t, t: 0.5 * z_t,
@@ -173,10 +173,10 @@ def test_a_model_that_uses_y_is_told_from_one_that_does_not(tmp_path):
     assert metrics["semantics/ventricle_r"] > 0.99
     assert metrics["semantics/ventricle_r_low"] <= metrics["semantics/ventricle_r"]
     assert abs(metrics["semantics/ventricle_r_control"]) < 0.5
-    deaf = dict(Semantics(resamples=100)(context(tmp_path, uses_y=False)))
-    assert deaf["semantics/z0_error_ratio"] == pytest.approx(1, abs=1e-6)
-    assert abs(deaf.get("semantics/ventricle_r", 0.0)) < 0.5
-    assert deaf["semantics/ssim_mask"] < metrics["semantics/ssim_mask"]
+    ignored = dict(Semantics(resamples=100)(context(tmp_path, uses_y=False)))
+    assert ignored["semantics/z0_error_ratio"] == pytest.approx(1, abs=1e-6)
+    assert abs(ignored.get("semantics/ventricle_r", 0.0)) < 0.5
+    assert ignored["semantics/ssim_mask"] < metrics["semantics/ssim_mask"]
 
 
 def test_without_label_maps_the_rest_is_still_measured(tmp_path, caplog):
@@ -188,7 +188,7 @@ def test_without_label_maps_the_rest_is_still_measured(tmp_path, caplog):
     assert "labels_path" in caplog.text
 
 
-def test_partners_are_of_another_subject_and_each_is_used_once():
+def test_partners_are_of_other_subjects_and_each_is_used_once():
     for subjects in (["a", "b"], ["a", "a", "b", "b", "c"], ["b", "a", "c", "a", "b", "c", "d"]):
         partner = pair_with_other_subjects(subjects)
         assert sorted(partner) == list(range(len(subjects)))
@@ -197,7 +197,7 @@ def test_partners_are_of_another_subject_and_each_is_used_once():
     assert pair_with_other_subjects(["a"]) is None
 
 
-def test_reconstruction_reports_what_it_promises(tmp_path):
+def test_reconstruction_yields_its_metrics_and_files(tmp_path):
     samplers = {"ddim": DDIM(), "exact": Exact()}
     metrics = dict(Reconstruction(samplers, [5, 10], 4, DDIM(steps=50), 2, 8, 50)(context(tmp_path)))
     assert metrics["reconstruction/autoencoder/ssim_mask"] == pytest.approx(1, abs=1e-5)
@@ -217,7 +217,7 @@ def test_reconstruction_reports_what_it_promises(tmp_path):
 
 
 def test_generation_measures_distance_and_diversity(tmp_path):
-    """Every sample of this model is the mean scan: far from real ones in diversity."""
+    """All samples of this model are the mean scan, less diverse than real scans."""
     cohort = context(tmp_path)
     cohort.embeddings = cohort.volumes(np.arange(40)).flatten(1)[:, :5].numpy()
     metrics = dict(generation.Generation(samples=5, pairs=10)(cohort))
@@ -293,9 +293,9 @@ def test_the_report_is_one_escaped_file(tmp_path):
         "Manipulation",
         "Further metrics",
     ]
-    told, manipulation, further = sections.values()
-    assert "data:image/png;base64," in told
-    assert "1.5 [1, 2]" in told
+    predicts, manipulation, further = sections.values()
+    assert "data:image/png;base64," in predicts
+    assert "1.5 [1, 2]" in predicts
     assert "&lt;script&gt;draw()" in manipulation
     assert "&lt;b&gt;" in further
     assert "http" not in text

@@ -1,4 +1,8 @@
-"""Proves the probes: AD positive, blind to test rows, grouped folds, honest baselines, exact storage, no refit."""
+"""Tests the probes.
+
+AD is the positive class, test rows do not influence the fit, folds are grouped by subject, baselines follow the same
+protocol, stored probes predict exactly what fitted ones do, and another cohort is judged without a refit.
+"""
 
 import json
 import logging
@@ -24,7 +28,7 @@ DIAGNOSIS = {"positive": "AD", "negative": "CN"}
 
 
 def cohort(out, subjects=120, seed=0, shift=2.0, splits=(0.7, 0.3)):
-    """Two scans a subject. y holds disease (first number) and age (second); the untrained y is noise."""
+    """Two scans per subject. y contains disease (first number) and age (second); the untrained y is noise."""
     rng = np.random.default_rng(seed)
     sick = rng.integers(0, 3, subjects)  # CN, MCI, AD
     age = 70 + 6 * rng.standard_normal(subjects) + 2 * (sick == 2)
@@ -79,7 +83,7 @@ def test_the_predictions_reproduce_the_metrics(judged):
     assert metrics["probe/age/mae"] == pytest.approx(mean_absolute_error(ages["truth"], ages["embedding"]))
 
 
-def test_ours_beats_noise_and_differences_are_signed_so(judged):
+def test_differences_are_positive_where_the_embedding_is_better(judged):
     _, metrics = judged
     assert metrics["baseline/untrained/diagnosis/auc_difference_low"] > 0
     assert metrics["baseline/untrained/age/mae_difference_low"] > 0
@@ -89,7 +93,7 @@ def test_ours_beats_noise_and_differences_are_signed_so(judged):
         assert metrics[f"baseline/pca/diagnosis/{name}_difference"] == pytest.approx(sign * gap)
 
 
-def test_every_baseline_that_applies_is_there(judged):
+def test_every_applicable_baseline_is_scored(judged):
     _, metrics = judged
     for name in ("mean", "age_sex", "pca", "untrained", "volumes"):
         assert f"baseline/{name}/diagnosis/auc" in metrics
@@ -98,7 +102,7 @@ def test_every_baseline_that_applies_is_there(judged):
     mean, volumes = (metrics[f"baseline/{name}/age/mae"] for name in ("mean", "volumes"))
     share = (mean - metrics["probe/age/mae"]) / (mean - volumes)
     assert metrics["probe/age/mae_share_to_volumes"] == pytest.approx(share)
-    assert "baseline/age_sex/age/mae" not in metrics  # it would be told the answer
+    assert "baseline/age_sex/age/mae" not in metrics  # age is one of its features
     assert metrics["probe/diagnosis/auc_age_adjusted"] > 0.8
     assert all(np.isfinite(metrics[f"probe/diagnosis/{name}"]) for name in ("auc_low", "auc_high", "mcc", "pr_auc"))
 
@@ -116,7 +120,7 @@ def test_poisoned_test_rows_change_no_coefficient(judged, tmp_path):
 
 
 def test_a_poisoned_training_row_does_change_them(judged, tmp_path):
-    """The check above could fail."""
+    """The test above is able to fail."""
     context, _ = judged
     y = context.embeddings.copy()
     y[context.rows("train")[0]] += 5
@@ -139,7 +143,7 @@ def test_no_subject_is_on_both_sides_of_a_fold(task):
 @pytest.mark.parametrize("widths", [None, [3, 6]])
 @pytest.mark.parametrize("task", [Classification("diagnosis", **DIAGNOSIS), Regression("age")])
 def test_stored_arrays_predict_what_the_pipeline_does(task, widths):
-    """Imputation, PCA and scaling folded into four arrays, through JSON, to 1e-10."""
+    """Imputation, PCA and scaling as four arrays, stored as JSON, predict the same to 1e-10."""
     rng = np.random.default_rng(5)
     x = 3 + rng.standard_normal((90, 12)) * np.arange(1, 13)
     x[::17, 2] = np.nan
@@ -156,8 +160,8 @@ def test_stored_arrays_predict_what_the_pipeline_does(task, widths):
     np.testing.assert_array_equal(again.coef, model.coef)
 
 
-def test_more_voxels_than_scans_are_rotated_into_fewer_numbers_without_a_change():
-    """Through the rows' own span or in all voxels: the same choice, the same predictions, of new scans too."""
+def test_features_rotated_into_the_span_of_the_rows_give_the_same_predictions():
+    """With more voxels than scans: the same choice, and the same predictions for new scans too."""
     rng = np.random.default_rng(7)
     x, new = 5 + rng.standard_normal((40, 300)) * np.linspace(0.1, 3, 300), 5 + rng.standard_normal((9, 300))
     truth, subjects = x[:, -40:].sum(1), np.array([str(i) for i in range(40)])
@@ -170,7 +174,7 @@ def test_more_voxels_than_scans_are_rotated_into_fewer_numbers_without_a_change(
     assert model.bias is not None
 
 
-def test_pca_width_is_chosen_among_those_that_fit():
+def test_pca_width_is_limited_by_the_number_of_columns():
     rng = np.random.default_rng(6)
     x = rng.standard_normal((40, 6))
     subjects = np.array([str(i) for i in range(40)])
@@ -178,8 +182,8 @@ def test_pca_width_is_chosen_among_those_that_fit():
     assert width == 6
 
 
-def test_features_that_say_nothing_give_a_constant():
-    """Of a collapsed encoder: more columns than rows, and no two rows differ."""
+def test_constant_features_give_a_constant_prediction():
+    """Features of a collapsed encoder: more columns than rows, and all rows are equal."""
     subjects = np.arange(40)
     for task, truth in (
         (Regression("age"), subjects + 50.0),
@@ -190,7 +194,7 @@ def test_features_that_say_nothing_give_a_constant():
 
 
 class Scripted:
-    """A task whose losses are given: `losses` maps a strength to one number a subject."""
+    """A probe with given losses: `losses` maps a strength to one number per subject."""
 
     column, classes, bias_correction = "age", None, False
 
@@ -215,11 +219,11 @@ class Scripted:
 @pytest.mark.parametrize(
     ("strong", "weak", "expected"),
     [
-        # Worse for one subject, better for another: within the error of the difference.
+        # Worse for one subject, better for another: within the standard error of the difference.
         ([1.0] * 8 + [1.6, 0.8], [1.0] * 10, 100.0),
-        # A little worse, but for everyone: no doubt about it, although people differ far more.
+        # A little worse for every subject: significant, although subjects differ far more from each other.
         ([i + 0.1 for i in range(10)], list(range(10)), 1.0),
-        # As good: the stronger penalty.
+        # Equally good: the stronger penalty is chosen.
         (list(range(10)), list(range(10)), 100.0),
         # Better.
         ([0.0] * 10, [1.0] * 10, 100.0),
@@ -227,16 +231,16 @@ class Scripted:
 )
 def test_the_strongest_penalty_that_is_as_good_as_the_best_is_chosen(strong, weak, expected):
     task = Scripted({100.0: strong, 1.0: weak})
-    # A scan's truth is its subject's number; subjects with many scans count once.
+    # The truth of a scan is the number of its subject; a subject with many scans counts once.
     subjects = np.repeat(np.arange(10), [1, 2, 1, 3, 1, 1, 2, 1, 1, 9])
     features = np.random.default_rng(0).standard_normal((len(subjects), 2))
     assert choose_settings(task, features, subjects.astype(float), subjects.astype(str), 3, None) == (None, expected)
-    assert len(set(task.seeds)) == len(task.seeds) > 1  # folds are drawn anew
+    assert len(set(task.seeds)) == len(task.seeds) > 1  # the folds were drawn more than once
 
 
 def test_without_tolerance_the_lowest_loss_decides():
     subjects, features = np.arange(10), np.random.default_rng(0).standard_normal((10, 2))
-    found = {100.0: [1.0] * 8 + [1.6, 0.8], 1.0: [1.0] * 10}  # within one error, see above
+    found = {100.0: [1.0] * 8 + [1.6, 0.8], 1.0: [1.0] * 10}  # within one standard error, see above
     for tolerance, expected in ((1.0, 100.0), (0.0, 1.0)):
         task = Scripted(found, tolerance)
         assert choose_settings(task, features, subjects.astype(float), subjects.astype(str), 3, None) == (
@@ -245,12 +249,12 @@ def test_without_tolerance_the_lowest_loss_decides():
         )
 
 
-def test_penalties_are_tried_from_the_strongest_on():
+def test_strengths_are_sorted_from_the_strongest_penalty():
     assert Classification("diagnosis", **DIAGNOSIS, strengths=[10.0, 0.1]).strengths == [0.1, 10.0]  # C
     assert Regression("age", strengths=[1.0, 100.0]).strengths == [100.0, 1.0]  # alpha
 
 
-def test_another_cohort_is_judged_without_a_refit(judged, tmp_path):
+def test_another_cohort_is_scored_without_a_refit(judged, tmp_path):
     context, _ = judged
     other = cohort(tmp_path, subjects=80, seed=11, splits=(1.0, 0.0))
     metrics = dict(ExternalCohort(context.out / "probes.json", resamples=200)(other))
@@ -272,7 +276,7 @@ def test_another_encoder_and_a_missing_file_are_refused(judged, tmp_path):
         dict(ExternalCohort(tmp_path / "probes.json")(context))
 
 
-def test_a_cohort_without_volumes_loses_that_baseline_only(judged, tmp_path, caplog):
+def test_a_cohort_without_volumes_lacks_only_that_baseline(judged, tmp_path, caplog):
     context, _ = judged
     other = cohort(tmp_path, subjects=40, seed=12)
     other.table = other.table.drop(columns=["ventricle_mm3"])
@@ -283,7 +287,7 @@ def test_a_cohort_without_volumes_loses_that_baseline_only(judged, tmp_path, cap
 
 
 @pytest.mark.parametrize("damage", ["no AD", "no age", "no column", "tiny"])
-def test_a_degenerate_cohort_skips_a_probe_with_one_line(tmp_path, caplog, damage):
+def test_a_probe_without_usable_labels_is_skipped_with_one_line(tmp_path, caplog, damage):
     context = cohort(tmp_path, subjects=30)
     if damage == "no AD":
         context.table["diagnosis"] = context.table["diagnosis"].replace("AD", "CN")
@@ -338,14 +342,14 @@ def test_a_small_sample_of_rows_prefers_new_subjects():
     assert {subjects[row] for row in subsample_by_subject(np.arange(11), subjects, 3, seed=0)} == {"a", "b", "c"}
 
 
-def test_processes_share_the_scans_and_give_the_table_of_one(tmp_path):
-    """20 scans in batches of 3 over 3 processes: none twice, none lost, in the order of the table, killed or not."""
+def test_embeddings_of_several_processes_equal_those_of_one(tmp_path):
+    """20 scans in batches of 3 over 3 processes, one of which is interrupted: each batch once, in table order."""
     read, met = [], []
 
     def values(rows):
         return torch.tensor(rows)[:, None].float()
 
-    def together(rank, batches):
+    def embed(rank, batches):
         def volumes(rows):
             if len(read) == batches:
                 raise KeyboardInterrupt
@@ -358,17 +362,17 @@ def test_processes_share_the_scans_and_give_the_table_of_one(tmp_path):
         embed_parts(lambda x: x / 3, volumes, 20, 3, tmp_path, shared)
 
     with pytest.raises(KeyboardInterrupt):
-        together(2, batches=3)
-    assert read[:2] == [[6, 7, 8], [15, 16, 17]], "its own share comes first"
-    together(0, batches=7)
-    together(1, batches=7)
+        embed(2, batches=3)
+    assert read[:2] == [[6, 7, 8], [15, 16, 17]], "its own batches come first"
+    embed(0, batches=7)
+    embed(1, batches=7)
     assert sorted(read) == [[*range(start, min(start + 3, 20))] for start in range(0, 20, 3)]
     assert met == [0, 1]
     alone = embed_rows(lambda x: x / 3, values, 20, 3)
     np.testing.assert_array_equal(embed_rows(lambda x: x / 0, values, 20, 3, tmp_path), alone)
 
 
-def test_parts_of_other_weights_rows_or_cuts_are_elsewhere(tmp_path):
+def test_parts_of_other_weights_rows_or_batch_sizes_have_other_folders(tmp_path):
     key, path = {"weights": "a", "rows": "b"}, tmp_path / "embeddings.csv"
     folders = {parts_folder(path, key, 2), parts_folder(path, key, 3), parts_folder(path, {**key, "rows": "c"}, 2)}
     assert len(folders) == 3

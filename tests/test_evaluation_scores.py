@@ -1,4 +1,4 @@
-"""Proves that the metrics equal scikit-learn's, also under resampling weights, and that intervals are over subjects."""
+"""Tests that the metrics equal scikit-learn's under any weights, and that intervals are over subjects."""
 
 import numpy as np
 import pytest
@@ -20,22 +20,22 @@ def classified():
 def test_binary_scores_equal_scikit_learns_under_any_weights(classified):
     truth, probability, weights = classified
     found = scores.binary_scores(truth, probability, weights)
-    called = probability >= 0.5
+    predicted = probability >= 0.5
     for row, weight in enumerate(weights):
         expected = {
-            "accuracy": reference.accuracy_score(truth, called, sample_weight=weight),
-            "balanced_accuracy": reference.balanced_accuracy_score(truth, called, sample_weight=weight),
-            "sensitivity": reference.recall_score(truth, called, sample_weight=weight),
-            "specificity": reference.recall_score(truth, called, pos_label=0, sample_weight=weight),
-            "f1": reference.f1_score(truth, called, sample_weight=weight),
-            "mcc": reference.matthews_corrcoef(truth, called, sample_weight=weight),
+            "accuracy": reference.accuracy_score(truth, predicted, sample_weight=weight),
+            "balanced_accuracy": reference.balanced_accuracy_score(truth, predicted, sample_weight=weight),
+            "sensitivity": reference.recall_score(truth, predicted, sample_weight=weight),
+            "specificity": reference.recall_score(truth, predicted, pos_label=0, sample_weight=weight),
+            "f1": reference.f1_score(truth, predicted, sample_weight=weight),
+            "mcc": reference.matthews_corrcoef(truth, predicted, sample_weight=weight),
             "auc": reference.roc_auc_score(truth, probability, sample_weight=weight),
             "pr_auc": reference.average_precision_score(truth, probability, sample_weight=weight),
             "brier": reference.brier_score_loss(truth, probability, sample_weight=weight),
         }
         for name, value in expected.items():
             assert found[name][row] == pytest.approx(value, abs=1e-12), name
-        confusion = reference.confusion_matrix(truth, called, sample_weight=weight).ravel()
+        confusion = reference.confusion_matrix(truth, predicted, sample_weight=weight).ravel()
         assert [found[name][row] for name in ("tn", "fp", "fn", "tp")] == confusion.tolist()
 
 
@@ -67,8 +67,8 @@ def test_calibration_error_by_hand():
     assert found[0] == pytest.approx(0.5 * 0.25 + 0.5 * 0.05)
 
 
-def test_age_adjustment_takes_away_what_age_alone_tells():
-    """A score that is age separates the classes until pairs are matched by age; one that adds disease still does."""
+def test_age_adjustment_removes_the_effect_of_age():
+    """Age separates the classes until pairs are matched by age; a score that depends on disease too still does."""
     rng = np.random.default_rng(2)
     truth = (rng.random(600) < 0.5).astype(float)
     age = 70 + 10 * truth + 8 * rng.standard_normal(600)
@@ -89,7 +89,7 @@ def test_scans_of_one_subject_are_drawn_together():
 
 
 def test_intervals_over_subjects_are_wider_than_over_scans():
-    """Five identical scans a subject are no more evidence than one."""
+    """Five identical scans of a subject are no more evidence than one."""
     rng = np.random.default_rng(4)
     truth = np.repeat((np.arange(40) < 20).astype(float), 5)
     score = np.repeat(truth[::5] + rng.standard_normal(40), 5)
@@ -101,7 +101,7 @@ def test_intervals_over_subjects_are_wider_than_over_scans():
     assert widths["subject"] > 1.8 * widths["scan"]
 
 
-def test_an_interval_covers_the_truth_as_often_as_it_says():
+def test_intervals_have_their_nominal_coverage():
     """95 % intervals of a mean, in 200 experiments of 50 subjects."""
     hits = 0
     for trial in range(200):
