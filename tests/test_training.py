@@ -20,9 +20,10 @@ from ldae.training.changes import changed_keys
 from ldae.training.checkpoint import flatten_optimizer, restore_optimizer
 from ldae.training.ema import Ema
 from ldae.training.health import SpikeDetector
+from ldae.training.learning_rate import learning_rate_factor
 from ldae.training.optimizer_step import Updater, build_adam
 from ldae.training.stage import Monitor, Stage
-from ldae.training.trainer import Trainer, learning_rate_factor
+from ldae.training.trainer import Trainer
 from ldae.utils.errors import EXIT_REQUEUE, UserError
 from ldae.utils.seeding import draw_normal
 

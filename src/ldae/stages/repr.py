@@ -30,6 +30,7 @@ from ldae.diffusion.samplers import Sampler
 from ldae.evaluation.images.image_metrics import BrainMasks, ssim_whole_and_masked
 from ldae.evaluation.images.semantics import measure_z0_errors_of_scan, pair_with_other_subjects
 from ldae.losses.denoising import gap_filling_loss
+from ldae.models.gradient_estimator import GradientEstimator
 from ldae.models.state import load_weights
 from ldae.models.unet import Features, UNet
 from ldae.runs import Workspace, estimator_node
@@ -121,10 +122,8 @@ class ReprStage(Stage):
         # Schedule and parameterisation of the U-Net's own training: with others its predictions would be wrong.
         diffusion = instantiate(second.config.diffusion)
         self.schedule, self.parameterisation = diffusion.schedule, diffusion.parameterisation
-        gradient_estimator = instantiate(estimator_node(second.config.model.unet, encoder.dim, estimator))
-        if gradient_estimator.start_from_unet:
-            gradient_estimator.start_from(self.unet)
-        self.modules = {"encoder": encoder, "estimator": gradient_estimator}
+        unet_config = second.config.model.unet
+        self.modules = {"encoder": encoder, "estimator": self._build_estimator(unet_config, encoder.dim, estimator)}
         if initial_weights is not None:
             for name, module in self.modules.items():
                 load_weights(module, Path(initial_weights) / f"{name}.safetensors")
@@ -139,6 +138,13 @@ class ReprStage(Stage):
         self.train_rows = self._rows_with_latent("train")
         self.num_samples = len(self.train_rows)
         self.sample_names = scan_names(cohort.table, self.train_rows)
+
+    def _build_estimator(self, unet: DictConfig, semantic_dim: int, options: DictConfig) -> GradientEstimator:
+        """The gradient estimator for the U-Net with this config and y of width `semantic_dim`."""
+        estimator = instantiate(estimator_node(unet, semantic_dim, options))
+        if estimator.start_from_unet:
+            estimator.start_from(self.unet)
+        return estimator
 
     def _rows_with_latent(self, split: str) -> np.ndarray:
         rows = self.cohort.rows(split)

@@ -22,6 +22,7 @@ from ldae.runs import Run
 from ldae.training.checkpoint import Checkpoints, Progress
 from ldae.training.guard import StepGuard
 from ldae.training.health import refuse_non_finite
+from ldae.training.learning_rate import LearningRates
 from ldae.training.signals import StopSignals
 from ldae.training.stage import Stage
 from ldae.training.tracking import Tracker
@@ -31,13 +32,6 @@ from ldae.utils.files import remove_temporaries
 from ldae.utils.seeding import derive_seed
 
 log = logging.getLogger(__name__)
-
-
-def learning_rate_factor(step: int, total: int, optim: Optim) -> float:
-    """Factor on the learning rate: linear warm-up times half a cosine, from 1 to `final_factor` at step `total`."""
-    warm = min(1.0, (step + 1) / optim.warmup_steps) if optim.warmup_steps else 1.0
-    cosine = 0.5 * (1 + math.cos(math.pi * step / max(total, 1)))
-    return warm * (optim.final_factor + (1 - optim.final_factor) * cosine)
 
 
 class Trainer:
@@ -95,9 +89,9 @@ class Trainer:
         """
         self.stage, self.metadata = stage, metadata
         stage.prepare(self.accelerator, self.settings, self.optim, self.seed)
-        self.base_rates = {name: [g["lr"] for g in o.param_groups] for name, o in stage.optimizers.items()}
-        self.progress = self._resume()
         self.total = self.total_steps(stage.num_samples)
+        self.learning_rates = LearningRates(stage.optimizers, self.total, self.optim)
+        self.progress = self._resume()
         self.validate_every = self.validation_interval(stage.num_samples)
         monitors_train_loss = stage.monitor is not None and stage.monitor.metric == TRAIN_LOSS
         stops_early = monitors_train_loss and self.settings.patience is not None
@@ -133,7 +127,7 @@ class Trainer:
     def _loop(self, batches: Batches) -> None:
         progress, rank = self.progress, self.accelerator.process_index
         while not self._finish_previous_step():
-            self._set_learning_rates()
+            self.learning_rates.set(progress.schedule_step)
             torch.manual_seed(derive_seed(self.seed, "dropout", progress.step, rank))
             scalars = self.guard.run_step(batches.at(progress.step))
             progress.step += 1
@@ -182,12 +176,6 @@ class Trainer:
             numbers |= {"overflowed": progress.overflowed} if progress.overflowed else {}
             self.tracker.log_scalars(progress.step, {f"train/{name}": value for name, value in numbers.items()})
             self.tracker.log_progress(progress.step, numbers)
-
-    def _set_learning_rates(self) -> None:
-        factor = learning_rate_factor(self.progress.schedule_step, self.total, self.optim)
-        for name, optimizer in self.stage.optimizers.items():
-            for group, rate in zip(optimizer.param_groups, self.base_rates[name], strict=True):
-                group["lr"] = rate * factor
 
     def _finish_previous_step(self) -> bool:
         """Validate, preview, save and stop where due. Returns whether training is finished."""
