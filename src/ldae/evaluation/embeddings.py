@@ -1,7 +1,7 @@
 """The embedding y of every scan, computed once and stored as `embeddings.csv` (subject, session, split, y000, ...).
 
-Beside the table lies its key as JSON: the hash of the encoder's weights and that of the rows. A stored table is reused
-if its key is the present one.
+`embeddings.json` contains its key: the hash of the encoder's weights and that of the rows. A stored table is reused if
+its key is the present one.
 """
 
 import hashlib
@@ -127,7 +127,7 @@ def write_embeddings(path: Path, table: pd.DataFrame, embeddings: np.ndarray, ke
     """Write the table, then its key. Nine digits suffice to read back the same float32."""
     names = [f"y{index:03d}" for index in range(embeddings.shape[1])]
     values = pd.DataFrame(embeddings, columns=names, index=table.index)
-    key_path(path).unlink(missing_ok=True)  # a new table must never lie beside an old key
+    key_path(path).unlink(missing_ok=True)  # a new table must never be found with an old key
     with replacing(path) as temporary:
         pd.concat([table[["subject", "session", "split"]], values], axis=1).to_csv(
             temporary, index=False, float_format="%.9g"

@@ -18,10 +18,10 @@ MEDIA_TYPES = {".png": "image/png", ".gif": "image/gif"}
 MAX_OPEN = 40  # tables with more metrics are folded
 
 INTRODUCTION = (
-    "y is a scan's embedding, the vector that the semantic encoder computes from it. z is its latent, the compressed "
-    "scan that diffusion works on. z_T is its code: z inverted, given y, to what would be noise. alpha is the length "
-    "of an edit of y. In brackets: 95 % intervals of a bootstrap over subjects. In all pictures the subject's left is "
-    "on the left and marked L. For research only: nothing here is a statement about a person's health."
+    "y is a scan's embedding, the vector that the semantic encoder computes from it. z is its latent, the scan as the "
+    "autoencoder compresses it. z_T is its code, the noise from which diffusion restores z given y. alpha is the "
+    "length of an edit of y. In brackets: 95 % intervals of a bootstrap over subjects. In all pictures the subject's "
+    "left is on the left and marked L. For research only: nothing here is a statement about a person's health."
 )
 STYLE = """
 body{font:15px/1.45 sans-serif;max-width:72em;margin:2em auto;padding:0 1em;color:#222}

@@ -1,4 +1,4 @@
-"""metrics.json, and how its metrics are printed; html_report.py writes the page."""
+"""metrics.json: stored, merged and printed; html_report.py writes the page."""
 
 import math
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ from ldae.utils.metric_table import format_with_intervals
 
 
 def merge_metrics(path: Path, new: Mapping[str, float]) -> None:
-    """Merge `new` into the flat JSON file at `path`, atomically. Non-finite values are left out.
+    """Merge `new` into the flat JSON file at `path`, atomically. Non-finite values are not stored.
 
     Metrics of an evaluation that is not run this time stay as they are; those of one that is run are replaced.
     """

@@ -70,7 +70,7 @@ PREDICTION = {
     "unbiased_mae": "mean absolute error once the regression to the mean is corrected",
     "gap_pearson": "correlation of the error (predicted minus true) with the true value",
     "unbiased_gap_pearson": "the same once the regression to the mean is corrected",
-    "mae_share_to_volumes": "where the error of y lies between always-the-mean (0) and region volumes (1)",
+    "mae_share_to_volumes": "position of the error of y between always-the-mean (0) and region volumes (1)",
     "<metric>_difference": "embedding minus baseline on the same resamples; positive = the embedding is better",
     "repeats": "how often the folds were drawn anew",
 }
@@ -94,7 +94,7 @@ SECTIONS = (
     ),
     Section(
         "What the embedding predicts",
-        "Which labels can be read from y? Linear probes on held-out test subjects, beside baselines.",
+        "Which labels can be read from y? Linear probes on held-out test subjects, compared with baselines.",
         ("probe", "baseline"),
         suffixes=("_roc", "_confusion", "_scatter"),
         terms=PREDICTION,
@@ -140,11 +140,11 @@ SECTIONS = (
     ),
     Section(
         "Attention of the encoder",
-        "From which slices was y computed? Attention does not tell what in a slice mattered.",
+        "From which slices was y computed? Attention shows which slices contribute to y, not what in them matters.",
         ("attention",),
         ("attention",),
         terms={
-            "entropy_share": "entropy of the attention weights over that of equal weights (1 = all slices alike)",
+            "entropy_share": "entropy of the attention weights over that of equal weights (1 = equal weights)",
             "peak_mm": "position of the slice with the largest weight, mm from the middle of the volume",
             "own_share": "share of the weights' deviation from equal weights that differs between scans",
         },
@@ -254,7 +254,7 @@ SECTIONS = (
         ("generation",),
         ("generation",),
         terms={
-            "own_encoder": "in the feature space of the model's own encoder, which is no independent judge",
+            "own_encoder": "in the feature space of the model's own encoder, which was trained on this cohort",
             "fid": "Frechet distance between samples and test scans (lower is better)",
             "mmd": "maximum mean discrepancy between samples and test scans (lower is better)",
             "ms_ssim": "multi-scale structural similarity between samples (lower is more diverse)",

@@ -46,7 +46,7 @@ def run_evaluations(
     """
     external = EXTERNAL in evaluators
     if external and len(evaluators) > 1:
-        raise UserError("evaluation=external judges another cohort and runs alone: give evaluation=[external]")
+        raise UserError("evaluation=external evaluates another cohort and must run alone: give evaluation=[external]")
     _check_cohort(space.predecessor("repr"), cohort, external)
     context = build_context(model, cohort, space, config, _file_prefix(evaluators))
     metrics = run_in_context(context, evaluators, f"{config.name}: evaluation")

@@ -5,7 +5,7 @@ Each voxel of the structure's region contains the structure to the fraction that
     fraction = clip((outside - v) / (outside - inside), 0, 1),    volume = voxel volume x sum of the fractions
 
 The region is the same for all scans of a cohort: the voxels that belong to the structure in at least 5 % of the
-training scans' label maps, dilated by one voxel. (A region made from the scan's own label map would tell its volume
+training scans' label maps, dilated by one voxel. (A region made from the scan's own label map would reveal its volume
 before any decoded voxel is read.) The two intensity levels are the scan's own: a least-squares fit of its autoencoder
 reconstruction to its label map, so that they do not depend on the decoded scan that is measured.
 

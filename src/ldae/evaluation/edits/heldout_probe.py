@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 
 def split_subjects_in_halves(subjects: np.ndarray, truth: np.ndarray, seed: int) -> np.ndarray:
-    """Whether each row belongs to the first half of the subjects, (N,) bool; labels are alike in both halves."""
+    """Whether each row belongs to the first half of the subjects, (N,) bool; both halves have similar labels."""
     names, first = np.unique(subjects, return_index=True)
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(names))

@@ -52,6 +52,7 @@ log = logging.getLogger(__name__)
 
 OURS, BASELINES = "ldae", ("nearest", "voxel", "latent")
 SIGNS = {"mse": -1, "mse_mask": -1, "ssim": 1, "ssim_mask": 1, "ventricle_error": -1}  # 1: higher is better
+LABELS = {"ldae": "LDAE", "latent": "blend of latents", "voxel": "blend of scans", "nearest": "nearest visit"}
 FRAMES = 9
 Measured = tuple[Tensor, dict[str, Levels]]  # a volume (1, 1, X, Y, Z), and the levels that its anatomy is read with
 
@@ -196,7 +197,7 @@ def draw_by_interval(out: Path, table: pd.DataFrame) -> None:
         "ventricle_error": "error of the ventricle volume, mm3",
     }
     for metric in (name for name in labels if name in part):
-        means = {str(method): rows.groupby("gap")[metric].mean() for method, rows in part.groupby("method", sort=False)}
-        curves = {method: (values.index.tolist(), values.tolist()) for method, values in means.items()}
+        means = {method: rows.groupby("gap")[metric].mean() for method, rows in part.groupby("method", sort=False)}
+        curves = {LABELS[method]: (values.index.tolist(), values.tolist()) for method, values in means.items()}
         file = out / f"interpolation_{metric}.png"
         draw_curves(file, curves, "months between first and last visit", labels[metric])

@@ -8,8 +8,8 @@ Samples come from the U-Net alone. They are compared with test scans in a featur
 - `generation/ms_ssim`: mean MS-SSIM between samples, lower = more diverse; `..._real`: between test scans.
 - `generation/samples`: how many samples were drawn.
 
-The default space, `own_encoder`, is the model's own encoder. It needs no further weights, but it was trained on this
-cohort and is therefore no independent judge. generation.png shows a few samples.
+The default space, `own_encoder`, is the model's own encoder. It needs no further weights, but the comparison is not
+independent, because the encoder was trained on this cohort. generation.png shows a few samples.
 """
 
 import logging
