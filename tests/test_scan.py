@@ -14,7 +14,7 @@ from ldae.scans.ood_check import OodCheck
 from ldae.scans.raw_scan import PreprocessedImage, TrainingPreprocessing
 from ldae.scans.scan import nifti_in_model_space, open_scan, reorient_to_ras, scan_name
 from ldae.utils.errors import UserError
-from small_scans import brain, reoriented
+from small_scans import SHAPE, brain, reoriented
 
 
 @pytest.mark.parametrize("axcodes", ["LPI", "PSR", "ASL"])
