@@ -1,1 +1,1 @@
-"""Scans as data: the table, the split by subject, one transform, the cache of volumes, the sample stream."""
+"""Data: the table of scans, the split by subject, the transform to model space, caches, latents and batches."""

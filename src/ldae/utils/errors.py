@@ -1,8 +1,8 @@
-"""The one exception that a user is meant to read, and how a process ends."""
+"""The exception for mistakes that a user can correct, and exit statuses."""
 
 EXIT_USER_ERROR = 2
-EXIT_REQUEUE = 75  # EX_TEMPFAIL: a scheduler may start the same command again
+EXIT_REQUEUE = 75  # EX_TEMPFAIL: a job scheduler may run the same command again
 
 
 class UserError(Exception):
-    """Something the user gave is wrong. The message is one line: what, where, what to do."""
+    """An input is wrong. The message is one line that says what is wrong, where, and what to do."""

@@ -1,4 +1,4 @@
-"""Atomic writes: a reader sees the old file or the new one, never a half-written one."""
+"""Atomic writes: a reader sees the old file or the new one, never a partial one."""
 
 import contextlib
 import hashlib
@@ -15,27 +15,27 @@ TEMPORARY = ".tmp-"
 
 @contextmanager
 def replacing(path: Path | str) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success rename it over `path`, on failure remove it.
+    """Yield a temporary path in the same folder; rename it to `path` on success, and remove it on failure.
 
-    The temporary name keeps the suffixes of `path`, because many writers choose the format by them.
+    The temporary name has the suffixes of `path`, because many writers choose the format by them.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Random, because processes of two machines on a shared disk may have the same number.
+    # Random, because processes on two machines with a shared disk may have the same process id.
     temporary = path.with_name(f"{TEMPORARY}{secrets.token_hex(6)}-{path.name}")
     try:
         yield temporary
         sync(temporary)
         os.replace(temporary, path)
-        # The rename lasts: after a power cut, what was written first is there if what was written later is.
-        with contextlib.suppress(OSError):  # some network disks cannot
+        # Makes the rename durable: after a power failure, a file is never missing that was written before another one.
+        with contextlib.suppress(OSError):  # not supported by some network file systems
             sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on disk."""
+    """Wait until the content of a file, or the entries of a folder, are on disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -44,7 +44,7 @@ def sync(path: Path) -> None:
 
 
 def remove_temporaries(folder: Path) -> None:
-    """Remove what killed writers left in `folder`; only for a folder that nobody else writes to now."""
+    """Remove the temporary files of killed processes. No other process may write to `folder` at the same time."""
     for leftover in folder.glob(f"{TEMPORARY}*"):
         leftover.unlink(missing_ok=True)
 
