@@ -8,14 +8,14 @@ os.environ.setdefault("HYDRA_FULL_ERROR", "0")
 os.environ.setdefault("MPLBACKEND", "Agg")  # set before matplotlib is imported
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from faults.scripts import run_script
-from ldae import LDAE
-from ldae.data.transforms import Transform
-from small_run import small_run
-from small_scans import fit_ood_check
+
+if TYPE_CHECKING:
+    from ldae import LDAE
 
 # The slowest files start first, so that no worker is still busy with one of them when the others have finished.
 SLOWEST = (
@@ -60,10 +60,17 @@ def smoke(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of a very small model with random weights, a probe and an out-of-distribution check. Read only."""
+    # Imported here, because the process that hands out the tests reads this file too and needs no torch.
+    from ldae.data.transforms import Transform
+    from small_run import small_run
+    from small_scans import fit_ood_check
+
     return small_run(tmp_path_factory.mktemp("runs") / "small", fit_ood_check(Transform((8, 8, 8), 9.0)))
 
 
 @pytest.fixture(scope="session")
-def model(run: Path) -> LDAE:
+def model(run: Path) -> "LDAE":
     """The model of `run` on the CPU. Read only."""
+    from ldae import LDAE
+
     return LDAE.load(run, device="cpu")
