@@ -88,7 +88,7 @@ def broken_images():
         "constant": (changed(7, everywhere=True), "all voxels are equal"),
         "nan": (changed(np.nan), "NaN"),
         "infinite": (changed(np.inf), "infinite"),
-        "complex": (image(data.astype(np.complex64)), "no real numbers"),
+        "complex": (image(data.astype(np.complex64)), "not real numbers"),
         "noaffine": (no_affine, "no affine"),
         "degenerate": (image(data, flat), "degenerate"),
         "sheared": (image(data, sheared), "shears"),

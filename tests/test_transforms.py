@@ -325,7 +325,7 @@ def test_a_header_that_asks_for_too_much_is_refused_before_the_voxels_are_read(t
     path = tmp_path / "hostile.nii.gz"
     path.write_bytes(gzip.compress(header.binaryblock + b"\0" * 4 + b"\1" * 1000))
     assert np.prod(np.array(shape, float)) > MAX_VOXELS
-    with pytest.raises(BadScan, match="header asks"):
+    with pytest.raises(BadScan, match="header states"):
         Transform((8, 8, 8), 2.0)(path)
     wide = nib.Nifti1Image(blob((200, 9, 9)), np.diag([50.0, 50, 50, 1]))
     with pytest.raises(BadScan, match="cannot be right"):

@@ -1,4 +1,7 @@
-"""Reading one scan: its header is judged before its voxels are read, its voxels before they are used; and its like."""
+"""Read one scan from a NIfTI file, and write volumes on its grid.
+
+The header is checked before the voxels are read, and the voxels before they are used.
+"""
 
 import struct
 import zlib
@@ -9,11 +12,11 @@ import numpy as np
 
 from ldae.utils.errors import UserError
 
-MAX_VOXELS = 2**28  # a 0.4 mm head is 2**27; a header that asks for more is broken, or hostile
+MAX_VOXELS = 2**28  # a head at 0.4 mm has 2**27; a header that states more is damaged or hostile
 MIN_SIZE = 2
-VOXEL_MM = (1e-2, 1e2)
+VOXEL_MM = (1e-2, 1e2)  # smallest and largest voxel size
 
-# What nibabel and zlib raise on torn, foreign and nonsensical files.
+# What nibabel and zlib raise for truncated, foreign and damaged files.
 _UNREADABLE = (
     OSError,
     EOFError,
@@ -36,7 +39,7 @@ _UNREADABLE = (
 
 
 class BadScan(UserError):
-    """A scan whose content cannot be used; the message says why, `reason` without the file's name."""
+    """A scan cannot be used. `reason` says why without the name of the file."""
 
     def __init__(self, reason: str, path: Path | str | None = None) -> None:
         super().__init__(reason if path is None else f"{path}: {reason}")
@@ -46,10 +49,14 @@ class BadScan(UserError):
 def load_scan(
     source: str | Path | nib.spatialimages.SpatialImage, reject_constant: bool = True
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Voxels (X, Y, Z) float32 in the file's own axes, and the affine from voxels to mm (RAS+), 4x4 float64.
+    """Voxels (X, Y, Z) float32 in the axes of the file, and the affine from voxels to mm (RAS+), (4, 4) float64.
+
+    Args:
+        reject_constant: whether a volume whose voxels are all equal is rejected.
 
     Raises:
-        BadScan: it cannot be read, is not one 3-D volume, has no usable affine, holds NaN or infinity, or is constant.
+        BadScan: it cannot be read, is not a single 3-D volume, has no usable affine, has non-finite voxels, or is
+            constant.
     """
     path = source if isinstance(source, str | Path) else None
     try:
@@ -57,26 +64,26 @@ def load_scan(
         if not isinstance(image, nib.spatialimages.SpatialImage):
             raise BadScan(f"not a volume but {type(image).__name__}")
         shape = _check_header(image)
-        # Large scaled integers overflow float32: found below as infinity.
+        # Large scaled integers overflow to infinity in float32, which is rejected below.
         with np.errstate(over="ignore", invalid="ignore"):
             data = np.asarray(image.dataobj).astype(np.float32).reshape(shape)
         affine = np.asarray(image.affine, dtype=np.float64)
     except BadScan as error:
         raise BadScan(error.reason, path) from None
     except _UNREADABLE as error:
-        # The reason goes into tables: nibabel's names the file with its whole path.
+        # The reason is written to tables, but nibabel's names the file with its whole path.
         line = _first_line(error) if path is None else _first_line(error).replace(str(path), Path(path).name)
         what = "no such file" if isinstance(error, FileNotFoundError) else f"unreadable ({line})"
         raise BadScan(what, path) from error
     if not np.isfinite(data).all():
-        raise BadScan("it holds NaN or infinite voxels", path)
+        raise BadScan("it has NaN or infinite voxels", path)
     if reject_constant and data.min() == data.max():
         raise BadScan("all voxels are zero" if not data.any() else "all voxels are equal", path)
     return data, affine
 
 
 def nifti_like(data: np.ndarray, image: nib.spatialimages.SpatialImage) -> nib.Nifti1Image:
-    """A float32 NIfTI of other voxels with the shape, affine and orientation codes of `image`."""
+    """A float32 NIfTI with the voxels `data` and the shape, affine and orientation codes of `image`."""
     header = image.header if isinstance(image, nib.Nifti1Image) else None
     result = nib.Nifti1Image(data.astype(np.float32).reshape(image.shape), image.affine, header)
     result.set_data_dtype(np.float32)
@@ -86,16 +93,16 @@ def nifti_like(data: np.ndarray, image: nib.spatialimages.SpatialImage) -> nib.N
 
 
 def _check_header(image: nib.spatialimages.SpatialImage) -> tuple[int, int, int]:
-    """The volume's shape, from the header alone."""
+    """The shape of the volume, from the header alone."""
     shape = tuple(int(size) for size in image.shape)
     if len(shape) < 3 or any(size != 1 for size in shape[3:]) or min(shape) < 1:
         raise BadScan(f"not one 3-D volume: shape {list(shape)}")
     if min(shape[:3]) < MIN_SIZE:
         raise BadScan(f"not a volume: shape {list(shape)}")
     if np.prod([float(size) for size in shape]) > MAX_VOXELS:
-        raise BadScan(f"its header asks for {list(shape)} voxels, more than {MAX_VOXELS}")
+        raise BadScan(f"its header states {list(shape)} voxels, more than {MAX_VOXELS}")
     if np.dtype(image.get_data_dtype()).kind not in "iufb":
-        raise BadScan(f"its voxels are no real numbers but {image.get_data_dtype()}")
+        raise BadScan(f"its voxels are not real numbers but {image.get_data_dtype()}")
     _check_affine(image)
     return shape[0], shape[1], shape[2]
 
@@ -109,7 +116,7 @@ def _check_affine(image: nib.spatialimages.SpatialImage) -> None:
     sizes = nib.affines.voxel_sizes(image.affine)
     if not (VOXEL_MM[0] <= sizes.min() and sizes.max() <= VOXEL_MM[1]):
         raise BadScan(f"its voxels measure {[float(f'{size:.3g}') for size in sizes]} mm")
-    # 1 for a box; near 0, two axes run the same way.
+    # 1 for perpendicular axes; near 0 if two axes are parallel.
     if abs(np.linalg.det(image.affine[:3, :3] / sizes)) < 1e-2:
         raise BadScan("its affine is degenerate")
 
