@@ -96,7 +96,7 @@ def stage_of(monkeypatch):
         space = SimpleNamespace(
             predecessor=lambda *_: Predecessor(config), split_file="split.csv", split_hash=lambda: None
         )
-        parts = {"workspace": space} | ({"cohort": scans} if get_class(config.stage._target_).reads_scans else {})
+        parts = {"workspace": space} | ({"cohort": scans} if get_class(config.stage["_target_"]).reads_scans else {})
         stage = on_meta(lambda: instantiate(config.stage, _partial_=True)(**parts))
         settings, optim = OmegaConf.to_object(config.trainer), OmegaConf.to_object(config.optim)
         stage.prepare(rehearsal.Accelerator(precision), settings, optim, seed=0)

@@ -23,12 +23,9 @@ def open_latents(path: str | None, split_hash: str | None, workspace: Workspace)
     latents = LatentSet.open(folder)
     if split_hash is not None and latents.split_hash != split_hash:
         raise UserError(f"{folder} was made for another split of the subjects: run encode_latents.py again")
-    # On a machine that has only the latents there is no autoencoder to compare them with.
-    if (
-        path is None
-        and workspace.has("aekl")
-        and latents.autoencoder != workspace.predecessor("aekl").sha256("autoencoder")
-    ):
+    # A machine may have the latents without the autoencoder that made them.
+    has_autoencoder = path is None and workspace.has("aekl")
+    if has_autoencoder and latents.autoencoder != workspace.predecessor("aekl").sha256("autoencoder"):
         raise UserError(f"{folder} was made by another autoencoder than {workspace.root / 'aekl'}: encode again")
     return latents
 
