@@ -78,7 +78,7 @@ class Guidance:
 class GuidedEps:
     """The eps_fn conditioned on y: eps + strength k(t) G, and eps alone where t < stop * T.
 
-    A sampler knows the timestep of a node as a Python number and asks `at(time)` for the function to evaluate there.
+    A sampler knows the timestep of a node as a Python number and evaluates `at(time)` there.
     Whether G is needed is thus decided on the host, without reading t back from the device.
 
     Args:

@@ -25,7 +25,7 @@ class Sampler(ABC):
     """Sampling and inversion on a path of noise levels.
 
     Args:
-        steps: S, the number of steps of one walk, whatever its depth.
+        steps: S, the number of steps of one sampling or inversion, whatever its depth.
         grid: "uniform", "log_snr", "angle" or "balanced" (grids.py).
         end: "closed" or "published" (grids.py).
         clip: clamp the predicted z_0 to [-clip, clip]; None does not clip, as latents of unit variance require.
@@ -162,9 +162,9 @@ class Multistep(Sampler):
 
 @dataclass(frozen=True)
 class Exact(Sampler):
-    """Two-step scheme whose inversion is exact up to rounding error (exact.py); its codes hold a second latent.
+    """Two-step scheme whose inversion is exact up to rounding error (exact.py); its codes contain a second latent.
 
-    It takes `steps` evaluations, one fewer when it samples from a code that holds the second latent.
+    It takes `steps` evaluations, one fewer when it samples from a code with the second latent.
 
     Raises:
         UserError: fewer than 2 steps.

@@ -173,7 +173,7 @@ class AutoencoderStage(Stage):
         Args:
             x, reconstruction: (B, 1, X, Y, Z).
             mean, std: of the posterior, (B, C, X', Y', Z').
-            batch: holds the draws of the perceptual loss.
+            batch: contains the draws of the perceptual loss.
         """
         terms = {"l1": losses.reconstruction_l1(reconstruction, x), "kl": losses.kl_divergence(mean, std)}
         loss = terms["l1"] + self.kl_weight * terms["kl"]

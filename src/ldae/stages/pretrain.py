@@ -43,7 +43,7 @@ class PretrainStage(Stage):
         parameterisation: what the U-Net predicts, eps or v.
         latents: folder that encode_latents.py wrote; None: that of the workspace.
         initial_weights: file with the weights of a U-Net to start from, loaded strictly.
-        workspace: holds the latents and the autoencoder that made them.
+        workspace: where the latents and the autoencoder that made them are.
     """
 
     name = "pretrain"

@@ -41,7 +41,7 @@ def uses_channels_last(trainer: TrainerSettings, accelerator: Accelerator, laten
 
 
 def to_memory_format(tensor: Tensor, channels_last: bool) -> Tensor:
-    """The tensor, channels-last if that is asked for and it has the 4 or 5 axes of a 2-D or 3-D convolution."""
+    """The tensor, in channels-last format if `channels_last` and it has the 4 or 5 axes of a convolution."""
     if channels_last and tensor.ndim == 5:
         return tensor.to(memory_format=torch.channels_last_3d)
     if channels_last and tensor.ndim == 4:

@@ -81,7 +81,7 @@ class SpikeDetector:
     It works on the logarithm of the loss, because losses are positive and fall over orders of magnitude.
 
     Args:
-        deviations: a spike lies more than this number of standard deviations, and more than a factor of 2, above the
+        deviations: a spike is more than this number of standard deviations, and more than a factor of 2, above the
             running mean.
         warm_up: number of losses before spikes are reported.
         rate: weight of a new loss in the running mean and variance.
