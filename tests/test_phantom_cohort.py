@@ -1,4 +1,5 @@
-"""Proves that a cohort on disk is the same whoever and however many made it, resumes, and refuses another's folder."""
+"""Proves that a synthetic cohort does not depend on the number of processes, is continued after an interruption, and is
+not mixed with another cohort."""
 
 import hashlib
 import subprocess
@@ -26,7 +27,7 @@ def cohort(tmp_path_factory):
     return make_cohort(out, **SIZE, workers=1, progress=False)
 
 
-def test_the_table_lists_what_was_built(cohort):
+def test_the_table_agrees_with_the_scans_and_with_the_drawn_labels(cohort):
     table, drawn = pd.read_csv(cohort), draw_table(5, 3)
     assert {"path", "labels_path", *drawn.columns} == set(table.columns)
     labels = ["subject", "session", "diagnosis", "age", "sex", "scanner", "severity"]
@@ -44,8 +45,8 @@ def test_the_table_lists_what_was_built(cohort):
     assert table.iloc[-1].ventricle_mm3 == pytest.approx(again.volumes["ventricle"], abs=0.06)
 
 
-def test_two_processes_of_an_unguarded_script_make_the_same_files(cohort, tmp_path):
-    # The script has no `if __name__ == "__main__"`: workers must not run it again.
+def test_two_processes_make_the_same_files_from_a_script_without_main_guard(cohort, tmp_path):
+    # The script has no `if __name__ == "__main__"`, and the workers must not run it again.
     script = tmp_path / "script.py"
     script.write_text(
         "import sys; from ldae.data.phantom import make_cohort; print('started')\n"
@@ -71,7 +72,7 @@ def test_a_complete_cohort_is_reused_and_an_interrupted_one_continued(cohort):
     assert kept.stat().st_mtime_ns == stamp
 
 
-def test_another_cohort_in_the_folder_is_refused(cohort):
+def test_a_folder_with_another_cohort_is_refused(cohort):
     with pytest.raises(UserError, match=r"another phantom cohort \(seed 3 not 4\)"):
         make_cohort(cohort.parent, **SIZE | {"seed": 4})
 

@@ -1,4 +1,5 @@
-"""Proves that the drawn cohort is neither trivial nor hopeless, follows the reference, and is keyed by subject."""
+"""Proves that diagnosis is neither too easy nor too hard to predict, that volumes follow the reference values, and
+that a subject depends on seed and number only."""
 
 import numpy as np
 import pytest
@@ -31,16 +32,16 @@ def auc(table, columns):
     return roc_auc_score(truth, cross_val_predict(model, cases[columns], truth, cv=5, method="predict_proba")[:, 1])
 
 
-def test_diagnosis_is_neither_trivial_nor_hopeless(baseline):
+def test_diagnosis_is_neither_too_easy_nor_too_hard_to_predict(baseline):
     assert 0.55 <= auc(baseline, ["age", "male"]) <= 0.70
     assert auc(baseline, ["head_mm3"]) <= 0.60
     assert 0.85 <= auc(baseline, VOLUMES) <= 0.97
     assert 0.85 <= auc(baseline, [*VOLUMES, "head_mm3", "age", "male"]) <= 0.97
-    # No single volume may do it alone.
+    # No single volume is enough.
     assert max(auc(baseline, [name]) for name in VOLUMES) < 0.92
 
 
-def test_medians_of_healthy_people_follow_the_reference(baseline):
+def test_median_volumes_of_healthy_subjects_follow_the_reference(baseline):
     healthy = baseline[baseline.diagnosis == "CN"]
     for name, reference, tolerance in (
         ("ventricle_mm3", VENTRICLE, 0.15),
@@ -53,7 +54,7 @@ def test_medians_of_healthy_people_follow_the_reference(baseline):
             assert abs(np.log(ratio[healthy.age.between(low, low + 10)].median())) < tolerance, (name, low)
 
 
-def test_spread_of_healthy_people_follows_the_reference(baseline):
+def test_variation_of_volumes_of_healthy_subjects_follows_the_reference(baseline):
     near = baseline[(baseline.diagnosis == "CN") & baseline.age.between(65, 75)]
     low, high = near.ventricle_mm3.quantile([0.05, 0.95])
     assert 11e3 < low < 19e3  # reference 14657
@@ -64,7 +65,7 @@ def test_spread_of_healthy_people_follows_the_reference(baseline):
         assert 0.06 < head.std() / head.mean() < 0.085
 
 
-def test_the_demented_differ_as_in_the_reference(baseline):
+def test_volumes_of_demented_subjects_differ_as_in_the_reference(baseline):
     sick, healthy = (baseline[baseline.diagnosis == name] for name in ("AD", "CN"))
     assert sick.hippocampus_mm3.mean() == pytest.approx(6183, rel=0.04)
     assert healthy.hippocampus_mm3.mean() == pytest.approx(7509, rel=0.04)
@@ -74,7 +75,7 @@ def test_the_demented_differ_as_in_the_reference(baseline):
     assert 0.01 < share[1] - share[0] < 0.05
 
 
-def test_labels_and_sessions(table, baseline):
+def test_labels_and_sessions_are_in_their_ranges(table, baseline):
     shares = baseline.diagnosis.value_counts(normalize=True)
     assert shares.to_dict() == pytest.approx({"CN": 0.4, "MCI": 0.2, "AD": 0.4}, abs=0.05)
     assert baseline.age.between(*AGE_RANGE).all()
@@ -88,7 +89,7 @@ def test_labels_and_sessions(table, baseline):
     assert (table.groupby("subject")[["sex", "scanner", "head_mm3"]].nunique() == 1).all().all()
 
 
-def test_the_same_subject_ages_along_the_sessions(table):
+def test_a_subject_ages_from_session_to_session(table):
     first, last = table.groupby("subject").first(), table.groupby("subject").last()
     followed = first.session != last.session
     first, last = first[followed], last[followed]
@@ -101,7 +102,7 @@ def test_the_same_subject_ages_along_the_sessions(table):
     assert 0 < converted < 0.15
 
 
-def test_a_subject_depends_on_seed_and_number_alone():
+def test_a_subject_depends_on_seed_and_number_only():
     few, many = draw_table(5, seed=3), draw_table(12, seed=3)
     assert few.equals(many.head(len(few)))
     assert not few.equals(draw_table(5, seed=4).head(len(few)))

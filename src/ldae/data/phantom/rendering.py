@@ -1,8 +1,6 @@
-"""From a subject's factors to a scan: the deformed template on the scan's grid, and what a scanner makes of it.
+"""Rendering of a scan from a subject's factors: the deformed template on the scan's grid, then the scanner's effects.
 
-Each voxel is the mean of points about 2 mm apart (or one point of the 1 mm template where voxels are small), so that
-partial volume is right. Everything random is keyed by (seed, subject, session), never by the anatomy: a counterfactual
-keeps the person, the scanner and the noise.
+Each voxel is the mean of points about 2 mm apart (one point if voxels are small), which gives correct partial volumes.
 """
 
 from collections.abc import Mapping
@@ -16,42 +14,31 @@ from torch import Tensor
 
 from ldae.data.phantom import SHAPE, SPACING
 from ldae.data.phantom.anatomy import REGIONS, draw_shape_field, load_calibration, load_fields, measure_volumes
-from ldae.data.phantom.base import CHANNELS, CSF_LEVEL, GREY_LEVEL, LABELS, WHITE_LEVEL, TemplateMaps, load_template
 from ldae.data.phantom.deform import sample_maps
+from ldae.data.phantom.scanner import simulate_scan, voxel_centres
 from ldae.data.phantom.subjects import Factors, draw_subject, sulcal_pattern, target_volumes
+from ldae.data.phantom.template_maps import (
+    CHANNELS,
+    LABELS,
+    TemplateMaps,
+    load_template,
+)
 
 ASPECT_SD = 0.02  # of the logarithm of length, width and height of the head at constant volume
-CORRECTIONS = 2
-
-
-@dataclass(frozen=True)
-class Scanner:
-    """Tissue intensities relative to white matter, the spread of their jitter, bias field and noise (as a share of
-    white matter), and white matter's own arbitrary level.
-
-    The grey matter's jitter is the larger: it moves the mean intensity more than atrophy does, so that the mean alone
-    hardly tells the diagnosis.
-    """
-
-    grey: float
-    csf: float
-    grey_jitter: float
-    csf_jitter: float
-    bias: float
-    noise: float
-    level: float
-
-
-SCANNERS = {
-    "A": Scanner(grey=0.75, csf=0.28, grey_jitter=0.11, csf_jitter=0.04, bias=0.08, noise=0.02, level=700),
-    "B": Scanner(grey=0.70, csf=0.22, grey_jitter=0.11, csf_jitter=0.04, bias=0.11, noise=0.03, level=1100),
-}
+CORRECTIONS = 2  # rounds of correcting the strengths of the effects by the volumes that they give
 
 
 @dataclass(frozen=True)
 class RenderedScan:
-    """A scan: `image` (X, Y, Z) float32, 0 outside the brain; `labels` (X, Y, Z) uint8, DLMUSE numbers; `affine` RAS;
-    `volumes` in mm3 by region, measured on the deformed maps before they become hard labels."""
+    """A synthetic scan.
+
+    Attributes:
+        image: (X, Y, Z) float32, 0 outside the brain.
+        labels: (X, Y, Z) uint8, DLMUSE numbers; 1 is other brain, 0 background.
+        affine: voxel to mm, RAS, 4x4.
+        volumes: in mm3 by region, measured on the deformed maps before they are turned into labels.
+        factors: of the subject at this session.
+    """
 
     image: np.ndarray
     labels: np.ndarray
@@ -60,13 +47,14 @@ class RenderedScan:
     factors: Factors
 
 
-Key = Factors | Mapping | tuple[int, int | str, int | str]
+Key = Factors | Mapping | tuple[int, int | str, int | str]  # or a row of the table, or (seed, subject, session)
 
 
 def find_factors(key: Key) -> Factors:
-    """The factors of a table's row (it must have `phantom_seed`), or of (seed, subject, session).
+    """The factors of a row of the table (with `phantom_seed`), or of (seed, subject, session).
 
-    Raises KeyError if that subject has no such session.
+    Raises:
+        KeyError: the subject has no such session.
     """
     if isinstance(key, Factors):
         return key
@@ -81,9 +69,13 @@ def find_factors(key: Key) -> Factors:
 
 
 @lru_cache(maxsize=8)
-def _person(seed: int, subject: int) -> tuple[Tensor, np.ndarray, Tensor]:
-    """What stays with a subject through ageing: the random field (3, X, Y, Z), its correction of the log volumes, and
-    the head's proportions (3,)."""
+def _draw_person(seed: int, subject: int) -> tuple[Tensor, np.ndarray, Tensor]:
+    """What is the same in all sessions of a subject.
+
+    Returns:
+        The random field (3, X, Y, Z) mm, the correction of the log volumes (len(REGIONS),), see Calibration.solve, and
+        the proportions of the head (3,).
+    """
     first = draw_subject(seed, subject)[0]
     shape = draw_shape_field(first.key("shape"))
     wanted, correction = _log_targets(first), np.zeros(len(REGIONS))
@@ -101,25 +93,24 @@ def _log_targets(factors: Factors) -> np.ndarray:
 
 
 def compute_deformation(factors: Factors) -> tuple[Tensor, Tensor]:
-    """A subject's displacement from head-scaled points to the template, (3, X, Y, Z) mm, and the head's scale (3,)."""
-    shape, correction, aspect = _person(factors.seed, factors.subject)
+    """The displacement from points of the subject, divided by the scale of the head, to points of the template.
+
+    Returns:
+        Displacement (3, X, Y, Z) mm, and the scale of the head along each axis (3,).
+    """
+    shape, correction, aspect = _draw_person(factors.seed, factors.subject)
     strengths, scale = load_calibration().solve(_log_targets(factors), correction)
     return _displacement(factors, strengths, shape), aspect * scale
 
 
 def _displacement(factors: Factors, strengths: np.ndarray, shape: Tensor) -> Tensor:
-    """Of the effects' `strengths`, the sulci's pattern and the random field `shape` together, (3, X, Y, Z) mm."""
+    """The displacement (3, X, Y, Z) mm by the effects, the pattern of the sulci and the random field `shape`."""
     fields = load_fields()
     return fields.displacement(strengths, shape + sulcal_pattern(factors) * fields.pattern)
 
 
-def _axes(spacing: float, shape: tuple[int, ...]) -> list[Tensor]:
-    """Voxel centres along each axis in mm from the middle of the field of view."""
-    return [(torch.arange(n, dtype=torch.float32) - (n - 1) / 2) * spacing for n in shape]
-
-
-def _voxel_means(factors: Factors, spacing: float, shape: tuple[int, ...]) -> Tensor:
-    """The deformed template maps as voxel means, (len(CHANNELS), X, Y, Z)."""
+def _average_maps(factors: Factors, spacing: float, shape: tuple[int, ...]) -> Tensor:
+    """Means of the deformed template maps over each voxel, (len(CHANNELS), X, Y, Z)."""
     per_axis = ceil(spacing / 2.5 - 1e-6)
     base = load_template(1 if spacing / per_axis < 1.75 else 2)
     displacement, scale = compute_deformation(factors)
@@ -128,9 +119,9 @@ def _voxel_means(factors: Factors, spacing: float, shape: tuple[int, ...]) -> Te
         points = points / scale
         return points + sample_maps(displacement, points, base.extent, "border").movedim(0, -1)
 
-    centres = torch.stack(torch.meshgrid(*_axes(spacing, shape), indexing="ij"), dim=-1).reshape(-1, 3)
+    centres = torch.stack(torch.meshgrid(*voxel_centres(spacing, shape), indexing="ij"), dim=-1).reshape(-1, 3)
     coarse = load_template(3)
-    # Only voxels that may touch the head are sampled finely.
+    # Only voxels that may overlap the head are sampled finely.
     inside = sample_maps(coarse.depth, to_template(centres), base.extent, "border")[0] > -(1.1 * spacing + 1)
     inside = inside.nonzero()[:, 0]
     steps = ((torch.arange(per_axis) + 0.5) / per_axis - 0.5) * spacing
@@ -142,36 +133,8 @@ def _voxel_means(factors: Factors, spacing: float, shape: tuple[int, ...]) -> Te
     return means.reshape(len(CHANNELS), *shape)
 
 
-def _bias(rng: np.random.Generator, amplitude: float, spacing: float, shape: tuple[int, ...]) -> Tensor:
-    """A smooth multiplicative field around 1, (X, Y, Z): the exponential of a polynomial of degree 2 per axis."""
-    coefficients = rng.standard_normal((3, 3, 3)) * amplitude / 2
-    coefficients[0, 0, 0] = 0
-    powers = [torch.stack([axis**0, axis / 80, (axis / 80) ** 2 - 0.3], dim=1) for axis in _axes(spacing, shape)]
-    return torch.einsum("ijk,xi,yj,zk->xyz", torch.from_numpy(coefficients).float(), *powers).clamp(-0.5, 0.5).exp()
-
-
-def _scan(factors: Factors, means: Tensor, spacing: float, noise: bool) -> Tensor:
-    """Intensities (X, Y, Z) of one acquisition of the maps `means`, 0 outside the brain."""
-    scanner, shape = SCANNERS[factors.scanner], tuple(means.shape[1:])
-    rng = np.random.default_rng(factors.key("scan", factors.months))
-    jitter = np.array([scanner.grey_jitter, scanner.csf_jitter])
-    grey, csf = np.array([scanner.grey, scanner.csf]) + jitter * rng.standard_normal(2).clip(-2, 2)
-    level = scanner.level * np.exp(0.2 * rng.standard_normal())
-    bias = _bias(rng, scanner.bias, spacing, shape)
-    t1, grey_map, white_map, mask = means[:4]
-    fluid = (mask - grey_map - white_map).clamp(min=0)
-    # Tissue means move to the scanner's; what the template shows within a tissue stays.
-    image = t1 + (grey * WHITE_LEVEL - GREY_LEVEL) * grey_map + (csf * WHITE_LEVEL - CSF_LEVEL) * fluid
-    image = image.clamp(min=0) / WHITE_LEVEL * bias
-    if noise:
-        real, imaginary = torch.from_numpy(rng.standard_normal((2, *shape), dtype=np.float32)) * scanner.noise
-        image = torch.hypot(image + real, imaginary)
-    # A scan in the brain is never exactly 0: that is the background's value.
-    return torch.where(mask >= 0.5, (image * level).clamp(min=1), torch.zeros(()))
-
-
-def _labels(means: Tensor) -> Tensor:
-    """Hard labels (X, Y, Z) uint8: the region that fills most of a voxel, 1 = other brain, 0 = background."""
+def _assign_labels(means: Tensor) -> Tensor:
+    """Labels (X, Y, Z) uint8: the region that fills most of each voxel, 1 for other brain, 0 for background."""
     regions = means[CHANNELS.index("mask") + 1 :]
     mask = means[CHANNELS.index("mask")]
     rest = mask - regions.sum(0)
@@ -180,13 +143,13 @@ def _labels(means: Tensor) -> Tensor:
     return torch.where(mask >= 0.5, labels, torch.zeros((), dtype=torch.uint8))
 
 
-def _affine(base: TemplateMaps, spacing: float, shape: tuple[int, ...]) -> np.ndarray:
+def _make_affine(base: TemplateMaps, spacing: float, shape: tuple[int, ...]) -> np.ndarray:
     affine = np.diag([spacing, spacing, spacing, 1.0])
     affine[:3, 3] = base.centre - spacing * (np.array(shape) - 1) / 2
     return affine
 
 
-def _measure(means: Tensor, spacing: float) -> dict[str, float]:
+def _measure_regions(means: Tensor, spacing: float) -> dict[str, float]:
     sums = dict(zip(CHANNELS, (means.sum((1, 2, 3), dtype=torch.float64) * spacing**3).tolist(), strict=True))
     return {
         "ventricle": sums["ventricle_r"] + sums["ventricle_l"],
@@ -204,17 +167,26 @@ def render(
     spacing: float = SPACING,
     shape: tuple[int, int, int] = SHAPE,
 ) -> RenderedScan:
-    """One scan; with `severity` or `age` its true counterfactual: same person, session, scanner and noise.
+    """Render a scan or, with another `severity` or `age`, its true counterfactual.
 
-    `key` is a row of a phantom table or (seed, subject, session); `spacing` in mm, `shape` in voxels. Without `noise`
-    contrast and bias field stay, the Rician noise goes. Raises KeyError for an unknown session.
+    A counterfactual has the same subject, session, scanner and noise.
+
+    Args:
+        key: a row of a phantom table or (seed, subject, session).
+        severity, age: instead of the subject's own; age in years.
+        noise: False leaves out the Rician noise, but not the contrast and the bias field.
+        spacing: voxel size in mm.
+        shape: number of voxels along each axis.
+
+    Raises:
+        KeyError: the subject has no such session.
     """
     factors = find_factors(key).changed(severity, age)
     with torch.no_grad():
-        means = _voxel_means(factors, spacing, tuple(shape))
-        image, labels = _scan(factors, means, spacing, noise), _labels(means)
-    affine = _affine(load_template(3), spacing, tuple(shape))
-    return RenderedScan(image.numpy(), labels.numpy(), affine, _measure(means, spacing), factors)
+        means = _average_maps(factors, spacing, tuple(shape))
+        image, labels = simulate_scan(factors, means, spacing, noise), _assign_labels(means)
+    affine = _make_affine(load_template(3), spacing, tuple(shape))
+    return RenderedScan(image.numpy(), labels.numpy(), affine, _measure_regions(means, spacing), factors)
 
 
 def render_labels(
@@ -224,5 +196,5 @@ def render_labels(
     spacing: float = SPACING,
     shape: tuple[int, int, int] = SHAPE,
 ) -> np.ndarray:
-    """The label map (X, Y, Z) of a scan or of its counterfactual."""
+    """The label map (X, Y, Z) of a scan or of its counterfactual; arguments as of `render`."""
     return render(key, severity, age, False, spacing, shape).labels

@@ -1,4 +1,4 @@
-"""A cohort of phantoms on disk: NIfTI scans, label maps and the table that lists them."""
+"""A synthetic cohort on disk: NIfTI scans, label maps and the table that lists them."""
 
 import logging
 import time
@@ -16,13 +16,13 @@ from ldae.utils.process_pool import DIED, DIED_REASON, available_cores, run_in_p
 
 log = logging.getLogger(__name__)
 
-VERSION = 4  # of the generator: a cohort made by another one is refused
+VERSION = 4  # of the generator; a cohort of another version is refused
 COLUMNS = (
     "subject", "session", "path", "diagnosis", "age", "sex", "scanner", "ventricle_mm3", "hippocampus_mm3", "brain_mm3",
     "head_mm3", "severity", "labels_path", "phantom_seed",
 )  # fmt: skip
-POLL, SAY_EVERY = 0.5, 60.0  # seconds between two looks at what another process does, and between two lines about it
-SMALLEST_FIELD = (150.0, 185.0, 150.0)  # mm that an average head needs
+POLL_SECONDS, LOG_SECONDS = 0.5, 60.0  # while waiting for another process: between two checks, and two log lines
+SMALLEST_FIELD = (150.0, 185.0, 150.0)  # mm, contains an average head
 
 
 def make_cohort(
@@ -34,13 +34,22 @@ def make_cohort(
     workers: int | None = None,
     progress: bool = True,
 ) -> Path:
-    """Render `subjects` phantoms into the folder `out` and return the path of their table, `out/scans.csv`.
+    """Render a cohort into the folder `out` and return the path of its table, `out/scans.csv`.
 
-    `spacing` in mm, `shape` in voxels. A complete cohort is reused, an interrupted one continued. The result does not
-    depend on `workers` (default: all cores). Raises UserError if `out` holds another cohort, or for impossible sizes.
+    A complete cohort is reused, and an interrupted one is continued. The result does not depend on `workers`.
+
+    Args:
+        subjects: number of subjects.
+        seed: of the cohort.
+        spacing: voxel size in mm.
+        shape: number of voxels along each axis.
+        workers: number of processes; None: one for each core.
+
+    Raises:
+        UserError: `out` contains another cohort, or the sizes are impossible.
     """
     out, shape = Path(out), tuple(int(n) for n in shape)
-    _check(subjects, spacing, shape)
+    _check_sizes(subjects, spacing, shape)
     size = {"subjects": int(subjects), "spacing": float(spacing), "shape": list(shape)}
     parameters = {"version": VERSION, "seed": int(seed), **size}
     table = out / "scans.csv"
@@ -53,28 +62,28 @@ def make_cohort(
 
 
 def wait_for_cohort(table: Path, patience: float = 10.0) -> None:
-    """Return once another process has written `table`, at whose folder it works with `make_cohort`.
+    """Wait until another process that runs `make_cohort` has written `table`.
 
     Args:
-        patience: minutes without a new subject after which it is taken for dead.
+        patience: minutes without a new subject after which the other process is considered dead.
 
     Raises:
-        UserError: it is.
+        UserError: the other process is considered dead.
     """
-    seen, changed, said = -1, time.monotonic(), time.monotonic()
+    count, last_change, last_log = -1, time.monotonic(), time.monotonic()
     while not table.exists():
-        time.sleep(POLL)
+        time.sleep(POLL_SECONDS)
         now, done = time.monotonic(), sum(1 for _ in table.parent.glob("sub-*/scans.json"))
-        if done != seen:
-            seen, changed = done, now
-        if now - changed > 60 * patience:
+        if done != count:
+            count, last_change = done, now
+        if now - last_change > 60 * patience:
             raise UserError(f"no phantom was added to {table.parent} for {patience:g} minutes: run again")
-        if now - said > SAY_EVERY:
-            said = now
+        if now - last_log > LOG_SECONDS:
+            last_log = now
             log.info("the main process makes phantoms in %s: %d so far", table.parent, done)
 
 
-def _check(subjects: int, spacing: float, shape: tuple[int, ...]) -> None:
+def _check_sizes(subjects: int, spacing: float, shape: tuple[int, ...]) -> None:
     if subjects < 1:
         raise UserError(f"phantom subjects = {subjects}: must be at least 1")
     if not 0.5 <= spacing <= 20:
@@ -88,7 +97,7 @@ def _check(subjects: int, spacing: float, shape: tuple[int, ...]) -> None:
 
 
 def _claim(out: Path, parameters: dict) -> bool:
-    """Mark `out` as the place of this cohort; True if it already was."""
+    """Write which cohort `out` is for; whether that was already written. Another cohort is refused."""
     path = out / "phantom.json"
     if not path.exists():
         write_json(path, parameters)
@@ -101,7 +110,7 @@ def _claim(out: Path, parameters: dict) -> bool:
 
 
 def _sidecar(out: Path, subject: int) -> Path:
-    """Written when a subject is complete: its rows of the table."""
+    """File with the rows of a subject; it is written last and marks the subject as complete."""
     return out / f"sub-{subject:04d}" / "scans.json"
 
 
@@ -120,7 +129,7 @@ def _render_all(
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Sums are the same bits whatever the number of cores, and processes do not fight for them."""
+    """Compute with one thread, so that sums have the same bits on any number of cores."""
     import torch
     from threadpoolctl import threadpool_limits
 
@@ -134,20 +143,20 @@ def _one_thread() -> Iterator[None]:
 
 
 def _render_subject(out: Path, seed: int, subject: int, spacing: float, shape: tuple[int, ...]) -> None:
-    """All sessions of one subject, and last its sidecar."""
+    """Write all sessions of one subject, and its sidecar last."""
     from ldae.data.phantom.rendering import render
 
     rows = []
     with _one_thread():
         for factors in draw_subject(seed, subject):
             scan = render(factors, spacing=spacing, shape=shape)
-            described = table_row(factors, scan.volumes)
-            name = f"{described['subject']}/{described['session']}"
+            row = table_row(factors, scan.volumes)
+            name = f"{row['subject']}/{row['session']}"
             stem = f"{name}/{name.replace('/', '_')}"
-            described |= {"path": f"{stem}_T1w.nii.gz", "labels_path": f"{stem}_dseg.nii.gz"}
-            _save(out / described["path"], np.rint(scan.image).astype(np.int16), scan.affine)
-            _save(out / described["labels_path"], scan.labels, scan.affine)
-            rows.append(described)
+            row |= {"path": f"{stem}_T1w.nii.gz", "labels_path": f"{stem}_dseg.nii.gz"}
+            _save(out / row["path"], np.rint(scan.image).astype(np.int16), scan.affine)
+            _save(out / row["labels_path"], scan.labels, scan.affine)
+            rows.append(row)
     write_json(_sidecar(out, subject), rows)
 
 
