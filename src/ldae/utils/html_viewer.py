@@ -1,4 +1,4 @@
-"""A viewer in one HTML file that needs nothing else: three planes, a slider over frames, the change in colour."""
+"""An interactive viewer in a single HTML file: three planes, a slider over volumes, and their differences in colour."""
 
 import base64
 import html
@@ -10,35 +10,36 @@ import numpy as np
 
 from ldae.utils.files import write_text
 
-MOST_BYTES = 3_000_000  # of all frames; larger volumes lose every other voxel
+MAX_BYTES = 3_000_000  # of all volumes; larger ones are subsampled
 
 
 def write_viewer(
     path: Path, title: str, frames: Mapping[str, np.ndarray], reference: str, spacing: Sequence[float]
 ) -> Path:
-    """Write labelled volumes (X, Y, Z) in RAS, in [0, 1], to `path`; differences are shown against `reference`.
+    """Write the viewer to `path`.
 
     Args:
-        frames: in the order of the slider.
+        frames: volumes (X, Y, Z) in RAS with values in [0, 1], by label, in the order of the slider.
+        reference: label of the volume that the others are compared with.
         spacing: voxel size along x, y, z in mm.
     """
     stride = 1
-    while sum(frame[::stride, ::stride, ::stride].size for frame in frames.values()) > MOST_BYTES:
+    while sum(frame[::stride, ::stride, ::stride].size for frame in frames.values()) > MAX_BYTES:
         stride += 1
-    kept = {name: np.clip(frame[::stride, ::stride, ::stride], 0, 1) for name, frame in frames.items()}
+    shown = {name: np.clip(frame[::stride, ::stride, ::stride], 0, 1) for name, frame in frames.items()}
     data = {
-        "shape": list(kept[reference].shape),
+        "shape": list(shown[reference].shape),
         "spacing": [float(size) for size in spacing],
-        "labels": list(kept),
-        "reference": list(kept).index(reference),
-        # x runs fastest, as the page reads it
-        "frames": [_encoded(np.rint(255 * frame).astype(np.uint8)) for frame in kept.values()],
+        "labels": list(shown),
+        "reference": list(shown).index(reference),
+        # Fortran order, x changes fastest, as the page reads it.
+        "frames": [_encode(np.rint(255 * frame).astype(np.uint8)) for frame in shown.values()],
     }
     template = (Path(__file__).parent / "html_viewer.html").read_text(encoding="utf-8")
-    text = json.dumps(data).replace("<", "\\u003c")  # nothing in a label may end the script
+    text = json.dumps(data).replace("<", "\\u003c")  # so that no label can end the script
     write_text(path, template.replace("{{title}}", html.escape(title)).replace("{{data}}", text))
     return path
 
 
-def _encoded(frame: np.ndarray) -> str:
+def _encode(frame: np.ndarray) -> str:
     return base64.b64encode(frame.tobytes(order="F")).decode("ascii")
