@@ -1,7 +1,7 @@
-"""What costs what: each stage's step, encoding, embedding, inversion and sampling, beside a straight port of the paper.
+"""Speed and memory of each stage and each use, compared with a straight port of the paper: `python -m ldae.bench`.
 
-measure.py  clocks, memory, FLOPs, the matrix rate     subject.py   one variant: its networks and made-up data
-tasks.py    what is measured                           straight.py  the yardstick's plain kernels and files
-results.py  speed-ups, the table, comparisons          voxels.py    the same method in voxel space
-memory.py   bytes of a training step, on no memory
+measure.py  time, memory, operations, matrix rate     variant.py   one variant: its networks and made-up data
+tasks.py    what is measured                          straight.py  plain kernels and files of the straight port
+results.py  speed-ups, table, comparison              voxels.py    latent space against voxel space
+memory.py   memory of a training step, computed       gpu_check/   the first minutes on a GPU
 """

@@ -1,6 +1,6 @@
-"""What costs what: `python -m ldae.bench [--against BASELINE.json] [bench=full] [overrides]`.
+"""`python -m ldae.bench [--against EARLIER.json] [bench=full] [overrides]`: speed and memory of each stage and use.
 
-Writes runs/bench/bench.json, flat names to numbers, and logs a table.
+Writes runs/bench/bench.json, names and numbers, and logs a table.
 """
 
 import logging
@@ -27,14 +27,14 @@ def main(config: DictConfig) -> None:
 
         given = list(HydraConfig.get().overrides.task)
 
-        def composed(more: Sequence[str]) -> DictConfig:
+        def compose_with(more: Sequence[str]) -> DictConfig:
             return compose("bench", [*given, *more])
 
-        run_bench(config, composed)
+        run_bench(config, compose_with)
 
 
 def hydra_arguments(arguments: Sequence[str]) -> list[str]:
-    """`--against FILE` as Hydra's `bench.against=FILE`."""
+    """`arguments` with `--against FILE` written as an override, `bench.against=FILE`."""
     translated = list(arguments)
     if "--against" in translated:
         at = translated.index("--against")

@@ -1,4 +1,4 @@
-"""Clocks, peak memory, FLOPs and the machine's matrix rate."""
+"""Measures of one call: time, peak memory, operations; and the rate of matrix products that the machine reaches."""
 
 import resource
 import statistics
@@ -12,20 +12,20 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-CLEAR, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+CLEAR, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")  # Linux only
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What one call of a task costs.
+    """Cost of one call of a task.
 
     Attributes:
         seconds: median of the repeats.
-        scans: that one call treats.
-        flop: floating-point operations of its matrix products and convolutions (a multiply-add is two).
-        peak: bytes of memory at its worst: of the GPU, or by which the process grew.
-        waited: share of the time that it waited for data.
-        busy: seconds of this process's cores, which other processes on the machine do not lengthen by much.
+        scans: number of scans that one call processes.
+        flop: floating-point operations of its matrix products and convolutions; a multiply-add counts as two.
+        peak: peak memory in bytes, of the GPU, or the largest growth of the process.
+        waited: share of the time spent waiting for data.
+        busy: seconds of this process's cores, which other processes on the machine hardly lengthen.
     """
 
     seconds: float
@@ -36,11 +36,11 @@ class Cost:
     busy: float = 0.0
 
     def scaled(self, factor: float) -> "Cost":
-        """The same work `factor` times."""
+        """Cost of doing the same `factor` times."""
         return Cost(self.seconds * factor, self.scans, self.flop * factor, self.peak, self.waited, self.busy * factor)
 
     def numbers(self, matrix_rate: float) -> dict[str, float]:
-        """Flat names to numbers; `matrix_rate` in FLOP/s."""
+        """The numbers of bench.json by name; `matrix_rate` in FLOP/s."""
         return {
             "ms": 1e3 * self.seconds,
             "core_ms": 1e3 * self.busy,
@@ -53,13 +53,13 @@ class Cost:
 
 
 def synchronise(device: torch.device) -> None:
-    """Wait until the device has done what it was given."""
+    """Wait until the device has finished all work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 class PeakMemory:
-    """Peak memory since it was made: the GPU's allocations, or the growth of this process."""
+    """Peak memory since construction: allocations on a GPU, otherwise the growth of this process."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -67,14 +67,14 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats(device)
             self.start = 0
             return
-        # Linux forgets the peak when asked to; elsewhere only a new record counts.
+        # Linux can reset the recorded peak. Elsewhere growth is noticed only beyond the largest size so far.
         self.resets = CLEAR.exists()
         if self.resets:
             CLEAR.write_text("5")
         self.start = _resident("VmRSS") if self.resets else _record()
 
     def bytes(self) -> int:
-        """So far."""
+        """Peak so far, in bytes."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
         return (_resident("VmHWM") if self.resets else _record()) - self.start
@@ -92,9 +92,9 @@ def _record() -> int:
 
 
 def run_flop_counter(work: Callable[[], Any]) -> FlopCounterMode:
-    """The FLOPs of one call of `work`, by kind.
+    """Count the floating-point operations of one call of `work`; the counter has them by kind.
 
-    Attention is counted as the two products that it is: the counter does not know a CPU's fused kernel.
+    Attention is computed as its two products here, because the counter does not know a CPU's fused kernel.
     """
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         work()
@@ -102,12 +102,18 @@ def run_flop_counter(work: Callable[[], Any]) -> FlopCounterMode:
 
 
 def count_flops(work: Callable[[], Any]) -> float:
-    """FLOPs of one call of `work`, which is also its warm-up."""
+    """Floating-point operations of one call of `work`, which also serves as its warm-up."""
     return float(run_flop_counter(work).get_total_flops())
 
 
 def time_calls(work: Callable[[], Any], repeats: int, device: torch.device, scans: int = 1) -> Cost:
-    """The cost of one call of `work`; one run counts FLOPs, one warms up where kernels are chosen by measuring."""
+    """Cost of one call of `work`, the median of `repeats` calls.
+
+    A first call counts operations; on a GPU, another one lets cuDNN choose its algorithms by trying them.
+
+    Args:
+        scans: number of scans that one call processes.
+    """
     flop = count_flops(work)
     if device.type == "cuda":
         work()
@@ -123,7 +129,7 @@ def time_calls(work: Callable[[], Any], repeats: int, device: torch.device, scan
 
 
 def measure_matrix_rate(edge: int, device: torch.device, dtype: torch.dtype, repeats: int = 5) -> float:
-    """FLOP/s of a matrix product of this edge: the best of `repeats`, what this machine can do."""
+    """Rate of an (edge, edge) matrix product in FLOP/s, the best of `repeats`: what this machine can reach."""
     a = torch.randn(edge, edge, device=device, dtype=dtype)
     b = torch.randn(edge, edge, device=device, dtype=dtype)
     best = float("inf")

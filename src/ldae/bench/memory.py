@@ -1,8 +1,11 @@
-"""Bytes of a training step, counted without memory and without a GPU: shapes alone go through the real networks.
+"""Memory of a training step, computed without that memory and without a GPU: fake tensors pass the real networks.
 
-Every tensor that the forward and backward passes make is followed from its birth to its end (fake tensors, one mode
-over all operations), so that temporaries, gradients and checkpointing are in the peak. Not in it: the allocator's
-fragmentation, cuDNN's workspace and the driver's context; a tenth of the peak and half a GB are added for them.
+The size of every tensor that the forward and backward passes make counts from its creation to its release, so that the
+peak contains temporaries, gradients and the effect of checkpointing. It does not contain the allocator's fragmentation,
+cuDNN's workspace and the driver's context; a tenth of the peak and half a GB are added for them.
+
+PyTorch's own MemTracker (torch.distributed._tools.mem_tracker) cannot take its place: in PyTorch 2.13 it refuses frozen
+parameters, which stages 1 and 3 have. docs/bench.md compares the two, and both with real allocations.
 """
 
 import weakref
@@ -11,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from hydra.utils import instantiate
 from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -19,38 +21,38 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ldae.losses import autoencoder as losses
-from ldae.models.sizes import latent_sizes
+from ldae.models.sizes import build_on_meta, latent_sizes
 from ldae.runs import estimator_node
 
-FLOAT = 4
-OVERHEAD, CONTEXT = 1.1, 0.5 * 2**30
+FLOAT = 4  # bytes of a float32
+OVERHEAD, CONTEXT = 1.1, 0.5 * 2**30  # factor for fragmentation and workspaces; bytes of the driver
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes by what they are for."""
+    """Bytes that a training step needs, by purpose."""
 
-    trained: int  # parameters
-    frozen: int
+    trained: int  # parameters and buffers of trained networks
+    frozen: int  # those of frozen ones
     optimiser: int  # Adam's two moments
-    average: int
-    passes: int  # activations, gradients and temporaries at their worst
-    update: int  # gradients and the update's temporaries, after the activations are gone
+    average: int  # moving average of the weights
+    passes: int  # peak of activations, gradients and temporaries
+    update: int  # gradients and temporaries of the update, after the activations were released
 
     @property
     def peak(self) -> float:
-        """What the device must have, overheads included."""
+        """Bytes that the device must have, including the overhead."""
         resident = self.trained + self.frozen + self.optimiser + self.average
         return OVERHEAD * (resident + max(self.passes, self.update)) + CONTEXT
 
     def numbers(self, gigabytes: float) -> dict[str, float]:
-        """Flat names to GB, and whether it fits."""
+        """GB by name, and `fits`: 1 if the peak fits into `gigabytes`."""
         parts = {name: getattr(self, name) / 2**30 for name in self.__dataclass_fields__}
         return {**parts, "peak": self.peak / 2**30, "fits": float(self.peak <= gigabytes * 2**30)}
 
 
 class LiveBytes(TorchDispatchMode):
-    """Bytes of the tensors alive that were made inside, now and at their worst."""
+    """Total size in bytes of the tensors made inside this context that are still alive: now, and its peak."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -61,36 +63,31 @@ class LiveBytes(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):
-                self._follow(tensor.untyped_storage())
+                self._count(tensor.untyped_storage())
         return result
 
-    def know(self, module: nn.Module) -> None:
-        """What is there already does not count."""
+    def ignore(self, module: nn.Module) -> None:
+        """Do not count the tensors of `module`."""
         self._known.update(tensor.untyped_storage() for tensor in module.state_dict(keep_vars=True).values())
 
-    def _follow(self, storage: torch.UntypedStorage) -> None:
+    def _count(self, storage: torch.UntypedStorage) -> None:
         if storage in self._known:
             return
         size = storage.nbytes()
         self._known.add(storage)
-        weakref.finalize(storage, self._gone, size)
+        weakref.finalize(storage, self._release, size)
         self.now += size
         self.peak = max(self.peak, self.now)
 
-    def _gone(self, size: int) -> None:
+    def _release(self, size: int) -> None:
         self.now -= size
 
 
-def _like_cuda(module: nn.Module) -> None:
-    """Norms compute in float32 under autocast, as CUDA's list has it and the CPU's has not."""
+def _autocast_norms_as_on_cuda(module: nn.Module) -> None:
+    """Let norms compute in float32 under autocast, as on CUDA; the CPU's list of operations leaves them in 16 bits."""
     for child in module.modules():
         if isinstance(child, nn.GroupNorm | nn.LayerNorm):
             child.register_forward_pre_hook(lambda _, inputs: tuple(x.float() for x in inputs))
-
-
-def _meta(node: Any) -> nn.Module:
-    with torch.device("meta"):
-        return instantiate(node)
 
 
 def _size(*modules: nn.Module) -> int:
@@ -100,21 +97,24 @@ def _size(*modules: nn.Module) -> int:
 def compute_footprint(
     config: DictConfig, stage: str, batch: int, checkpointing: bool, reduced: bool, ema: bool
 ) -> Footprint:
-    """Of one optimiser step of a stage.
+    """Memory of one optimiser step.
 
     Args:
-        config: a composed config; its model and data.shape count.
-        reduced: networks compute in 16 bits.
-        ema: whether an average is kept.
+        config: a composed config, of which model and data.shape matter.
+        stage: aekl, pretrain or repr.
+        batch: samples in a micro-batch.
+        checkpointing: whether activations are computed again in the backward pass.
+        reduced: whether networks compute in 16 bits.
+        ema: whether there is a moving average of the weights.
     """
     trained, frozen, passes = PASSES[stage](config, batch, checkpointing)
     live = LiveBytes()
-    # Built without memory, the networks get fake tensors of a device that has autocast.
+    # The networks were built without memory; they get fake tensors of a device that has autocast.
     with FakeTensorMode(allow_non_fake_inputs=True):
         for module in (*trained, *frozen):
             module.to_empty(device="cpu")
-            _like_cuda(module)
-            live.know(module)
+            _autocast_norms_as_on_cuda(module)
+            live.ignore(module)
         with live:
             passes(lambda: torch.autocast("cpu", torch.bfloat16, enabled=reduced))
     gradients = sum(FLOAT * p.numel() for module in trained for p in module.parameters())
@@ -125,7 +125,7 @@ def compute_footprint(
         optimiser=2 * gradients,
         average=size if ema else 0,
         passes=live.peak,
-        update=2 * gradients,  # the fused loop over tensors holds one more copy
+        update=2 * gradients,  # the fused loop over tensors makes one more copy
     )
 
 
@@ -137,7 +137,7 @@ def _latent(config: DictConfig, autoencoder: nn.Module, batch: int) -> Tensor:
 
 
 def _aekl(config: DictConfig, batch: int, checkpointing: bool) -> Passes:
-    autoencoder, discriminator = _meta(config.model.autoencoder), _meta(config.model.discriminator)
+    autoencoder, discriminator = build_on_meta(config.model.autoencoder), build_on_meta(config.model.discriminator)
     if checkpointing:
         autoencoder.enable_checkpointing()
 
@@ -161,7 +161,7 @@ def _aekl(config: DictConfig, batch: int, checkpointing: bool) -> Passes:
 
 
 def _pretrain(config: DictConfig, batch: int, checkpointing: bool) -> Passes:
-    unet, autoencoder = _meta(config.model.unet), _meta(config.model.autoencoder)
+    unet, autoencoder = build_on_meta(config.model.unet), build_on_meta(config.model.autoencoder)
     unet.checkpointing = checkpointing
 
     def passes(autocast: Any) -> None:
@@ -175,8 +175,8 @@ def _pretrain(config: DictConfig, batch: int, checkpointing: bool) -> Passes:
 
 def _repr(config: DictConfig, batch: int, checkpointing: bool) -> Passes:
     model = config.model
-    autoencoder, unet, encoder = (_meta(model[name]) for name in ("autoencoder", "unet", "encoder"))
-    estimator = _meta(estimator_node(model.unet, encoder.dim, model.estimator))
+    autoencoder, unet, encoder = (build_on_meta(model[name]) for name in ("autoencoder", "unet", "encoder"))
+    estimator = build_on_meta(estimator_node(model.unet, encoder.dim, model.estimator))
     encoder.checkpointing = estimator.checkpointing = checkpointing
 
     def passes(autocast: Any) -> None:

@@ -1,4 +1,4 @@
-"""From costs to bench.json: flat names to numbers, speed-ups over the yardstick, the table, and a comparison."""
+"""From costs to the numbers of bench.json: speed-ups over the straight port, the table, and a comparison."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -24,11 +24,11 @@ Costs = Mapping[str, Mapping[str, Cost]]
 
 
 def to_flat_numbers(costs: Costs, matrix_rates: Mapping[str, float]) -> dict[str, float]:
-    """The last variant's numbers under `task/...`, the others' under `variant/task/...`, and gains.
+    """The numbers of bench.json: `task/...` of the last variant, `variant/task/...` of the others, and speed-ups.
 
     Args:
-        costs: by variant, the yardstick first, and task.
-        matrix_rates: FLOP/s by variant.
+        costs: by variant, the straight port first, then by task.
+        matrix_rates: FLOP/s of matrix products, by variant.
     """
     names = list(costs)
     found: dict[str, float] = {}
@@ -56,7 +56,7 @@ def _per_scan(cost: Cost) -> float:
 
 
 def format_table(numbers: Mapping[str, float], variants: Sequence[str], tasks: Sequence[str]) -> str:
-    """Aligned lines: a task of a variant each, then the gains."""
+    """The table for the console: a line per task and variant, then the speed-ups."""
     rows = [("task", "variant", "ms", "core ms", "scans/s", "peak MB", "GFLOP", "of matrix rate", "waiting")]
     for task in tasks:
         for variant in variants:
@@ -89,15 +89,22 @@ def _aligned(rows: Sequence[Sequence[str]]) -> str:
 
 
 def compare_with_earlier(numbers: Mapping[str, float], against: Path | str, tolerance: float) -> tuple[str, list[str]]:
-    """A table of milliseconds then and now, and the names of the tasks that got slower by more than `tolerance`.
+    """Compare milliseconds with those of an earlier bench.json.
+
+    Args:
+        against: the earlier bench.json.
+        tolerance: a task is slower if its time has grown by more than this share.
+
+    Returns:
+        A table for the console, and the names of the tasks that have become slower.
 
     Raises:
-        UserError: `against` is no bench.json.
+        UserError: `against` is not a bench.json.
     """
     try:
         before = {name: float(value) for name, value in read_json(against).items()}
     except (ValueError, TypeError, AttributeError, OSError) as error:
-        raise UserError(f"{against} is no bench.json ({error}): give one that `make bench` wrote") from error
+        raise UserError(f"{against} is not a bench.json ({error}): give one that `make bench` wrote") from error
     rows, slower = [("task", "then, ms", "now, ms", "times faster")], []
     for name in sorted(numbers):
         if name.endswith("/ms") and name in before:

@@ -1,4 +1,4 @@
-"""All variants one after the other in one process, and what becomes of their costs."""
+"""The bench: measures all variants one after the other in one process and writes bench.json."""
 
 import logging
 import tempfile
@@ -25,10 +25,16 @@ Compose = Callable[[Sequence[str]], DictConfig]
 
 
 def run_bench(config: DictConfig, compose: Compose) -> dict[str, float]:
-    """Measure, write bench.json and log the table. Returns the numbers.
+    """Measure, write bench.json and log the table.
+
+    Args:
+        compose: further overrides to a config with them.
+
+    Returns:
+        The numbers of bench.json.
 
     Raises:
-        UserError: an unknown task, or a baseline that is none.
+        UserError: there is no such task, or the file to compare with is not a bench.json.
     """
     check_constructor_arguments(config)
     settings: Bench = instantiate(config.bench)
@@ -41,7 +47,9 @@ def run_bench(config: DictConfig, compose: Compose) -> dict[str, float]:
     with tempfile.TemporaryDirectory(prefix="ldae-bench-") as folder:
         for variant, overrides in settings.variants.items():
             costs[variant], rates[variant] = measure_variant(compose, variant, overrides, Path(folder) / variant)
-            write_json(partial, to_flat_numbers(costs, rates))  # an hour's measurements outlive what comes after
+            write_json(
+                partial, to_flat_numbers(costs, rates)
+            )  # so that a later failure does not lose an hour's measurements
         voxels = compare_spaces(compose, settings.voxels, Path(folder) / "voxels") if settings.voxels else {}
     numbers = to_flat_numbers(costs, rates) | voxels
     for name, case in settings.memory.items():
@@ -69,7 +77,7 @@ def measure_variant(
 
 
 def compute_memory(compose: Compose, name: str, case: MemoryCase) -> dict[str, float]:
-    """Bytes of a training step with checkpointing in 16 bits, and the peak of one in float32 without."""
+    """GB of a training step with checkpointing in 16 bits, and the peak of one in float32 without checkpointing."""
     config = compose(case.overrides)
     ema = case.stage != "aekl"
     lean, plain = (compute_footprint(config, case.stage, case.batch, lean, lean, ema) for lean in (True, False))
@@ -83,7 +91,7 @@ def compute_memory(compose: Compose, name: str, case: MemoryCase) -> dict[str, f
 
 
 def write_report(numbers: dict[str, float], settings: Bench, variants: list[str]) -> None:
-    """bench.json, the table, and the comparison where one is asked for."""
+    """Write bench.json; log the table and, if `settings.against` is given, the comparison with an earlier run."""
     numbers["machine/threads"] = float(torch.get_num_threads())
     numbers["machine/cuda"] = float(torch.cuda.is_available())
     path = Path(settings.output) / "bench.json"

@@ -1,4 +1,4 @@
-"""The config group `bench`."""
+"""Settings of the bench: the config group `bench`."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,12 +9,12 @@ from ldae.utils.errors import UserError
 
 @dataclass(frozen=True)
 class SpaceComparison:
-    """Latent against voxel space, at equal widths and steps.
+    """Latent space against voxel space, with equal widths and steps.
 
     Args:
-        full: overrides that make the full size, which is counted only.
-        reduced: overrides that make the size that is timed.
-        steps: of inversion and of sampling, each.
+        full: overrides for the full size, whose operations are counted.
+        reduced: overrides for the size that is timed.
+        steps: number of steps of inversion, and of sampling.
     """
 
     full: Sequence[str]
@@ -24,13 +24,13 @@ class SpaceComparison:
 
 @dataclass(frozen=True)
 class MemoryCase:
-    """A training step whose bytes are counted.
+    """A training step whose memory is computed.
 
     Args:
         stage: aekl, pretrain or repr.
-        batch: samples of a micro-batch.
-        gigabytes: of the device that it should fit.
-        overrides: the model.
+        batch: samples in a micro-batch.
+        gigabytes: memory of the device that it should fit.
+        overrides: choose the model.
     """
 
     stage: str
@@ -44,21 +44,22 @@ class Bench:
     """What is measured, and how often.
 
     Args:
-        variants: overrides by name; the first is the yardstick, and each further one gains over the one before it.
-        tasks: names of tasks.TASKS, in this order.
-        batch: samples of a training step, by stage.
-        scans: made-up scans on disk.
-        repeats: of which the median counts, after one run that does not.
-        timed_steps: steps of inversion and sampling that are timed; that of all is in proportion to the evaluations.
-            None: all.
-        matrix: edge of the matrix product that gives the machine's rate.
-        straight: plain attention, contiguous layout, files read at every step, plain loops; set by the yardstick.
-        autotune: training steps choose convolution algorithms by trying them, as training does.
+        variants: overrides by name. The first is the straight port; of each other one, the gain over the one before it
+            is computed.
+        tasks: names of tasks (tasks.TASKS), in the order in which they are measured.
+        batch: samples in a training step, by stage.
+        scans: number of made-up scans on disk.
+        repeats: number of timed calls, whose median counts.
+        timed_steps: number of steps of inversion and sampling that are timed, from which the time of all is
+            extrapolated. None: all are timed.
+        matrix: edge of the matrix product that measures the machine's rate.
+        straight: whether this variant is the straight port: plain kernels, files read at every step, plain loops.
+        autotune: whether training steps choose convolution algorithms by trying them, as training does.
         against: bench.json of an earlier run to compare with.
-        tolerance: slower by more than this share is a loss.
-        output: folder of bench.json.
-        voxels: latent against voxel space; None leaves it out.
-        memory: training steps whose bytes are counted, by name.
+        tolerance: share by which a task may be slower than in that run.
+        output: folder for bench.json.
+        voxels: comparison of latent and voxel space; None leaves it out.
+        memory: training steps whose memory is computed, by name.
     """
 
     variants: Mapping[str, Sequence[str]]

@@ -1,4 +1,4 @@
-"""The training steps of a stage, one after the other as the trainer takes them, and what they cost."""
+"""Training steps of a stage, one after the other as the trainer takes them, and their cost."""
 
 import statistics
 import time
@@ -15,16 +15,16 @@ from ldae.data.stream import Batch, Batches, SampleStream
 from ldae.training.precision import set_up_backends
 from ldae.utils.errors import UserError
 
-WARM_UP = 2  # steps after the one that counts operations: kernels are chosen by measuring, and memory is taken
-SCALING = 20  # further steps, at most: a scaler of float16 finds its factor by steps that do not count
+WARM_UP = 2  # steps after the one that counts operations, in which algorithms are chosen and memory is allocated
+SCALING = 20  # further steps, at most, in which float16's gradient scaler finds its factor
 
 
 class TrainingSteps(AbstractContextManager["TrainingSteps"]):
-    """The real stage of a variant on made-up data. A call takes one step, its data included, and waits for nothing.
+    """The real stage of a variant on made-up data. A call takes one step with its data and does not wait for it.
 
     Attributes:
-        size: samples of a step.
-        number: the step to take next.
+        size: number of samples in a step.
+        number: number of the next step.
     """
 
     def __init__(self, variant: VariantUnderTest, name: str) -> None:
@@ -42,7 +42,7 @@ class TrainingSteps(AbstractContextManager["TrainingSteps"]):
         self._batches = Batches(self.stage.fetch, stream, self.size, workers=workers, pin=on_gpu)
 
     def fetch(self) -> list[Batch]:
-        """The micro-batch of the next step; the straight port reads it only now."""
+        """The micro-batch of the next step. The straight port starts to read it only now."""
         if not self.variant.settings.straight:
             return self._batches.at(self.number)
         position = np.arange(self.number * self.size, (self.number + 1) * self.size)
@@ -51,7 +51,7 @@ class TrainingSteps(AbstractContextManager["TrainingSteps"]):
         return [{"index": index, "position": position, "number": self.number, **fetched}]
 
     def take(self, micro_batches: list[Batch]) -> None:
-        """One step on these."""
+        """Take one step on these micro-batches."""
         result = self.stage.run_step(micro_batches, self.number)
         self.skipped.append(result.skipped)
         self.number += 1
@@ -60,12 +60,13 @@ class TrainingSteps(AbstractContextManager["TrainingSteps"]):
         self.take(self.fetch())
 
     def check(self) -> None:
-        """Wait for the device; what was timed must have been real steps.
+        """Wait for the device, and verify that all steps since the last check were taken.
 
-        In float16 some overflow by design: they cost as much, but for the optimiser's part.
+        In float16 some overflow while the gradient scaler looks for its factor. They cost as much as others, apart from
+        the optimiser's update, and are accepted.
 
         Raises:
-            UserError: a step was skipped, for its loss or gradient was not finite.
+            UserError: a step was skipped because its loss or gradient was not finite.
         """
         synchronise(self.device)
         skipped = sum(float(flag) for flag in self.skipped)
@@ -74,7 +75,7 @@ class TrainingSteps(AbstractContextManager["TrainingSteps"]):
             raise UserError(f"{self.stage.name}: {skipped:.0f} of the timed steps had no finite loss or gradient")
 
     def warm_up(self, count: int) -> None:
-        """That many steps, then more until one is taken that counts."""
+        """Take `count` steps, then more until one of them is not skipped."""
         for _ in range(count):
             self()
         for _ in range(SCALING):
@@ -89,11 +90,15 @@ class TrainingSteps(AbstractContextManager["TrainingSteps"]):
 
 
 def measure_step(steps: TrainingSteps, repeats: int, count: bool = True) -> Cost:
-    """What a step costs, after one that counts its operations (not where it is compiled: `count` off) and a warm-up."""
+    """Cost of a step, after one that counts its operations and a warm-up.
+
+    Args:
+        count: whether operations are counted; False for compiled code, which hides them from the counter.
+    """
     flop = count_flops(steps) if count else 0.0
     on_gpu = steps.device.type == "cuda"
     steps.warm_up(WARM_UP if on_gpu else int(not count))
-    seconds, waited, busy, peak = (_in_flight if on_gpu else _one_by_one)(steps, repeats)
+    seconds, waited, busy, peak = (_time_without_waits if on_gpu else _time_one_by_one)(steps, repeats)
     steps.check()
     return Cost(seconds, steps.size, flop, peak.bytes(), waited, busy)
 
@@ -101,11 +106,11 @@ def measure_step(steps: TrainingSteps, repeats: int, count: bool = True) -> Cost
 Timing = tuple[float, float, float, PeakMemory]
 
 
-def _in_flight(steps: TrainingSteps, repeats: int) -> Timing:
-    """Steps that the host hands to a GPU without waiting, as in training: seconds of one is their mean.
+def _time_without_waits(steps: TrainingSteps, repeats: int) -> Timing:
+    """Time steps on a GPU that the host starts without waiting, as in training; the mean counts.
 
-    The wait for data is what the GPU idles between the end of a step and the next one's batch: where the host is ahead,
-    a batch that takes long costs nothing.
+    The wait for data is the time in which the GPU idles between the end of a step and the arrival of the next batch. As
+    long as the host is ahead, reading a batch costs nothing.
     """
     done, fetched = ([torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)] for _ in range(2))
     peak, waiting = PeakMemory(steps.device), steps.variant.waiting
@@ -124,8 +129,8 @@ def _in_flight(steps: TrainingSteps, repeats: int) -> Timing:
     return seconds / repeats, waited / seconds, busy / repeats, peak
 
 
-def _one_by_one(steps: TrainingSteps, repeats: int) -> Timing:
-    """On a CPU: the median step, and the share of all of them that went by before the batch was there."""
+def _time_one_by_one(steps: TrainingSteps, repeats: int) -> Timing:
+    """Time steps on a CPU; the median counts. The wait for data is the time until the batch has been fetched."""
     seconds, waits, busy, peak = [], [], [], PeakMemory(steps.device)
     waiting, straight = steps.variant.waiting, steps.variant.settings.straight
     for _ in range(repeats):
@@ -141,7 +146,7 @@ def _one_by_one(steps: TrainingSteps, repeats: int) -> Timing:
 
 
 def measure_seconds(work: Callable[[], object], device: torch.device) -> float:
-    """Of one call of `work`, the device's part included."""
+    """Seconds of one call of `work`, until the device has finished."""
     synchronise(device)
     start = time.perf_counter()
     work()

@@ -1,7 +1,7 @@
-"""The yardstick: what a plain reading of the paper would write. The same functions of the same weights, less cleverly.
+"""The straight port that the bench compares with: a plain implementation of the same functions of the same weights.
 
-Plain softmax attention, contiguous tensors, files read when they are needed, one tensor after the other in the average,
-PyTorch's default Adam. On a GPU fp16 autocast, on a CPU float32.
+It has plain softmax attention, contiguous tensors, files that are read when they are needed, and an average and an Adam
+that update one tensor after the other; fp16 autocast on a GPU and float32 on a CPU.
 """
 
 import time
@@ -36,13 +36,13 @@ class PlainAttention(Attention):
 
 
 def use_plain_kernels(module: nn.Module) -> nn.Module:
-    """The module as it is defined, without CPU kernels and with plain attention. Its parameters and names stay."""
+    """Let `module` compute as it is defined, without CPU kernels, and with plain attention; its parameters stay."""
     remove_kernels(module, CPU_KERNELS)
     return use_kernels(module, {Attention: PlainAttention}).to(memory_format=torch.contiguous_format)
 
 
 class PlainEma(Ema):
-    """One tensor after the other."""
+    """A moving average that is updated one tensor after the other."""
 
     @torch.no_grad()
     def update(self, step: int, skipped: Tensor | None = None) -> None:
@@ -58,10 +58,10 @@ class PlainEma(Ema):
 
 
 class PlainAdam(torch.optim.Adam):
-    """One tensor after the other, as PyTorch does by default; a step that is not finite is read back and left out."""
+    """Adam as PyTorch does it on CPUs by default, one tensor after the other; whether to skip a step is read back."""
 
     def step(self, closure: None = None) -> None:
-        """See torch.optim.Adam, whose fused form alone knows `found_inf`."""
+        """See torch.optim.Adam. `found_inf`, by which the stages skip a step, is known to the fused Adam only."""
         found = vars(self).pop("found_inf", None)
         vars(self).pop("grad_scale", None)
         if found is None or not bool(found):
@@ -69,17 +69,17 @@ class PlainAdam(torch.optim.Adam):
 
 
 def use_plain_updates(stage: Stage) -> None:
-    """After `prepare`: plain optimisers and averages."""
+    """Replace the optimisers and averages of a stage by plain ones, after `prepare`."""
     for optimizer in stage.optimizers.values():
         for group in optimizer.param_groups:
             group["fused"] = None
         optimizer.__class__ = PlainAdam
-        optimizer._step_supports_amp_scaling = False  # torch's sign for a scaler: it divides gradients itself
+        optimizer._step_supports_amp_scaling = False  # tells PyTorch's gradient scaler to unscale the gradients itself
     stage.averages = {name: PlainEma(ema.module, ema.decay, ema.warmup) for name, ema in stage.averages.items()}
 
 
 class WaitingTime:
-    """Seconds spent on files; read and reset by whoever times a step."""
+    """Seconds spent on reading files; whoever times a step reads and resets them."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
@@ -93,7 +93,7 @@ class WaitingTime:
 
 @dataclass(frozen=True)
 class NpzVolumes:
-    """Volumes read from NPZ files, one after the other, when a batch is asked for."""
+    """Volumes that are read from NPZ files, one after the other, when a batch is needed."""
 
     files: Sequence[Path]
     waiting: WaitingTime
@@ -104,7 +104,7 @@ class NpzVolumes:
         return self.read_stored(indices)
 
     def decode(self, stored: Tensor) -> Tensor:
-        """The files hold float32 already."""
+        """`stored` itself: the files contain float32."""
         return stored
 
     def read_stored(self, indices: Iterable[int]) -> Tensor:
@@ -119,13 +119,13 @@ class NpzVolumes:
 
 @dataclass(frozen=True)
 class NpzLatents(LatentSet):
-    """Latents read from their files when a batch is asked for."""
+    """Latents that are read from their files when a batch is needed."""
 
     waiting: WaitingTime | None = None
 
     @classmethod
     def of(cls, latents: LatentSet, waiting: WaitingTime) -> "NpzLatents":
-        """The same latents, from their files."""
+        """The same latents, read from their files."""
         return cls(**vars(latents), waiting=waiting)
 
     def sample(self, rows: Tensor | np.ndarray, noise: Tensor) -> Tensor:
@@ -138,12 +138,12 @@ class NpzLatents(LatentSet):
         return scale * (mean.to(device) + std.to(device) * noise.to(device))
 
     def to(self, device: torch.device) -> "NpzLatents":
-        """Only the scale has a place."""
+        """The same latents with their scale on `device`; the others stay in files."""
         return NpzLatents(**{**vars(self), "scale": self.scale.to(device)})
 
 
 def build_port_accelerator() -> Accelerator:
-    """fp16 autocast on a GPU, as published; float32 on a CPU. PyTorch's backends as they are by default."""
+    """An accelerator with fp16 autocast on a GPU, as published, and float32 on a CPU; PyTorch's default backends."""
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.benchmark = False
     return Accelerator(mixed_precision="fp16" if torch.cuda.is_available() else "no")

@@ -1,4 +1,4 @@
-"""What is measured of a variant: every function yields (name, cost)."""
+"""The tasks that the bench measures. Each is a function of a variant that yields (name, cost) pairs."""
 
 import gc
 import tempfile
@@ -15,11 +15,11 @@ from ldae.bench.steps import TrainingSteps, measure_step
 from ldae.bench.variant import VariantUnderTest
 
 Costs = Iterator[tuple[str, Cost]]
-RAW = (182, 218, 182)  # voxels of 1 mm, as scanners make them
+RAW = (182, 218, 182)  # voxels of 1 mm, as of a raw scan
 
 
 def _step(variant: VariantUnderTest, name: str) -> Costs:
-    """An optimiser step of a stage, its data included."""
+    """An optimiser step of a stage with its data."""
     with TrainingSteps(variant, name) as steps:
         yield f"train_{name}", measure_step(steps, variant.settings.repeats, count=not variant.config.trainer.compile)
 
@@ -40,14 +40,14 @@ def train_repr(variant: VariantUnderTest) -> Costs:
 
 
 def loading(variant: VariantUnderTest) -> Costs:
-    """Batches of volumes alone, none of them computed on."""
+    """Reading a batch of volumes."""
     volumes, size = variant.cohort.volumes, variant.settings.batch["repr"]
     rows = np.arange(size) % variant.settings.scans
     yield "loading", time_calls(lambda: volumes.batch(rows), 2 * variant.settings.repeats, variant.device, size)
 
 
 def reading(variant: VariantUnderTest) -> Costs:
-    """A preprocessed scan of 1 mm, from NIfTI to model space: what embedding a new scan starts with."""
+    """A preprocessed scan of 1 mm from its NIfTI to model space, the first step of embedding a new scan."""
     transform = instantiate(variant.config.data.transform)
     voxels = (1000 * np.random.default_rng(0).random(RAW, dtype=np.float32)).astype(np.int16)
     with tempfile.TemporaryDirectory(dir=variant.folder) as folder:
@@ -57,7 +57,7 @@ def reading(variant: VariantUnderTest) -> Costs:
 
 
 def inference(variant: VariantUnderTest) -> Costs:
-    """encode, embed, invert, sample, decode of one scan; reconstruct and counterfactual are their sums."""
+    """The methods of class LDAE on one scan; `reconstruct` and `counterfactual` are sums of others."""
     model, settings = variant.model(), variant.settings
     x = torch.from_numpy(variant.scan)[None, None].to(variant.device)
 
@@ -77,7 +77,7 @@ def inference(variant: VariantUnderTest) -> Costs:
 
 
 def sum_costs(costs: Iterator[Cost] | list[Cost]) -> Cost:
-    """One after the other on the same scans."""
+    """Cost of several tasks on the same scans, one after the other."""
     costs = list(costs)
     seconds, flop = sum(c.seconds for c in costs), sum(c.flop for c in costs)
     return Cost(seconds, costs[0].scans, flop, max(c.peak for c in costs), busy=sum(c.busy for c in costs))
@@ -89,7 +89,7 @@ TASKS: dict[str, Callable[[VariantUnderTest], Costs]] = {
 
 
 def run_tasks(variant: VariantUnderTest) -> Costs:
-    """All tasks of the settings; memory is given back between them."""
+    """All tasks of the settings; unused memory is released between them."""
     for name in variant.settings.tasks:
         yield from TASKS[name](variant)
         gc.collect()

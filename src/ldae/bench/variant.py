@@ -1,4 +1,4 @@
-"""One variant under test: its networks, and made-up scans and latents on disk for the real stages to read."""
+"""One variant under test: its networks, and made-up scans and latents on disk that the real stages read."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -33,24 +33,24 @@ from ldae.runs import Workspace, estimator_node
 from ldae.training.precision import DTYPES
 from ldae.training.stage import Stage
 
-HASH = "made up"
-BRAIN = (70.0, 88.0, 74.0)  # mm, half of its extent from left to right, back to front, bottom to top
+HASH = "made up"  # stands for the hashes of weights, split and transform
+BRAIN = (70.0, 88.0, 74.0)  # half-axes of a brain in mm: left to right, back to front, bottom to top
 
 
 @dataclass(frozen=True)
 class UntrainedRun:
-    """Stands for a finished stage: networks as they are built, which cost as much as trained ones."""
+    """Stands for a finished stage. Its networks are untrained, which cost as much as trained ones."""
 
     config: DictConfig
     path: Path
     metadata: Any = None
 
     def sha256(self, name: str) -> str:
-        """Of the autoencoder that made the latents."""
+        """Hash of the weights that the made-up latents name."""
         return HASH
 
     def module(self, name: str, node: Any) -> nn.Module:
-        """Built, not loaded."""
+        """The network of a config, with random weights."""
         return instantiate(node).eval().requires_grad_(False)
 
 
@@ -67,7 +67,11 @@ class UntrainedWorkspace(Workspace):
 
 @cache
 def make_scan(spacing: float, shape: tuple[int, int, int]) -> np.ndarray:
-    """Noise in an ellipsoid as large as a brain, in air, (X, Y, Z) float32 in [0, 1]; `spacing` in mm."""
+    """Noise in an ellipsoid of the size of a brain, surrounded by zeros: (X, Y, Z) float32 in [0, 1].
+
+    Args:
+        spacing: voxel size in mm.
+    """
     axes = [spacing * (np.arange(size) - (size - 1) / 2) / half for size, half in zip(shape, BRAIN, strict=True)]
     inside = sum(np.square(axis) for axis in np.meshgrid(*axes, indexing="ij", sparse=True)) < 1
     noise = np.random.default_rng(0).random(shape, dtype=np.float32)
@@ -75,19 +79,19 @@ def make_scan(spacing: float, shape: tuple[int, int, int]) -> np.ndarray:
 
 
 class VariantUnderTest:
-    """A variant's config, and what the tasks need of it.
+    """A variant's config, and the networks, stages and data that the tasks need.
 
     Args:
-        compose: overrides -> config; stage=... is added per stage.
-        overrides: of this variant.
-        folder: for made-up files.
+        compose: from overrides to a config.
+        overrides: those of this variant.
+        folder: folder for made-up files.
     """
 
     def __init__(self, compose: Any, overrides: Sequence[str], folder: Path) -> None:
         self.compose = lambda *more: compose([*overrides, *more])
         self.config = self.compose()
         self.settings: Bench = instantiate(self.config.bench)
-        # One process has one precision, as Accelerate sees it; the variants come one after the other.
+        # Accelerate allows one precision per process, but the variants differ in theirs.
         AcceleratorState._reset_state(reset_partial_state=True)
         self.accelerator: Accelerator = instantiate(self.config.accelerator)
         self.device = self.accelerator.device
@@ -97,17 +101,17 @@ class VariantUnderTest:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """(X, Y, Z) of a volume."""
+        """(X, Y, Z) of a volume, in voxels."""
         x, y, z = self.config.data.shape
         return x, y, z
 
     def latent_shape(self, autoencoder: nn.Module) -> tuple[int, ...]:
-        """(C, X', Y', Z')."""
+        """(C, X', Y', Z') of a latent."""
         return (autoencoder.latent_channels, *latent_sizes(self.shape, autoencoder.strides))
 
     @cached_property
     def table(self) -> pd.DataFrame:
-        """One scan a subject, the last for validation."""
+        """The table of the made-up cohort: one scan per subject, the last subject for validation."""
         count = self.settings.scans
         split = ["train"] * (count - 1) + ["val"]
         return pd.DataFrame(
@@ -117,12 +121,12 @@ class VariantUnderTest:
 
     @cached_property
     def scan(self) -> np.ndarray:
-        """A head in air, (X, Y, Z) float32 in model space: what costs less in air must have the air of a scan."""
+        """A made-up scan, (X, Y, Z) float32. It has the air of a real one, in which some kernels cost less."""
         return make_scan(float(self.config.data.spacing), self.shape)
 
     @cached_property
     def cohort(self) -> Cohort:
-        """Copies of one volume, as the cache holds them; for the yardstick as NPZ files."""
+        """A cohort of copies of one volume, stored as the cache stores them; for the straight port as NPZ files."""
         folder = self.folder / "volumes"
         folder.mkdir(parents=True, exist_ok=True)
         dtype, files = self.config.data.cache_dtype, []
@@ -141,7 +145,7 @@ class VariantUnderTest:
         return Cohort(self.table, self.table[:0], volumes, transform, HASH, Augmentation())
 
     def write_latents(self, shape: Sequence[int]) -> Path:
-        """A finished folder of random latents of this shape: one file, or one NPZ a scan for the yardstick."""
+        """Write random latents of this shape: one file, or one NPZ per scan for the straight port."""
         folder, rng, row = self.folder / "latents", np.random.default_rng(0), digest_rows(self.table)
         mean = rng.standard_normal((len(row), *shape), dtype=np.float32)
         std = np.full_like(mean, 0.1)
@@ -158,7 +162,7 @@ class VariantUnderTest:
         return folder
 
     def stage(self, name: str) -> Stage:
-        """The real stage, on made-up data, prepared."""
+        """The real stage `name` on made-up data, after `prepare`."""
         config = self.compose(f"stage={name}")
         with torch.device("meta"):
             shape = self.latent_shape(instantiate(config.model.autoencoder))
@@ -182,7 +186,7 @@ class VariantUnderTest:
         return stage
 
     def model(self) -> LDAE:
-        """All networks behind the methods, untrained."""
+        """Class LDAE with untrained networks."""
         config = self.config
         torch.manual_seed(0)
         nodes = config.model

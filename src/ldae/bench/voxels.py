@@ -1,6 +1,6 @@
-"""Latent against voxel space: the same networks on voxels (`model/autoencoder=identity`), equal widths and steps.
+"""Latent space against voxel space: the same networks on voxels (`model/autoencoder=identity`), equal widths and steps.
 
-At full size in floating-point operations, counted without memory; at a reduced size in seconds.
+At full size floating-point operations are counted, which needs no memory; at a reduced size seconds are measured.
 """
 
 import logging
@@ -22,26 +22,26 @@ from ldae.runs import estimator_node
 log = logging.getLogger(__name__)
 Compose = Callable[[Sequence[str]], DictConfig]
 VOXEL = "model/autoencoder=identity"
-PRODUCTS = ("bmm", "baddbmm")  # of attention's scores and values; Linears count as other products
+PRODUCTS = ("bmm", "baddbmm")  # the products of attention; those of Linears have other names
 
 
 def _count(work: Callable[[], object]) -> tuple[float, float]:
-    """FLOPs of `work`, and those of them that attention's two products take."""
+    """Operations of one call of `work`, and those of attention's two products among them."""
     counter = run_flop_counter(work)
-    by_kind = counter.get_flop_counts().get("Global", {})  # nothing at all where the latent is the scan itself
+    by_kind = counter.get_flop_counts().get("Global", {})  # empty if the latent is the scan itself
     attention = sum(flop for kind, flop in by_kind.items() if str(kind).rsplit(".", 1)[-1] in PRODUCTS)
     return float(counter.get_total_flops()), float(attention)
 
 
 def count_operations(config: DictConfig) -> dict[str, float]:
-    """FLOPs of one scan: `evaluation` (U-Net and estimator), its `attention`, and `autoencoder`, there and back."""
+    """Operations for one scan: `evaluation` of both networks, `attention` in it, `autoencoder` in both directions."""
     nodes = config.model
     with torch.device("meta"):
         autoencoder, unet, encoder = (instantiate(nodes[name]) for name in ("autoencoder", "unet", "encoder"))
         estimator = instantiate(estimator_node(nodes.unet, encoder.dim, nodes.estimator))
     for module in (autoencoder, unet, estimator):
         use_plain_kernels(module)
-    # Shapes of a device that has autocast, which the networks switch off in places.
+    # Fake tensors of a device that has autocast, which the networks switch off in places.
     with FakeTensorMode(allow_non_fake_inputs=True):
         for module in (autoencoder, unet, estimator):
             module.to_empty(device="cpu")
@@ -60,7 +60,7 @@ def count_operations(config: DictConfig) -> dict[str, float]:
 
 
 def compare_spaces(compose: Compose, settings: SpaceComparison, folder: Path) -> dict[str, float]:
-    """Flat names to numbers: an inversion and a decoding of `settings.steps` steps each, in both spaces."""
+    """Compare inversion and decoding, `settings.steps` steps each, in both spaces: the numbers of bench.json."""
     numbers: dict[str, float] = {}
     totals, bare = [], []
     for space, more in (("latent", []), ("voxel", [VOXEL])):
