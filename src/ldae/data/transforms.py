@@ -1,7 +1,7 @@
-"""The one transform of all stages: a NIfTI to a volume in model space, built on MONAI.
+"""The transform from a NIfTI scan to a volume in model space, which all stages share, and its inverse; built on MONAI.
 
-orientation -> spacing -> crop -> intensity in [0, 1] -> pad. Model space is (1, X, Y, Z) with x from left to right in
-RAS. The way back, `inverse`, is computed from the original image: nothing is stored beside a volume.
+orientation -> voxel size -> crop -> intensity in [0, 1] -> pad. Volumes are (1, X, Y, Z); in RAS, x runs from left to
+right. The inverse is computed from the original scan, so that nothing has to be stored with a volume.
 """
 
 import copy
@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import nibabel as nib
 import numpy as np
@@ -21,25 +21,29 @@ import torch
 from ldae.data.nifti import BadScan, load_scan, nifti_like
 from ldae.utils.errors import UserError
 
-VERSION = 1  # of the arithmetic: raise it when the same parameters give other voxels, so that caches are made anew
+if TYPE_CHECKING:
+    from monai.data import MetaTensor
+    from monai.transforms import CenterSpatialCrop, InvertibleTransform, Orientation, SpatialPad
+
+VERSION = 1  # to be raised when the same parameters give other voxels, so that caches are not reused
 AXIS_CODES = (("L", "R"), ("P", "A"), ("I", "S"))
-SPACING_TOLERANCE = 1e-4  # relative difference of voxel sizes below which voxels are left alone
-MAX_VOXELS = 2**28  # of a resampled volume: a wrong voxel size must not take the machine's memory
+SPACING_TOLERANCE = 1e-4  # relative difference of voxel sizes below which a scan is not resampled
+MAX_VOXELS = 2**28  # of a resampled volume; a wrong voxel size in a header would need any amount of memory
 
 Source = str | Path | nib.spatialimages.SpatialImage
 
 
 class Intensity(Protocol):
-    """Chooses the intensities that become 0 and 1."""
+    """Chooses the intensities of a scan that become 0 and 1."""
 
     def limits(self, native: np.ndarray, cropped: np.ndarray) -> tuple[float, float]:
-        """From the scan's own voxels, and from those on the model's grid."""
+        """The two intensities, from the voxels of the scan and from those of the resampled and cropped volume."""
         ...
 
 
 @dataclass(frozen=True)
 class Percentiles:
-    """Percentiles of the nonzero voxels of the scan's own grid, where background is still exactly zero; clipped."""
+    """Percentiles of the nonzero voxels of the scan before resampling, while background is exactly zero."""
 
     low: float = 0.5
     high: float = 99.5
@@ -56,7 +60,7 @@ class Percentiles:
 
 @dataclass(frozen=True)
 class MinMax:
-    """Smallest and largest voxel of the resampled and cropped scan, as published."""
+    """The smallest and the largest voxel of the resampled and cropped volume, as published."""
 
     def limits(self, native: np.ndarray, cropped: np.ndarray) -> tuple[float, float]:
         """See Intensity."""
@@ -65,28 +69,35 @@ class MinMax:
 
 @dataclass(frozen=True)
 class ModelSpaceScan:
-    """A scan in model space, and what it takes to read it there."""
+    """A scan in model space, and the way back to its own grid and intensities.
 
-    volume: np.ndarray  # (1, X, Y, Z) float32 in [0, 1]
-    affine: np.ndarray  # voxel to mm, 4x4, of model space
-    low: float  # the scan's intensity that became 0
-    high: float  # and 1
-    to_scan_grid: Callable[
-        [np.ndarray], np.ndarray
-    ]  # (1, X, Y, Z) -> the scan's own grid (I, J, K); linear, 0 where unseen
+    Attributes:
+        volume: (1, X, Y, Z) float32 in [0, 1].
+        affine: (4, 4), from voxels of the volume to mm.
+        low: intensity of the scan that became 0.
+        high: intensity of the scan that became 1.
+        to_scan_grid: linear map from a volume (1, X, Y, Z) to the grid of the scan (I, J, K), with 0 outside the
+            model's field of view.
+    """
+
+    volume: np.ndarray
+    affine: np.ndarray
+    low: float
+    high: float
+    to_scan_grid: Callable[[np.ndarray], np.ndarray]
 
 
 class Transform:
     """Brings scans to model space.
 
     Args:
-        shape: voxels along x, y, z; what lies outside is cropped, what is missing is 0.
-        spacing: voxel size in mm, one or three; None leaves it as it is.
-        intensity: what becomes 0 and 1; robust percentiles by default.
-        orientation: axes of model space, e.g. RAS, or LAS for the released weights.
+        shape: voxels along x, y and z. Larger scans are cropped and smaller ones are padded with 0, on both sides.
+        spacing: voxel size in mm, one number or three; None keeps that of the scan.
+        intensity: chooses the intensities that become 0 and 1; by default percentiles, which are robust to outliers.
+        orientation: axes of model space, such as RAS, or LAS for the released weights.
 
     Raises:
-        UserError: parameters without meaning.
+        UserError: a parameter is out of range.
     """
 
     def __init__(
@@ -109,12 +120,16 @@ class Transform:
         """A scan in model space, (1, X, Y, Z) float32 in [0, 1].
 
         Raises:
-            BadScan: its content cannot be used.
+            BadScan: it cannot be used.
         """
         return self.to_model_space(source).volume
 
     def to_model_space(self, source: Source) -> ModelSpaceScan:
-        """The same, with model space's affine and the intensity range."""
+        """The same with the affine, the intensity range and the way back.
+
+        Raises:
+            BadScan: it cannot be used.
+        """
         data, affine = load_scan(source)
         path = source if isinstance(source, str | Path) else None
         try:
@@ -125,31 +140,31 @@ class Transform:
         if not high > low:
             raise BadScan(f"its intensity range is empty ({low:g} to {high:g})", path)
         padded = self._pad((volume - low).div_(high - low).clamp_(0, 1), steps)
-        return ModelSpaceScan(padded.numpy(), padded.affine.numpy(), low, high, partial(_back, padded, steps))
+        return ModelSpaceScan(padded.numpy(), padded.affine.numpy(), low, high, partial(_invert, padded, steps))
 
     def labels(self, source: Source) -> np.ndarray:
-        """A label map brought to model space by nearest neighbour, (X, Y, Z) int32."""
+        """A label map in model space by nearest-neighbour interpolation, (X, Y, Z) int32."""
         data, affine = load_scan(source, reject_constant=False)
         volume, steps = self._geometry(data, affine, mode="nearest")
         return self._pad(volume, steps)[0].round().to(torch.int32).numpy()
 
     def fraction(self, source: Source, labels: Sequence[int]) -> np.ndarray:
-        """Share of each model-space voxel that belongs to `labels` of a label map, (X, Y, Z) float32 in [0, 1].
+        """Fraction of each model-space voxel that belongs to `labels` of a label map, (X, Y, Z) float32 in [0, 1].
 
-        Sums of it are volumes, far truer than counted voxels where the model's are large.
+        If voxels are large, the sum of these fractions is a far better estimate of a volume than a count of voxels.
         """
         data, affine = load_scan(source, reject_constant=False)
         volume, steps = self._geometry(np.isin(data.round(), list(labels)).astype(np.float32), affine, mode="bilinear")
         return self._pad(volume, steps)[0].clamp(0, 1).numpy()
 
     def inverse(self, volume: np.ndarray | torch.Tensor, original: Source) -> nib.Nifti1Image:
-        """A model-space volume on the grid and in the intensity range of the scan it came from.
+        """A model-space volume on the grid and in the intensity range of a scan.
 
         Voxels outside the model's field of view get the intensity that is 0 in model space.
 
         Args:
             volume: (1, X, Y, Z) or (X, Y, Z), in [0, 1].
-            original: the scan whose grid and range are wanted.
+            original: the scan that the volume belongs to.
         """
         volume = np.asarray(volume, dtype=np.float32).reshape(1, *np.shape(volume)[-3:])
         prepared = self.to_model_space(original)
@@ -157,13 +172,15 @@ class Transform:
         return nifti_like(prepared.to_scan_grid(volume) * (prepared.high - prepared.low) + prepared.low, image)
 
     def key(self) -> str:
-        """A hash of every parameter: volumes with the same key are comparable voxel by voxel."""
+        """A hash of all parameters. Volumes with the same key are comparable voxel by voxel."""
         intensity = {"kind": type(self.intensity).__qualname__, **asdict(self.intensity)}
-        about = [VERSION, self.orientation, self.spacing, self.shape, intensity]
-        return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
+        parameters = [VERSION, self.orientation, self.spacing, self.shape, intensity]
+        return hashlib.sha256(json.dumps(parameters, sort_keys=True).encode()).hexdigest()[:16]
 
-    def _geometry(self, data: np.ndarray, affine: np.ndarray, mode: str) -> tuple[Any, list[Any]]:
-        """Orientation, spacing and crop: a MetaTensor (1, ...), and the MONAI transforms that were applied."""
+    def _geometry(
+        self, data: np.ndarray, affine: np.ndarray, mode: str
+    ) -> "tuple[MetaTensor, list[InvertibleTransform]]":
+        """Orientation, voxel size and crop: the result (1, ...), and the MONAI transforms that were applied."""
         from monai.data import MetaTensor
         from monai.transforms import Spacing
 
@@ -182,37 +199,39 @@ class Transform:
             steps.append(spacing)
         return self._crop(volume), [*steps, self._crop]
 
-    def _pad(self, volume: Any, steps: list[Any]) -> Any:
+    def _pad(self, volume: "MetaTensor", steps: "list[InvertibleTransform]") -> "MetaTensor":
+        """Pad to the shape of model space, and add this to `steps`."""
         steps.append(self._padding)
         return self._padding(volume)
 
-    # MONAI takes seconds to import; and an inverse must be asked of the very object that went forward.
+    # Built when first used, because MONAI takes seconds to import. They are kept because MONAI inverts a transform only
+    # with the object that applied it.
     @cached_property
-    def _orient(self) -> Any:
+    def _orient(self) -> "Orientation":
         from monai.transforms import Orientation
 
         return Orientation(self.orientation, labels=AXIS_CODES)
 
     @cached_property
-    def _crop(self) -> Any:
+    def _crop(self) -> "CenterSpatialCrop":
         from monai.transforms import CenterSpatialCrop
 
         return CenterSpatialCrop(self.shape)
 
     @cached_property
-    def _padding(self) -> Any:
+    def _padding(self) -> "SpatialPad":
         from monai.transforms import SpatialPad
 
         return SpatialPad(self.shape, mode="constant", value=0)
 
 
-def _back(padded: Any, steps: Sequence[Any], volume: np.ndarray) -> np.ndarray:
-    """A model-space volume (1, X, Y, Z) through the inverses of the steps that `padded` went through."""
+def _invert(padded: "MetaTensor", steps: "Sequence[InvertibleTransform]", volume: np.ndarray) -> np.ndarray:
+    """Apply the inverses of `steps`, whose result is `padded`, to a model-space volume (1, X, Y, Z)."""
     from monai.data import MetaTensor
 
     if volume.shape != tuple(padded.shape):
         raise ValueError(f"volume {volume.shape[1:]} is not in model space {tuple(padded.shape[1:])}")
-    # The inverses consume the record of what was applied, and move the affine.
+    # The inverses remove entries from the record of applied operations and change the affine: they get a copy.
     record = {"meta": padded.meta, "applied_operations": padded.applied_operations}
     result = MetaTensor(torch.from_numpy(volume), **copy.deepcopy(record))
     for step in reversed(steps):
@@ -228,11 +247,14 @@ def _triple(spacing: float | Sequence[float]) -> tuple[float, float, float]:
 
 
 def blur_before_downsampling(volume: np.ndarray, factor: np.ndarray) -> np.ndarray:
-    """Blur the axes that lose voxels, (1, X, Y, Z).
+    """Blur a volume (1, X, Y, Z) along the axes that lose voxels, to avoid aliasing.
 
-    MONAI's Spacing interpolates between neighbours only: at 1 mm to 4.5 mm it would skip most voxels and alias. The
-    Gaussian widens the point spread function from the old voxel's to the new one's (Cardoso et al., MICCAI 2015,
+    MONAI's Spacing interpolates between neighbours only: from 1 mm to 4.5 mm it would skip most voxels. The Gaussian
+    widens the point spread function from that of the old voxel to that of the new one (Cardoso et al., MICCAI 2015,
     doi 10.1007/978-3-319-24571-3_81).
+
+    Args:
+        factor: (3,) new voxel size over the old one along each axis.
     """
     from scipy.ndimage import gaussian_filter1d
 
