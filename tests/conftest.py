@@ -22,12 +22,16 @@ SLOWEST = (
     "test_chain",
     "test_distributed",
     "test_rehearsal",
+    "test_commands",
     "test_gpu_check",
     "test_official",
     "test_faults",
     "test_cross_validation",
     "test_preprocessing_scans",
     "test_bench",
+    "test_raw_scan",
+    "test_compile",
+    "test_phantom_cohort",
 )
 
 

@@ -116,13 +116,14 @@ class Deadly(Transform):
 
 def test_a_scan_that_takes_its_process_down_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ldae.data.volumes.MIN_SCANS_PER_PROCESS", 1)
-    for name in ("first", "deadly", "last"):
+    scans = [str(tmp_path / f"{name}.nii") for name in ("deadly", "harmless")]
+    for scan in scans:
         image = nib.Nifti1Image(np.random.default_rng(0).random((9, 9, 9), np.float32), np.diag([2.0, 2, 2, 1]))
-        nib.save(image, tmp_path / f"{name}.nii")
+        nib.save(image, scan)
     cache = VolumeCache(tmp_path / "cache", Deadly((8, 8, 8), 2.0))
-    scans = [str(tmp_path / f"{name}.nii") for name in ("first", "deadly", "last")]
-    assert cache.build(scans, workers=2, progress=False)[1] == {scans[1]: DIED_REASON}
-    assert all(cache.file(scan).exists() for scan in (scans[0], scans[2]))
+    volumes, rejected = cache.build(scans, workers=2, progress=False)
+    assert rejected == {scans[0]: DIED_REASON}
+    assert list(volumes.scans) == scans[1:]
 
 
 @pytest.mark.parametrize(
