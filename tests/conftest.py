@@ -62,6 +62,12 @@ def smoke(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def chain_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The data folder of the chains of faults/small_chain.py. The first of them fills it with phantoms."""
+    return tmp_path_factory.mktemp("chain-data")
+
+
+@pytest.fixture(scope="session")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of a very small model with random weights, a probe and an out-of-distribution check. Read only."""
     # Imported here, because the process that hands out the tests reads this file too and needs no torch.

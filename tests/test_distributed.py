@@ -20,10 +20,10 @@ from ldae.utils.errors import UserError
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(tmp_path_factory: pytest.TempPathFactory, chain_data: Path) -> Path:
     """A folder in which one process has trained all stages for two steps."""
     folder = tmp_path_factory.mktemp("distributed") / "one"
-    small_chain.train_chain(folder, small_chain.STAGES, *distributed.training_settings(2, 1))
+    small_chain.train_chain(folder, chain_data, small_chain.STAGES, *distributed.training_settings(2, 1))
     return folder
 
 

@@ -30,10 +30,10 @@ from ldae.utils.process_pool import DIED_REASON
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(tmp_path_factory: pytest.TempPathFactory, chain_data: Path) -> Path:
     """A folder in which stage 1 was trained without a disturbance. Read only."""
     folder = tmp_path_factory.mktemp("faults") / "undisturbed"
-    train_chain(folder, ("aekl",))
+    train_chain(folder, chain_data, ("aekl",))
     return folder
 
 

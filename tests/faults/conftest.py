@@ -20,8 +20,8 @@ def seed(request: pytest.FixtureRequest) -> int:
 
 
 @pytest.fixture(scope="session")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, chain_data: Path) -> Path:
     """A folder in which all stages were trained without a disturbance. Read only."""
     folder = tmp_path_factory.mktemp("faults") / "undisturbed"
-    small_chain.train_chain(folder)
+    small_chain.train_chain(folder, chain_data)
     return folder

@@ -115,9 +115,14 @@ def read_log(folder: Path) -> str:
     return path.read_text(errors="replace") if path.exists() else ""
 
 
-def train_chain(folder: Path, stages: tuple[str, ...] = STAGES, *more: str) -> None:
-    """Train `stages` in `folder` without a disturbance, and encode the latents that the second one needs."""
-    folder.mkdir(parents=True, exist_ok=True)
+def train_chain(folder: Path, data: Path, stages: tuple[str, ...] = STAGES, *more: str) -> None:
+    """Train `stages` in `folder` without a disturbance, and encode the latents that the second one needs.
+
+    Args:
+        data: folder of phantoms that several chains share; the first chain makes them.
+    """
+    folder.mkdir(parents=True)
+    (folder / "data").symlink_to(data)
     for stage in stages:
         run_to_end("train", train_overrides(stage, *more), folder)
         if stage == "aekl" and stages[-1] != "aekl":

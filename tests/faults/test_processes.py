@@ -17,10 +17,10 @@ def steps(repeats: int | None) -> int:
 
 
 @pytest.fixture(scope="module")
-def one(tmp_path_factory: pytest.TempPathFactory, steps: int) -> Path:
+def one(tmp_path_factory: pytest.TempPathFactory, chain_data: Path, steps: int) -> Path:
     """A folder in which one process has trained all stages."""
     folder = tmp_path_factory.mktemp("processes") / "one"
-    small_chain.train_chain(folder, small_chain.STAGES, *training_settings(steps, 1))
+    small_chain.train_chain(folder, chain_data, small_chain.STAGES, *training_settings(steps, 1))
     return folder
 
 
