@@ -65,7 +65,7 @@ class LDAE:
         encoder: semantic encoder of stage 3.
         denoiser: U-Net and gradient estimator with their diffusion process.
         scale: (C,), 1 / standard deviation of each latent channel.
-        sampler: the default sampler. Its guidance form, strength and stop hold for inversion and decoding alike.
+        sampler: the default sampler. Its guidance form, strength and stop are used for both inversion and decoding.
         shape: (X, Y, Z) of a volume, in voxels.
         transform: brings a scan's file to model space; None if only tensors are used.
         device: None selects a GPU if there is one.

@@ -21,7 +21,7 @@ from ldae.utils.errors import UserError
 
 @click.command()
 @scans_argument("A B", count=2)
-@click.option("--at", default="0.25,0.5,0.75", show_default=True, help="Positions between A (0) and B (1), with commas.")
+@click.option("--at", default="0.25,0.5,0.75", show_default=True, help="Positions from A (0) to B (1), with commas.")
 @output_option("Folder for the images, A_to_B_at0.5.nii.gz, ..., on the grid of A.")
 @click.option("--decoded", is_flag=True, help="Write the decoded volumes instead of A plus the change from A.")
 @steps_option

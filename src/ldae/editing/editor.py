@@ -52,7 +52,7 @@ class Editor:
         steps: number of steps of the inversion and of decoding; None: the sampler's.
         depth: invert up to t = depth (T - 1).
         renoise: share of the inversion's steps, from t = 0 on, that are replaced by adding noise (arXiv 2410.23530).
-        strength: of guidance, for inversion and decoding alike; None: the sampler's.
+        strength: of guidance, for both inversion and decoding; None: the sampler's.
     """
 
     def __init__(

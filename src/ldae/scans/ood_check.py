@@ -19,8 +19,8 @@ from ldae.utils.errors import UserError
 
 COARSE_CELLS = 16  # at most, along each axis
 FOREGROUND = 0.1  # of the intensity range; voxels below are background
-MARGIN = 3.0  # a limit lies this many times as far from the median as the most extreme training scan
-MIN_SCANS = 4  # fewer say nothing about others
+MARGIN = 3.0  # limits are this many times as far from the median as the most extreme training scan
+MIN_SCANS = 4  # fewer do not tell how much scans differ
 MAX_SCANS = 2000  # training scans that are measured, at most
 
 
@@ -102,7 +102,7 @@ def _limits(values: np.ndarray) -> tuple[float, float]:
 
 
 def _rounded(mean: np.ndarray) -> np.ndarray:
-    """Rounded as `to_dict` stores it, so that a check decides alike before and after it is stored."""
+    """Rounded as `to_dict` stores it, so that a check decides the same before and after it is stored."""
     return np.rint(255 * mean) / 255
 
 

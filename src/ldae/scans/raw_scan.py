@@ -1,7 +1,7 @@
 """Preprocess a raw scan as the training scans were preprocessed, and bring results back to the raw scan's own grid.
 
-The steps are those of `ldae preprocess`: with the parameters that the sidecars of the training scans recorded, or
-without any with its defaults. If all training scans share one grid, the result lies on that grid.
+The steps are those of `ldae preprocess`, with the parameters that the sidecars of the training scans recorded, or with
+its defaults if there are none. If all training scans share one grid, so does the result.
 """
 
 import logging
