@@ -73,17 +73,9 @@ def import_official(
     folder, configs = Path(out), published_configs()
     files = {"autoencoder": autoencoder, "encoder": encoder, "decoder": decoder, "unet": unet}
     readout = None if probe is None else _read_probe(Path(probe), Path(mean), Path(std), configs["encoder"]["dim"])
-    with torch.device("meta"):
-        modules = {name: instantiate(config) for name, config in configs.items()}
-    networks = {}
-    for name, tensors in _convert_networks(modules, files):
-        path = folder / f"{name}.safetensors"
-        save_tensors(path, tensors)
-        networks[name] = StoredNetwork(configs[name], path, file_sha256(path))
-        log.info("%s: %d tensors, %.1f M values", name, len(tensors), sum(t.numel() for t in tensors.values()) / 1e6)
     bundle = Bundle(
-        networks=networks,
-        scale=[SCALE] * modules["autoencoder"].latent_channels,
+        networks=_write_networks(folder, configs, files),
+        scale=[SCALE] * configs["autoencoder"]["latent_channels"],
         transform=TRANSFORM,
         probes=None if readout is None else folder / PROBES,
         sources={name: Path(path).name for name, path in files.items() if path is not None},
@@ -92,6 +84,18 @@ def import_official(
     if readout is not None:
         write_frozen_probes(folder / PROBES, {"diagnosis": {EMBEDDING: FrozenProbe([], readout)}}, bundle.weights_hash)
     return bundle.save(folder)
+
+
+def _write_networks(folder: Path, configs: Mapping[str, dict[str, Any]], files: Files) -> dict[str, StoredNetwork]:
+    with torch.device("meta"):
+        modules = {name: instantiate(config) for name, config in configs.items()}
+    networks = {}
+    for name, tensors in _convert_networks(modules, files):
+        path = folder / f"{name}.safetensors"
+        save_tensors(path, tensors)
+        networks[name] = StoredNetwork(configs[name], path, file_sha256(path))
+        log.info("%s: %d tensors, %.1f M values", name, len(tensors), sum(t.numel() for t in tensors.values()) / 1e6)
+    return networks
 
 
 def published_configs() -> dict[str, dict[str, Any]]:

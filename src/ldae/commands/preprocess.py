@@ -14,6 +14,11 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+ALREADY_REGISTERED = (
+    "some file names have a space- entity, so these scans may already be registered: "
+    "--registration none leaves them in their space"
+)
+
 
 @click.command()
 @click.argument("source", type=click.Path(path_type=Path))
@@ -107,10 +112,7 @@ def preprocess_folder(
     scans = find_scans(source)
     log.info("%d scans in %s", len(scans), source)
     if job.steps.registration and any(bids_entity(scan.path.name, "space") for scan in scans):
-        log.warning(
-            "some file names have a space- entity, so these scans may already be registered: "
-            "--registration none leaves them in their space"
-        )
+        log.warning(ALREADY_REGISTERED)
     participant_table = Participants(source if source.is_dir() else None, columns, participants)
     # Schedulers interrupt by SIGTERM: exit through an exception, so that the tables of the finished scans are written.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))

@@ -60,23 +60,20 @@ def preprocess_cohort(
     found = [participants.look_up(scan, only=sessions[scan.subject] == 1) for scan in scans]
     scans = [_check_session(scan, participant) for scan, participant in zip(scans, found, strict=True)]
     items = [(scan, label_maps.get(_label_map_key(scan))) for scan in scans]
-    workers = available_cores() if workers is None else workers
     records: dict[int, Record] = {}
 
     def write_tables() -> pd.DataFrame:
         return _write_tables(job.out, [(scans[index], found[index], records[index]) for index in sorted(records)])
 
     try:
+        workers = available_cores() if workers is None else workers
         with closing(run_in_processes(job, items, workers, threads, "preprocess", progress=progress)) as results:
             for index, record in results:
-                records[index] = _record_of_died(job, scans[index]) if record is DIED else record
-                if records[index]["status"] == "rejected":
-                    log.warning("rejected: %s: %s", scans[index].path, records[index]["reason"])
+                records[index] = _check_record(job, scans[index], record)
     except BaseException:  # interrupted, or the disk is full: what is finished, now or by an earlier run, is usable
         with suppress(OSError):
-            for index, item in enumerate(items):
-                if index not in records and (record := job.find_finished(*item)):
-                    records[index] = record
+            unseen = {index: job.find_finished(*item) for index, item in enumerate(items) if index not in records}
+            records |= {index: record for index, record in unseen.items() if record}
             write_tables()
         raise
     return write_tables()
@@ -96,8 +93,13 @@ def _label_map_key(scan: SourceScan) -> tuple[str, str]:
     return scan.subject.removeprefix("sub-"), scan.session.removeprefix("ses-")
 
 
-def _record_of_died(job: Job, scan: SourceScan) -> Record:
-    return {"status": "rejected", "reason": DIED_REASON, "source": job.relative_source(scan), "files": {}}
+def _check_record(job: Job, scan: SourceScan, record: Record | object) -> Record:
+    """The record of a scan, also if its process died; a rejected scan is logged."""
+    if record is DIED:
+        record = {"status": "rejected", "reason": DIED_REASON, "source": job.relative_source(scan), "files": {}}
+    if record["status"] == "rejected":
+        log.warning("rejected: %s: %s", scan.path, record["reason"])
+    return record
 
 
 def _write_description(out: Path) -> None:

@@ -6,7 +6,8 @@ The ends of the interval of `name` are the metrics `name_low` and `name_high`.
 import re
 from collections.abc import Mapping
 
-# Endings of the metrics that are shown on the console and in the model card: the main metric of each probe, differences, and a few per topic.
+# Endings of the metrics that are shown on the console and in the model card: the main metric of each probe,
+# differences, and a few per topic.
 HEADLINE = (
     "/auc", "/mae", "/auc_difference", "/mae_difference", "/auc_age_adjusted",
     "/ssim", "/ssim_mask", "_r", "error_ratio", "code/std", "_spearman_share", "/ventricle_error",
