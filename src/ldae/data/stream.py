@@ -1,4 +1,7 @@
-"""The order of training samples as a pure function of position: endless, shuffled, nothing to save for a resume."""
+"""The order of training samples, shuffled in every epoch, and threads that read batches ahead of their use.
+
+The order is a function of the position alone, so that a resumed run needs no stored state.
+"""
 
 import atexit
 import time
@@ -18,16 +21,16 @@ Batch = dict[str, Any]
 Fetch = Callable[[np.ndarray, np.ndarray, int], Mapping[str, Any]]
 Task = tuple[int, Future[list[Batch]]]
 
-PATIENCE = 5.0  # seconds that `close` waits for a fetch that is under way
+PATIENCE = 5.0  # seconds that `close` waits for reads that have begun
 
 
 class SampleStream:
-    """Position p of the stream is sample permutation(epoch)[p mod length], epoch = p // length.
+    """An endless sequence of samples: position p is sample permutation(epoch)[p mod length] with epoch = p // length.
 
-    Every epoch has its own permutation, drawn from (seed, epoch). Threads may share a stream.
+    Every epoch has its own permutation, drawn from (seed, epoch). Several threads may use a stream.
 
     Raises:
-        UserError: no samples.
+        UserError: there are no samples.
     """
 
     def __init__(self, length: int, seed: int) -> None:
@@ -38,11 +41,11 @@ class SampleStream:
         self._permutations: dict[int, np.ndarray] = {}
 
     def indices(self, start: int, count: int) -> np.ndarray:
-        """Samples at positions start ... start + count - 1, (count,) int64."""
+        """The samples at positions start to start + count - 1, (count,) int64."""
         return self.at(np.arange(start, start + count))
 
     def at(self, positions: np.ndarray) -> np.ndarray:
-        """Samples at any positions, int64 of the same shape."""
+        """The samples at any positions, int64 of the same shape."""
         epochs, places = np.divmod(np.asarray(positions, dtype=np.int64), self.length)
         result = np.empty_like(places)
         for epoch in np.unique(epochs):
@@ -50,7 +53,7 @@ class SampleStream:
         return result
 
     def _permutation(self, epoch: int) -> np.ndarray:
-        # Between any two of these lines another thread may clear what is kept: what is returned is held here.
+        # Another thread may clear the dictionary at any time, so that the result is kept in a local variable.
         permutation = self._permutations.get(epoch)
         if permutation is None:
             permutation = np.random.default_rng(derive_seed(self.seed, "epoch", epoch)).permutation(self.length)
@@ -63,18 +66,22 @@ class SampleStream:
 class Batches:
     """The micro-batches of every optimiser step for one of `world` processes.
 
-    Step s takes positions [s G, (s + 1) G), G = batch_size * accumulate * world; within it, micro-batch m takes the
-    m-th run of batch_size * world positions, and process r the r-th run of batch_size within that. Two processes of
-    batch b thus see, in each micro-batch, what one process of batch 2 b sees.
+    Step s uses positions [s G, (s + 1) G) of the stream with G = batch_size * accumulate * world. Within them,
+    micro-batch m uses the m-th block of batch_size * world positions, and process r the r-th block of batch_size within
+    that. In each micro-batch, two processes of batch size b therefore use together what one of batch size 2 b uses.
 
-    Reader threads load the steps that come next while the current one is computed, each step in one thread: as many
-    steps as there are threads, and at least two. No more than these, and one a thread, are held in memory. How many
-    threads there are changes no batch.
+    Threads read the next steps while the current one is computed, each step in one thread: as many steps ahead as there
+    are threads, and at least two. The number of threads changes no batch.
 
     Args:
-        fetch: the samples (B,) int64, their positions (B,) int64 and the number of the micro-batch, step * accumulate
-            + m, to named values; called in the threads.
-        workers: reader threads; None is one.
+        fetch: from samples (B,) int64, their positions (B,) int64 and the number of the micro-batch, step * accumulate
+            + m, to values by name; called in the threads.
+        stream: the order of the samples.
+        batch_size: samples per micro-batch and process.
+        accumulate: micro-batches per step.
+        rank: number of this process.
+        world: number of processes.
+        workers: number of threads; None: one.
         pin: put CPU tensors into page-locked memory, from which a copy to a CUDA device does not block. Needs CUDA.
     """
 
@@ -109,7 +116,7 @@ class Batches:
         self._loading: dict[int, Future[list[Batch]]] = {}
 
     def positions(self, step: int) -> np.ndarray:
-        """Global positions of this process's samples in `step`, (accumulate, batch_size) int64."""
+        """Positions of the samples of this process in `step`, (accumulate, batch_size) int64."""
         shape = (self.accumulate, self.world, self.batch_size)
         count = self.accumulate * self.world * self.batch_size
         return np.arange(step * count, (step + 1) * count).reshape(shape)[:, self.rank]
@@ -117,16 +124,16 @@ class Batches:
     def at(self, step: int) -> list[Batch]:
         """The `accumulate` micro-batches of `step`.
 
-        Each holds "index" and "position" (B,) int64, its global "number", the same on all processes, and what `fetch`
-        gives. Any step may be asked for; the one after the last is at hand soonest.
+        Each has "index" (the samples) and "position", (B,) int64, "number", which is the same on all processes, and
+        what `fetch` gave. Steps may be asked for in any order; consecutive ones are read ahead.
 
         Raises:
-            Whatever `fetch` raised, with the samples noted.
+            Whatever `fetch` raised, with a note that names the samples.
         """
         if not self._threads:
             self._start()
         wanted = range(step, step + 1 + self.ahead)
-        for other in self._loading.keys() - set(wanted):  # after a jump: what still waits in the queue is not loaded
+        for other in self._loading.keys() - set(wanted):  # after a jump, steps that are still in the queue are not read
             self._loading.pop(other).cancel()
         for number in wanted:
             if number not in self._loading:
@@ -135,7 +142,7 @@ class Batches:
         return self._loading.pop(step).result()
 
     def close(self) -> None:
-        """Stop the threads, waiting at most PATIENCE for fetches under way; `at` may start new ones."""
+        """Stop the threads, waiting at most PATIENCE seconds for reads that have begun. `at` starts new threads."""
         self._stopping.set()
         for future in self._loading.values():
             future.cancel()
@@ -154,8 +161,8 @@ class Batches:
         self.close()
 
     def _start(self) -> None:
-        # A thread that outlived `close` keeps its own queue and event. Daemons do not keep the process alive, but are
-        # better stopped before the interpreter is taken down around them.
+        # A thread that did not end in `close` keeps its own queue and event. Daemon threads do not keep the process
+        # alive, but should be stopped before the interpreter shuts down.
         self._queue, self._stopping = SimpleQueue(), Event()
         for number in range(self.workers):
             arguments = (self._queue, self._stopping)
@@ -164,10 +171,10 @@ class Batches:
         atexit.register(self.close)
 
     def _read(self, queue: "SimpleQueue[Task | None]", stopping: Event) -> None:
-        """Body of a thread: load one step after the other until None comes."""
+        """Body of a thread: read one step after the other until the queue gives None."""
         while (task := queue.get()) is not None:
             self._complete(*task, stopping)
-            del task  # and with it the batches, which belong to whoever asked for them
+            del task  # so that the thread holds no reference to the batches
 
     def _complete(self, step: int, future: Future[list[Batch]], stopping: Event) -> None:
         if not future.set_running_or_notify_cancel():

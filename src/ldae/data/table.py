@@ -1,6 +1,6 @@
-"""The table: a CSV with one row a scan, read by hand so that every complaint names file, line and column.
+"""The table of scans: a CSV file with one row per scan. Every error names the file, the line and the column.
 
-Cells are data: nothing in them is evaluated, subjects stay text (leading zeros matter), other columns ride along.
+Subjects stay text, because leading zeros matter. Columns that this project does not know are kept.
 """
 
 import csv
@@ -19,22 +19,23 @@ from ldae.utils.files import replacing
 REQUIRED = ("subject", "session", "path", "diagnosis", "age")
 PATHS = ("path", "latent_path", "labels_path")
 SPLITS = ("train", "val", "test")
-MAX_AGE = 130.0  # years; beyond it the column holds something else
+MAX_AGE = 130.0  # years; a larger number is not an age in years
 
 _SESSION = re.compile(r"(?:ses-)?M(\d{1,4})|(\d{1,4})(?:\.0+)?", re.IGNORECASE)
 _EMPTY = {"", "na", "n/a", "nan"}
-# Cells ride along into tables that people open with spreadsheets. A sign before a number or a word does no harm there.
+# A spreadsheet program that opens a written table would evaluate such a cell. A sign before a number or a word is
+# harmless.
 _FORMULA = re.compile(r"=|@|[+-].*[(|!=]", re.DOTALL)
-# A number that prints the same way again: "007" and "1_000" stay text.
+# A number that can be written back without a change: "007" and "1_000" stay text.
 _NUMBER = re.compile(r"[-+]?(?:0|[1-9]\d*)(?:\.\d*)?(?:[eE][-+]?\d+)?")
 
 
 @dataclass(frozen=True)
 class _Row:
-    """One record, and where it stands."""
+    """One record of the file, and its place."""
 
     table: Path
-    folder: str  # of the table; computed once, because tables have 100 000 rows
+    folder: str  # of the table
     line: int
     cells: dict[str, str]
 
@@ -43,10 +44,10 @@ class _Row:
 
 
 def parse_session(value: str | int) -> int:
-    """Months since the first visit of a session written as 12, M012 or ses-M012.
+    """Months since the first visit, from a session written as 12, M012 or ses-M012.
 
     Raises:
-        ValueError: it is written in another way.
+        ValueError: it is not written in one of these ways.
     """
     match = _SESSION.fullmatch(str(value).strip())
     if match is None:
@@ -55,24 +56,26 @@ def parse_session(value: str | int) -> int:
 
 
 def session_label(months: int) -> str:
-    """The BIDS label of a session: 12 -> "ses-M012"."""
+    """The BIDS label of a session: "ses-M012" for 12 months."""
     return f"ses-M{months:03d}"
 
 
 def read_table(path: Path | str, require_files: bool = True) -> pd.DataFrame:
     """Read and check a table.
 
-    Paths (`path`, `latent_path`, `labels_path`) are relative to the table's folder, and absolute in the result.
+    Paths (`path`, `latent_path`, `labels_path`) are relative to the folder of the table; they are absolute in the
+    result.
 
     Args:
         require_files: whether every scan must exist.
 
     Returns:
-        subject (str), session ("ses-M012"), months (int), path (str), diagnosis (str, may be empty), age (float, years,
-        may be NaN), split where the table has one (str, may be empty), and the other columns; rows in the file's order.
+        Columns subject (str), session ("ses-M012"), months (int), path (str), diagnosis (str, may be empty), age
+        (float, years, may be NaN), split if the table has it (str, may be empty), and all others; rows in the order of
+        the file.
 
     Raises:
-        UserError: the table is missing, unreadable or empty, lacks a column, or a cell is wrong.
+        UserError: the table is missing, unreadable or empty, a column is missing, or a cell is invalid.
     """
     path = Path(path)
     seen: dict[tuple[str, str], int] = {}
@@ -83,7 +86,7 @@ def read_table(path: Path | str, require_files: bool = True) -> pd.DataFrame:
         _check_against_others(row, record, seen, splits)
         records.append(record)
     if not records:
-        raise UserError(f"{path} has no rows: one row a scan is needed")
+        raise UserError(f"{path} has no rows: one row per scan is needed")
     columns = [*REQUIRED[:2], "months", *REQUIRED[2:]]
     columns += [name for name in records[0] if name not in columns]
     table = pd.DataFrame({name: _column(name, [record[name] for record in records]) for name in columns})
@@ -93,15 +96,15 @@ def read_table(path: Path | str, require_files: bool = True) -> pd.DataFrame:
 
 
 def scan_names(table: pd.DataFrame, rows: Sequence[int]) -> list[str]:
-    """What rows of a table are called before people: subject and session."""
+    """Human-readable names of rows of a table: subject and session."""
     return [f"{table['subject'].iloc[row]} {table['session'].iloc[row]}" for row in rows]
 
 
 def write_table(table: pd.DataFrame, path: Path | str) -> None:
-    """Write a table atomically; files are named relative to its folder, as `read_table` takes them.
+    """Write a table atomically, with paths relative to its folder as `read_table` expects them.
 
-    A folder with its files can move, and a table that is passed on does not tell where somebody's scans lie.
-    Text that a spreadsheet would run as a formula gets an apostrophe in front.
+    The folder can then be moved together with its files, and a shared table contains no absolute paths. Text that a
+    spreadsheet program would evaluate gets a leading apostrophe.
     """
     path = Path(path)
     folder = os.path.abspath(path.parent)
@@ -126,7 +129,7 @@ def read_cells(path: Path | str) -> Iterator[tuple[int, list[str]]]:
         with open(path, newline="", encoding="utf-8-sig") as handle:
             reader = csv.reader(handle, strict=True)
             for cells in reader:
-                # A quoted cell may span lines: a record is named by its first one.
+                # A quoted cell may span several lines: a record is numbered by its first line.
                 line, start = reader.line_num, line + 1
                 if any(cell.strip() for cell in cells):
                     yield start, [cell.strip() for cell in cells]
@@ -145,7 +148,9 @@ def _rows(path: Path) -> Iterator[_Row]:
         if header.count(name) > 1:
             raise UserError(f"{path}, line {line}, column '{name}': it appears twice in the header")
         if _FORMULA.match(name):
-            raise UserError(f"{path}, line {line}, column {name[:40]!r}: a spreadsheet would run it: rename it")
+            raise UserError(
+                f"{path}, line {line}, column {name[:40]!r}: a spreadsheet program would evaluate it: rename it"
+            )
     for name in REQUIRED:
         if name not in header:
             raise UserError(f"{path}, line {line}, column '{name}': it is missing; the header has {', '.join(header)}")
@@ -157,12 +162,12 @@ def _rows(path: Path) -> Iterator[_Row]:
 
 
 def _record(row: _Row, require_files: bool) -> dict[str, str | int | float]:
-    """One checked row, its values typed."""
+    """The checked values of one row, with their types."""
     cells = row.cells
     record: dict[str, str | int | float] = dict(cells)
     for name in REQUIRED:
         if _FORMULA.match(cells[name]):
-            raise row.error(name, f"{cells[name][:40]!r} is a formula to a spreadsheet that opens our tables")
+            raise row.error(name, f"{cells[name][:40]!r} is a formula to a spreadsheet program: change it")
     record["subject"] = _subject(row)
     try:
         months = parse_session(cells["session"])
@@ -185,9 +190,9 @@ def _record(row: _Row, require_files: bool) -> dict[str, str | int | float]:
 
 def _subject(row: _Row) -> str:
     subject = row.cells["subject"]
-    # Subjects become parts of file names.
+    # Subjects are used in file names.
     if not subject or subject in (".", "..") or re.search(r"[/\\\x00-\x1f\x7f]", subject):
-        raise row.error("subject", f"{subject!r} is no name: it must not be empty, nor hold / or \\")
+        raise row.error("subject", f"{subject!r} is not a name: it must not be empty or contain / or \\")
     return subject
 
 
@@ -200,7 +205,7 @@ def _age(row: _Row) -> float:
     except ValueError:
         age = math.nan
     if not 0 <= age <= MAX_AGE:
-        raise row.error("age", f"{text!r} is not an age in years; leave it empty where it is not known")
+        raise row.error("age", f"{text!r} is not an age in years; leave it empty if it is unknown")
     return age
 
 
@@ -210,7 +215,7 @@ def _check_against_others(
     seen: dict[tuple[str, str], int],
     splits: dict[str, tuple[str, int]],
 ) -> None:
-    """A scan appears once, a subject in one split."""
+    """Refuse a scan that appears twice, and a subject in two splits."""
     key = (record["subject"], record["session"])
     first = seen.setdefault(key, row.line)
     if first != row.line:
@@ -223,7 +228,7 @@ def _check_against_others(
 
 
 def _column(name: str, values: list) -> pd.Series:
-    """Text that is all numbers becomes numbers, where nothing is lost by it."""
+    """A column: as numbers if all its cells are numbers that lose nothing by it, otherwise as text."""
     if name in (*REQUIRED, *PATHS, "split", "months") or not any(values):
         return pd.Series(values, dtype=None if name in ("age", "months") else object)
     known = [value for value in values if value.lower() not in _EMPTY]

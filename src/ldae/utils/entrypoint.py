@@ -1,4 +1,4 @@
-"""What every entry point does around its work: one line for a user's mistake, a traceback for ours."""
+"""What every script does with errors and signals: one line for what a user can correct, otherwise a traceback."""
 
 import errno
 import logging
@@ -19,14 +19,14 @@ STORAGE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """`error` and what caused it: Hydra wraps what a constructor raises."""
+    """`error` and its causes, because Hydra wraps what a constructor raises."""
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
 
 
 def explain(error: BaseException) -> str | None:
-    """One line for what a user can mend; None for our own faults."""
+    """One line for an error that a user can correct; None for a defect of this project."""
     if isinstance(error, MissingMandatoryValue):
         return f"{error.full_key} must be given, e.g. {error.full_key}=VALUE"
     for cause in _chain(error):
@@ -35,7 +35,7 @@ def explain(error: BaseException) -> str | None:
         if isinstance(cause, OmegaConfBaseException):
             return f"config: {str(cause).splitlines()[0]} ({cause.full_key})"
         if isinstance(cause, OSError) and cause.errno in STORAGE:
-            return f"{cause.strerror}: {cause.filename or 'cannot write'}; what was saved before is whole"
+            return f"{cause.strerror}: {cause.filename or 'cannot write'}; what was saved before is intact"
         if _out_of_memory(cause):
             return (
                 f"out of memory ({str(cause).splitlines()[0] if str(cause) else type(cause).__name__}): lower "
@@ -46,23 +46,23 @@ def explain(error: BaseException) -> str | None:
 
 
 def _out_of_memory(error: BaseException) -> bool:
-    # By name: torch takes seconds to import, and a mistyped key is to be told at once.
+    # Compared by name: torch takes seconds to import, and a mistyped key should be reported at once.
     named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
     return named or (isinstance(error, RuntimeError) and "allocate memory" in str(error))
 
 
-def _leave(number: int, frame: FrameType | None) -> None:
-    log.warning("%s: stopped; the same command goes on", signal.Signals(number).name)
+def _exit_on_signal(number: int, frame: FrameType | None) -> None:
+    log.warning("%s: stopped; the same command continues", signal.Signals(number).name)
     sys.exit(EXIT_REQUEUE)
 
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Turn what a user can mend into one line on stderr and exit code 2, and a signal into one to requeue on.
+    """Report an error that a user can correct in one line, with EXIT_USER_ERROR, and end on a signal with EXIT_REQUEUE.
 
-    The trainer puts its own handlers over these while there are steps to save.
+    The trainer replaces the handlers of signals by its own while it trains.
     """
-    previous = {number: signal.signal(number, _leave) for number in SIGNALS}
+    previous = {number: signal.signal(number, _exit_on_signal) for number in SIGNALS}
     try:
         yield
     except Exception as error:

@@ -1,12 +1,13 @@
 """Class paths and constructor arguments that have been renamed, so that runs and bundles made earlier still load.
 
-A stored config names classes by `_target_`. `with_present_names` rewrites the former names when such a config is read;
-`present_name` also lets an error tell a user what a class in the user's own YAML is called now.
+A stored config names classes by `_target_`. `with_present_names` replaces the former names when such a config is read.
+`present_name` and `ARGUMENTS` are also used in error messages, to tell users the present name of what their own YAML
+files or command lines name.
 """
 
 from typing import Any
 
-# Former module -> present module. A class keeps its own name unless CLASSES says otherwise.
+# Former module: present module. A class keeps its name unless it is in CLASSES.
 MODULES = {
     "ldae.evaluation.editing": "ldae.editing.editor",
     "ldae.evaluation.directions": "ldae.editing.directions",
@@ -25,13 +26,13 @@ MODULES = {
     "ldae.preprocessing.people": "ldae.preprocessing.participants",
     "ldae.preprocessing.pipeline": "ldae.preprocessing.steps",
 }
-# Former class path, in its present module -> present class path.
+# Former class, in its present module: present class.
 CLASSES: dict[str, str] = {
     "ldae.evaluation.images.posterior_gap.Gap": "ldae.evaluation.images.posterior_gap.PosteriorMeanGap",
     "ldae.evaluation.probes.cross_validation.Folds": "ldae.evaluation.probes.cross_validation.PooledFolds",
     "ldae.evaluation.probes.evaluator.External": "ldae.evaluation.probes.evaluator.ExternalCohort",
 }
-# Present class path -> former argument -> present argument.
+# Present class: former argument: present argument.
 ARGUMENTS: dict[str, dict[str, str]] = {
     "ldae.models.autoencoder.AutoencoderKL": {"reference": "mean_latent_for", "tile": "inference_planes"},
     "ldae.models.semantic_encoder.SemanticEncoder": {"reference": "mean_volume_shape", "gated": "position_gate"},
@@ -42,16 +43,16 @@ ARGUMENTS: dict[str, dict[str, str]] = {
 
 
 def present_name(target: str) -> str:
-    """The present path of a class, `module.Class`; unchanged if it was not renamed."""
+    """The present path of the class `target`, `module.Class`; `target` itself if it was not renamed."""
     module, _, name = target.rpartition(".")
     moved = f"{MODULES.get(module, module)}.{name}"
     return CLASSES.get(moved, moved) if module else target
 
 
 def with_present_names(value: Any) -> Any:
-    """A copy of a stored config (nested dicts and lists) in which every class and argument has its present name.
+    """A copy of a stored config, nested dicts and lists, in which every class and argument has its present name.
 
-    An argument that the config already holds under its present name is left alone.
+    A former argument is left as it is if the config also has the present one.
     """
     if isinstance(value, list):
         return [with_present_names(item) for item in value]

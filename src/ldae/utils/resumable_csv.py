@@ -1,4 +1,4 @@
-"""A CSV that grows by a row a scan and can be taken up again after any stop: path, key, numbers."""
+"""A CSV file of numbers by scan to which rows are appended, and which can be continued after any interruption."""
 
 import csv
 import hashlib
@@ -16,31 +16,38 @@ KEYS = ["path", "key"]
 
 
 def content_key(path: Path, identity: str) -> str:
-    """Of a file's bytes and of who makes the numbers: a scan that is replaced, or another model, has another key."""
+    """A key that changes with the content of the file at `path` and with `identity`, which says how it is processed."""
     return hashlib.sha256(f"{file_sha256(path)}{identity}".encode()).hexdigest()[:16]
 
 
 @dataclass
 class ResumableCsv:
-    """Rows are appended whole and flushed; nine digits give back the same float32."""
+    """Rows of a path, a key and numbers. Each is appended and flushed at once, with enough digits to restore float32.
+
+    Attributes:
+        columns: names of the numbers.
+        handle: the open file.
+        keys: key of the latest row of each path.
+        superseded: whether some row has a later one of the same path.
+    """
 
     columns: list[str]
     handle: IO[str]
-    keys: dict[str, str] = field(default_factory=dict)  # by path
-    superseded: bool = False  # some row has a later one of the same path
+    keys: dict[str, str] = field(default_factory=dict)
+    superseded: bool = False
 
     @classmethod
     def open(cls, path: Path, columns: Sequence[str]) -> Self:
-        """The table at `path`, made if it is not there; a torn last row is dropped, the latest row of a path counts.
+        """Open or make the table at `path`. An incomplete last row and all but the latest row of a path are dropped.
 
         Raises:
-            UserError: there is something else at `path`.
+            UserError: the file at `path` is not such a table.
         """
-        keys = _tidy(path, [*KEYS, *columns])
+        keys = _drop_superseded(path, [*KEYS, *columns])
         return cls(list(columns), open(path, "a", newline="", encoding="utf-8"), keys)
 
     def has(self, path: Path, key: str) -> bool:
-        """Whether this very scan has a row."""
+        """Whether the latest row of this path has this key."""
         return self.keys.get(os.fspath(path)) == key
 
     def add(self, path: Path, key: str, values: Sequence[float]) -> None:
@@ -58,11 +65,11 @@ class ResumableCsv:
     def __exit__(self, *_: object) -> None:
         self.handle.close()
         if self.superseded:
-            _tidy(Path(self.handle.name), [*KEYS, *self.columns])
+            _drop_superseded(Path(self.handle.name), [*KEYS, *self.columns])
 
 
-def _tidy(path: Path, header: list[str]) -> dict[str, str]:
-    """Write the table anew, whole, with the latest row of each path; keys by path."""
+def _drop_superseded(path: Path, header: list[str]) -> dict[str, str]:
+    """Rewrite the table with the latest row of each path. Returns the keys by path."""
     rows = {row[0]: row for row in _read(path, header)} if path.exists() else {}
     write_text(path, "".join(_line(row) for row in (header, *rows.values())))
     return {name: row[1] for name, row in rows.items()}
@@ -75,14 +82,14 @@ def _line(cells: Sequence[str]) -> str:
 
 
 def _read(path: Path, header: list[str]) -> list[list[str]]:
-    """Whole rows of the table."""
+    """The complete rows of the table."""
     try:
         text = path.read_text(encoding="utf-8")
         found = list(csv.reader(io.StringIO(text, newline="")))
     except (OSError, UnicodeError, csv.Error) as error:
         raise UserError(f"cannot read {path} ({error}): choose another -o") from error
     if found and found[0] != header:
-        raise UserError(f"{path} is no table of y with {len(header) - len(KEYS)} columns: choose another -o")
+        raise UserError(f"{path} is not a table of y with {len(header) - len(KEYS)} columns: choose another -o")
     if found and not text.endswith("\n"):
         found.pop()
     return [row for row in found[1:] if len(row) == len(header)]
