@@ -1,5 +1,5 @@
-"""Proves the bench: the yardstick computes our functions, its JSON has the promised numbers, comparisons find a loss;
-and the voxel twin: without a stage 1, every later stage and sampling run on voxels.
+"""Proves the bench: the straight port computes the same functions as our code, bench.json has all its numbers, and a
+comparison finds what has become slower; and voxel space: without stage 1, the later stages and sampling run on voxels.
 """
 
 import json
@@ -66,7 +66,7 @@ def test_the_straight_port_computes_the_same_function_of_the_same_weights():
     torch.testing.assert_close(unet(z, t), ours, rtol=1e-4, atol=1e-4)
 
 
-def test_the_plain_average_is_the_fused_one():
+def test_the_plain_average_equals_the_fused_one():
     unet = UNet(**UNET)
     averages = [kind(unet, 0.9) for kind in (Ema, PlainEma)]
     random_weights(unet)
@@ -76,8 +76,7 @@ def test_the_plain_average_is_the_fused_one():
         torch.testing.assert_close(value, averages[1].state_dict()[name])
 
 
-def test_the_plain_optimiser_leaves_out_a_step_that_is_not_finite():
-    """As the fused one does, which alone knows the sign for it."""
+def test_the_plain_optimiser_skips_a_step_that_is_not_finite():
     weight = torch.nn.Parameter(torch.ones(2))
     optimizer = PlainAdam([weight], lr=0.5)
     for skipped, expected in ((1.0, 1.0), (0.0, 0.5)):
@@ -87,7 +86,7 @@ def test_the_plain_optimiser_leaves_out_a_step_that_is_not_finite():
         torch.testing.assert_close(weight.detach(), torch.full((2,), expected))
 
 
-def test_flops_of_a_product_and_of_attention_are_counted_as_on_paper():
+def test_operations_of_a_product_and_of_attention_are_counted_as_by_hand():
     a = torch.ones(3, 5)
     assert count_flops(lambda: a @ a.T) == 2 * 3 * 5 * 3
     q = torch.ones(1, 1, 7, 4)
@@ -104,7 +103,7 @@ def test_gains_multiply_to_the_speed_up():
     assert numbers["a/encode/ms"] == pytest.approx(6000)
 
 
-def test_a_comparison_names_what_got_slower(tmp_path):
+def test_a_comparison_names_the_tasks_that_have_become_slower(tmp_path):
     path = tmp_path / "before.json"
     path.write_text(json.dumps({"encode/ms": 100.0, "embed/ms": 100.0}))
     table, slower = compare_with_earlier({"encode/ms": 150.0, "embed/ms": 104.0, "new/ms": 1.0}, path, 0.1)
@@ -117,7 +116,7 @@ def test_a_comparison_names_what_got_slower(tmp_path):
 
 
 def test_a_run_writes_every_number_of_every_task(tmp_path, monkeypatch):
-    """The real stages and methods, of two variants, at 8 voxels a side."""
+    """The real stages and methods of two variants on 8x8x8 voxels."""
     monkeypatch.setattr(tasks, "RAW", (12, 12, 12))
     composed = composer(
         "bench", *TINY, "~bench.variants.kernels", "~bench.variants.architecture", "sampler.steps=2", "bench.scans=3",
@@ -138,7 +137,7 @@ def test_a_run_writes_every_number_of_every_task(tmp_path, monkeypatch):
     assert [path.name for path in (tmp_path / "bench").iterdir()] == ["bench.json"]
 
 
-def test_what_is_measured_outlives_what_fails_later(tmp_path, monkeypatch):
+def test_a_later_failure_does_not_lose_earlier_measurements(tmp_path, monkeypatch):
     def fail(*arguments):
         raise UserError("no voxels")
 
@@ -162,8 +161,8 @@ def test_a_latent_that_is_the_scan_costs_no_autoencoder():
 
 @pytest.mark.parametrize("rows", [1, 3, 64])
 @torch.no_grad()
-def test_tiles_equal_the_whole(rows):
-    """Also where slabs do not divide the volume, and where its ends differ in brightness, which a tile's norm sees."""
+def test_encoding_and_decoding_in_slabs_equal_those_of_the_whole_volume(rows):
+    """Also if slabs do not divide the volume, and if its ends differ in brightness, which changes a slab's own mean."""
     torch.manual_seed(0)
     autoencoder = AutoencoderKL(channels=(8, 8, 16), residual_blocks=1, groups=4).eval()
     x = torch.rand(2, 1, 16, 8, 12) * torch.linspace(0, 1, 16).view(1, 1, -1, 1, 1)
@@ -186,8 +185,7 @@ def test_a_checkpointed_autoencoder_has_the_same_gradients():
         torch.testing.assert_close(plain, again)
 
 
-def test_bytes_of_a_step_are_counted_without_memory():
-    """Parameters to the byte, activations growing with the batch and falling with checkpointing."""
+def test_the_memory_of_a_step_has_its_parameters_grows_with_the_batch_and_shrinks_with_checkpointing():
     config = composer("bench", *TINY)()
     with torch.device("meta"):
         unet = instantiate(config.model.unet)
@@ -207,7 +205,7 @@ def test_bytes_of_a_step_are_counted_without_memory():
 
 
 def cohort(folder):
-    """Four scans of four subjects, as files."""
+    """A table of four scans of four subjects."""
     rng, rows = np.random.default_rng(0), []
     for number, split in enumerate(["train", "train", "val", "test"]):
         image = nib.Nifti1Image(rng.integers(0, 100, (8, 8, 8)).astype(np.int16), np.eye(4))
@@ -219,7 +217,7 @@ def cohort(folder):
 
 
 def test_without_a_stage_1_the_later_stages_and_sampling_run_on_voxels(tmp_path):
-    """model/autoencoder=identity is all that changes: latents are the voxels."""
+    """Only model/autoencoder=identity changes: the latents are the voxels."""
     from ldae.data.latents import LatentSet
     from ldae.experiment import encode, train
     from ldae.pipeline import LDAE

@@ -1,5 +1,5 @@
-"""Proves `make gpu-check` without a GPU: the numbers of every kind of part at smoke size, that results come one by one
-and outlive failures, that the budget holds, and that what it looks for on a GPU is found where it is.
+"""Proves `make gpu-check` without a GPU: every kind of measurement gives its numbers at smoke size, results are written
+one by one and survive failures, the budget is kept, and waits and differences are found where they are.
 """
 
 import json
@@ -29,7 +29,7 @@ def read(out, part):
 
 
 def test_every_kind_of_part_measures_something_at_smoke_size(tmp_path):
-    """One item of each kind, through the command line; the chain on this device is the CPU's own, bit for bit."""
+    """One measurement of each kind, by the command line; the chain on a CPU equals the reference bit for bit."""
     wanted = [
         "device", "chain/fp32", "steps/base_repr", "syncs/small_pretrain", "bench/*train_pretrain",
         "profile/base_pretrain",
@@ -59,7 +59,7 @@ def test_every_kind_of_part_measures_something_at_smoke_size(tmp_path):
 
 
 def fake(monkeypatch, **items):
-    """PARTS of one part, 'made_up', with these functions."""
+    """Replace PARTS by one part, 'made_up', with these functions."""
     chosen = {"made_up": [Item(name, seconds, work) for name, (seconds, work) in items.items()]}
     monkeypatch.setattr(parts_module, "PARTS", chosen)
     monkeypatch.setattr(run_module, "PARTS", chosen)
@@ -69,7 +69,7 @@ def fail(check):
     raise ValueError("the deepest reason")
 
 
-def test_a_part_that_fails_is_told_and_the_others_go_on(tmp_path, monkeypatch):
+def test_a_failed_measurement_is_reported_and_the_others_continue(tmp_path, monkeypatch):
     seen = []
 
     def last(check):
@@ -85,7 +85,7 @@ def test_a_part_that_fails_is_told_and_the_others_go_on(tmp_path, monkeypatch):
     assert "- here.py:1" in table
 
 
-def test_what_does_not_fit_the_budget_is_skipped_and_what_an_earlier_call_measured_stays(tmp_path, monkeypatch):
+def test_a_measurement_beyond_the_budget_is_skipped_and_an_earlier_result_of_it_stays(tmp_path, monkeypatch):
     fake(monkeypatch, cheap=(1, lambda check: {"ms": 1.0}), dear=(1000, lambda check: {"ms": 2.0}))
     assert run_check(FULL, ["made_up"], tmp_path, budget=30) == 0
     found = read(tmp_path, "made_up")
@@ -99,12 +99,12 @@ def test_what_does_not_fit_the_budget_is_skipped_and_what_an_earlier_call_measur
     assert found["cheap"]["numbers"] == {"ms": 1.0}
 
 
-def test_the_budget_ends_what_takes_longer_than_it_was_thought_to(tmp_path):
+def test_the_budget_ends_a_measurement_that_takes_longer_than_estimated(tmp_path):
     def sleep(check):
         try:
             time.sleep(30)
-        except Exception:  # noqa: BLE001 - as a compiler that wraps whatever happens in it
-            pytest.fail("it was caught on the way")
+        except Exception:  # noqa: BLE001 - as a compiler does, which wraps all exceptions
+            pytest.fail("the end of the budget was caught as an Exception")
         return {}
 
     start = time.monotonic()
@@ -120,8 +120,8 @@ def test_parts_are_chosen_by_name_and_order():
         choose_items(["nosuch"])
 
 
-def test_a_wait_for_the_device_is_counted_with_the_line_that_asked_for_it():
-    """As PyTorch reports them with set_sync_debug_mode("warn"), from any thread."""
+def test_a_wait_for_the_device_is_counted_with_the_line_that_caused_it():
+    """Warnings as PyTorch gives them with set_sync_debug_mode("warn"), in any thread."""
 
     def read_back():
         warnings.warn("called a synchronizing CUDA operation (function of torch)", stacklevel=1)

@@ -17,14 +17,18 @@ SIZES = {"full": FULL, "smoke": SMOKE}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Parse, and run the check. A part that fails is told in the results and by exit code 1."""
+    """Run the check. A failed measurement is reported in the results and by exit status 1."""
     parser = argparse.ArgumentParser(prog="python -m ldae.bench.gpu_check", description=__doc__)
-    parser.add_argument("--budget", type=float, default=480, metavar="SECONDS", help="in all (default: 480)")
-    parser.add_argument("--parts", default=",".join(PARTS), help="in this order; a part, or part/item with * in it")
-    parser.add_argument("--out", type=Path, default=Path("runs/gpu_check"), help="folder of the results")
-    parser.add_argument("--size", choices=SIZES, default="full", help="smoke: seconds on a CPU, to rehearse")
+    parser.add_argument("--budget", type=float, default=480, metavar="SECONDS", help="for all of it (default: 480)")
+    parser.add_argument(
+        "--parts",
+        default=",".join(PARTS),
+        help="parts, or part/item with *, in the order of running",
+    )
+    parser.add_argument("--out", type=Path, default=Path("runs/gpu_check"), help="folder for the results")
+    parser.add_argument("--size", choices=SIZES, default="full", help="smoke: seconds on a CPU, to try the check")
     given = parser.parse_args(arguments)
-    # Lines come as they are measured; the trainings' own reports would hide them.
+    # Only this check logs its lines; the reports of the trainings would hide them.
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout, force=True)
     logging.getLogger("ldae.bench").setLevel(logging.INFO)
     try:

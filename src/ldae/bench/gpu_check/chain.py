@@ -1,7 +1,7 @@
-"""The smoke chain (three stages and encoding) on the GPU, beside the CPU's of the same seed, on scans of smooth noise.
+"""The smoke chain (three stages and encoding) on the GPU, compared with the CPU's of the same seed, on smooth noise.
 
-Dropout is off, whose draws differ by device; all other draws are made on the CPU. What is left is rounding, which a few
-steps of training enlarge: hence tolerances, all of them relative to the CPU's value.
+Dropout is off, because its draws differ between devices; all other draws are made on the CPU. What remains is rounding,
+which a few training steps amplify. The tolerances are relative to the CPU's values.
 """
 
 import json
@@ -28,7 +28,7 @@ Records = dict[tuple[str, int, str], float]  # (stage, step, name) to value
 
 
 def make_scans(folder: Path, count: int, shape: Sequence[int], spacing: float) -> Path:
-    """A table of NIfTI files (X, Y, Z), one a subject: blurred noise in a ball, in air. Returns it."""
+    """Write NIfTIs of blurred noise in a ball, (X, Y, Z), one per subject, and their table, which is returned."""
     import nibabel as nib
     import pandas as pd
     from scipy.ndimage import gaussian_filter
@@ -50,7 +50,7 @@ def make_scans(folder: Path, count: int, shape: Sequence[int], spacing: float) -
 
 
 def run_chain(check: GpuCheck, name: str) -> Path:
-    """Train, encode, train, train. Returns the folder of the runs."""
+    """Train all stages, and encode after the first. Returns the folder of the runs."""
     from ldae.experiment import encode, train
 
     overrides = [text.format(**{p: check.accelerator(p) for p in ("auto", "bf16", "fp16")}) for text in OVERRIDES[name]]
@@ -59,10 +59,10 @@ def run_chain(check: GpuCheck, name: str) -> Path:
     given.append(f"data.table={_table(check)}")
     given += ["trainer.log_every=1", f"trainer.max_steps={check.size.steps}"]
     for stage in STAGES:
-        _fresh()
+        _reset_accelerate()
         train(check.composer("train", f"stage={stage}", *(given if stage == "repr" else _shared(given)))([]))
         if stage == "aekl":
-            _fresh()
+            _reset_accelerate()
             encode(check.composer("encode_latents", *_shared(given))([]))
     return check.scratch / "chain" / "runs" / name
 
@@ -76,18 +76,19 @@ def _table(check: GpuCheck) -> Path:
 
 
 def _shared(overrides: Sequence[str]) -> list[str]:
-    """Those that every script takes: `stage` is the trainings' alone."""
+    """Overrides that every script takes: those of `stage` belong to single stages."""
     return [text for text in overrides if not text.startswith("stage.")]
 
 
-def _fresh() -> None:
+def _reset_accelerate() -> None:
+    """Forget the precision of the last training: Accelerate allows one per process."""
     from accelerate.state import AcceleratorState
 
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def read_records(root: Path) -> Records:
-    """Everything that a run logged, but gradient norms."""
+    """All that a run logged, without gradient norms."""
     found: Records = {}
     for stage in STAGES:
         for line in (root / stage / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
@@ -98,9 +99,9 @@ def read_records(root: Path) -> Records:
 
 
 def relative_differences(reference: Records, found: Records) -> dict[str, float]:
-    """By stage, the largest relative difference of its losses and of its validation metrics.
+    """The largest relative difference of the losses, and of the validation metrics, of each stage.
 
-    A value that a run lacks is infinitely far, unless float16 overflowed in that step, which then logs none.
+    A missing value counts as an infinite difference, unless float16 overflowed in that step, which then has no loss.
     """
     numbers: dict[str, float] = {}
     for (stage, step, name), value in reference.items():
@@ -114,7 +115,7 @@ def relative_differences(reference: Records, found: Records) -> dict[str, float]
 
 
 def count_skipped(found: Records) -> dict[str, float]:
-    """Steps of all stages together that were skipped, and that overflowed."""
+    """Number of steps of all stages that were skipped, and that overflowed."""
     totals = {}
     for kind in ("skipped", "overflowed"):
         last = {stage: value for (stage, _, name), value in found.items() if name == f"train/{kind}"}
@@ -123,7 +124,7 @@ def count_skipped(found: Records) -> dict[str, float]:
 
 
 def measure_latent_difference(reference: Path, found: Path) -> float:
-    """Root mean square of the difference of all latents, in standard deviations of the reference's."""
+    """Root mean square difference of all latents, in standard deviations of the reference's latents."""
     from ldae.data.latents import LatentSet
 
     one, other = (LatentSet.open(root / "latents").mean.double() for root in (reference, found))

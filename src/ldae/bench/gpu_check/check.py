@@ -1,4 +1,4 @@
-"""What all measurements share: how large they are, where they write, and the budget."""
+"""What all measurements share: their size, the folder of the results, and the budget."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -10,19 +10,19 @@ if TYPE_CHECKING:
     import torch
     from omegaconf import DictConfig
 
-Numbers = Mapping[str, float | str | list[str] | Mapping[str, float]]  # by name; of several things by their names
+Numbers = Mapping[str, float | str | list[str] | Mapping[str, float]]  # by name; a mapping for each of several cases
 
 
 @dataclass(frozen=True)
 class Size:
-    """How large the measurements are.
+    """Size of the measurements.
 
     Args:
-        bench: conf/bench/*.yaml, which has sizes, batches and repeats.
-        chain: overrides of the chain, beside experiment=smoke.
-        steps: training steps of the chain's stages.
-        seconds: factor of the estimated costs.
-        watched: training steps whose synchronisations are counted.
+        bench: option of conf/bench with sizes, batches and repeats.
+        chain: overrides of the chain, in addition to experiment=smoke.
+        steps: number of training steps of the chain's stages.
+        seconds: factor on the estimated times.
+        watched: number of training steps whose waits are counted.
     """
 
     bench: str
@@ -48,7 +48,7 @@ SMOKE = Size(
 
 
 class BudgetSpent(BaseException):
-    """The seconds are over in the middle of a measurement. Nothing else should catch it, so that it is no Exception."""
+    """The budget has ended during a measurement. Not an Exception, so that no library catches it on its way."""
 
 
 @dataclass
@@ -56,7 +56,7 @@ class GpuCheck:
     """One call of the check.
 
     Args:
-        out: folder of the results.
+        out: folder for the results.
         scratch: folder for made-up files, removed at the end.
         budget: seconds.
     """
@@ -66,27 +66,27 @@ class GpuCheck:
     scratch: Path
     budget: float
     started: float = field(default_factory=time.monotonic)
-    rates: dict[str, float] = field(default_factory=dict)  # FLOP/s of a matrix product by dtype
-    flop: dict[str, float] = field(default_factory=dict)  # of a training step by model and stage
+    rates: dict[str, float] = field(default_factory=dict)  # FLOP/s of a matrix product, by dtype
+    flop: dict[str, float] = field(default_factory=dict)  # operations of a training step, by model and stage
 
     @property
     def left(self) -> float:
-        """Seconds of the budget."""
+        """Seconds that are left of the budget."""
         return self.budget - (time.monotonic() - self.started)
 
     @property
     def device(self) -> "torch.device":
-        """The GPU, or without one the CPU, where the same measurements are rehearsed."""
+        """The GPU; without one the CPU, on which the same measurements can be tried."""
         import torch
 
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     def accelerator(self, precision: str) -> str:
-        """The override that computes in `precision` (auto is float32) on a GPU; a CPU has float32 alone."""
+        """The override for `precision` (auto is float32) on a GPU; on a CPU always float32."""
         return f"accelerator={precision if self.device.type == 'cuda' else 'cpu'}"
 
     def composer(self, name: str, *given: str) -> "Callable[[Sequence[str]], DictConfig]":
-        """Further overrides to a config of conf/`name`.yaml with those `given`."""
+        """A function from further overrides to the config conf/`name`.yaml with those and `given`."""
         from hydra import compose, initialize_config_dir
 
         from ldae.config import conf_dir, register
@@ -100,11 +100,11 @@ class GpuCheck:
         return composed
 
     def bench(self, *given: str) -> "Callable[[Sequence[str]], DictConfig]":
-        """As `composer`, of the bench at this size."""
+        """The same for the bench at this size."""
         return self.composer("bench", f"bench={self.size.bench}", *given)
 
     def matrix_rate(self, dtype: "torch.dtype") -> float:
-        """FLOP/s of a large matrix product, measured once."""
+        """FLOP/s of a large matrix product; measured at the first call."""
         from ldae.bench.measure import measure_matrix_rate
 
         if str(dtype) not in self.rates:

@@ -1,4 +1,4 @@
-"""One measurement: done, failed, or left out because it would not fit into what is left of the budget."""
+"""One measurement: done, failed, or skipped because it would not fit into the rest of the budget."""
 
 import contextlib
 import gc
@@ -13,12 +13,12 @@ from typing import Any
 
 from ldae.bench.gpu_check.check import BudgetSpent, GpuCheck, Numbers
 
-LIMIT = 1500  # characters of a traceback
+LIMIT = 1500  # length of a reported traceback, in characters
 
 
 @dataclass(frozen=True)
 class Item:
-    """What is measured, and how many seconds that takes on a GPU of 2022 or later, about."""
+    """A measurement, and about how many seconds it takes on a GPU of 2022 or later."""
 
     name: str
     seconds: float
@@ -27,7 +27,7 @@ class Item:
 
 @dataclass
 class Outcome:
-    """What became of an item. `state` is "done", "failed" or "skipped"."""
+    """The outcome of a measurement. `state` is "done", "failed" or "skipped"."""
 
     state: str
     seconds: float = 0.0
@@ -35,12 +35,12 @@ class Outcome:
     reason: str = ""
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Plain values for JSON."""
         return asdict(self)
 
 
 def run_item(item: Item, check: GpuCheck) -> Outcome:
-    """Measure, whatever happens; what is not caught is the wish to stop."""
+    """Measure. A failure becomes an outcome; only a signal to stop is not caught."""
     cost = item.seconds * check.size.seconds
     if cost > check.left:
         left = max(check.left, 0)
@@ -52,10 +52,10 @@ def run_item(item: Item, check: GpuCheck) -> Outcome:
         return Outcome("done", time.monotonic() - start, numbers)
     except BudgetSpent:
         return Outcome("skipped", time.monotonic() - start, reason="the budget ended while it ran")
-    except Exception as error:  # noqa: BLE001 - the other measurements are worth as much
+    except Exception as error:  # noqa: BLE001 - the other measurements should continue
         return Outcome("failed", time.monotonic() - start, reason=_tail(error))
     finally:
-        _give_back()
+        _clean_up()
 
 
 def _tail(error: BaseException) -> str:
@@ -68,7 +68,7 @@ def _tail(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def _until(seconds: float) -> Iterator[None]:
-    """Raise BudgetSpent after that many seconds, once Python has its turn."""
+    """Raise BudgetSpent after this many seconds, as soon as Python code runs."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise BudgetSpent
@@ -82,8 +82,8 @@ def _until(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, previous)
 
 
-def _give_back() -> None:
-    """Memory, compiled code and Accelerate's state: the next measurement starts as if it were the first."""
+def _clean_up() -> None:
+    """Release memory, compiled code and Accelerate's state, so that the next measurement starts like the first."""
     gc.collect()
     if "accelerate" in sys.modules:
         from accelerate.state import AcceleratorState
@@ -92,5 +92,5 @@ def _give_back() -> None:
     if "torch._dynamo" in sys.modules:
         sys.modules["torch._dynamo"].reset()
     if "torch" in sys.modules and sys.modules["torch"].cuda.is_available():
-        with contextlib.suppress(RuntimeError):  # a device that is lost says so elsewhere
+        with contextlib.suppress(RuntimeError):  # a lost device is reported elsewhere
             sys.modules["torch"].cuda.empty_cache()

@@ -1,4 +1,4 @@
-"""Which machine it is, what its matrix products reach, and which packages it lacks."""
+"""The machine: card, versions, the rates of its matrix products, and missing packages."""
 
 import datetime
 import importlib.util
@@ -9,22 +9,22 @@ import subprocess
 
 from ldae.bench.gpu_check.check import GpuCheck, Numbers
 
-# What the measurements import, by the name under which pip has it.
+# What the measurements import, with the name of its package.
 PACKAGES = {
     "torch": "torch", "hydra": "hydra-core", "omegaconf": "omegaconf", "accelerate": "accelerate", "monai": "monai",
     "nibabel": "nibabel", "numpy": "numpy", "scipy": "scipy", "pandas": "pandas",
     "sklearn": "scikit-learn", "joblib": "joblib", "safetensors": "safetensors", "tensorboard": "tensorboard",
-    "tqdm": "tqdm",
+    "tqdm": "tqdm", "filelock": "filelock",
 }  # fmt: skip
 
 
 def find_missing_packages() -> list[str]:
-    """Packages that are not installed, by pip's names."""
+    """Names of the packages that are not installed."""
     return [name for module, name in PACKAGES.items() if importlib.util.find_spec(module) is None]
 
 
 def describe_machine() -> dict[str, str]:
-    """Card, driver, versions and date, in words."""
+    """Card, driver, versions and date."""
     import torch
 
     found = {

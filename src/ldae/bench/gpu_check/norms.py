@@ -1,4 +1,4 @@
-"""The split group norm (models/group_norm.py) beside PyTorch's own: the same values and gradients, and its time."""
+"""The split group norm (models/group_norm.py) compared with PyTorch's: values, gradients and time."""
 
 from collections.abc import Callable
 
@@ -16,12 +16,12 @@ Norm = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def plain_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """PyTorch's own."""
+    """PyTorch's group norm."""
     return F.group_norm(x, GROUPS, weight.to(x.dtype), bias.to(x.dtype), EPS)
 
 
 def split_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Ours."""
+    """The split group norm."""
     return split_group_norm(x, GROUPS, weight, bias, EPS)
 
 
@@ -32,8 +32,10 @@ def _results(norm: Norm, x: Tensor, weight: Tensor, bias: Tensor, dy: Tensor) ->
 
 
 def compare_norms(check: GpuCheck) -> Numbers:
-    """By case: the largest relative difference to PyTorch's float32 norm of value and gradients, and milliseconds of
-    both there and back. On a CPU there is nothing to compare: the split one is for GPUs."""
+    """By case: relative differences of values and gradients from PyTorch's norm in float32, and milliseconds.
+
+    Times are of forward and backward pass. On a CPU there is nothing to compare, because the split norm is for GPUs.
+    """
     if not torch.cuda.is_available():
         return {"compared": 0.0}
     device = torch.device("cuda")

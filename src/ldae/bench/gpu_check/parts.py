@@ -1,4 +1,4 @@
-"""Which measurements there are, the most worthwhile first, with the seconds that each takes on an H100, about."""
+"""The list of measurements, the most useful first, and about how many seconds each takes on an H100."""
 
 import tempfile
 from collections.abc import Callable
@@ -33,7 +33,7 @@ def _chain(name: str, seconds: float) -> Item:
 
 
 def _training(measure: str, seconds: float, stage: str, **options: object) -> Item:
-    """An item of training.py; imported late, as torch is, to say first which packages are lacking."""
+    """A measurement of training.py. It is imported late, because missing packages are named first."""
     names = [options.get("model", "base"), stage, *(name for name in ("channels_last", "compile") if options.get(name))]
     names += ["as_cudnn_guesses"] if not options.get("autotune", True) else []
 
@@ -75,7 +75,7 @@ def _steps(*items: tuple[str, float, dict[str, object]]) -> list[Item]:
 
 PUBLISHED, LAST, COMPILED = {"model": "published"}, {"channels_last": True}, {"compile": True}
 GUESSED = {"autotune": False}
-YARDSTICK, KERNELS, ARCHITECTURE, OURS = "straight", "kernels", "architecture", "evaluations"
+STRAIGHT_PORT, KERNELS, ARCHITECTURE, OURS = "straight", "kernels", "architecture", "evaluations"
 PARTS: dict[str, list[Item]] = {
     "device": [Item("matrix products", 5, _device), Item("group norm", 6, _norms)],
     "chain": [_chain("fp32", 60), _chain("bf16", 20)],
@@ -86,8 +86,8 @@ PARTS: dict[str, list[Item]] = {
     ),
     "syncs": [_training("measure_waits", 6, stage, model="small") for stage in STAGES],
     "bench": [
-        _bench("inference", YARDSTICK, 20), _bench("inference", OURS, 10),
-        *(_bench(f"train_{stage}", name, 12) for stage in STAGES for name in (YARDSTICK, OURS)),
+        _bench("inference", STRAIGHT_PORT, 20), _bench("inference", OURS, 10),
+        *(_bench(f"train_{stage}", name, 12) for stage in STAGES for name in (STRAIGHT_PORT, OURS)),
     ],
     "voxels": [Item("both spaces", 40, _voxels)],
     "profile": [_training("profile_steps", 15, stage) for stage in STAGES],

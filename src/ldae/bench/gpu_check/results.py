@@ -1,4 +1,4 @@
-"""Results as they come: a JSON file a part, and one table of all of them."""
+"""The results, written after each measurement: a JSON file per part, and one table of all."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,10 +11,12 @@ Part = dict[str, dict[str, Any]]
 
 
 class Results:
-    """What is known so far, earlier calls included.
+    """All results so far, including those of earlier calls.
 
     Args:
+        folder: where they are written.
         parts: names of all parts, in the order of the table.
+        head: text above the table.
     """
 
     def __init__(self, folder: Path, parts: list[str], head: str) -> None:
@@ -26,7 +28,7 @@ class Results:
             self.parts[part] = read_json(path) if path.exists() else {}
 
     def add(self, part: str, item: str, outcome: Outcome) -> None:
-        """Keep and write; what an earlier call measured is not forgotten for want of time."""
+        """Store an outcome and write the files. A skipped measurement does not replace an earlier call's result."""
         if outcome.state == "skipped" and self.parts[part].get(item, {}).get("state") == "done":
             return
         self.parts[part][item] = outcome.to_dict()
@@ -34,13 +36,13 @@ class Results:
         write_text(self.folder / "gpu_check.md", self.table())
 
     def table(self) -> str:
-        """Markdown."""
+        """The table in Markdown."""
         parts = [f"## {name}\n\n{_part(part)}" for name, part in self.parts.items() if part]
         return "\n\n".join([self.head, *parts]) + "\n"
 
 
 def _rows(part: Part) -> Iterator[tuple[str, dict[str, Any]]]:
-    """What an item measured of several things stands in a row each."""
+    """Name and numbers of each row: one per measurement, or one per case that it measured."""
     for name, item in part.items():
         mark = "" if item["state"] == "done" else f" ({item['state']})"
         inner = {key: value for key, value in item["numbers"].items() if isinstance(value, dict)}

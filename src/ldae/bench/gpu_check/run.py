@@ -1,4 +1,4 @@
-"""One measurement after the other, as long as the budget lasts."""
+"""Runs one measurement after the other until the budget ends."""
 
 import fnmatch
 import logging
@@ -20,10 +20,13 @@ Chosen = list[tuple[str, Item]]
 
 
 def choose_items(wanted: Sequence[str]) -> Chosen:
-    """(part, item) in the order of `wanted`: names of parts, or "part/item" with wildcards.
+    """Measurements as (part, item) pairs.
+
+    Args:
+        wanted: names of parts, or "part/item" with wildcards, in the order in which they run.
 
     Raises:
-        UserError: a name fits nothing.
+        UserError: there is no measurement of that name.
     """
     chosen: Chosen = []
     for text in wanted:
@@ -36,17 +39,21 @@ def choose_items(wanted: Sequence[str]) -> Chosen:
 
 
 def run_check(size: Size, wanted: Sequence[str], out: Path, budget: float) -> int:
-    """Measure what is wanted; results go to `out` as they come. Returns how many measurements failed.
+    """Run measurements and write each result to `out` at once. Returns the number of failed measurements.
+
+    Args:
+        wanted: see `choose_items`.
+        budget: seconds for all of them.
 
     Raises:
-        UserError: a part that there is not, or PyTorch is not installed.
+        UserError: there is no such part, or PyTorch is not installed.
     """
     chosen = choose_items(wanted)
     missing = find_missing_packages()
     if missing:
         log.warning("not installed: %s; `pip install %s`", ", ".join(missing), " ".join(missing))
     if "torch" in missing:
-        raise UserError("without torch there is nothing to measure")
+        raise UserError("torch is not installed: without it nothing can be measured")
     head = _head(describe_machine(), missing)
     log.info("%s", head)
     out.mkdir(parents=True, exist_ok=True)
@@ -60,7 +67,7 @@ def run_check(size: Size, wanted: Sequence[str], out: Path, budget: float) -> in
             log.info("%4.0f s  %s / %s: %s", budget - check.left, part, item.name, _line(outcome))
             failed += outcome.state == "failed"
             if outcome.state == "failed" and _device_is_lost():
-                return failed + _go_on(size, chosen[number + 1 :], out, check.left)
+                return failed + _continue_in_new_process(size, chosen[number + 1 :], out, check.left)
     return failed
 
 
@@ -78,7 +85,7 @@ def _line(outcome: Outcome) -> str:
 
 
 def _device_is_lost() -> bool:
-    """After some errors of a kernel, a process cannot use the GPU any more."""
+    """Whether this process can no longer use the GPU, as after some errors of a kernel."""
     import torch
 
     if not torch.cuda.is_available():
@@ -90,11 +97,11 @@ def _device_is_lost() -> bool:
     return False
 
 
-def _go_on(size: Size, rest: Chosen, out: Path, left: float) -> int:
-    """What is left to measure, in a process of its own."""
+def _continue_in_new_process(size: Size, rest: Chosen, out: Path, left: float) -> int:
+    """Run the remaining measurements in another process. Returns the number of failed ones."""
     if not rest:
         return 0
-    log.warning("this process has lost the GPU: another one goes on")
+    log.warning("this process can no longer use the GPU: another one continues")
     parts = ",".join(f"{part}/{item.name}" for part, item in rest)
     command = [sys.executable, "-m", "ldae.bench.gpu_check", "--parts", parts, "--out", str(out)]
     command += ["--budget", str(left), "--size", "full" if size is FULL else "smoke"]

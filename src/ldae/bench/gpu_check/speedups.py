@@ -1,4 +1,4 @@
-"""A task of bench=gpu for one variant, beside the straight port's, which was measured before it on the same machine."""
+"""A task of bench=gpu for one variant, compared with the straight port as measured before on the same machine."""
 
 from hydra.utils import instantiate
 
@@ -8,16 +8,16 @@ from ldae.bench.settings import Bench
 from ldae.utils.files import read_json
 
 SHOWN = ("ms", "gflop", "matrix_share", "peak_mb", "wait_share")
-YARDSTICK = "straight"
+STRAIGHT_PORT = "straight"
 
 
 def measure_speedup(check: GpuCheck, task: str, variant: str) -> Numbers:
-    """By name of what the task measures: its figures, and how many times faster than the straight port it is."""
+    """Numbers of each measurement of the task, with `times_faster` over the straight port."""
     composed = check.bench()
     settings: Bench = instantiate(composed([]).bench)
     overrides = [*settings.variants[variant], f"bench.tasks=[{task}]"]
     costs, rate = measure_variant(composed, variant, overrides, check.scratch / "bench" / variant)
-    before = {} if variant == YARDSTICK else _yardstick(check, task)
+    before = {} if variant == STRAIGHT_PORT else _straight_port(check, task)
     found: dict[str, dict[str, float]] = {}
     for name, cost in costs.items():
         numbers = cost.numbers(rate)
@@ -27,7 +27,7 @@ def measure_speedup(check: GpuCheck, task: str, variant: str) -> Numbers:
     return found
 
 
-def _yardstick(check: GpuCheck, task: str) -> dict[str, dict[str, float]]:
-    """What this or an earlier call measured of the straight port."""
+def _straight_port(check: GpuCheck, task: str) -> dict[str, dict[str, float]]:
+    """Numbers of the straight port from this or an earlier call."""
     path = check.out / "bench.json"
-    return read_json(path).get(f"{YARDSTICK} {task}", {}).get("numbers", {}) if path.exists() else {}
+    return read_json(path).get(f"{STRAIGHT_PORT} {task}", {}).get("numbers", {}) if path.exists() else {}

@@ -1,4 +1,4 @@
-"""One stage's training steps: what they cost, where the host waits for the device, and which kernels take the time."""
+"""Training steps of one stage: their cost, where the host waits for the device, and which kernels take the time."""
 
 import threading
 import traceback
@@ -26,7 +26,7 @@ PROFILED, KERNELS = 3, 10
 
 @dataclass(frozen=True)
 class Setting:
-    """How a stage is trained."""
+    """Settings with which a stage is trained."""
 
     stage: str
     model: str = "base"
@@ -37,7 +37,7 @@ class Setting:
 
 
 def build_variant(check: GpuCheck, setting: Setting, checkpointing: bool = False) -> VariantUnderTest:
-    """Made-up data and the config of a setting; volumes on disk are shared by all."""
+    """A variant with these settings. Its made-up volumes are shared with other variants."""
     options = {
         "channels_last": setting.channels_last, "compile": setting.compile, "checkpointing": checkpointing
     }  # fmt: skip
@@ -47,11 +47,11 @@ def build_variant(check: GpuCheck, setting: Setting, checkpointing: bool = False
 
 
 def measure_steps(check: GpuCheck, setting: Setting) -> Numbers:
-    """Milliseconds, memory, operations and waits of a step; with checkpointing only where it does not fit without."""
+    """Cost of a step; with checkpointing only if it does not fit into memory without."""
     try:
         return _measure_steps(check, setting, checkpointing=False)
     except torch.cuda.OutOfMemoryError:
-        pass  # what the failed try holds is freed with its exception
+        pass  # what the failed attempt had allocated is released with its exception
     torch.cuda.empty_cache()
     return _measure_steps(check, setting, checkpointing=True)
 
@@ -63,20 +63,20 @@ def _measure_steps(check: GpuCheck, setting: Setting, checkpointing: bool) -> Nu
     with TrainingSteps(variant, setting.stage) as steps:
         if setting.compile:
             extra["compile_s"] = measure_seconds(steps, steps.device)
-        # Compiled code hides its operations from the counter: they are those of the same step before.
+        # Compiled code hides its operations from the counter; they are those of the same step uncompiled.
         cost = measure_step(steps, variant.settings.repeats, count=not setting.compile)
     numbers = cost.numbers(check.matrix_rate(variant.dtype))
     if setting.compile:
         numbers["gflop"] = check.flop.get(key, float("nan")) / 1e9
         numbers["matrix_share"] = check.flop.get(key, float("nan")) / cost.seconds / check.matrix_rate(variant.dtype)
-    elif not checkpointing:  # which computes twice
+    elif not checkpointing:  # which computes activations twice
         check.flop[key] = cost.flop
     return {**numbers, **extra, "batch": float(cost.scans), "checkpointing": float(checkpointing)}
 
 
 @contextmanager
 def record_waits(device: torch.device) -> Iterator[Counter[str]]:
-    """Counts the waits of the host for the device inside, by the innermost line of this package that asked for one."""
+    """Count the waits of the host for the device, by the innermost line of this package that caused each."""
     found: Counter[str] = Counter()
 
     def show(message: Warning | str, *details: Any) -> None:
@@ -106,7 +106,7 @@ def _place(stack: traceback.StackSummary) -> str:
 
 
 def count_waits(steps: Callable[[], None], count: int, device: torch.device) -> Numbers:
-    """Waits of the host for the device a step, over `count` of them, and where."""
+    """Waits of the host for the device per step, over `count` steps, and the lines that caused them."""
     with record_waits(device) as found:
         for _ in range(count):
             steps()
@@ -115,7 +115,7 @@ def count_waits(steps: Callable[[], None], count: int, device: torch.device) -> 
 
 
 def measure_waits(check: GpuCheck, setting: Setting) -> Numbers:
-    """Of the real stage, within the guard that reads a step's flags one step late."""
+    """Waits of the real stage, with the guard that reads the flags of a step one step later."""
     variant = build_variant(check, setting)
     with TrainingSteps(variant, setting.stage) as steps:
         steps.warm_up(2)
@@ -135,12 +135,12 @@ def measure_waits(check: GpuCheck, setting: Setting) -> Numbers:
 
 
 def _is_kernel(event: Any) -> bool:
-    """Whether the GPU computed it; named ranges, such as an optimiser's step, span kernels that are counted already."""
+    """Whether the event is a kernel. Named ranges, such as an optimiser's step, contain kernels already counted."""
     return str(event.device_type).endswith("CUDA") and not getattr(event, "is_user_annotation", False)
 
 
 def profile_steps(check: GpuCheck, setting: Setting) -> Numbers:
-    """The kernels that take the most time, and how long the GPU has nothing to do; the long table goes into a file."""
+    """The kernels that take the most time, and the share in which the GPU is idle; the long table goes to a file."""
     variant = build_variant(check, setting)
     on_gpu = variant.device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
