@@ -1,6 +1,7 @@
-"""Compress every scan of a table once: `python encode_latents.py data=table data.table=scans.csv name=mycohort`.
+"""Compress every scan of a table: `python encode_latents.py data=table data.table=scans.csv name=mycohort`.
 
-Writes runs/<name>/latents. The same command again skips what is done. Several processes: `accelerate launch`.
+Writes runs/<name>/latents. The same command again skips scans that are encoded already. Several GPUs: `accelerate
+launch encode_latents.py ...`.
 """
 
 import hydra

@@ -1,6 +1,6 @@
 """Evaluate a trained model: `python evaluate.py data=table data.table=scans.csv name=mycohort`.
 
-Embeds every scan, fits the probes, runs the chosen evaluations; writes runs/<name>/evaluation.
+Embeds every scan, fits the probes and runs the chosen evaluations. Writes runs/<name>/evaluation.
 """
 
 import hydra

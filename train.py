@@ -1,6 +1,6 @@
 """Train one stage: `python train.py stage=aekl data=table data.table=scans.csv name=mycohort`.
 
-The same command again resumes. Several GPUs: `accelerate launch train.py ...`. Sweeps: `python train.py -m ...`.
+The same command again resumes the run. Several GPUs: `accelerate launch train.py ...`. Sweep: `python train.py -m ...`.
 """
 
 import sys
@@ -24,5 +24,5 @@ def main(config: DictConfig) -> None:
 
 if __name__ == "__main__":
     if {"-h", "--help"} & set(sys.argv) and not any(argument.startswith("stage=") for argument in sys.argv):
-        sys.argv.append("stage=aekl")  # Hydra's help composes a config, and a stage has no default
+        sys.argv.append("stage=aekl")  # for help Hydra composes a config, in which the stage has no default
     main()

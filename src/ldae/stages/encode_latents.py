@@ -1,6 +1,7 @@
-"""Compress a cohort with a trained autoencoder: one file of all latents, a table, and latents.json.
+"""Between stages 1 and 2: compress every scan of a cohort with the trained autoencoder.
 
-Processes share the work without waiting for each other: what is done is seen on the disk (data/latent_shards.py).
+Writes one file of all latents, a table and latents.json. Several processes share the work without communicating: the
+files on disk show what is done (ldae.data.latent_shards).
 """
 
 import logging
@@ -19,7 +20,7 @@ from tqdm import tqdm
 from ldae.data.cohort import Cohort
 from ldae.data.latent_file import LATENT_FILE, LatentFile, Posterior, digest_each
 from ldae.data.latent_shards import EncodedLatents
-from ldae.data.latents import channel_scale, write_metadata
+from ldae.data.latents import REJECTED_FILE, channel_scale, write_metadata
 from ldae.data.sharing import work_order
 from ldae.data.table import scan_names, write_table
 from ldae.data.transforms import Transform
@@ -31,21 +32,30 @@ from ldae.utils.errors import UserError
 
 log = logging.getLogger(__name__)
 
-Encode = Callable[[np.ndarray, Tensor], Posterior]  # of rows and their volumes as they lie in the cache
+Encode = Callable[[np.ndarray, Tensor], Posterior]  # from rows and their volumes as stored in the cache
 
 
 def encode_cohort(
     run: Run, cohort: Cohort, folder: Path, table: Path, accelerator: Accelerator, batch_size: int
 ) -> None:
-    """Encode `cohort` with the autoencoder of `run` into `folder`; the last thing written is latents.json.
+    """Encode `cohort` with the autoencoder of `run` into `folder`. latents.json is written last.
 
-    All processes encode, and come to an end within about a batch of each other; then the main process alone writes the
-    one file, while the others return.
+    All processes encode and end within about one batch of each other. The main process then writes the file of all
+    latents, while the others return.
+
+    Args:
+        run: the run of stage 1.
+        folder: where the latents are written; what is there already is kept.
+        table: the table of the cohort, from which the name of the table of latents is derived.
+        batch_size: scans per batch.
+
+    Raises:
+        UserError: a latent is not finite.
     """
     encode = _encoder(run, cohort, accelerator)
     weights = run.sha256("autoencoder")
     encoded = EncodedLatents.find(folder, weights, cohort.table, scan_digests(cohort, accelerator.mixed_precision))
-    # Batches are cut from the whole table: in a batch of other company, sums round differently.
+    # Batches are cut from the whole table, because results are rounded differently in batches of other scans.
     rows = np.arange(len(cohort))
     batches = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
     _encode_missing(encode, cohort, encoded, batches, accelerator)
@@ -57,27 +67,27 @@ def encode_cohort(
 
 
 def scan_digests(cohort: Cohort, precision: str = "no") -> np.ndarray:
-    """Which state of its file each latent was made from, and how, (N, 16) uint8.
+    """Digest of the version of each scan's file and of the settings with which it is encoded, (N, 16) uint8.
 
-    Without the path, so that a folder of scans can move: the row's subject and session stand beside it.
+    The path is not part of it, so that a folder of scans can be moved: a latent is identified by subject and session.
 
     Args:
-        precision: of the networks, as Accelerate names it; other last digits are other latents.
+        precision: precision of the networks as Accelerate names it, since latents differ in their last digits.
     """
-    how = (cohort.transform.key(), cohort.volumes.stored_maximum, *([] if precision == "no" else [precision]))
-    return digest_each(repr((scan.size, scan.changed, *how)).encode() for scan in cohort.volumes.versions)
+    settings = (cohort.transform.key(), cohort.volumes.stored_maximum, *([] if precision == "no" else [precision]))
+    return digest_each(repr((scan.size, scan.changed, *settings)).encode() for scan in cohort.volumes.versions)
 
 
 def _encoder(run: Run, cohort: Cohort, accelerator: Accelerator) -> Encode:
     autoencoder = place_module(run.module("autoencoder", run.config.model.autoencoder), accelerator.device)
-    # As in training: on a CPU channels-last is faster for volumes, on a GPU it is not (docs/bench.md).
+    # The same memory format as in training: channels-last is faster on a CPU, but not on a GPU (docs/bench.md).
     layout = torch.channels_last_3d if accelerator.device.type == "cpu" else torch.contiguous_format
 
     def encode(rows: np.ndarray, x: Tensor) -> Posterior:
         with torch.inference_mode(), accelerator.autocast():
             x = cohort.volumes.decode(x.to(accelerator.device, non_blocking=True)).to(memory_format=layout)
             mean, std = autoencoder.encode(x)
-            mean, std = torch.stack((mean.float(), std.float())).cpu().numpy()  # one transfer
+            mean, std = torch.stack((mean.float(), std.float())).cpu().numpy()  # in one transfer
         finite = np.isfinite(mean) & np.isfinite(std)
         if not finite.all():
             bad = rows[~finite.reshape(len(rows), -1).all(axis=1)]
@@ -91,7 +101,7 @@ def _encoder(run: Run, cohort: Cohort, accelerator: Accelerator) -> Encode:
 def _encode_missing(
     encode: Encode, cohort: Cohort, encoded: EncodedLatents, batches: list[np.ndarray], accelerator: Accelerator
 ) -> None:
-    """Encode until no batch is missing, whoever encodes it."""
+    """Encode until all batches exist, whichever process has encoded them."""
     done = sum(encoded.has(rows) for rows in batches)
     if done:
         log.info("%d of %d batches of scans are encoded already", done, len(batches))
@@ -116,7 +126,7 @@ def _encode_missing(
 def _read_ahead(
     threads: ThreadPoolExecutor, cohort: Cohort, batches: Iterable[np.ndarray]
 ) -> Iterator[tuple[np.ndarray, Tensor]]:
-    """Batches and their volumes as stored, (B, 1, X, Y, Z); the next one is read while one is at work."""
+    """Batches and their volumes as stored, (B, 1, X, Y, Z). The next batch is read while the current one is used."""
     waiting: tuple[np.ndarray, Future[Tensor]] | None = None
     for rows in batches:
         following = (rows, threads.submit(cohort.volumes.read_stored, rows))
@@ -130,9 +140,9 @@ def _read_ahead(
 def _finish(run: Run, cohort: Cohort, folder: Path, table: Path, latents: LatentFile, weights: str) -> None:
     name = f"{table.stem}_with_compressed_latent.csv"
     write_table(cohort.table.assign(latent_path=LATENT_FILE), folder / name)
-    cohort.write_rejected(folder / "rejected.csv")
+    cohort.write_rejected(folder / REJECTED_FILE)
     scale, shape = channel_scale(latents.mean, latents.std, cohort.rows("train")), list(latents.mean.shape[1:])
-    about: dict[str, Any] = {
+    metadata: dict[str, Any] = {
         "table": name,
         "scans": len(latents),
         "rejected": len(cohort.rejected),
@@ -142,27 +152,32 @@ def _finish(run: Run, cohort: Cohort, folder: Path, table: Path, latents: Latent
         "autoencoder_sha256": weights,
         "autoencoder": run.metadata["step"],
         "transform": cohort.transform.key(),
-        **_training_scans(cohort),
+        **_describe_training_scans(cohort),
     }
-    write_metadata(folder, about)
+    write_metadata(folder, metadata)
     log.info("%d latents of shape %s in %s; scale %s", len(latents), shape, folder, [round(s, 4) for s in scale])
 
 
-def _training_scans(cohort: Cohort) -> dict[str, Any]:
-    """What they look like (data/likeness.py), how they were made (raw_scans.py), and their common grid, if any."""
+def _describe_training_scans(cohort: Cohort) -> dict[str, Any]:
+    """What inference needs to know about the training scans.
+
+    "likeness": values for the out-of-distribution check (ldae.scans.ood_check); "preprocess": parameters of their
+    preprocessing (ldae.scans.raw_scan); "affine": that of model space. None for what is unknown or differs between
+    scans.
+    """
     rows = cohort.rows("train")
     rows = rows[np.linspace(0, len(rows) - 1, min(len(rows), MAX_SCANS)).astype(int)]
     paths = [cohort.table["path"].iloc[row] for row in rows]
-    likeness = OodCheck.fit(cohort.volumes[row] for row in rows)
+    ood_check = OodCheck.fit(cohort.volumes[row] for row in rows)
     return {
-        "likeness": None if likeness is None else likeness.to_dict(),
+        "likeness": None if ood_check is None else ood_check.to_dict(),
         "preprocess": read_recorded_parameters(paths),
         "affine": common_affine(paths, cohort.transform),
     }
 
 
 def common_affine(paths: list[str], transform: Transform) -> list[list[float]] | None:
-    """Voxel to mm, 4x4, of model space, where all scans of `paths` lie on one grid; else None."""
+    """The affine of model space, (4, 4) from voxels to mm, if all scans of `paths` are on the same grid; else None."""
     grids = ((image.shape, image.affine) for image in map(nib.load, paths))
     shape, affine = next(grids)
     if not all(other == shape and np.allclose(matrix, affine, atol=1e-3) for other, matrix in grids):
