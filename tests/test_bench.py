@@ -10,12 +10,13 @@ import pandas as pd
 import pytest
 import torch
 from hydra.utils import instantiate
+from torch.profiler import ProfilerActivity, profile
 
 from ldae.bench import run as bench_run
 from ldae.bench import tasks
 from ldae.bench.__main__ import hydra_arguments
 from ldae.bench.measure import Cost, count_flops
-from ldae.bench.memory import compute_footprint
+from ldae.bench.memory import PASSES, compute_footprint
 from ldae.bench.results import compare_with_earlier, to_flat_numbers
 from ldae.bench.run import run_bench
 from ldae.bench.straight import PlainAdam, PlainAttention, PlainEma, use_plain_kernels
@@ -202,6 +203,22 @@ def test_the_memory_of_a_step_has_its_parameters_grows_with_the_batch_and_shrink
     assert lean.passes < two.passes
     for stage in ("aekl", "repr"):
         assert compute_footprint(config, stage, 1, checkpointing=True, reduced=True, ema=False).peak > 0
+
+
+@pytest.mark.parametrize(("stage", "batch"), [("pretrain", 32), ("repr", 4)])
+def test_the_computed_memory_of_a_step_is_within_5_percent_of_what_a_real_one_allocates(stage, batch):
+    config = composer("bench", "bench=smoke", "data.shape=[32,32,32]")()
+    trained, frozen, passes = PASSES[stage](config, batch, False)
+    for module in (*trained, *frozen):
+        module.to_empty(device="cpu")
+        for parameter in module.parameters():
+            torch.nn.init.zeros_(parameter)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        passes(lambda: torch.autocast("cpu", enabled=False))
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    allocated = np.cumsum([event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())])
+    computed = compute_footprint(config, stage, batch, checkpointing=False, reduced=False, ema=False)
+    assert computed.passes == pytest.approx(allocated.max(), rel=0.05)
 
 
 def cohort(folder):
