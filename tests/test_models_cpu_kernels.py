@@ -8,8 +8,7 @@ from monai.networks.blocks import UpSample
 from torch import nn
 
 from ldae.models.autoencoder import AutoencoderKL
-from ldae.models.blocks import ResidualBlock
-from ldae.models.cpu_kernels import CPU_KERNELS, FEWEST_VOXELS, LARGEST_IM2COL, SmallVolumeConv3d, upsampling_pays
+from ldae.models.cpu_kernels import CPU_KERNELS, FEWEST_VOXELS, LARGEST_IM2COL, SmallVolumeConv3d
 from ldae.models.gradient_estimator import GradientEstimator
 from ldae.models.group_norm import GpuGroupNorm
 from ldae.models.placement import place_module, remove_kernels
@@ -60,20 +59,15 @@ def test_convolution_of_a_small_volume(outputs, kernel, stride, padding, shape):
     assert_same_as_plain(conv, torch.randn(shape, requires_grad=True))
 
 
-@pytest.mark.parametrize("factors", [(2, 2, 2), (1, 2, 2), (3, 1, 2)])
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last_3d])
-@pytest.mark.parametrize("shape", [(2, 4, 8, 7, 6), (1, 4, 2, 3, 2)])
-def test_upsampling_residual_block(factors, layout, shape):
-    block = randomise(ResidualBlock(4, 6, 8, groups=2, dropout=0.0, upsample=factors))
-    x = torch.randn(shape).to(memory_format=layout).requires_grad_()
-    assert_same_as_plain(block, x, torch.randn(len(x), 8))
-
-
-@pytest.mark.parametrize("shape", [(2, 4, 8, 7, 6), (1, 4, 2, 3, 2)])
-def test_upsampling_of_the_autoencoder(shape):
+def upsampling() -> UpSample:
     decoder = AutoencoderKL(channels=(4, 4), residual_blocks=1, groups=2).decoder
-    upsampling = next(block for block in decoder.blocks if isinstance(block, UpSample))
-    assert_same_as_plain(upsampling, torch.randn(shape, requires_grad=True))
+    return next(block for block in decoder.blocks if isinstance(block, UpSample))
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last_3d])
+@pytest.mark.parametrize("shape", [(2, 4, 8, 7, 6), (1, 4, 9, 8, 10), (1, 4, 2, 3, 2)])
+def test_upsampling_of_the_autoencoder(layout, shape):
+    assert_same_as_plain(upsampling(), torch.randn(shape).to(memory_format=layout).requires_grad_())
 
 
 def test_group_norm_of_a_channels_last_volume_without_gradient():
@@ -191,12 +185,14 @@ def test_small_volume_convolution_leaves_the_rest_to_pytorch():
 
 
 def test_fused_upsampling_is_for_many_voxels_in_float32():
-    few, many = torch.zeros(1, 2, 2, 2, 2), torch.zeros(1, 2, FEWEST_VOXELS, 1, 1)
-    assert upsampling_pays(many)
-    assert not upsampling_pays(few)
-    assert not upsampling_pays(many.double())
+    block = place_module(upsampling(), CPU)
+    few, many = torch.zeros(1, 4, 2, 2, 2), torch.zeros(1, 4, FEWEST_VOXELS, 1, 1)
+    assert block.is_faster(many)
+    assert not block.is_faster(few)
+    assert not block.is_faster(many.double())
     with torch.autocast("cpu", torch.bfloat16):
-        assert not upsampling_pays(many)
+        assert not block.is_faster(many)
+        assert block(few).dtype is torch.bfloat16
 
 
 def test_kernels_are_chosen_by_device_and_removed_again():

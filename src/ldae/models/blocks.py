@@ -117,13 +117,9 @@ class ResidualBlock(nn.Module):
             scale, shift = scale * (1 + scale_y), shift * (1 + scale_y) + shift_y
         return torch.addcmul(shift[..., None, None, None], h, scale[..., None, None, None])  # shift + h * scale
 
-    def resample_and_convolve(self, h: Tensor) -> Tensor:
-        """The resampling, then the first convolution."""
-        return self.conv1(self.resample(h))
-
     def forward(self, x: Tensor, time: Tensor, semantic: Tensor | None = None) -> Tensor:
         """x (B, C, X, Y, Z), time (B, E), semantic (B, E) -> (B, C', X', Y', Z')."""
-        h = self.resample_and_convolve(F.silu(self.norm1(x)))
+        h = self.conv1(self.resample(F.silu(self.norm1(x))))
         h = F.silu(self.modulate(self.norm2(h), time, semantic))
         return self.shortcut(self.resample(x)) + self.conv2(self.dropout(h))
 

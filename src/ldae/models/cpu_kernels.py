@@ -6,20 +6,18 @@ measures what each one saves.
 """
 
 import math
-from collections.abc import Sequence
 
 import torch
 from monai.networks.blocks import UpSample
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ldae.models.blocks import ResidualBlock
 from ldae.models.semantic_encoder import SemanticEncoder
 
 # PyTorch computes a float32 convolution of one sample with oneDNN only if C * X * Y is larger than this, or if it has
 # groups (2.13, aten/src/ATen/native/Convolution.cpp, use_mkldnn). Smaller ones go through im2col, at half the speed.
 LARGEST_IM2COL = 20480
-# With fewer voxels than this, reading the larger kernel takes longer than the multiplications that it saves.
+# With fewer voxels, reading the larger kernel of CpuUpSample takes longer than the multiplications that it saves.
 FEWEST_VOXELS = 512
 
 
@@ -54,50 +52,30 @@ class SmallVolumeConv3d(nn.Conv3d):
         )
 
 
-def upsampling_pays(x: Tensor) -> bool:
-    """Whether `upsample_and_convolve` is faster for x (B, C, X, Y, Z) than upsampling and convolving it."""
-    return _computes_in_float32(x) and len(x) * x.shape[2:].numel() >= FEWEST_VOXELS
-
-
-def upsample_and_convolve(x: Tensor, conv: nn.Conv3d, factors: Sequence[int]) -> Tensor:
-    """conv(nearest-neighbour upsampling of x), computed from the small volume.
-
-    Equal voxels are multiplied by the sum of the kernel's planes that meet them, so that one transposed convolution
-    with
-    these sums gives the result: a kernel of 4 and a stride of 2 along a doubled axis, 8 multiplications instead of 27.
-
-    Args:
-        x: (B, C, X, Y, Z).
-        conv: a convolution of size 3 with a padding of 1.
-        factors: of the upsampling along x, y and z.
-    """
-    kernel = conv.weight.flip(2, 3, 4).transpose(0, 1)
-    for axis, factor in enumerate(factors):
-        paddings = [[0] * 6 for _ in range(factor)]
-        for shift, padding in enumerate(paddings):
-            padding[4 - 2 * axis : 6 - 2 * axis] = shift, factor - 1 - shift
-        kernel = sum(F.pad(kernel, padding) for padding in paddings)  # (C, C', 2 + factor, ...)
-    return F.conv_transpose3d(x, kernel, conv.bias, stride=tuple(factors), padding=1)
-
-
-class CpuResidualBlock(ResidualBlock):
-    """ResidualBlock whose upsampling is part of its first convolution."""
-
-    def resample_and_convolve(self, h: Tensor) -> Tensor:
-        """See ResidualBlock."""
-        if isinstance(self.resample, nn.Upsample) and upsampling_pays(h):
-            return upsample_and_convolve(h, self.conv1, [int(factor) for factor in self.resample.scale_factor])
-        return super().resample_and_convolve(h)
-
-
 class CpuUpSample(UpSample):
-    """MONAI's UpSample of the autoencoder, whose upsampling is part of its convolution."""
+    """MONAI's nearest-neighbour upsampling and convolution of the autoencoder, as one transposed convolution.
+
+    Equal voxels are multiplied by the sum of the kernel's planes that meet them. A transposed convolution of the small
+    volume with these sums, a kernel of 4 and a stride of 2, takes 8 multiplications instead of 27.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, X, Y, Z) -> (B, C, 2 X, 2 Y, 2 Z)."""
-        if upsampling_pays(x):
-            return upsample_and_convolve(x, self.postconv.conv, (2, 2, 2))
-        return super().forward(x)
+        if not self.is_faster(x):
+            return super().forward(x)
+        conv = self.postconv.conv  # of size 3, with a padding of 1
+        kernel = conv.weight.flip(2, 3, 4).transpose(0, 1)  # (C, C, 3, 3, 3)
+        for axis in (2, 3, 4):
+            before = [0] * 6
+            before[8 - 2 * axis] = 1  # F.pad counts from the last axis on
+            after = before[:]
+            after[8 - 2 * axis : 10 - 2 * axis] = 0, 1
+            kernel = F.pad(kernel, before) + F.pad(kernel, after)
+        return F.conv_transpose3d(x, kernel, conv.bias, stride=2, padding=1)
+
+    def is_faster(self, x: Tensor) -> bool:
+        """Whether this kernel is faster for x (B, C, X, Y, Z)."""
+        return _computes_in_float32(x) and len(x) * x.shape[2:].numel() >= FEWEST_VOXELS
 
 
 class CpuGroupNorm(nn.GroupNorm):
@@ -153,7 +131,6 @@ class CpuSemanticEncoder(SemanticEncoder):
 
 CPU_KERNELS: dict[type[nn.Module], type[nn.Module]] = {
     nn.Conv3d: SmallVolumeConv3d,
-    ResidualBlock: CpuResidualBlock,
     UpSample: CpuUpSample,
     nn.GroupNorm: CpuGroupNorm,
     SemanticEncoder: CpuSemanticEncoder,
