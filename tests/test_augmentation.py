@@ -1,4 +1,4 @@
-"""Augmentation: drawn by sample, applied to whole batches as one would apply it to each scan; moves are of voxels."""
+"""Proves that augmentation depends on the sample alone, and is applied to a batch as to each scan, in voxels."""
 
 import math
 
@@ -19,7 +19,7 @@ def augment(change: Augmentation, x: Tensor, seed: int, keys) -> Tensor:
 
 
 def plainly(change: Augmentation, x: Tensor, seed: int, keys) -> Tensor:
-    """Scan by scan, in float64, with PyTorch's own grid."""
+    """The same scan by scan, in float64 and with `affine_grid`."""
     result = []
     for volume, key in zip(x.double(), keys, strict=True):
         drawn = torch.rand(12, generator=make_generator(seed, "augmentation", key), dtype=torch.float64)
@@ -51,7 +51,7 @@ def moved(change: Augmentation, volume: Tensor, angles: list, sizes: list, moves
 
 
 @pytest.mark.parametrize("names", [*([name] for name in ALL), ["flip", "rotation"], list(ALL)], ids="-".join)
-def test_a_batch_is_changed_as_each_scan_would_be(names: list[str]) -> None:
+def test_a_batch_is_changed_like_its_scans_one_by_one(names: list[str]) -> None:
     x = torch.rand(6, 1, 10, 12, 8, generator=make_generator(0, "x"))
     change = Augmentation(**{name: ALL[name] for name in names})
     found = augment(change, x, 3, range(10, 16))
@@ -81,8 +81,8 @@ def test_augmentation_is_off_by_default() -> None:
     assert not Augmentation(shift=0.1).is_off
 
 
-def test_augmentation_belongs_to_the_sample() -> None:
-    """Same key, same change, in whatever company."""
+def test_augmentation_depends_on_the_sample_alone() -> None:
+    """The same key gives the same change in any batch."""
     x = torch.rand(4, 1, 10, 12, 8)
     change = Augmentation(**ALL)
     found = augment(change, x, 3, [10, 11, 12, 13])
@@ -98,14 +98,14 @@ def test_augmentation_belongs_to_the_sample() -> None:
 
 
 def test_no_value_is_read_back_from_the_device() -> None:
-    """`meta` has none: reading one raises, and so does mixing in what was left on the host."""
+    """On `meta` there are no values: reading one raises, and so does mixing with tensors on the CPU."""
     change, shape = Augmentation(**ALL), (128, 160, 128)
     drawn = {name: value.to("meta") for name, value in change.draw(0, [0, 1], shape).items()}
     found = change.apply(torch.empty(2, 1, *shape, device="meta"), drawn)
     assert (found.shape, found.dtype, found.device.type) == ((2, 1, *shape), torch.float32, "meta")
 
 
-def test_autocast_does_not_blur_where_voxels_come_from() -> None:
+def test_autocast_does_not_round_the_coordinates() -> None:
     x = torch.rand(2, 1, 16, 20, 12)
     plain = augment(Augmentation(**ALL), x, 0, [0, 1])
     with torch.autocast("cpu", torch.bfloat16):
@@ -114,7 +114,7 @@ def test_autocast_does_not_blur_where_voxels_come_from() -> None:
     torch.testing.assert_close(found, plain, atol=1e-6, rtol=0)
 
 
-def test_a_flip_reverses_x_and_an_unmoved_volume_is_itself() -> None:
+def test_a_flip_reverses_x_and_a_tiny_rotation_changes_nothing() -> None:
     x = torch.rand(3, 1, 5, 6, 7)
     assert torch.equal(augment(Augmentation(flip=1.0), x, 0, range(3)), x.flip(2))
     tiny = augment(Augmentation(rotation=1e-7), x, 0, range(3))
@@ -122,12 +122,12 @@ def test_a_flip_reverses_x_and_an_unmoved_volume_is_itself() -> None:
 
 
 def along(volume: Tensor, axis: int) -> Tensor:
-    """What lies in each plane across `axis` of (1, 1, X, Y, Z)."""
+    """Sum over each plane perpendicular to `axis` of (1, 1, X, Y, Z)."""
     return volume.sum(tuple({0, 1, 2, 3, 4} - {axis + 2}))
 
 
-def test_moves_are_in_voxels_whatever_the_shape() -> None:
-    """A cube turned about its own centre stays a cube of the same size, though the axes differ in length."""
+def test_rotations_and_translations_are_in_voxels_for_any_shape() -> None:
+    """A cube that is rotated about its centre remains a cube of the same size, although the axes differ in length."""
     x = torch.zeros(1, 1, 40, 60, 30)
     x[..., 15:25, 25:35, 10:20] = 1
     for key in range(5):

@@ -1,7 +1,4 @@
-"""Proves the whole chain through the real scripts.
-
-Files, resume, skipping, refusal of what does not fit, two processes, and the tutorial on what the chain leaves.
-"""
+"""Runs the whole chain through the scripts: files, resuming, refusals, a sweep, and the tutorial on its results."""
 
 import json
 import os
@@ -37,7 +34,7 @@ def latents_of(folder):
     return load_numpy(folder / "runs/smoke/latents/latents.safetensors")
 
 
-def test_every_stage_leaves_what_it_promises(smoke):
+def test_every_stage_writes_its_files(smoke):
     for stage in STAGES:
         run = smoke / "runs/smoke" / stage
         for name in ("config.yaml", "metrics.jsonl", "weights/metadata.json", "tensorboard", "rejected.csv"):
@@ -48,11 +45,11 @@ def test_every_stage_leaves_what_it_promises(smoke):
     assert len(hashes) == 1
 
 
-def test_latents_have_unit_variance_on_train_and_name_their_autoencoder(smoke):
+def test_latents_have_unit_variance_on_the_training_split(smoke):
     folder = smoke / "runs/smoke/latents"
     about = json.loads((folder / "latents.json").read_text())
     table = pd.read_csv(folder / about["table"])
-    # A row of the table is a row of the one file.
+    # The rows of the table are those of the file.
     (name,) = set(table["latent_path"])
     latents = load_numpy(folder / name)
     train = np.flatnonzero(table["split"] == "train")
@@ -63,8 +60,8 @@ def test_latents_have_unit_variance_on_train_and_name_their_autoencoder(smoke):
     np.testing.assert_allclose(z.std(axis=(0, 2, 3, 4)), 1, atol=0.1)
 
 
-def test_the_trunk_is_frozen_in_stage_3(smoke):
-    """What stage 3 publishes holds no trunk, and the U-Net's file is the one of stage 2."""
+def test_stage_3_publishes_no_part_of_the_frozen_u_net(smoke):
+    """It publishes encoder and estimator, and its metadata name the U-Net of stage 2."""
     metadata = json.loads((smoke / "runs/smoke/repr/weights/metadata.json").read_text())
     assert set(metadata["weights"]) == {"encoder", "estimator"}
     stage2 = json.loads((smoke / "runs/smoke/pretrain/weights/metadata.json").read_text())
@@ -80,7 +77,7 @@ def test_a_finished_stage_is_not_trained_again(copied):
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_two_and_two_steps_equal_four_to_the_bit(copied, stage):
-    """The state at step 2 goes on to the weights of the run that was never stopped."""
+    """A run that is resumed at step 2 ends with the weights of the run that was not interrupted."""
     run = copied / "runs/smoke" / stage
     whole = {p.name: load_file(p) for p in (run / "state").glob("*.safetensors")}["step_00000004.safetensors"]
     for path in (run / "state").glob("step_00000004.*"):
@@ -97,7 +94,7 @@ def test_two_and_two_steps_equal_four_to_the_bit(copied, stage):
     ("stage", "start"), [("pretrain", "pretrain/weights/unet.safetensors"), ("repr", "repr/weights")]
 )
 def test_a_stage_starts_from_given_weights(copied, stage, start):
-    """With a learning rate of 0, what is published is what was started from."""
+    """With a learning rate of 0, the published weights are those that training started from."""
     shutil.copytree(copied / "runs/smoke" / stage, copied / "earlier" / stage)
     shutil.rmtree(copied / "runs/smoke" / stage)
     start = copied / "earlier" / start
@@ -113,7 +110,7 @@ def test_a_stage_starts_from_given_weights(copied, stage, start):
     assert "nowhere" in refused.stderr.splitlines()[-1]
 
 
-def test_encoding_skips_what_is_done_and_replaces_what_is_damaged(copied):
+def test_encoding_keeps_intact_latents_and_replaces_damaged_ones(copied):
     path = copied / "runs/smoke/latents/latents.safetensors"
     good = path.read_bytes()
     damaged = bytearray(good)
@@ -156,7 +153,7 @@ def test_another_split_is_refused(copied):
     assert "Traceback" not in result.stderr
 
 
-def test_a_sweep_keeps_its_runs_apart(copied):
+def test_the_jobs_of_a_sweep_have_folders_of_their_own(copied):
     run_script("train", "-m", "experiment=smoke", "stage=pretrain", "optim.lr=0.001,0.002", cwd=copied)
     runs = sorted(p.name for p in (copied / "runs/smoke").glob("pretrain@*"))
     assert len(runs) == 2
@@ -164,7 +161,7 @@ def test_a_sweep_keeps_its_runs_apart(copied):
     assert any(not torch.equal(first[name], second[name]) for name in first)
 
 
-def test_the_embeddings_table_and_metrics_are_written(smoke):
+def test_metrics_and_report_are_written(smoke):
     folder = smoke / "runs/smoke/evaluation"
     metrics = json.loads((folder / "metrics.json").read_text())
     assert all(isinstance(value, (int, float)) for value in metrics.values())

@@ -1,4 +1,4 @@
-"""Proves the config: every experiment, stage and group option composes; a typo fails with its full key."""
+"""Proves that every experiment, stage and group option composes, and that a mistake is named with its full key."""
 
 import pytest
 from hydra import compose, initialize_config_dir
@@ -30,7 +30,7 @@ def test_every_experiment_composes_for_every_stage(stage, experiment):
 
 @pytest.mark.parametrize("primary", ["encode_latents", "evaluate"])
 @pytest.mark.parametrize("experiment", group("experiment"))
-def test_the_other_scripts_take_the_same_experiments(primary, experiment):
+def test_every_experiment_composes_for_the_other_scripts(primary, experiment):
     OmegaConf.resolve(composed(f"experiment={experiment}", "data.table=scans.csv", primary=primary))
 
 
@@ -54,7 +54,7 @@ def test_every_group_option_composes_and_its_arguments_exist(choice):
     check_constructor_arguments(config)
 
 
-def test_single_networks_are_swapped_inside_a_bundle():
+def test_a_single_network_of_a_model_can_be_replaced():
     config = composed("stage=pretrain", "model=base", "model/unet=tiny")
     assert config.model.unet.base == composed("stage=pretrain", "model=tiny").model.unet.base
     assert config.model.unet.in_channels == config.model.autoencoder.latent_channels
@@ -87,6 +87,12 @@ def test_an_argument_that_a_class_does_not_take_is_named_in_full():
         check_constructor_arguments(config)
 
 
+def test_a_renamed_argument_is_refused_with_its_new_name():
+    config = composed("stage=aekl", "+model.autoencoder.tile=4")
+    with pytest.raises(UserError, match=r"'model\.autoencoder\.tile' is now 'model\.autoencoder\.inference_planes'"):
+        check_constructor_arguments(config)
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -98,12 +104,12 @@ def test_an_argument_that_a_class_does_not_take_is_named_in_full():
         (["evaluate", "experiment=smoke"], "stage=aekl"),
     ],
 )
-def test_wrong_input_is_one_clear_line_and_a_non_zero_exit(tmp_path, arguments, says):
+def test_a_wrong_input_gives_one_line_and_a_non_zero_exit_status(tmp_path, arguments, says):
     result = run_script(*arguments, cwd=tmp_path, check=False)
     assert result.returncode != 0
     assert says in result.stderr
     assert "Traceback" not in result.stderr
-    assert not (tmp_path / "data").exists(), "nothing was made before the mistake was said"
+    assert not (tmp_path / "data").exists(), "the mistake is reported before anything is made"
 
 
 @pytest.mark.parametrize("flag", ["-h", "--help"])

@@ -1,4 +1,4 @@
-"""Proves that a label map is read once, that cached regions equal fresh ones, and that a damaged one is never used."""
+"""Proves that a label map is read once, that cached regions equal computed ones, and that a damaged one is not used."""
 
 import os
 import threading
@@ -17,7 +17,7 @@ VENTRICLES, HIPPOCAMPI, OTHER = (49, 51), (47, 48), (60,)
 
 @pytest.fixture
 def transform():
-    """A new Transform, with a count of the regions that it resampled."""
+    """A Transform that counts the regions that it resamples."""
 
     class Counting(Transform):
         resampled = 0
@@ -30,7 +30,7 @@ def transform():
 
 
 def label_map(path, seed=0):
-    """Boxes of labels at places of this seed, oblique, with voxels of 2 mm."""
+    """Write a label map of boxes at random places, oblique, with voxels of 2 mm."""
     rng = np.random.default_rng(seed)
     data = np.zeros((24, 30, 26), np.int16)
     for label in (*VENTRICLES, *HIPPOCAMPI, *OTHER):
@@ -41,7 +41,7 @@ def label_map(path, seed=0):
     return path
 
 
-def test_regions_equal_fresh_ones_and_each_map_is_read_once(tmp_path, transform, monkeypatch):
+def test_cached_regions_equal_computed_ones_and_each_map_is_read_once(tmp_path, transform, monkeypatch):
     maps = [label_map(tmp_path / f"{seed}.nii.gz", seed) for seed in range(3)]
     plain = Transform(transform.shape, transform.spacing)
     fresh = {labels: np.stack([plain.fraction(path, labels) for path in maps]) for labels in (VENTRICLES, HIPPOCAMPI)}
@@ -61,7 +61,7 @@ def test_regions_equal_fresh_ones_and_each_map_is_read_once(tmp_path, transform,
     assert transform.resampled == 2 * len(maps)
 
 
-def test_a_region_that_was_not_announced_is_made_when_it_is_asked_for(tmp_path, transform):
+def test_a_region_that_was_not_announced_is_made_on_request(tmp_path, transform):
     path, cache = label_map(tmp_path / "map.nii.gz"), RegionCache(tmp_path / "cache", transform, [VENTRICLES])
     expected = Transform(transform.shape, transform.spacing).fraction(path, OTHER)
     for _ in range(2):
@@ -70,7 +70,7 @@ def test_a_region_that_was_not_announced_is_made_when_it_is_asked_for(tmp_path, 
     assert transform.resampled == 2
 
 
-def test_another_file_transform_or_region_has_another_place(tmp_path, transform):
+def test_another_version_transform_or_region_has_another_file(tmp_path, transform):
     path, cache = label_map(tmp_path / "map.nii.gz"), RegionCache(tmp_path, transform)
     places = {cache.file(path, VENTRICLES), cache.file(path, HIPPOCAMPI)}
     places.add(RegionCache(tmp_path, Transform((12, 14, 12), 4.0)).file(path, VENTRICLES))
@@ -83,7 +83,7 @@ def test_another_file_transform_or_region_has_another_place(tmp_path, transform)
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "foreign"])
-def test_a_damaged_file_is_made_again(tmp_path, transform, caplog, damage):
+def test_a_damaged_cache_file_is_made_again(tmp_path, transform, caplog, damage):
     path, cache = label_map(tmp_path / "map.nii.gz"), RegionCache(tmp_path / "cache", transform)
     expected, file = cache.fraction(path, VENTRICLES), cache.file(path, VENTRICLES)
     content = bytearray(file.read_bytes())
@@ -110,8 +110,8 @@ def test_a_label_map_that_cannot_be_used_is_named(tmp_path, transform):
     assert not list((tmp_path / "cache").rglob("*.region"))
 
 
-def test_many_may_ask_at_once(tmp_path, transform):
-    """All get the whole region, and nothing but whole files is left."""
+def test_several_threads_may_ask_for_a_region_at_once(tmp_path, transform):
+    """All get the complete region, and only complete files are left."""
     path = label_map(tmp_path / "map.nii.gz")
     expected, found = Transform(transform.shape, transform.spacing).fraction(path, VENTRICLES), []
 

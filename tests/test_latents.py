@@ -1,7 +1,7 @@
-"""Proves that the latents of a cohort are one file with the same contents however they came about.
+"""Proves that the file of latents has the same content in whichever way it was made.
 
-One process or several, killed or not, from NPZ files of an earlier version; scans that changed and bytes that were
-damaged are encoded again, and what is foreign, cut or incomplete is refused in one line.
+By one process or several, interrupted or not, or from NPZ files of an earlier version. Scans that changed and latents
+that are damaged are encoded again; foreign, truncated and incomplete files are refused in one line.
 """
 
 import json
@@ -32,7 +32,7 @@ WEIGHTS = "5" * 64
 
 
 class Encoder(torch.nn.Module):
-    """Stands for an autoencoder; counts batches, and fails at one where it is told to."""
+    """In place of an autoencoder: counts batches, and is interrupted at batch `fail_at`."""
 
     def __init__(self, fail_at=None, factor=1.0):
         super().__init__()
@@ -68,7 +68,7 @@ def accelerator(index=0, count=1, barrier=None):
 
 @pytest.fixture(scope="module")
 def scans(tmp_path_factory):
-    """A folder with scans, their table and their cache."""
+    """A folder with scans and their table."""
     folder, rng, rows = tmp_path_factory.mktemp("scans"), np.random.default_rng(0), []
     for number in range(SCANS):
         image = nib.Nifti1Image(rng.random((8, 8, 8), np.float32), np.diag([2.0, 2, 2, 1]))
@@ -88,7 +88,7 @@ def cohort(scans):
 
 
 def encode(scans, folder, encoder=None, weights=WEIGHTS, processes=1):
-    """Encode into `folder`, by threads that stand for processes; how many batches each encoded."""
+    """Encode into `folder` in threads, one per process. Returns the number of batches that each encoded."""
     encoders = [encoder or Encoder() for _ in range(processes)]
     barrier, of_all = threading.Barrier(processes, timeout=60), cohort(scans)
     arguments = [(run(e, weights), of_all, folder, Path("scans.csv")) for e in encoders]
@@ -110,20 +110,20 @@ def contents(folder):
 
 @pytest.fixture(scope="module")
 def whole(scans, tmp_path_factory):
-    """The latents of one process that was never disturbed."""
+    """The latents of one process that was not interrupted."""
     folder = tmp_path_factory.mktemp("whole")
     assert encode(scans, folder) == [SCANS // BATCH]
     return folder
 
 
 def expected(scans):
-    """Mean and std of all scans."""
+    """Posterior mean and standard deviation of all scans."""
     parts = [Encoder().encode(cohort(scans).volumes.batch([row])) for row in range(SCANS)]
     return tuple(torch.cat(part) for part in zip(*parts, strict=True))
 
 
 def npz_folder(scans, folder, weights=WEIGHTS):
-    """A folder as earlier versions left it."""
+    """A folder as earlier versions wrote it."""
     table = read_table(scans / "scans.csv")
     names = [npz_name(row.subject, row.session) for row in table.itertuples()]
     for name, mean, std in zip(names, *expected(scans), strict=True):
@@ -133,7 +133,7 @@ def npz_folder(scans, folder, weights=WEIGHTS):
     write_metadata(folder, about)
 
 
-def test_one_file_holds_what_npz_files_held_to_the_bit(scans, whole, tmp_path):
+def test_the_file_of_latents_equals_the_npz_files_to_the_bit(scans, whole, tmp_path):
     npz_folder(scans, tmp_path)
     new, old = LatentSet.open(whole), LatentSet.open(tmp_path)
     for mine, theirs, right in zip((new.mean, new.std), (old.mean, old.std), expected(scans), strict=True):
@@ -173,13 +173,13 @@ def test_a_fast_process_helps_a_slow_one(scans, whole, tmp_path):
     assert contents(tmp_path) == contents(whole)
 
 
-def test_a_killed_run_goes_on_where_it_was(scans, whole, tmp_path, caplog):
+def test_an_interrupted_run_is_continued(scans, whole, tmp_path, caplog):
     with pytest.raises(KeyboardInterrupt):
         encode(scans, tmp_path, Encoder(fail_at=3))
     shards = sorted(tmp_path.rglob("shards/*.safetensors"))
     assert len(shards) == 3
     assert not (tmp_path / METADATA_FILE).exists()
-    shards[0].write_bytes(shards[0].read_bytes()[:-5])  # torn by a disk that lost its power
+    shards[0].write_bytes(shards[0].read_bytes()[:-5])  # truncated by a power failure
     (tmp_path / "shards" / ".tmp-00-x.safetensors").write_bytes(b"half")
     caplog.set_level("INFO")
     assert encode(scans, tmp_path) == [3]
@@ -187,7 +187,7 @@ def test_a_killed_run_goes_on_where_it_was(scans, whole, tmp_path, caplog):
     assert contents(tmp_path) == contents(whole)
 
 
-def test_what_is_finished_is_neither_encoded_nor_written_again(scans, tmp_path):
+def test_finished_latents_are_neither_encoded_nor_written_again(scans, tmp_path):
     encode(scans, tmp_path)
     before = (tmp_path / LATENT_FILE).stat()
     assert encode(scans, tmp_path) == [0]
@@ -198,7 +198,7 @@ def test_what_is_finished_is_neither_encoded_nor_written_again(scans, tmp_path):
 def test_a_damaged_row_is_encoded_again(scans, whole, tmp_path):
     encode(scans, tmp_path)
     data = bytearray((tmp_path / LATENT_FILE).read_bytes())
-    data[len(data) // 2] ^= 64  # within the deviations
+    data[len(data) // 2] ^= 64  # within the standard deviations
     (tmp_path / LATENT_FILE).write_bytes(data)
     assert encode(scans, tmp_path) == [1]
     assert contents(tmp_path) == contents(whole)
@@ -219,7 +219,7 @@ def test_a_scan_that_changed_is_encoded_again_and_no_other(scans, tmp_path):
     os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
 
 
-def test_npz_files_of_an_earlier_version_are_taken_over(scans, whole, tmp_path, caplog):
+def test_npz_files_of_an_earlier_version_are_used(scans, whole, tmp_path, caplog):
     npz_folder(scans, tmp_path)
     caplog.set_level("INFO")
     damaged = tmp_path / npz_name("s3", "ses-M000")
@@ -231,28 +231,28 @@ def test_npz_files_of_an_earlier_version_are_taken_over(scans, whole, tmp_path, 
 
 
 @pytest.mark.parametrize("old", [npz_folder, lambda scans, folder, weights: encode(scans, folder, weights=weights)])
-def test_latents_of_another_autoencoder_are_never_taken(scans, tmp_path, caplog, old):
+def test_latents_of_another_autoencoder_are_not_used(scans, tmp_path, caplog, old):
     old(scans, tmp_path, "other")
     assert encode(scans, tmp_path, Encoder(factor=3.0)) == [SCANS // BATCH]
     assert "another autoencoder" in caplog.text
     assert torch.equal(LatentSet.open(tmp_path).mean, expected(scans)[0] * 3)
 
 
-def test_latents_that_are_not_finite_name_their_scans(scans, tmp_path):
+def test_non_finite_latents_are_refused_with_the_names_of_their_scans(scans, tmp_path):
     with pytest.raises(UserError, match="not finite for s0 ses-M000, s1 ses-M000") as caught:
         encode(scans, tmp_path, Encoder(factor=float("inf")))
     assert "\n" not in str(caught.value)
 
 
 def made_up(folder, count, shape=(2, 2, 1, 1), file_of=None, weights=WEIGHTS):
-    """A folder with `count` random latents, in a file of the rows `file_of` of its table."""
+    """A folder with a table of `count` scans and a file with random latents of its rows `file_of`."""
     rows = [(f"s{n}", "ses-M000", f"{n}.nii", "CN", 70, ("train", "val")[n % 2], LATENT_FILE) for n in range(count)]
     columns = ["subject", "session", "path", "diagnosis", "age", "split", "latent_path"]
     table = pd.DataFrame(rows, columns=columns)
     row = digest_rows(table)[slice(None) if file_of is None else file_of]
     rng = np.random.default_rng(0)
     mean, std = rng.standard_normal((2, len(row), *shape), dtype=np.float32)
-    # In batches of 7, to be written in pieces.
+    # Written in batches of 7.
     parts = [(mean[i : i + 7], std[i : i + 7]) for i in range(0, len(row), 7)]
     write_latents(folder / LATENT_FILE, weights, row, row, parts)
     write_table(table, folder / "scans.csv")
@@ -261,7 +261,7 @@ def made_up(folder, count, shape=(2, 2, 1, 1), file_of=None, weights=WEIGHTS):
     return mean, std
 
 
-def test_thousands_are_opened_at_once_and_mapped_not_copied(tmp_path):
+def test_thousands_of_latents_are_mapped_and_not_copied(tmp_path):
     mean, std = made_up(tmp_path, 5000)
     start = time.perf_counter()
     latents = LatentSet.open(tmp_path)
@@ -275,7 +275,7 @@ def test_thousands_are_opened_at_once_and_mapped_not_copied(tmp_path):
     assert any(begin <= address < end for begin, end in spans)
 
 
-def test_a_table_in_another_order_finds_its_rows(tmp_path):
+def test_a_table_in_another_order_has_the_right_latents(tmp_path):
     mean, _ = made_up(tmp_path, 20)
     table = read_table(tmp_path / "scans.csv", require_files=False)
     write_table(table.iloc[[7, 3, 12]], tmp_path / "scans.csv")
@@ -287,7 +287,7 @@ def cut(path):
 
 
 def other_shape(path):
-    """The header tells of the same bytes as another grid in `std`."""
+    """The header describes the bytes of `std` as another grid."""
     data = path.read_bytes()
     std = data.index(b'"std"')
     path.write_bytes(data[:std] + data[std:].replace(b"[9,2,2,1,1]", b"[9,2,1,2,1]", 1))
@@ -330,7 +330,7 @@ def test_a_foreign_file_and_a_missing_row_are_refused(tmp_path):
         LatentSet.open(tmp_path)
 
 
-def test_batches_of_another_shape_and_number_write_nothing(tmp_path):
+def test_batches_of_a_wrong_shape_or_number_are_not_written(tmp_path):
     row, first = np.zeros((3, 16), np.uint8), np.zeros((2, 3, 2, 2, 2), np.float32)
     with pytest.raises(UserError, match="differ in shape"):
         write_latents(tmp_path / LATENT_FILE, WEIGHTS, row, row, [(first, first), (first[:1, :2], first[:1, :2])])
@@ -339,7 +339,7 @@ def test_batches_of_another_shape_and_number_write_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_the_scale_of_channels_is_that_of_all_values_at_once(tmp_path):
+def test_the_scale_computed_in_chunks_is_that_of_all_values(tmp_path):
     count, rng = 2 * CHUNK + 9, np.random.default_rng(3)
     mean = (rng.standard_normal((count, 2, 2, 3, 1)) * [[[[3]]], [[[0.2]]]] + 5).astype(np.float32)
     std = rng.random((count, 2, 2, 3, 1), np.float32)
@@ -350,7 +350,7 @@ def test_the_scale_of_channels_is_that_of_all_values_at_once(tmp_path):
     np.testing.assert_allclose(channel_scale(torch.from_numpy(mean), torch.from_numpy(std), rows), right, rtol=1e-9)
 
 
-def test_the_moments_are_those_of_all_rows_at_once(tmp_path):
+def test_the_moments_computed_in_chunks_are_those_of_all_rows(tmp_path):
     mean, std = made_up(tmp_path, 2 * CHUNK + 3)
     latents = LatentSet.open(tmp_path)
     rows = latents.rows("train")
@@ -362,7 +362,7 @@ def test_the_moments_are_those_of_all_rows_at_once(tmp_path):
     assert LatentFile.open(tmp_path / LATENT_FILE, WEIGHTS).is_intact()
 
 
-def test_latents_of_another_precision_are_other_latents(scans):
+def test_the_digests_of_scans_change_with_the_precision(scans):
     read = cohort(scans)
     assert (scan_digests(read, "no") == scan_digests(read)).all()
     assert not (scan_digests(read, "bf16") == scan_digests(read)).all(axis=1).any()

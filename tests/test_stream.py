@@ -1,4 +1,4 @@
-"""The sample stream is a function of position: resumable, complete, the same for one process, thread or several."""
+"""Proves that the order of samples is a function of position, the same for any number of processes and threads."""
 
 import subprocess
 import sys
@@ -14,14 +14,14 @@ import torch
 from ldae.data.stream import Batches, SampleStream
 from ldae.utils.errors import UserError
 
-WAIT = 10  # seconds until a thread that should have come counts as missing
+WAIT = 10  # seconds to wait for a thread before the test fails
 
 
 def fetch(index: np.ndarray, position: np.ndarray, number: int) -> dict:
     return {"x": index * 10, "drawn": position * 100 + number}
 
 
-def test_every_epoch_has_every_sample_once_in_its_own_order() -> None:
+def test_every_epoch_has_every_sample_once_in_an_order_of_its_own() -> None:
     stream = SampleStream(7, seed=3)
     epochs = stream.indices(0, 28).reshape(4, 7)
     assert (np.sort(epochs, axis=1) == np.arange(7)).all()
@@ -30,7 +30,7 @@ def test_every_epoch_has_every_sample_once_in_its_own_order() -> None:
     assert epochs.dtype == np.int64
 
 
-def test_a_piece_of_the_stream_needs_no_past() -> None:
+def test_part_of_the_stream_can_be_computed_alone() -> None:
     whole = SampleStream(5, seed=0).indices(0, 200)
     for start, count in [(0, 3), (4, 2), (13, 50), (199, 1), (100, 0)]:
         np.testing.assert_array_equal(SampleStream(5, seed=0).indices(start, count), whole[start : start + count])
@@ -39,17 +39,17 @@ def test_a_piece_of_the_stream_needs_no_past() -> None:
     np.testing.assert_array_equal(SampleStream(5, seed=0).at(np.array([[17, 3], [99, 17]])), whole[[[17, 3], [99, 17]]])
 
 
-def test_no_samples_is_the_users_error() -> None:
+def test_a_stream_without_samples_is_refused() -> None:
     with pytest.raises(UserError):
         SampleStream(0, seed=0)
 
 
 def test_the_order_is_pinned() -> None:
-    """A run must resume in the order it began with, also under a later version."""
+    """A run must be resumed in the order in which it was started, also with a later version."""
     assert SampleStream(8, seed=0).indices(0, 8).tolist() == [4, 2, 0, 7, 6, 5, 1, 3]
 
 
-def test_threads_share_a_stream() -> None:
+def test_several_threads_may_use_a_stream() -> None:
     stream, alone = SampleStream(50, 3), SampleStream(50, 3)
     starts = [50 * (number * 7 % 40) for number in range(200)]
     with ThreadPoolExecutor(8) as pool:
@@ -70,8 +70,8 @@ def test_steps_follow_the_stream() -> None:
 
 
 @pytest.mark.parametrize("accumulate", [1, 3])
-def test_processes_share_the_batch_of_one(accumulate: int) -> None:
-    """In every micro-batch, two processes of 2 see together what one of 4 sees."""
+def test_two_processes_see_together_what_one_process_sees(accumulate: int) -> None:
+    """In every micro-batch, two processes with batches of 2 use the samples of one with batches of 4."""
     stream = SampleStream(9, 5)
     one = Batches(fetch, stream, 4, accumulate)
     two = [Batches(fetch, stream, 2, accumulate, rank, world=2) for rank in range(2)]
@@ -95,8 +95,8 @@ def test_a_resumed_run_sees_what_the_uninterrupted_one_sees() -> None:
 
 
 @pytest.mark.parametrize("workers", [None, 2, 5])
-def test_reader_threads_change_no_batch(workers: int | None) -> None:
-    """Whatever takes longest: the batches come in the order of the steps."""
+def test_the_number_of_threads_changes_no_batch(workers: int | None) -> None:
+    """Batches come in the order of the steps, although some take longer to read."""
 
     def slow(index: np.ndarray, position: np.ndarray, number: int) -> dict:
         time.sleep(0.01 * (number % 4 == 0))
@@ -111,7 +111,7 @@ def test_reader_threads_change_no_batch(workers: int | None) -> None:
 
 
 class Gate:
-    """A fetch that notes the numbers it was called with and holds some of them until they are let go."""
+    """A fetch that records the numbers it was called with, and blocks at some of them until `open` is set."""
 
     def __init__(self, *held: int) -> None:
         self.held, self.calls, self.threads = held, [], set()
@@ -127,17 +127,17 @@ class Gate:
         return {}
 
     def has(self, *numbers: int) -> bool:
-        """Whether all of these were called for, waiting for it."""
+        """Whether it is called with all of these numbers within `WAIT` seconds."""
         with self.called:
             return self.called.wait_for(lambda: set(numbers) <= set(self.calls), WAIT)
 
 
-def test_the_next_two_steps_are_fetched_meanwhile_once_and_no_more() -> None:
+def test_two_steps_are_read_ahead_and_each_is_read_once() -> None:
     gate = Gate()
     with Batches(gate, SampleStream(10, 0), 2) as batches:
         batches.at(0)
         assert gate.has(1, 2)
-        time.sleep(0.05)  # time enough to go further
+        time.sleep(0.05)  # enough time to read more
         assert gate.calls == [0, 1, 2]
         batches.at(1)
         assert gate.has(3)
@@ -146,11 +146,11 @@ def test_the_next_two_steps_are_fetched_meanwhile_once_and_no_more() -> None:
     assert len(gate.threads) == 1
 
 
-def test_several_threads_fetch_several_steps_at_once() -> None:
+def test_several_threads_read_several_steps_at_once() -> None:
     gate = Gate(1, 2)
     with Batches(gate, SampleStream(10, 0), 2, workers=3) as batches:
         batches.at(0)
-        assert gate.has(1, 2, 3)  # 1 and 2 are under way at the same time, and 3 is not kept waiting by them
+        assert gate.has(1, 2, 3)  # 1 and 2 are read at the same time, and 3 does not wait for them
         assert not gate.open.is_set()
         assert len(gate.threads) >= 2
         time.sleep(0.05)
@@ -161,7 +161,7 @@ def test_several_threads_fetch_several_steps_at_once() -> None:
 
 
 @pytest.mark.parametrize("workers", [1, 3])
-def test_any_step_may_be_asked_for(workers: int) -> None:
+def test_steps_may_be_asked_for_in_any_order(workers: int) -> None:
     stream = SampleStream(11, 4)
     with Batches(fetch, stream, 3, workers=workers) as batches:
         for step in (0, 1, 9, 10, 8, 8, 0, 2, 100):
@@ -170,7 +170,7 @@ def test_any_step_may_be_asked_for(workers: int) -> None:
             assert batch["number"] == step
 
 
-def test_what_was_handed_out_is_not_kept() -> None:
+def test_batches_are_not_kept_after_use() -> None:
     class Content:
         pass
 
@@ -190,7 +190,7 @@ def test_what_was_handed_out_is_not_kept() -> None:
         assert len(made) == 4  # the four steps ahead
 
 
-def test_after_a_jump_what_was_waiting_is_not_loaded() -> None:
+def test_after_a_jump_the_steps_in_the_queue_are_not_read() -> None:
     gate = Gate(1)
     with Batches(gate, SampleStream(10, 0), 2) as batches:
         batches.at(0)
@@ -202,7 +202,7 @@ def test_after_a_jump_what_was_waiting_is_not_loaded() -> None:
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_fault_in_a_thread_reaches_the_caller_at_its_step(workers: int) -> None:
+def test_an_error_in_a_thread_is_raised_at_its_step(workers: int) -> None:
     def faulty(index: np.ndarray, position: np.ndarray, number: int) -> dict:
         if 3 in index:
             raise UserError("scan 3 is gone")
@@ -219,7 +219,7 @@ def test_a_fault_in_a_thread_reaches_the_caller_at_its_step(workers: int) -> Non
         batches.at(step + 1)
 
 
-def test_tensors_are_pinned_in_the_thread_only_where_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tensors_are_pinned_in_the_thread_and_only_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
     pinned = []
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: pinned.append(threading.get_ident()) or x + 1)
 
@@ -238,7 +238,7 @@ def test_tensors_are_pinned_in_the_thread_only_where_asked_for(monkeypatch: pyte
     assert threading.get_ident() not in pinned
 
 
-def test_close_ends_the_thread_and_may_be_repeated() -> None:
+def test_close_ends_the_threads_and_may_be_repeated() -> None:
     before = threading.active_count()
     batches = Batches(fetch, SampleStream(4, 0), 2, workers=3)
     batches.close()
@@ -251,7 +251,7 @@ def test_close_ends_the_thread_and_may_be_repeated() -> None:
     batches.close()
 
 
-def test_close_does_not_wait_for_the_rest_of_a_step_nor_for_a_fetch_that_hangs(monkeypatch) -> None:
+def test_close_waits_neither_for_the_rest_of_a_step_nor_for_a_fetch_that_hangs(monkeypatch) -> None:
     gate = Gate(4)
     batches = Batches(gate, SampleStream(4, 0), 2, accumulate=4)
     batches.at(0)
@@ -286,12 +286,12 @@ print("end", flush=True)
 
 
 def test_a_fetch_that_hangs_does_not_keep_the_process_alive() -> None:
-    """And one that does not hang is waited for: the interpreter is not taken down around it."""
+    """One that does not hang is waited for before the interpreter shuts down."""
     done = subprocess.run([sys.executable, "-c", UNCLOSED], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (0, "end\nfetched\n"), done.stderr
 
 
 @pytest.mark.parametrize("wrong", [{"batch_size": 0}, {"accumulate": 0}, {"rank": 1}, {"world": 0}, {"workers": 0}])
-def test_sizes_without_meaning_are_refused(wrong: dict) -> None:
+def test_sizes_out_of_range_are_refused(wrong: dict) -> None:
     with pytest.raises(ValueError, match="batch_size"):
         Batches(fetch, SampleStream(4, 0), **{"batch_size": 1, **wrong})

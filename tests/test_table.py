@@ -1,4 +1,4 @@
-"""The table: what a good one becomes, and that every fault is one line naming file, CSV line and column."""
+"""Proves what a valid table is read as, and that every fault is one line that names file, line and column."""
 
 import math
 import os
@@ -30,7 +30,7 @@ def message(path: Path, **options: bool) -> str:
     return text
 
 
-def test_a_good_table(tmp_path: Path) -> None:
+def test_a_valid_table_is_read_as_typed_columns(tmp_path: Path) -> None:
     path = write(tmp_path, "007,12,a.nii,AD,71.5", "", "x,ses-M000,b.nii,,", 'x,m6,"a.nii",n/a,NaN')
     table = read_table(path)
     assert list(table.columns) == ["subject", "session", "months", "path", "diagnosis", "age"]
@@ -46,18 +46,18 @@ def test_a_good_table(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "months"), [("12", 12), (" M012", 12), ("ses-M012", 12), ("12.0", 12), ("0", 0), (6, 6)]
 )
-def test_sessions_are_months(text: str | int, months: int) -> None:
+def test_sessions_are_converted_to_months(text: str | int, months: int) -> None:
     assert parse_session(text) == months
     assert parse_session(session_label(months)) == months
 
 
 @pytest.mark.parametrize("text", ["", "ses-12", "baseline", "-6", "1.5", "M", "1e1", "99999"])
-def test_other_sessions_are_refused(text: str) -> None:
+def test_sessions_that_are_not_in_months_are_refused(text: str) -> None:
     with pytest.raises(ValueError, match="months"):
         parse_session(text)
 
 
-def test_other_columns_ride_along(tmp_path: Path) -> None:
+def test_unknown_columns_are_kept(tmp_path: Path) -> None:
     header = f"{HEADER},sex,site,volume,code,latent_path,note"
     path = write(
         tmp_path,
@@ -74,7 +74,7 @@ def test_other_columns_ride_along(tmp_path: Path) -> None:
     assert table["latent_path"].tolist() == [str(tmp_path / "z" / "a.npz"), ""]
 
 
-def test_written_tables_read_back_the_same_and_can_move(tmp_path: Path) -> None:
+def test_a_written_table_is_read_back_the_same_also_after_a_move(tmp_path: Path) -> None:
     header = f"{HEADER},split,code,volume,latent_path"
     lines = ("a,0,a.nii,CN,70.25,train,007,3.5,a.npz", 'b,12,b.nii,"M,C""I",,val,1,,')
     table = read_table(write(tmp_path, *lines, header=header))
@@ -87,7 +87,7 @@ def test_written_tables_read_back_the_same_and_can_move(tmp_path: Path) -> None:
     assert read_table(moved / "copy.csv")["path"].tolist() == [str(moved / "a.nii"), str(moved / "b.nii")]
 
 
-def test_a_byte_order_mark_and_windows_lines_are_no_fault(tmp_path: Path) -> None:
+def test_a_byte_order_mark_and_windows_line_ends_are_accepted(tmp_path: Path) -> None:
     path = write(tmp_path)
     path.write_bytes(b"\xef\xbb\xbf" + f"{HEADER}\r\na,0,a.nii,CN,70\r\n".encode())
     assert read_table(path)["subject"].tolist() == ["a"]
@@ -136,14 +136,14 @@ def test_splits_of_a_subject_must_agree(tmp_path: Path) -> None:
     assert "split" not in read_table(write(tmp_path, f"{ROW},", header=header))
 
 
-def test_lines_are_those_of_the_file(tmp_path: Path) -> None:
-    """Blank lines and cells over several lines count."""
+def test_line_numbers_are_those_of_the_file(tmp_path: Path) -> None:
+    """Blank lines and cells of several lines are counted."""
     header = f"{HEADER},note"
     path = write(tmp_path, 'a,0,a.nii,CN,70,"two\nlines"', "", 'b,0,a.nii,CN,x,"two\nlines"', header=header)
     assert "line 5, column 'age'" in message(path)
 
 
-def test_a_file_that_is_no_table(tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_table_is_refused(tmp_path: Path) -> None:
     assert "no such table" in message(tmp_path / "none.csv")
     assert "CSV" in message(tmp_path)
     path = tmp_path / "scans.csv"
@@ -160,7 +160,7 @@ def test_a_file_that_is_no_table(tmp_path: Path) -> None:
     assert "line 2: 2 cells" in message(write(tmp_path, "a,0"))
 
 
-def test_scans_need_not_exist_where_they_are_not_read(tmp_path: Path) -> None:
+def test_missing_scans_are_accepted_if_they_are_not_required(tmp_path: Path) -> None:
     path = write(tmp_path, "a,0,gone.nii,CN,70", scans=())
     assert "no such file" in message(path)
     assert read_table(path, require_files=False)["path"].tolist() == [str(tmp_path / "gone.nii")]

@@ -1,6 +1,7 @@
-"""The transform: exact on synthetic scans in any orientation, true to real ones, invertible, deaf to bad content."""
+"""Proves the transform: exact on made-up scans in any orientation, invertible, plausible on real scans, and strict."""
 
 import gzip
+import os
 import pickle
 from pathlib import Path
 
@@ -13,11 +14,11 @@ from ldae.data.nifti import MAX_VOXELS, BadScan
 from ldae.data.transforms import MinMax, Percentiles, Transform
 from ldae.utils.errors import UserError
 
-REAL = Path(__file__).parents[2] / "shared" / "data"
+REAL = Path(os.environ.get("LDAE_SHARED", Path(__file__).parents[2] / "shared")) / "data"
 
 
 def blob(shape: tuple[int, int, int] = (20, 24, 22), seed: int = 0) -> np.ndarray:
-    """Positive noise inside an ellipsoid, zero outside: no symmetry to hide a flip behind."""
+    """Positive noise inside an ellipsoid and zero outside: without a symmetry, so that a flip changes it."""
     grid = np.meshgrid(*(np.linspace(-1, 1, size) for size in shape), indexing="ij")
     inside = sum(axis**2 for axis in grid) < 0.8
     return (np.random.default_rng(seed).uniform(10, 1000, shape) * inside).astype(np.float32)
@@ -53,12 +54,12 @@ def test_las_is_ras_with_x_reversed() -> None:
     np.testing.assert_array_equal(las, ras[:, ::-1])
 
 
-def test_equal_spacing_leaves_voxels_alone() -> None:
-    """To the bit: only the intensity, the crop in the middle and the padding with 0 are seen."""
+def test_a_scan_of_the_wanted_voxel_size_is_not_resampled() -> None:
+    """To the bit: only the intensities change, and the centre is cropped and padded with 0."""
     data = blob((21, 24, 22))
     low, high = np.percentile(data[data != 0], (0.5, 99.5))
     expected = ((torch.from_numpy(data) - float(low)) / (float(high) - float(low))).clamp(0, 1).numpy()
-    # A header that rounds its voxel sizes is equal too.
+    # A voxel size that is rounded in the header counts as equal.
     found = Transform((21, 20, 26), 2.0)(image(data, spacing=2.0000001))[0]
     np.testing.assert_array_equal(found[:, :, 2:24], expected[:, 2:22])
     assert not found[:, :, :2].any()
@@ -66,7 +67,7 @@ def test_equal_spacing_leaves_voxels_alone() -> None:
 
 
 def test_percentiles_are_those_of_the_foreground() -> None:
-    """Any amount of empty background leaves the same values; a single hot voxel hardly moves them."""
+    """Empty background does not change the values, and a single very bright voxel hardly does."""
     data = blob()
     transform = Transform(data.shape, 2.0)
     prepared = transform.to_model_space(image(data))
@@ -87,7 +88,7 @@ def test_min_max_spans_exactly_zero_to_one() -> None:
 
 
 def test_downsampling_does_not_alias() -> None:
-    """A checkerboard of 1 mm has no content at 4.5 mm: without the low-pass, a pattern of full contrast remains."""
+    """A checkerboard of 1 mm has no content at 4.5 mm; without a low-pass filter a pattern of full contrast remains."""
     x, y, z = np.indices((45, 54, 45))
     board = 500 + 400 * (-1.0) ** (x + y + z)
     found = Transform((10, 12, 10), 4.5, intensity=MinMaxOf(0, 1000))(image(board.astype(np.float32), spacing=1.0))
@@ -97,7 +98,7 @@ def test_downsampling_does_not_alias() -> None:
 
 
 class MinMaxOf(Percentiles):
-    """A fixed range."""
+    """A fixed range of intensities."""
 
     def limits(self, native: np.ndarray, cropped: np.ndarray) -> tuple[float, float]:
         return self.low, self.high
@@ -107,8 +108,8 @@ class MinMaxOf(Percentiles):
 
 
 @pytest.mark.parametrize("spacing", [1.0, 3.0, 4.5])
-def test_places_in_millimetres_survive_resampling(spacing: float) -> None:
-    """The centre of mass of a smooth blob stays where it was, by the affine that is returned."""
+def test_resampling_keeps_places_in_millimetres(spacing: float) -> None:
+    """The centre of mass of a smooth blob, computed with the returned affine, does not change."""
     grid = np.stack(np.meshgrid(*(np.arange(size) * 2.0 for size in (40, 48, 40)), indexing="ij"), axis=-1)
     data = 1000 * np.exp(-((grid - (31.0, 52.0, 44.0)) ** 2).sum(-1) / (2 * 9.0**2))
     scan = image(data.astype(np.float32), axcodes="PSR")
@@ -149,8 +150,8 @@ def test_inverse_of_a_resampled_scan_and_outside_the_field_of_view(tmp_path: Pat
         transform.inverse(prepared.volume[:, 1:], scan)
 
 
-def test_labels_follow_the_scan() -> None:
-    """Nearest neighbour keeps the numbers; fractions keep the volume in mm3."""
+def test_labels_keep_their_numbers_and_fractions_their_volume() -> None:
+    """Nearest-neighbour interpolation keeps the numbers; sums of fractions keep the volume in mm3."""
     labels = np.zeros((60, 72, 60), np.int16)
     labels[20:34, 30:41, 22:35] = 51
     labels[40:44, 20:50, 20:40] = 47
@@ -164,7 +165,7 @@ def test_labels_follow_the_scan() -> None:
     assert not transform.labels(image(np.zeros((60, 72, 60), np.int16))).any()
 
 
-def test_the_key_knows_every_parameter() -> None:
+def test_the_key_changes_with_every_parameter() -> None:
     changes = [
         {},
         {"shape": (8, 8, 9)},
@@ -195,14 +196,14 @@ def test_the_key_knows_every_parameter() -> None:
         {"orientation": "XYZ"},
     ],
 )
-def test_parameters_without_meaning_are_refused(wrong: dict) -> None:
+def test_parameters_out_of_range_are_refused(wrong: dict) -> None:
     with pytest.raises(UserError):
         Transform(**{"shape": (8, 8, 8), "spacing": 1.0, **wrong})
     with pytest.raises(UserError):
         Percentiles(99, 1)
 
 
-def test_hydra_builds_it() -> None:
+def test_hydra_builds_a_transform() -> None:
     from hydra.utils import instantiate
     from omegaconf import OmegaConf
 
@@ -233,7 +234,7 @@ def with_affine(affine: np.ndarray) -> nib.Nifti1Image:
 
 
 def save(scan: nib.Nifti1Image, path: Path) -> None:
-    """Header and voxels as they are: nibabel's own writer mends or refuses some headers."""
+    """Write header and voxels unchanged: nibabel's own writer corrects or refuses some headers."""
     header = scan.header.copy()
     header["vox_offset"], header["magic"], header["scl_slope"] = 352, b"n+1", np.nan
     path.write_bytes(gzip.compress(header.binaryblock + b"\0" * 4 + np.asarray(scan.dataobj).tobytes(order="F")))
@@ -275,7 +276,7 @@ def image4d(frames: int) -> nib.Nifti1Image:
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("name", CONTENT)
-def test_bad_content_is_named(tmp_path: Path, name: str) -> None:
+def test_the_reason_against_unusable_content_is_named(tmp_path: Path, name: str) -> None:
     make, what = CONTENT[name]
     path = tmp_path / "scan.nii.gz"
     save(make(), path)
@@ -285,19 +286,19 @@ def test_bad_content_is_named(tmp_path: Path, name: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_one_frame_is_a_volume() -> None:
+def test_a_4_d_file_with_one_frame_is_a_volume() -> None:
     transform = Transform((20, 24, 22), 2.0)
     np.testing.assert_array_equal(transform(image4d(1)), transform(image(blob())))
 
 
 @pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])
-def test_torn_and_foreign_files_are_named(tmp_path: Path, suffix: str) -> None:
+def test_truncated_and_foreign_files_are_named(tmp_path: Path, suffix: str) -> None:
     good, path = tmp_path / f"good{suffix}", tmp_path / f"bad{suffix}"
     nib.save(image(blob()), good)
     content = good.read_bytes()
     transform = Transform((8, 8, 8), 2.0)
     junk = np.random.default_rng(0).bytes(5000)
-    for torn in (
+    for damaged in (
         content[: len(content) // 2],
         content[:-50],
         content[:200],
@@ -306,7 +307,7 @@ def test_torn_and_foreign_files_are_named(tmp_path: Path, suffix: str) -> None:
         junk,
         gzip.compress(junk),
     ):
-        path.write_bytes(torn)
+        path.write_bytes(damaged)
         with pytest.raises(BadScan, match="bad"):
             transform(path)
     with pytest.raises(BadScan, match="no such file"):
@@ -315,7 +316,7 @@ def test_torn_and_foreign_files_are_named(tmp_path: Path, suffix: str) -> None:
 
 
 @pytest.mark.parametrize("shape", [(32767, 32767, 32767), (2000, 2000, 2000)])
-def test_a_header_that_asks_for_too_much_is_refused_before_the_voxels_are_read(tmp_path: Path, shape: tuple) -> None:
+def test_a_header_that_states_too_many_voxels_is_refused_before_they_are_read(tmp_path: Path, shape: tuple) -> None:
     header = nib.Nifti1Header()
     header.set_data_shape(shape)
     header.set_data_dtype(np.float64)
@@ -332,8 +333,8 @@ def test_a_header_that_asks_for_too_much_is_refused_before_the_voxels_are_read(t
         Transform((8, 8, 8), 0.1)(wide)
 
 
-def test_header_noise_never_escapes_as_another_error(tmp_path: Path) -> None:
-    """Random bytes over a good header: a volume, or a BadScan."""
+def test_random_bytes_in_a_header_raise_nothing_but_bad_scan(tmp_path: Path) -> None:
+    """With random bytes in a valid header there is either a valid volume or a BadScan."""
     rng = np.random.default_rng(0)
     nib.save(image(blob((8, 8, 8))), tmp_path / "good.nii")
     content = (tmp_path / "good.nii").read_bytes()
@@ -357,8 +358,8 @@ def test_header_noise_never_escapes_as_another_error(tmp_path: Path) -> None:
     "name", ["ixi_hh/sub-IXI012/anat/sub-IXI012_T1w.nii.gz", "ds000011/sub-01/anat/sub-01_T1w.nii.gz"]
 )
 @pytest.mark.parametrize(("shape", "spacing"), [((40, 48, 40), 4.5), ((96, 112, 96), 2.0)])
-def test_real_scans(name: str, shape: tuple, spacing: float) -> None:
-    """A head in the middle, the whole range used, and a way back that agrees with the scan."""
+def test_a_real_head_is_centred_symmetric_and_restored(name: str, shape: tuple, spacing: float) -> None:
+    """The head is in the middle, the whole range of intensities is used, and the inverse agrees with the scan."""
     transform = Transform(shape, spacing)
     prepared = transform.to_model_space(REAL / name)
     volume = prepared.volume[0]
@@ -367,7 +368,7 @@ def test_real_scans(name: str, shape: tuple, spacing: float) -> None:
     assert 0.05 < volume.mean() < 0.6
     centre = [(np.indices(shape)[axis] * volume).sum() / volume.sum() / shape[axis] for axis in range(3)]
     assert np.abs(np.array(centre) - 0.5).max() < 0.12
-    # Reflected, a head matches itself best from left to right.
+    # A head is most similar to its reflection from left to right.
     match = [np.corrcoef(volume.ravel(), np.flip(volume, axis).ravel())[0, 1] for axis in range(3)]
     assert match[0] > max(match[1:]) + 0.03
     scan = nib.load(REAL / name)
@@ -379,8 +380,8 @@ def test_real_scans(name: str, shape: tuple, spacing: float) -> None:
 
 
 @pytest.mark.skipif(not REAL.exists(), reason="no real scans beside the project")
-def test_real_anatomy_lies_where_ras_says() -> None:
-    """x grows to the right, y to the front, z upwards; the files are stored as PSR."""
+def test_real_anatomy_is_where_ras_has_it() -> None:
+    """x increases to the right, y to the front and z upwards; the files are stored as PSR."""
     folder = REAL / "ixi_hh" / "derivatives" / "dlmuse"
     transform = Transform((40, 48, 40), 4.5)
     for path in sorted(folder.glob("sub-*/anat/*_dseg.nii.gz"))[:3]:
@@ -392,7 +393,7 @@ def test_real_anatomy_lies_where_ras_says() -> None:
 
 
 @pytest.mark.skipif(not REAL.exists(), reason="no real scans beside the project")
-def test_the_centred_crop_keeps_real_brains() -> None:
+def test_the_central_crop_contains_real_brains() -> None:
     folder = REAL / "ixi_hh" / "derivatives" / "dlmuse"
     transform = Transform((40, 48, 40), 4.5)
     for path in sorted(folder.glob("sub-*/anat/*_dseg.nii.gz"))[::50]:

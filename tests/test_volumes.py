@@ -3,6 +3,7 @@
 import logging
 import multiprocessing
 import os
+from collections import Counter
 from pathlib import Path
 
 import nibabel as nib
@@ -11,8 +12,10 @@ import pandas as pd
 import pytest
 import torch
 
+from ldae.data import splits
 from ldae.data.augmentation import Augmentation
 from ldae.data.cohort import Cohort, load_cohort
+from ldae.data.file_version import FileVersion
 from ldae.data.transforms import MinMax, Transform
 from ldae.data.volumes import VolumeCache
 from ldae.utils.errors import UserError
@@ -188,6 +191,16 @@ def test_rows_of_table_and_volumes_are_the_same_scans(tmp_path: Path) -> None:
     assert cohort.augment(x, {"x": x, "position": np.array([0])}) is x
 
 
+def test_loading_a_cohort_reads_the_split_once_and_the_state_of_each_scan_once(tmp_path: Path, monkeypatch) -> None:
+    table, calls = write_cohort(tmp_path), Counter()
+    load(table)
+    read_split, version_of = splits.read_split, FileVersion.of
+    monkeypatch.setattr(splits, "read_split", lambda path: calls.update([str(path)]) or read_split(path))
+    monkeypatch.setattr(FileVersion, "of", lambda path: calls.update([str(path)]) or version_of(path))
+    load(table)
+    assert calls == dict.fromkeys([str(tmp_path / "split.csv"), *(str(tmp_path / f"{n}.nii") for n in range(10))], 1)
+
+
 def test_a_cohort_augments_as_drawn_into_the_batch(tmp_path: Path) -> None:
     change = Augmentation(flip=1.0, translation=2.0)
     cohort = load(write_cohort(tmp_path), augmentation=change)
@@ -223,10 +236,10 @@ def test_rejected_scans_and_filters_leave_the_split_as_it_is(tmp_path: Path) -> 
     broken.mkdir()
     first, second = load(write_cohort(whole)), load(write_cohort(broken, bad=(0, 5)))
     third = load(whole / "scans.csv", diagnoses=["AD"], shares={"train": 0.5, "val": 0.3, "test": 0.2}, seed=5)
-    splits = dict(zip(first.table["subject"], first.table["split"], strict=True))
+    expected = dict(zip(first.table["subject"], first.table["split"], strict=True))
     for other in (second, third):
         assert 0 < len(other) < len(first)
-        assert dict(zip(other.table["subject"], other.table["split"], strict=True)).items() < splits.items()
+        assert dict(zip(other.table["subject"], other.table["split"], strict=True)).items() < expected.items()
         assert other.split_hash == first.split_hash
     assert set(third.table["diagnosis"]) == {"AD"}
 

@@ -19,7 +19,7 @@ from ldae.data.phantom import SHAPE, SPACING
 from ldae.utils.errors import UserError
 from ldae.utils.renamed import ARGUMENTS, present_name
 
-# What a required file is, and how to do without it on purpose.
+# Content of each required file, and how to train deliberately without it.
 REQUIRED_FILES = {
     "perceptual.backbone": "torchvision's SqueezeNet 1.1 weights (perceptual=none: no perceptual term)",
     "perceptual.heads": "the linear heads of LPIPS 0.1 for SqueezeNet (perceptual=none: no perceptual term)",
@@ -248,7 +248,11 @@ def compose_config(name: str, overrides: Sequence[str] = ()) -> DictConfig:
 
 
 def check_constructor_arguments(node: Any, key: str = "") -> None:
-    """Refuse arguments that a `_target_` does not take, naming the full key, before anything is built."""
+    """Refuse arguments that a `_target_` does not take, before anything is built.
+
+    Raises:
+        UserError: names the full key of the argument, or of a `_target_` that cannot be imported.
+    """
     if isinstance(node, ListConfig):
         for index, child in enumerate(node):
             check_constructor_arguments(child, f"{key}[{index}]")
