@@ -82,7 +82,7 @@ def test_a_file_of_another_type_is_damaged(tmp_path: Path, scans: list[str]) -> 
     cache = VolumeCache(tmp_path / "cache", transform(), "uint8")
     volumes, _ = cache.build(scans, progress=False)
     np.save(cache.file(scans[0]), np.zeros(SHAPE, np.float16))
-    with pytest.raises(UserError, match=r"0\.nii is gone or damaged .*it holds float16, not uint8"):
+    with pytest.raises(UserError, match=r"0\.nii is gone or damaged .*its data type is float16, not uint8"):
         volumes.read_stored([0])
 
 
@@ -248,7 +248,7 @@ def test_no_split_may_end_empty(tmp_path: Path) -> None:
     table = write_cohort(tmp_path)
     cohort = load(table)
     for number in cohort.rows("val"):
-        Path(cohort.table["path"][number]).write_bytes(b"torn")
+        Path(cohort.table["path"][number]).write_bytes(b"truncated")
     with pytest.raises(UserError, match="split 'val' is empty: what the 2 rejected scans leave"):
         load(table)
     with pytest.raises(UserError, match="none of XX; it has AD, CN"):

@@ -212,7 +212,7 @@ def _check_agreement(cohort: Cohort, accelerator: Accelerator) -> None:
     if len(set(counts)) > 1:
         raise UserError(
             f"the processes find different scans usable ({', '.join(str(count) for count, _ in counts)} of them): "
-            "look for a disk that not all of them can read, and run again"
+            "check that every process can read every disk, and run again"
         )
 
 

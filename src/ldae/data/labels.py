@@ -1,7 +1,7 @@
 """Regions of label maps in model space, cached on disk so that each map is read and resampled once.
 
-A cache file holds a SHA-256 of the rest, then (flat index, fraction) for every voxel that the region touches, exactly
-as `Transform.fraction` gives them. A region fills a few percent of the volume, so a file takes kilobytes.
+A cache file consists of (flat index, fraction) for every voxel that the region touches, exactly as `Transform.fraction`
+gives them, preceded by the SHA-256 of these bytes. A region fills a few percent of the volume: a file takes kilobytes.
 """
 
 import hashlib

@@ -12,7 +12,7 @@ import numpy as np
 
 from ldae.utils.errors import UserError
 
-MAX_VOXELS = 2**28  # a head at 0.4 mm has 2**27; a header that states more is damaged or hostile
+MAX_VOXELS = 2**28  # a head at 0.4 mm has 2**27; a header that states more is damaged
 MIN_SIZE = 2
 VOXEL_MM = (1e-2, 1e2)  # smallest and largest voxel size
 

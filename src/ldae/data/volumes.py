@@ -83,7 +83,7 @@ class Volumes:
                 if stored.shape != self.shape:
                     raise ValueError(f"its shape is {stored.shape}, not {self.shape}")
                 if stored.dtype != self.dtype:
-                    raise ValueError(f"it holds {stored.dtype}, not {self.dtype}")
+                    raise ValueError(f"its data type is {stored.dtype}, not {self.dtype}")
             except (OSError, ValueError, EOFError) as error:
                 raise UserError(
                     f"cached volume {self.files[index]} of {self.scans[index]} is gone or damaged ({error}): "
