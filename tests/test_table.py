@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from ldae.data.table import parse_session, read_table, session_label, write_table
+from ldae.data.table import read_table, write_table
 from ldae.utils.errors import UserError
 
 HEADER = "subject,session,path,diagnosis,age"
@@ -41,20 +41,6 @@ def test_a_valid_table_is_read_as_typed_columns(tmp_path: Path) -> None:
     assert table["diagnosis"].tolist() == ["AD", "", ""]
     assert table["age"][0] == 71.5
     assert table["age"][1:].isna().all()
-
-
-@pytest.mark.parametrize(
-    ("text", "months"), [("12", 12), (" M012", 12), ("ses-M012", 12), ("12.0", 12), ("0", 0), (6, 6)]
-)
-def test_sessions_are_converted_to_months(text: str | int, months: int) -> None:
-    assert parse_session(text) == months
-    assert parse_session(session_label(months)) == months
-
-
-@pytest.mark.parametrize("text", ["", "ses-12", "baseline", "-6", "1.5", "M", "1e1", "99999"])
-def test_sessions_that_are_not_in_months_are_refused(text: str) -> None:
-    with pytest.raises(ValueError, match="months"):
-        parse_session(text)
 
 
 def test_unknown_columns_are_kept(tmp_path: Path) -> None:

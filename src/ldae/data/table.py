@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from ldae.data.sessions import parse_session, session_label
 from ldae.utils.errors import UserError
 from ldae.utils.files import replacing
 
@@ -21,7 +22,6 @@ PATHS = ("path", "latent_path", "labels_path")
 SPLITS = ("train", "val", "test")
 MAX_AGE = 130.0  # years; a larger number is not an age in years
 
-_SESSION = re.compile(r"(?:ses-)?M(\d{1,4})|(\d{1,4})(?:\.0+)?", re.IGNORECASE)
 _EMPTY = {"", "na", "n/a", "nan"}
 # A spreadsheet program that opens a written table would evaluate such a cell. A sign before a number or a word is
 # harmless.
@@ -41,23 +41,6 @@ class _Row:
 
     def error(self, column: str, what: str) -> UserError:
         return UserError(f"{self.table}, line {self.line}, column '{column}': {what}")
-
-
-def parse_session(value: str | int) -> int:
-    """Months since the first visit, from a session written as 12, M012 or ses-M012.
-
-    Raises:
-        ValueError: it is not written in one of these ways.
-    """
-    match = _SESSION.fullmatch(str(value).strip())
-    if match is None:
-        raise ValueError(f"session {value!r} is not in months: write it as 12, M012 or ses-M012")
-    return int(match[1] or match[2])
-
-
-def session_label(months: int) -> str:
-    """The BIDS label of a session: "ses-M012" for 12 months."""
-    return f"ses-M{months:03d}"
 
 
 def read_table(path: Path | str, require_files: bool = True) -> pd.DataFrame:

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ldae.data.table import MAX_AGE, parse_session
+from ldae.data.sessions import parse_session
+from ldae.data.table import MAX_AGE
 from ldae.preprocessing.sources import SourceScan
 from ldae.utils.errors import UserError
 

@@ -15,7 +15,8 @@ from typing import Any
 
 import pandas as pd
 
-from ldae.data.table import session_label, write_table
+from ldae.data.sessions import session_label
+from ldae.data.table import write_table
 from ldae.preprocessing.job import Job
 from ldae.preprocessing.outputs import Record
 from ldae.preprocessing.participants import Participant, Participants
