@@ -87,9 +87,9 @@ class PreprocessingSteps:
     def __post_init__(self) -> None:
         if self.spacing is not None and not 0.3 <= self.spacing <= 20:
             raise UserError(f"spacing={self.spacing}: a voxel size between 0.3 and 20 mm is needed")
-        if self.brain is None and self.registration is not None and isinstance(self.template, Icbm152):
+        if not self.brain and self.registration and isinstance(self.template, Icbm152):
             raise UserError("registration to ICBM 152 needs a brain extraction: choose one, or registration=none")
-        if self.brain is None and self.intensity is not None:
+        if not self.brain and self.intensity:
             raise UserError("intensity by tissue needs a brain mask: choose a brain extraction, or intensity=none")
 
     @property
@@ -185,7 +185,7 @@ class PreprocessingSteps:
         return PreprocessedScan(scan, unmasked, mask, native, native_mask, corrected, transforms, measures, notes)
 
     def _extract_brain(self, native: Volume, corrected: Volume, notes: list[str]) -> np.ndarray | None:
-        if self.brain is None:
+        if not self.brain:  # None, or the empty config of brain=none
             return None
         if not isinstance(self.brain, Stripped) and is_skull_stripped(native):
             notes.append("already skull-stripped: its own background was taken for the mask")
@@ -193,7 +193,7 @@ class PreprocessingSteps:
         return self.brain(native if isinstance(self.brain, Stripped) else corrected)
 
     def _register(self, scan: Volume, mask: np.ndarray | None, folder: Path) -> Transforms | None:
-        if self.registration is None:
+        if not self.registration:
             return None
         brain = scan if mask is None else scan.with_data(scan.data * mask)
         return self.registration(brain, template_at_spacing(self.template, self.registration.spacing), folder)
