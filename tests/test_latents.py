@@ -24,7 +24,7 @@ from ldae.data.latent_npz import npz_name, write_npz
 from ldae.data.latents import CHUNK, METADATA_FILE, LatentSet, channel_scale, write_metadata
 from ldae.data.table import read_table, write_table
 from ldae.data.transforms import Transform
-from ldae.stages.encode_latents import encode_cohort, scan_digests
+from ldae.stages.encode_latents import encode_cohort
 from ldae.utils.errors import UserError
 
 SCANS, BATCH = 10, 2
@@ -364,5 +364,5 @@ def test_the_moments_computed_in_chunks_are_those_of_all_rows(tmp_path):
 
 def test_the_digests_of_scans_change_with_the_precision(scans):
     read = cohort(scans)
-    assert (scan_digests(read, "no") == scan_digests(read)).all()
-    assert not (scan_digests(read, "bf16") == scan_digests(read)).all(axis=1).any()
+    assert (read.digest_scans("no") == read.digest_scans()).all()
+    assert not (read.digest_scans("bf16") == read.digest_scans()).all(axis=1).any()

@@ -12,6 +12,7 @@ import pandas as pd
 from torch import Tensor
 
 from ldae.data.augmentation import Augmentation
+from ldae.data.latent_file import digest_each
 from ldae.data.splits import add_split, hash_split, load_or_draw_split, refuse_empty_split
 from ldae.data.table import read_table, write_table
 from ldae.data.transforms import Transform
@@ -51,6 +52,19 @@ class Cohort:
     def rows(self, split: str) -> np.ndarray:
         """Row numbers of a split, int64."""
         return np.flatnonzero((self.table["split"] == split).to_numpy())
+
+    def digest_scans(self, precision: str = "no") -> np.ndarray:
+        """Digest of the version of each scan and of how it is brought to model space, (N, 16) uint8.
+
+        The path is left out, so that a folder of scans can be moved: whatever is stored with a digest also names the
+        subject and the session.
+
+        Args:
+            precision: of the networks that read the volumes, as Accelerate names it; another one changes the last
+                digits of their results.
+        """
+        how = (self.transform.key(), self.volumes.stored_maximum, *([] if precision == "no" else [precision]))
+        return digest_each(repr((*scan.identity, *how)).encode() for scan in self.volumes.versions)
 
     def draw_augmentation(self, seed: int, keys: Sequence[int]) -> dict[str, Tensor]:
         """Random augmentation of B samples, by name in the batch, on the CPU; empty where augmentation is off."""

@@ -29,6 +29,11 @@ class FileVersion(NamedTuple):
             raise BadScan("no such file", path) from error
         return cls(path, status.st_size, status.st_mtime_ns)
 
+    @property
+    def identity(self) -> tuple[int | str, ...]:
+        """What distinguishes this version from others of the same scan, wherever the file is."""
+        return (self.size, self.changed)
+
     def cache_key(self, *further: object) -> str:
         """34 hexadecimal digits under which a cache stores what was made of this version.
 

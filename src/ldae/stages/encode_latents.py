@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ldae.data.cohort import Cohort
-from ldae.data.latent_file import LATENT_FILE, LatentFile, Posterior, digest_each
+from ldae.data.latent_file import LATENT_FILE, LatentFile, Posterior
 from ldae.data.latent_shards import EncodedLatents
 from ldae.data.latents import REJECTED_FILE, channel_scale, write_metadata
 from ldae.data.sharing import work_order
@@ -54,7 +54,7 @@ def encode_cohort(
     """
     encode = _encoder(run, cohort, accelerator)
     weights = run.sha256("autoencoder")
-    encoded = EncodedLatents.find(folder, weights, cohort.table, scan_digests(cohort, accelerator.mixed_precision))
+    encoded = EncodedLatents.find(folder, weights, cohort.table, cohort.digest_scans(accelerator.mixed_precision))
     # Batches are cut from the whole table, because results are rounded differently in batches of other scans.
     rows = np.arange(len(cohort))
     batches = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
@@ -64,18 +64,6 @@ def encode_cohort(
         latents = encoded.merge(batches, lambda rows: encode(rows, cohort.volumes.read_stored(rows)))
         _finish(run, cohort, folder, table, latents, weights)
         encoded.remove_shards()
-
-
-def scan_digests(cohort: Cohort, precision: str = "no") -> np.ndarray:
-    """Digest of the version of each scan's file and of the settings with which it is encoded, (N, 16) uint8.
-
-    The path is not part of it, so that a folder of scans can be moved: a latent is identified by subject and session.
-
-    Args:
-        precision: precision of the networks as Accelerate names it, since latents differ in their last digits.
-    """
-    settings = (cohort.transform.key(), cohort.volumes.stored_maximum, *([] if precision == "no" else [precision]))
-    return digest_each(repr((scan.size, scan.changed, *settings)).encode() for scan in cohort.volumes.versions)
 
 
 def _encoder(run: Run, cohort: Cohort, accelerator: Accelerator) -> Encode:
