@@ -39,7 +39,8 @@ class Stage(ABC):
 
     Attributes:
         name: name of the stage and of its folder, `runs/<name>/<stage>`.
-        reads_scans: whether its constructor takes a cohort; a stage that does not is trained without the scans.
+        reads_scans: whether its constructor takes a cohort. A stage that does not reads its `latents` alone, and can be
+            trained on a machine without the scans.
         harmless_on_resume: keys of its config that may change when a run is resumed.
         monitor: metric for choosing weights and stopping early; None publishes the last weights and never stops early.
         publishes_last: publish the last weights; `monitor` then decides about early stopping only.
