@@ -16,18 +16,20 @@ log = logging.getLogger(__name__)
 SIZES = {"full": FULL, "smoke": SMOKE}
 
 
+def build_parser() -> argparse.ArgumentParser:
+    """The options of the command line."""
+    parser = argparse.ArgumentParser(prog="python -m ldae.bench.gpu_check", description=__doc__)
+    add = parser.add_argument
+    add("--budget", type=float, default=480, metavar="SECONDS", help="for all of it (default: 480)")
+    add("--parts", default=",".join(PARTS), help="parts, or part/item with *, in the order of running")
+    add("--out", type=Path, default=Path("runs/gpu_check"), help="folder for the results")
+    add("--size", choices=SIZES, default="full", help="smoke: seconds on a CPU, to try the check")
+    return parser
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the check. A failed measurement is reported in the results and by exit status 1."""
-    parser = argparse.ArgumentParser(prog="python -m ldae.bench.gpu_check", description=__doc__)
-    parser.add_argument("--budget", type=float, default=480, metavar="SECONDS", help="for all of it (default: 480)")
-    parser.add_argument(
-        "--parts",
-        default=",".join(PARTS),
-        help="parts, or part/item with *, in the order of running",
-    )
-    parser.add_argument("--out", type=Path, default=Path("runs/gpu_check"), help="folder for the results")
-    parser.add_argument("--size", choices=SIZES, default="full", help="smoke: seconds on a CPU, to try the check")
-    given = parser.parse_args(arguments)
+    given = build_parser().parse_args(arguments)
     # Only this check logs its lines; the reports of the trainings would hide them.
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout, force=True)
     logging.getLogger("ldae.bench").setLevel(logging.INFO)

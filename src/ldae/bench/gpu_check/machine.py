@@ -2,12 +2,12 @@
 
 import datetime
 import importlib.util
-import os
 import platform
 import shutil
 import subprocess
 
 from ldae.bench.gpu_check.check import GpuCheck, Numbers
+from ldae.utils.process_pool import available_cores
 
 # What the measurements import, with the name of its package.
 PACKAGES = {
@@ -33,7 +33,7 @@ def describe_machine() -> dict[str, str]:
         "torch": torch.__version__,
         "CUDA": torch.version.cuda or "none",
         "cuDNN": str(torch.backends.cudnn.version()),
-        "cores": str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()),
+        "cores": str(available_cores()),
         "Python": platform.python_version(),
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
     }
