@@ -187,7 +187,7 @@ def test_code_in_a_weights_file_is_not_run(tmp_path):
 
 def test_stochastic_depth_skips_whole_samples_and_only_in_training():
     network = backbone(stochastic_depth=0.999999)
-    assert [b.drop for b in (network.features[1][0], network.features[3][0])] == pytest.approx([0, 1], abs=1e-5)
+    assert [b.drop_rate for b in (network.features[1][0], network.features[3][0])] == pytest.approx([0, 1], abs=1e-5)
     last, x = network.features[3][0], torch.randn(3, 8, 2, 2)
     assert torch.equal(last.train()(x), x)
     assert not torch.equal(last.eval()(x), x)

@@ -1,7 +1,7 @@
 """ConvNeXt (arXiv 2201.03545) for single-channel slices, with torchvision's parameter names and settings.
 
-The names are those of torchvision's `convnext_small` and its relatives, so that an ImageNet file loads strictly: its
-three-channel stem is summed to one channel, its classifier's last Linear has no place here.
+The parameters have the names of torchvision's `convnext_small` and its relatives, so that their ImageNet weights can be
+loaded strictly.
 """
 
 from collections.abc import Sequence
@@ -15,35 +15,35 @@ from ldae.models.state import load_strictly, read_tensors
 from ldae.utils.errors import UserError
 
 NORM_EPS = 1e-6
-CLASSIFIER = ("classifier.2.weight", "classifier.2.bias")
+CLASSIFIER = ("classifier.2.weight", "classifier.2.bias")  # the Linear to 1000 classes, which this network lacks
 
 
 class ChannelNorm(nn.LayerNorm):
-    """LayerNorm over the channels of (N, C, H, W)."""
+    """LayerNorm over the channels of (N, C, H, W); channels-last, both permutations are views."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """The same shape; in channels_last both permutations are views."""
+        """(N, C, H, W) -> the same shape."""
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 class Permute(nn.Module):
-    """A permutation of axes as a module, which holds a number in torchvision's names."""
+    """A permutation of axes as a module, so that the modules around it have the numbers of torchvision's names."""
 
     def __init__(self, *axes: int) -> None:
         super().__init__()
         self.axes = axes
 
     def forward(self, x: Tensor) -> Tensor:
-        """Permuted view."""
+        """A view of x with permuted axes."""
         return x.permute(self.axes)
 
 
 class Block(nn.Module):
-    """x + drop(layer_scale * (depthwise conv, LayerNorm, Linear, GELU, Linear))."""
+    """x + stochastic_depth(layer_scale * branch); the branch: depthwise conv, LayerNorm, Linear, GELU, Linear."""
 
-    def __init__(self, width: int, kernel: int, layer_scale: float, drop: float) -> None:
+    def __init__(self, width: int, kernel: int, layer_scale: float, drop_rate: float) -> None:
         super().__init__()
-        self.drop = drop
+        self.drop_rate = drop_rate
         self.layer_scale = nn.Parameter(torch.full((width, 1, 1), layer_scale))
         self.block = nn.Sequential(
             nn.Conv2d(width, width, kernel, padding=kernel // 2, groups=width),
@@ -58,24 +58,26 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> the same shape."""
         branch = self.layer_scale * self.block(x)
-        if self.training and self.drop > 0:
-            # Stochastic depth (arXiv 1603.09382): whole samples skip the branch.
-            kept = torch.rand(len(x), 1, 1, 1, device=x.device) >= self.drop
-            branch = branch * (kept.to(branch.dtype) / (1 - self.drop))
+        if self.training and self.drop_rate > 0:
+            # Stochastic depth (arXiv 1603.09382): a random part of the samples skips the branch.
+            kept = torch.rand(len(x), 1, 1, 1, device=x.device) >= self.drop_rate
+            branch = branch * (kept.to(branch.dtype) / (1 - self.drop_rate))
         return x + branch
 
 
 class ConvNeXt(nn.Module):
-    """(N, 1, H, W) -> (N, widths[-1]): global average pool, LayerNorm.
+    """Slices (N, in_channels, H, W) -> features (N, widths[-1]) after a global average pool and a LayerNorm.
 
     Args:
-        widths, depths: channels and blocks of each stage; (96, 192, 384, 768), (3, 3, 27, 3) is ConvNeXt-Small.
+        widths, depths: channels and blocks of each stage. (96, 192, 384, 768) and (3, 3, 27, 3) are ConvNeXt-Small.
         stem: patch size and stride of the first convolution.
-        kernel: odd size of the depthwise convolutions; on CPUs the backward pass of 7 costs 20 times that of 3.
-        stochastic_depth: share of skipped branches at the last block, growing linearly from 0 at the first.
-        layer_scale: what the branches' learned scales start from; 1e-6 hardly learns without ImageNet weights.
-        init_std: of convolutions and Linears (truncated normal, biases 0); None: PyTorch's own, by fan-in.
-        weights: local ImageNet file, .pth/.pt (read with weights_only) or .safetensors; loaded strictly.
+        kernel: odd size of the depthwise convolutions. On CPUs the backward pass of 7 takes 20 times as long as of 3.
+        stochastic_depth: probability of skipping the last block's branch. It grows linearly from 0 at the first block.
+        layer_scale: initial value of the learned scales of the branches. 1e-6 hardly learns without ImageNet weights.
+        init_std: standard deviation of the initial weights (truncated normal, biases 0). None: PyTorch's own, by
+            fan-in.
+        weights: local file of torchvision's ImageNet weights, .pth or .pt (read without unpickling code) or
+            .safetensors, loaded strictly. None: random weights.
     """
 
     def __init__(
@@ -120,10 +122,10 @@ class ConvNeXt(nn.Module):
 
 
 def load_imagenet(model: ConvNeXt, path: Path | str) -> None:
-    """Load torchvision's ImageNet weights of the same size, strictly.
+    """Load torchvision's ImageNet weights for a network of the same size, strictly.
 
-    The RGB stem is summed to one channel (a grey image is its value in all three); the classifier's last Linear, the
-    1000 classes, is left out by name.
+    The stem's weights for red, green and blue are summed to one channel, which equals a grey image in all three. The
+    Linear to the 1000 classes is left out.
 
     Raises:
         UserError: the file is missing or unreadable, or a tensor is missing, unexpected or of another shape.
@@ -131,7 +133,7 @@ def load_imagenet(model: ConvNeXt, path: Path | str) -> None:
     tensors = read_tensors(path)
     for name in CLASSIFIER:
         if tensors.pop(name, None) is None:
-            raise UserError(f"{path}: tensor '{name}' is missing; is it an ImageNet file of torchvision?")
+            raise UserError(f"{path}: tensor '{name}' is missing; give torchvision's ImageNet weights of ConvNeXt")
     stem = tensors.get("features.0.0.weight")
     if stem is not None and stem.ndim == 4 and model.features[0][0].in_channels == 1:
         tensors["features.0.0.weight"] = stem.sum(dim=1, keepdim=True)

@@ -1,4 +1,4 @@
-"""Reading tensors from files, safely, and loading them, strictly."""
+"""Reads tensors from files without running code from them, and loads them into networks strictly."""
 
 import pickle
 from pathlib import Path
@@ -12,17 +12,17 @@ from ldae.utils.errors import UserError
 
 
 def read_tensors(path: Path | str, bare: bool = False) -> dict[str, Tensor]:
-    """The tensors of a .safetensors file or of a PyTorch checkpoint, which is never unpickled into code.
+    """The tensors by name of a .safetensors file or of a PyTorch checkpoint, of which only tensors are unpickled.
 
     Args:
-        bare: whether a PyTorch file may hold one tensor without a name.
+        bare: whether a PyTorch file may consist of a single tensor, which gets the name "".
 
     Raises:
-        UserError: the file is missing, damaged, or holds something else than named tensors.
+        UserError: the file is missing or damaged, or contains something else than named tensors.
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"weights {path}: there is no such file")
+        raise UserError(f"weights {path}: there is no such file; give the path of a file of weights")
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
@@ -45,29 +45,34 @@ def _is_zip(path: Path) -> bool:
 
 
 def load_strictly(module: nn.Module, tensors: dict[str, Tensor], source: Path | str, assign: bool = False) -> None:
-    """Load a state dict.
+    """Load tensors into a module, if they are exactly those of its state dict.
 
     Args:
-        assign: take the tensors themselves instead of copying them: for modules built on the meta device.
+        source: where the tensors come from, for error messages.
+        assign: use the tensors themselves instead of copying them, for modules built on the meta device.
 
     Raises:
-        UserError: names the first missing, unexpected or misshapen tensor.
+        UserError: names the first tensor that is missing, unexpected or of another shape.
     """
     check_tensors({name: tensor.shape for name, tensor in module.state_dict().items()}, tensors, source)
     module.load_state_dict(tensors, assign=assign)
 
 
 def load_weights(module: nn.Module, path: Path | str) -> None:
-    """Load the weights of a file, strictly.
+    """Load the weights of a file into a module, strictly.
 
     Raises:
-        UserError: see read_tensors and load_strictly.
+        UserError: the file cannot be read, or does not fit the module (see read_tensors and load_strictly).
     """
     load_strictly(module, read_tensors(path), path)
 
 
 def check_tensors(expected: dict[str, torch.Size], tensors: dict[str, Tensor], source: Path | str) -> None:
-    """Refuse tensors that are not exactly those named, of exactly those shapes."""
+    """Refuse tensors unless they have exactly the names and shapes of `expected`.
+
+    Raises:
+        UserError: names the first tensor that is missing, unexpected or of another shape.
+    """
     for name, shape in expected.items():
         if name not in tensors:
             raise UserError(f"{source}: tensor '{name}' is missing")
