@@ -159,3 +159,15 @@ def test_outputs_near_the_end_of_the_schedule_are_not_rounded_to_16_bits():
         return float((eps_to_z0(schedule, output, z_t, t) - eps_to_z0(schedule, exact, z_t, t)).square().mean().sqrt())
 
     assert error(found) < error(found.bfloat16().float())
+
+
+def test_the_gpu_of_a_mac_is_not_used_because_it_has_no_float64(cpu, monkeypatch, caplog):
+    made = {}
+    cpu(WITHOUT)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr("accelerate.Accelerator", lambda **options: made.update(options))
+    with caplog.at_level("INFO", "ldae.training.precision"):
+        precision.build_accelerator()
+    assert made["cpu"] is True
+    assert len(caplog.messages) == 1
+    assert "no float64" in caplog.text

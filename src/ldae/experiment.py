@@ -15,6 +15,7 @@ from ldae.data.cohort import Cohort, load_cohort
 from ldae.runs import Run, Workspace, open_workspace
 from ldae.utils.errors import UserError
 from ldae.utils.locks import lock_folder
+from ldae.utils.process_pool import available_cores
 from ldae.utils.seeding import derive_seed
 
 log = logging.getLogger(__name__)
@@ -201,7 +202,7 @@ def _latents_folder(config: DictConfig, space: Workspace) -> Path:
 def _workers(wanted: int | None, accelerator: Accelerator) -> int:
     """Number of worker processes for each of the processes on this machine, which share its CPU cores."""
     here = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
-    return max(1, (wanted or len(os.sched_getaffinity(0))) // here)
+    return max(1, (wanted or available_cores()) // here)
 
 
 def _check_agreement(cohort: Cohort, accelerator: Accelerator) -> None:

@@ -75,7 +75,7 @@ class LDAE:
         preprocess: preprocessing for scans that fail the out-of-distribution check; None rejects such scans.
 
     Raises:
-        UserError: `dtype` is none of the three.
+        UserError: `dtype` is none of the three, or `device` is mps.
     """
 
     def __init__(
@@ -96,6 +96,8 @@ class LDAE:
         if dtype not in DTYPES:
             raise UserError(f"dtype={dtype}: choose one of {', '.join(map(str, DTYPES))}")
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if self.device.type == "mps":
+            raise UserError("device=mps: it has no float64, which the noise schedule needs; use device=cpu")
         self.autoencoder, self.encoder, self.denoiser = autoencoder, encoder, denoiser
         for module in (autoencoder, encoder, denoiser.unet, denoiser.estimator):
             place_module(module, self.device).eval().requires_grad_(False)

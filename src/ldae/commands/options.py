@@ -126,8 +126,8 @@ def _check_device(name: str | None) -> None:
     import torch
 
     try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
+        torch.empty(0, device=name, dtype=torch.float64)  # the noise schedule needs float64, which MPS does not have
+    except (RuntimeError, AssertionError, TypeError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"--device {name} is not available ({reason}); leave it out to use what is") from error
 

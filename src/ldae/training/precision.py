@@ -89,7 +89,7 @@ def build_accelerator(mixed_precision: str = FASTEST, cpu: bool = False, timeout
 
     Args:
         mixed_precision: see `choose_precision`.
-        cpu: whether to ignore a GPU.
+        cpu: whether to ignore a GPU. The GPU of a Mac (MPS) is always ignored, because it has no float64.
         timeout: minutes after which a process that waits for the others gives up.
 
     Raises:
@@ -101,6 +101,9 @@ def build_accelerator(mixed_precision: str = FASTEST, cpu: bool = False, timeout
     if not timeout > 0:
         raise UserError(f"accelerator.timeout={timeout}: give a positive number of minutes, such as {TIMEOUT:g}")
     set_up_backends()
+    if not cpu and not torch.cuda.is_available() and torch.backends.mps.is_available():
+        log.info("computing on the CPU: the GPU of this Mac has no float64, which the noise schedule needs")
+        cpu = True
     # PyTorch 2.13 has renamed the option, but Accelerate does not know the new name yet.
     warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
     # Buffers need not be sent with every forward pass: they are constant, or statistics that training does not read.
