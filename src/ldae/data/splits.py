@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ldae.data.table import SPLITS, read_cells
+from ldae.data.delimited import read_cells
+from ldae.data.table import SPLITS
 from ldae.utils.errors import UserError
 from ldae.utils.files import replacing
 from ldae.utils.seeding import derive_seed

@@ -3,16 +3,15 @@
 Subjects stay text, because leading zeros matter. Columns that this project does not know are kept.
 """
 
-import csv
 import math
 import os
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
 
+from ldae.data.delimited import Row, read_text_table
 from ldae.data.sessions import parse_session, session_label
 from ldae.utils.errors import UserError
 from ldae.utils.files import replacing
@@ -28,19 +27,6 @@ _EMPTY = {"", "na", "n/a", "nan"}
 _FORMULA = re.compile(r"=|@|[+-].*[(|!=]", re.DOTALL)
 # A number that can be written back without a change: "007" and "1_000" stay text.
 _NUMBER = re.compile(r"[-+]?(?:0|[1-9]\d*)(?:\.\d*)?(?:[eE][-+]?\d+)?")
-
-
-@dataclass(frozen=True)
-class _Row:
-    """One record of the file, and its place."""
-
-    table: Path
-    folder: str  # of the table
-    line: int
-    cells: dict[str, str]
-
-    def error(self, column: str, what: str) -> UserError:
-        return UserError(f"{self.table}, line {self.line}, column '{column}': {what}")
 
 
 def read_table(path: Path | str, require_files: bool = True) -> pd.DataFrame:
@@ -101,50 +87,22 @@ def write_table(table: pd.DataFrame, path: Path | str) -> None:
         table.to_csv(temporary, index=False, lineterminator="\n")
 
 
-def read_cells(path: Path | str) -> Iterator[tuple[int, list[str]]]:
-    """(line number, cells) of every non-blank record of a CSV file.
-
-    Raises:
-        UserError: the file is missing, or is not CSV text.
-    """
-    line = 0
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as handle:
-            reader = csv.reader(handle, strict=True)
-            for cells in reader:
-                # A quoted cell may span several lines: a record is numbered by its first line.
-                line, start = reader.line_num, line + 1
-                if any(cell.strip() for cell in cells):
-                    yield start, [cell.strip() for cell in cells]
-    except FileNotFoundError as error:
-        raise UserError(f"no such table: {path}") from error
-    except (OSError, UnicodeError, csv.Error) as error:
-        raise UserError(f"cannot read {path} as CSV text in UTF-8, after line {line}: {error}") from error
-
-
-def _rows(path: Path) -> Iterator[_Row]:
-    records = read_cells(path)
-    line, header = next(records, (0, []))
-    if not header:
-        raise UserError(f"{path} is empty: a header with {', '.join(REQUIRED)} is needed")
-    for name in header:
-        if header.count(name) > 1:
-            raise UserError(f"{path}, line {line}, column '{name}': it appears twice in the header")
+def _rows(path: Path) -> Iterator[Row]:
+    table = read_text_table(path, ", ".join(REQUIRED))
+    for name in table.header:
         if _FORMULA.match(name):
             raise UserError(
-                f"{path}, line {line}, column {name[:40]!r}: a spreadsheet program would evaluate it: rename it"
+                f"{path}, line {table.line}, column {name[:40]!r}: a spreadsheet program would evaluate it: rename it"
             )
     for name in REQUIRED:
-        if name not in header:
-            raise UserError(f"{path}, line {line}, column '{name}': it is missing; the header has {', '.join(header)}")
-    folder = str(path.parent)
-    for number, cells in records:
-        if len(cells) != len(header):
-            raise UserError(f"{path}, line {number}: {len(cells)} cells, but the header has {len(header)} columns")
-        yield _Row(path, folder, number, dict(zip(header, cells, strict=True)))
+        if name not in table.header:
+            raise UserError(
+                f"{path}, line {table.line}, column '{name}': it is missing; the header has {', '.join(table.header)}"
+            )
+    yield from table.rows
 
 
-def _record(row: _Row, require_files: bool) -> dict[str, str | int | float]:
+def _record(row: Row, require_files: bool) -> dict[str, str | int | float]:
     """The checked values of one row, with their types."""
     cells = row.cells
     record: dict[str, str | int | float] = dict(cells)
@@ -161,7 +119,7 @@ def _record(row: _Row, require_files: bool) -> dict[str, str | int | float]:
         record["diagnosis"] = ""
     for name in PATHS:
         if cells.get(name):
-            record[name] = os.path.abspath(os.path.join(row.folder, cells[name]))
+            record[name] = os.path.abspath(os.path.join(row.table.parent, cells[name]))
     if not cells["path"]:
         raise row.error("path", "it is empty")
     if require_files and not os.path.isfile(record["path"]):
@@ -171,7 +129,7 @@ def _record(row: _Row, require_files: bool) -> dict[str, str | int | float]:
     return record
 
 
-def _subject(row: _Row) -> str:
+def _subject(row: Row) -> str:
     subject = row.cells["subject"]
     # Subjects are used in file names.
     if not subject or subject in (".", "..") or re.search(r"[/\\\x00-\x1f\x7f]", subject):
@@ -179,7 +137,7 @@ def _subject(row: _Row) -> str:
     return subject
 
 
-def _age(row: _Row) -> float:
+def _age(row: Row) -> float:
     text = row.cells["age"]
     if text.lower() in _EMPTY:
         return math.nan
@@ -193,7 +151,7 @@ def _age(row: _Row) -> float:
 
 
 def _check_against_others(
-    row: _Row,
+    row: Row,
     record: dict[str, str | int | float],
     seen: dict[tuple[str, str], int],
     splits: dict[str, tuple[str, int]],

@@ -4,8 +4,8 @@ from collections import defaultdict
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from ldae.data.delimited import read_cells
 from ldae.data.sessions import parse_session, session_label
-from ldae.data.table import read_cells
 from ldae.preprocessing.bids_names import bids_entity, bids_label
 from ldae.utils.errors import UserError
 
