@@ -166,7 +166,7 @@ def test_a_real_scan_goes_through_every_step(whole):
 def test_a_mask_goes_to_the_template_and_back(whole):
     folder, files = whole, read_json(whole / "records" / "sub-IXI012.json")["files"]
     transforms = Transforms.from_record(folder, files)
-    native, moved = (Volume.read(folder / files[name], allow_constant=True) for name in ("native_mask", "mask"))
+    native, moved = (Volume.read_labels(folder / files[name]) for name in ("native_mask", "mask"))
     back = transforms.to_native(moved, native, "linear")
     assert dice_overlap(back.data > 0.5, native.data > 0) > 0.96
     # The matrix in the sidecar (template mm to native mm) agrees.
@@ -182,7 +182,7 @@ def test_label_maps_are_resampled_as_by_ants(whole):
 
     files = read_json(whole / "records" / "sub-IXI012.json")["files"]
     transforms, grid = Transforms.from_record(whole, files), Volume.read(whole / files["scan"])
-    atlas = Volume.read(LABELS, allow_constant=True)
+    atlas = Volume.read_labels(LABELS)
     few = atlas.with_data(np.where(np.isin(atlas.data, [47, 48, 51, 52]), atlas.data, atlas.data > 0))
     theirs = ants.apply_transforms(
         grid.to_ants(), few.to_ants(), [str(path) for path in transforms.forward], interpolator="genericLabel"
@@ -190,7 +190,7 @@ def test_label_maps_are_resampled_as_by_ants(whole):
     assert set(np.unique(theirs)) == {0, 1, 47, 48, 51, 52}
     # Where two labels have equal weights, either may be chosen.
     assert (transforms.labels_to_template(few, grid).data != theirs).sum() <= 2
-    written = Volume.read(whole / files["labels"], allow_constant=True).data
+    written = Volume.read_labels(whole / files["labels"]).data
     assert (written != transforms.labels_to_template(atlas, grid).data).sum() == 0
     assert np.isin([47, 48, 51, 52], np.unique(written)).all()
 

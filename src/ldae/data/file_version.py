@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
-from ldae.data.nifti import BadScan
+from ldae.data.nifti import BadScan, reason_missing
 
 
 class FileVersion(NamedTuple):
@@ -26,7 +26,7 @@ class FileVersion(NamedTuple):
         try:
             status = os.stat(path)
         except OSError as error:
-            raise BadScan("no such file", path) from error
+            raise BadScan(reason_missing(path), path) from error
         return cls(path, status.st_size, status.st_mtime_ns)
 
     @property

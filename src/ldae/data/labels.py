@@ -13,7 +13,7 @@ import nibabel as nib
 import numpy as np
 
 from ldae.data.file_version import FileVersion
-from ldae.data.nifti import BadScan, load_scan
+from ldae.data.nifti import BadScan, load_label_map
 from ldae.data.transforms import Transform
 from ldae.utils.files import replacing
 
@@ -70,8 +70,8 @@ class RegionCache:
 
     def _make(self, version: FileVersion, wanted: Region) -> np.ndarray:
         """Resample the region `wanted`, and store it together with the other regions that are missing on disk."""
-        data, affine = load_scan(version.path, reject_constant=False)
-        image = nib.Nifti1Image(data, affine)
+        labels = load_label_map(version.path, self.transform.assume_orientation)
+        image = nib.Nifti1Image(labels.data, labels.affine)
         result = None
         for region in dict.fromkeys((wanted, *self.regions)):
             target = self._file(version, region)

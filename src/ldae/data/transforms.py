@@ -18,7 +18,8 @@ import nibabel as nib
 import numpy as np
 import torch
 
-from ldae.data.nifti import BadScan, load_scan, nifti_like
+from ldae.data.nifti import BadScan, Source, load_image, load_label_map, load_scan, nifti_like
+from ldae.data.scan_orientation import check_orientation
 from ldae.utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -29,8 +30,6 @@ VERSION = 1  # to be raised when the same parameters give other voxels, so that 
 AXIS_CODES = (("L", "R"), ("P", "A"), ("I", "S"))
 SPACING_TOLERANCE = 1e-4  # relative difference of voxel sizes below which a scan is not resampled
 MAX_VOXELS = 2**28  # of a resampled volume; a wrong voxel size in a header would need any amount of memory
-
-Source = str | Path | nib.spatialimages.SpatialImage
 
 
 class Intensity(Protocol):
@@ -78,6 +77,7 @@ class ModelSpaceScan:
         high: intensity of the scan that became 1.
         to_scan_grid: linear map from a volume (1, X, Y, Z) to the grid of the scan (I, J, K), with 0 outside the
             model's field of view.
+        notes: remarks on what is unusual in the scan's file, or was changed when it was read.
     """
 
     volume: np.ndarray
@@ -85,6 +85,7 @@ class ModelSpaceScan:
     low: float
     high: float
     to_scan_grid: Callable[[np.ndarray], np.ndarray]
+    notes: tuple[str, ...] = ()
 
 
 class Transform:
@@ -95,6 +96,7 @@ class Transform:
         spacing: voxel size in mm, one number or three; None keeps that of the scan.
         intensity: chooses the intensities that become 0 and 1; by default percentiles, which are robust to outliers.
         orientation: axes of model space, such as RAS, or LAS for the released weights.
+        assume_orientation: RAS or LAS, the axes of scans whose files state none; None rejects such scans.
 
     Raises:
         UserError: a parameter is out of range.
@@ -106,15 +108,23 @@ class Transform:
         spacing: float | Sequence[float] | None = None,
         intensity: Intensity | None = None,
         orientation: str = "RAS",
+        assume_orientation: str | None = None,
     ) -> None:
         self.shape = tuple(int(size) for size in shape)
         self.spacing = None if spacing is None else _triple(spacing)
         self.intensity = intensity or Percentiles()
         self.orientation = str(orientation)
+        self.assume_orientation = check_orientation(assume_orientation)
         if len(self.shape) != 3 or min(self.shape) < 1:
             raise UserError(f"data.shape={list(self.shape)}: three positive sizes are needed")
         if sorted(next((i for i, p in enumerate(AXIS_CODES) if c in p), -1) for c in self.orientation) != [0, 1, 2]:
             raise UserError(f"transform.orientation={self.orientation}: three letters such as RAS or LAS are needed")
+
+    def assuming(self, orientation: str | None) -> "Transform":
+        """The same transform, for scans with this orientation if their files state none."""
+        if orientation == self.assume_orientation:
+            return self
+        return Transform(self.shape, self.spacing, self.intensity, self.orientation, orientation)
 
     def __call__(self, source: Source) -> np.ndarray:
         """A scan in model space, (1, X, Y, Z) float32 in [0, 1].
@@ -130,22 +140,24 @@ class Transform:
         Raises:
             BadScan: it cannot be used.
         """
-        data, affine = load_scan(source)
+        scan = load_scan(source, self.assume_orientation)
         path = source if isinstance(source, str | Path) else None
         try:
-            volume, steps = self._geometry(data, affine, mode="bilinear")
+            volume, steps = self._geometry(scan.data, scan.affine, mode="bilinear")
         except BadScan as error:
             raise BadScan(error.reason, path) from None
-        low, high = self.intensity.limits(data, volume.numpy())
+        low, high = self.intensity.limits(scan.data, volume.numpy())
         if not high > low:
             raise BadScan(f"its intensity range is empty ({low:g} to {high:g})", path)
         padded = self._pad((volume - low).div_(high - low).clamp_(0, 1), steps)
-        return ModelSpaceScan(padded.numpy(), padded.affine.numpy(), low, high, partial(_invert, padded, steps))
+        # The intensities of the file are those of `scan` plus its offset.
+        low, high, to_scan_grid = low + scan.offset, high + scan.offset, partial(_invert, padded, steps)
+        return ModelSpaceScan(padded.numpy(), padded.affine.numpy(), low, high, to_scan_grid, scan.notes)
 
     def labels(self, source: Source) -> np.ndarray:
         """A label map in model space by nearest-neighbour interpolation, (X, Y, Z) int32."""
-        data, affine = load_scan(source, reject_constant=False)
-        volume, steps = self._geometry(data, affine, mode="nearest")
+        labels = load_label_map(source, self.assume_orientation)
+        volume, steps = self._geometry(labels.data, labels.affine, mode="nearest")
         return self._pad(volume, steps)[0].round().to(torch.int32).numpy()
 
     def fraction(self, source: Source, labels: Sequence[int]) -> np.ndarray:
@@ -153,8 +165,9 @@ class Transform:
 
         If voxels are large, the sum of these fractions is a far better estimate of a volume than a count of voxels.
         """
-        data, affine = load_scan(source, reject_constant=False)
-        volume, steps = self._geometry(np.isin(data.round(), list(labels)).astype(np.float32), affine, mode="bilinear")
+        found = load_label_map(source, self.assume_orientation)
+        region = np.isin(found.data.round(), list(labels)).astype(np.float32)
+        volume, steps = self._geometry(region, found.affine, mode="bilinear")
         return self._pad(volume, steps)[0].clamp(0, 1).numpy()
 
     def inverse(self, volume: np.ndarray | torch.Tensor, original: Source) -> nib.Nifti1Image:
@@ -168,7 +181,7 @@ class Transform:
         """
         volume = np.asarray(volume, dtype=np.float32).reshape(1, *np.shape(volume)[-3:])
         prepared = self.to_model_space(original)
-        image = nib.load(original) if isinstance(original, str | Path) else original
+        image = load_image(original, self.assume_orientation)
         return nifti_like(prepared.to_scan_grid(volume) * (prepared.high - prepared.low) + prepared.low, image)
 
     def key(self) -> str:

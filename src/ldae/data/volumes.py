@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ldae.data.file_version import FileVersion
-from ldae.data.nifti import BadScan
+from ldae.data.nifti import BadScan, states_orientation
 from ldae.data.sharing import work_order
 from ldae.data.transforms import Transform
 from ldae.utils.errors import UserError
@@ -158,7 +158,8 @@ class VolumeCache:
         ), rejected
 
     def _file(self, version: FileVersion) -> Path:
-        key = version.cache_key()
+        assumed = self.transform.assume_orientation
+        key = version.cache_key(assumed) if assumed and not states_orientation(version.path) else version.cache_key()
         return self.folder / key[:2] / f"{key[2:]}.npy"
 
     def _transform(self, missing: Sequence[tuple[str, Path]], workers: int | None, progress: bool) -> dict[str, str]:

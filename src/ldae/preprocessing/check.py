@@ -55,7 +55,7 @@ def compare_masks(out: Path, labels: Path | None) -> pd.DataFrame:
 
 
 def _compare_with_labels(mask: Path, labels: Path) -> float:
-    ours, reference = Volume.read(mask, allow_constant=True), Volume.read(labels, allow_constant=True)
+    ours, reference = Volume.read_labels(mask), Volume.read_labels(labels)
     if ours.data.shape != reference.data.shape or not np.allclose(ours.affine, reference.affine, atol=1e-2):
         raise UserError(f"{labels} is on another grid than the scan of {mask}: give label maps in native space")
     return dice_overlap(ours.data > 0, close_sulci(reference.data > 0, reference.spacing))

@@ -89,7 +89,7 @@ class Outputs:
 
     def write_labels(self, labels: Path, regions: Regions | None, result: PreprocessedScan) -> dict[str, float]:
         """Write the label map in the template's space, and return the volumes measured in its own space."""
-        native = Volume.read(labels, allow_constant=True)
+        native = Volume.read_labels(labels)
         if result.transforms is None:
             raise BadScan("a label map needs a registration", labels)
         moved = result.transforms.labels_to_template(native, result.scan)

@@ -13,8 +13,7 @@ import nibabel as nib
 import numpy as np
 from numpy.typing import DTypeLike
 
-from ldae.data.nifti import BadScan, load_scan
-from ldae.data.transforms import Source
+from ldae.data.nifti import BadScan, Source, load_label_map, load_scan
 from ldae.utils.files import replacing
 
 if TYPE_CHECKING:
@@ -37,16 +36,24 @@ class Volume:
     affine: np.ndarray
 
     @classmethod
-    def read(cls, source: Source, allow_constant: bool = False) -> "Volume":
-        """Read a NIfTI file or image.
-
-        Args:
-            allow_constant: accept equal voxels, as in an empty mask.
+    def read(cls, source: Source) -> "Volume":
+        """Read a scan; its background becomes 0.
 
         Raises:
             BadScan: see ldae.data.nifti.load_scan.
         """
-        return cls(*load_scan(source, reject_constant=not allow_constant))
+        scan = load_scan(source)
+        return cls(scan.data, scan.affine)
+
+    @classmethod
+    def read_labels(cls, source: Source) -> "Volume":
+        """Read a label map or a mask, which may be empty.
+
+        Raises:
+            BadScan: see ldae.data.nifti.load_label_map.
+        """
+        labels = load_label_map(source)
+        return cls(labels.data, labels.affine)
 
     def write(self, path: Path | str, dtype: DTypeLike = np.float32) -> None:
         """Write a NIfTI file of `dtype`, atomically."""
