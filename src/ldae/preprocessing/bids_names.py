@@ -82,5 +82,10 @@ def bids_label(text: str) -> str:
 
 def bids_entity(name: str, key: str) -> str:
     """Value of an entity in a BIDS file name, "" if absent: bids_entity("sub-1_ses-M00_T1w.nii", "ses") is "M00"."""
-    match = re.search(rf"(?:^|[_/]){key}-([A-Za-z0-9]+)", name)
+    match = re.search(rf"(?:^|_){key}-([^_]+)", strip_suffix(name))
     return match[1] if match else ""
+
+
+def strip_suffix(name: str) -> str:
+    """The name of a file without the suffix of its format; other dots stay, such as those of a DICOM UID."""
+    return re.sub(r"\.(?:nii(?:\.gz)?|mgz|mgh|img|hdr|json)$", "", name, flags=re.IGNORECASE)
