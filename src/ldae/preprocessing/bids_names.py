@@ -1,5 +1,6 @@
 """BIDS-derivatives names of the files written for one scan."""
 
+import hashlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,12 +17,14 @@ class BidsNames:
         session: "ses-...", or "" if there is none.
         space: BIDS label of the space that the scan is registered to, "" for its own.
         spacing: voxel size in mm of a scan that is resampled without registration, None for its own.
+        problem_of: path of a scan whose names cannot be used; only its record is written, under a name of its own.
     """
 
     subject: str
     session: str
     space: str
     spacing: float | None = None
+    problem_of: str = ""
 
     @property
     def stem(self) -> str:
@@ -36,6 +39,8 @@ class BidsNames:
     @property
     def record(self) -> Path:
         """The record of what was done; it is written last and marks the scan as finished."""
+        if self.problem_of:
+            return Path("records", f"unused_{hashlib.sha256(self.problem_of.encode()).hexdigest()[:16]}.json")
         return Path("records", f"{self.stem}.json")
 
     @property
@@ -84,6 +89,12 @@ def bids_entity(name: str, key: str) -> str:
     """Value of an entity in a BIDS file name, "" if absent: bids_entity("sub-1_ses-M00_T1w.nii", "ses") is "M00"."""
     match = re.search(rf"(?:^|_){key}-([^_]+)", strip_suffix(name))
     return match[1] if match else ""
+
+
+def path_entity(path: Path, key: str) -> str:
+    """Value of an entity in a file's name, or else in the innermost of its folders that names it, "" if absent."""
+    folders = (part.removeprefix(f"{key}-") for part in path.parts[-2::-1] if part.startswith(f"{key}-"))
+    return bids_entity(path.name, key) or next(folders, "")
 
 
 def strip_suffix(name: str) -> str:

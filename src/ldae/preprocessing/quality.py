@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 
 from ldae.preprocessing.outputs import Record
-from ldae.preprocessing.sources import SourceScan
 from ldae.utils.files import write_text
 
 # Measure -> heading, factor, and whether high (1), low (-1) or both kinds of values (0) are bad.
@@ -25,16 +24,16 @@ STYLE = (
 )
 
 
-def write_quality_page(out: Path, entries: list[tuple[SourceScan, Record]]) -> Path:
+def write_quality_page(out: Path, records: list[Record]) -> Path:
     """Write OUT/qc.html: rejected scans first, then the others by the deviation of their worst measure."""
-    scores = deviation_scores([record for _, record in entries])
+    scores = deviation_scores(records)
     order = np.argsort(-scores, kind="stable")
     headings = "".join(f"<th>{heading}</th>" for heading, _, _ in MEASURES.values())
-    rows = "\n".join(_format_row(out, *entries[index], scores[index]) for index in order)
-    rejected = sum(record["status"] != "done" for _, record in entries)
+    rows = "\n".join(_format_row(out, records[index], scores[index]) for index in order)
+    rejected = sum(record["status"] != "done" for record in records)
     text = (
-        f'<!doctype html>\n<html><head><meta charset="utf-8"><title>Quality of {len(entries)} scans</title>'
-        f"<style>{STYLE}</style></head><body>\n<h1>{len(entries)} scans, {rejected} rejected</h1>\n"
+        f'<!doctype html>\n<html><head><meta charset="utf-8"><title>Quality of {len(records)} scans</title>'
+        f"<style>{STYLE}</style></head><body>\n<h1>{len(records)} scans, {rejected} rejected</h1>\n"
         '<p>Worst first. Contours: <span class="brain">brain mask</span>, '
         '<span class="template">brain of the template</span>. Deviation: distance of the worst measure from the '
         "cohort's median, in robust standard deviations.</p>\n"
@@ -64,8 +63,8 @@ def deviation_scores(records: list[Record]) -> np.ndarray:
     return result
 
 
-def _format_row(out: Path, scan: SourceScan, record: Record, score: float) -> str:
-    name = html.escape(" ".join(part for part in (scan.subject, scan.session) if part))
+def _format_row(out: Path, record: Record, score: float) -> str:
+    name = html.escape(" ".join(part for part in (record["subject"], record["session"]) if part))
     values = record.get("measures", {})
     cells = "".join(
         f"<td>{values[key] * factor:.4g}</td>" if key in values else "<td></td>"

@@ -1,15 +1,24 @@
-"""Finding the raw scans: in a BIDS dataset, in a Clinica CAPS tree, or in a CSV of paths."""
+"""Finding the raw scans: in a BIDS dataset, in a Clinica CAPS tree, or in a CSV of paths.
 
-from collections import defaultdict
-from dataclasses import dataclass, field, replace
+Links are followed. Files and folders whose names start with a dot, such as the `._` copies that macOS makes, are not
+scans.
+"""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import datetime
+from functools import cache
 from pathlib import Path
 
-from ldae.data.delimited import read_cells
-from ldae.data.sessions import parse_session, session_label
-from ldae.preprocessing.bids_names import bids_entity, bids_label
+from ldae.data.columns import find_columns
+from ldae.data.delimited import exists_or_refuse, read_text_table
+from ldae.data.sessions import parse_date, parse_session, session_label
+from ldae.preprocessing.bids_names import bids_entity, bids_label, path_entity, strip_suffix
 from ldae.utils.errors import UserError
 
 NIFTI_SUFFIXES = (".nii.gz", ".nii")
+CSV_ROLES = ("subject", "session", "path")
 
 
 @dataclass(frozen=True)
@@ -22,6 +31,7 @@ class SourceScan:
         session: "ses-...", or "" if the source has none.
         metadata: further columns of the CSV, such as age and sex.
         problem: reason why the scan cannot be used that is known without opening it, or "".
+        date: when it was acquired, from scans.tsv, or None.
     """
 
     path: Path
@@ -29,12 +39,21 @@ class SourceScan:
     session: str
     metadata: dict[str, str] = field(default_factory=dict)
     problem: str = ""
+    date: datetime | None = None
+
+    @property
+    def printable_path(self) -> str:
+        """The path as text that can be written."""
+        return printable(str(self.path))
+
+
+def printable(text: str) -> str:
+    """Text of a file name in which bytes that are not UTF-8 are escaped."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def find_scans(source: Path) -> list[SourceScan]:
     """Find every T1w scan of `source`, sorted by subject and session.
-
-    If a session has several scans, all of them are returned with a `problem`.
 
     Raises:
         UserError: `source` does not exist or has no scan.
@@ -49,52 +68,84 @@ def find_scans(source: Path) -> list[SourceScan]:
         raise UserError(f"no such folder or table: {source}")
     if not scans:
         raise UserError(f"no T1w scan in {source}: sub-*/[ses-*/]anat/*_T1w.nii.gz, or a CSV with a column `path`")
-    return _mark_duplicates(sorted(scans, key=lambda scan: (scan.subject, scan.session, str(scan.path))))
+    return sorted(scans, key=lambda scan: (scan.subject, scan.session, str(scan.path)))
 
 
 def _find_in_bids(root: Path) -> list[SourceScan]:
-    return [_describe_file(path) for path in _find_nifti_files(root, ("sub-*/anat", "sub-*/ses-*/anat"))]
+    return [_describe_file(root, path) for path in _find_nifti_files(root, ("sub-*/anat", "sub-*/ses-*/anat"))]
 
 
 def _find_in_caps(root: Path) -> list[SourceScan]:
     """Images of Clinica's t1-linear and t1-extensive; if an image exists with and without cropping, the whole one."""
-    paths = _find_nifti_files(root, ("sub-*/ses-*/t1_linear", "sub-*/ses-*/t1_extensive"))
+    paths = list(_find_nifti_files(root, ("sub-*/ses-*/t1_linear", "sub-*/ses-*/t1_extensive")))
     names = {path.name for path in paths}
-    return [_describe_file(path) for path in paths if not _is_cropped_copy(path.name, names)]
+    return [_describe_file(root, path) for path in paths if not _is_cropped_copy(path.name, names)]
 
 
 def _is_cropped_copy(name: str, names: set[str]) -> bool:
     return "_desc-Crop" in name and name.replace("_desc-Crop", "") in names
 
 
-def _find_nifti_files(root: Path, folders: tuple[str, ...]) -> list[Path]:
-    return [path for folder in folders for end in NIFTI_SUFFIXES for path in root.glob(f"{folder}/*_T1w{end}")]
+def _find_nifti_files(root: Path, folders: tuple[str, ...]) -> Iterator[Path]:
+    for folder in folders:
+        for end in NIFTI_SUFFIXES:
+            yield from (path for path in root.glob(f"{folder}/*_T1w{end}") if not path.name.startswith("."))
 
 
-def _describe_file(path: Path) -> SourceScan:
-    subject = next(part for part in path.parts[::-1] if part.startswith("sub-") and part != path.name)
-    session = bids_entity(path.name, "ses")
-    return SourceScan(path, subject, f"ses-{session}" if session else "")
+def _describe_file(root: Path, path: Path) -> SourceScan:
+    """Subject and session from the folders, or the session from the file's name if there is no folder for it."""
+    folders = path.relative_to(root).parts[:-1]
+    subject, session = folders[0], folders[1] if folders[1].startswith("ses-") else ""
+    stated = bids_entity(path.name, "sub"), bids_entity(path.name, "ses")
+    problem = ""
+    if stated[0] and f"sub-{stated[0]}" != subject:
+        problem = f"its folder is {subject}, but its name says sub-{stated[0]}: rename one of them"
+    elif session and stated[1] and f"ses-{stated[1]}" != session:
+        problem = f"its folder is {session}, but its name says ses-{stated[1]}: rename one of them"
+    session = session or (f"ses-{stated[1]}" if stated[1] else "")
+    if printable(str(path)) != str(path):
+        problem = "its path is not UTF-8: rename the file or its folder"
+    date = _read_dates(path.parent.parent).get(path.name)
+    return SourceScan(path, printable(subject), printable(session), problem=problem, date=date)
+
+
+@cache
+def _read_dates(folder: Path) -> dict[str, datetime]:
+    """Dates of acquisition by file name, from the sub-*_scans.tsv in the folder of a subject or session."""
+    dates: dict[str, datetime] = {}
+    for path in folder.glob("sub-*_scans.tsv"):
+        if not exists_or_refuse(path):
+            continue
+        table = read_text_table(path)
+        names, columns = find_columns(table.header, "path"), find_columns(table.header, "date")
+        for row in table.rows if names and columns else []:
+            date = parse_date(row.cells[columns[0]])
+            if date:
+                dates[os.path.basename(row.cells[names[0]])] = date
+    return dates
 
 
 def _find_in_csv(table: Path) -> list[SourceScan]:
-    """Scans of the column `path` (relative to the table); subject and session from columns, or from the file's name."""
-    records = read_cells(table)
-    _, header = next(records, (0, []))
-    if "path" not in header:
-        raise UserError(f"{table}: a column `path` is needed; the header has {', '.join(header) or 'nothing'}")
+    """Scans of the column `path` (relative to the table); subject and session from columns, or from the path."""
+    content = read_text_table(table, "path")
+    columns = {role: next(iter(find_columns(content.header, role)), "") for role in CSV_ROLES}
+    if not columns["path"]:
+        raise UserError(f"{table}: a column `path` is needed; the header has {', '.join(content.header) or 'nothing'}")
     scans, subject_by_label = [], {}
-    for line, cells in records:
-        if len(cells) != len(header):
-            raise UserError(f"{table}, line {line}: {len(cells)} cells, but the header has {len(header)} columns")
-        metadata = dict(zip(header, cells, strict=True))
-        path = Path(metadata.pop("path"))
-        subject = metadata.pop("subject", "") or bids_entity(path.name, "sub") or path.name.split(".")[0]
-        session = metadata.pop("session", "") or bids_entity(path.name, "ses")
+    for row in content.rows:
+        found = {role: row.cells.get(name, "") for role, name in columns.items()}
+        if not found["path"]:
+            raise row.error(columns["path"], "it is empty")
+        path = Path(found["path"]).expanduser()
+        subject = found["subject"] or path_entity(path, "sub") or strip_suffix(path.name)
         label = bids_label(subject.removeprefix("sub-"))
         if not label or subject_by_label.setdefault(label, subject) != subject:
-            raise UserError(f"{table}, line {line}: subject {subject!r} does not give a unique BIDS label; rename it")
-        scans.append(SourceScan(table.parent / path, f"sub-{label}", _format_session(session), metadata))
+            raise UserError(
+                f"{table}, line {row.line}: subject {subject!r} does not give a unique BIDS label; rename it"
+            )
+        session = _format_session(found["session"] or path_entity(path, "ses"))
+        metadata = {name: cell for name, cell in row.cells.items() if name not in columns.values()}
+        scans.append(SourceScan(table.parent / path, f"sub-{label}", session, metadata))
     return scans
 
 
@@ -105,17 +156,3 @@ def _format_session(text: str) -> str:
     except ValueError:
         label = bids_label(text.removeprefix("ses-"))
         return f"ses-{label}" if label else ""
-
-
-def _mark_duplicates(scans: list[SourceScan]) -> list[SourceScan]:
-    groups: dict[tuple[str, str], list[SourceScan]] = defaultdict(list)
-    for scan in scans:
-        groups[scan.subject, scan.session].append(scan)
-    marked = []
-    for group in groups.values():
-        if len(group) > 1:
-            names = ", ".join(scan.path.name for scan in group)
-            problem = f"{len(group)} T1w scans in one session ({names}): name one in a CSV of paths"
-            group = [replace(scan, problem=problem) for scan in group]
-        marked += group
-    return marked

@@ -15,6 +15,7 @@ from filelock import FileLock, Timeout
 from ldae.utils.errors import UserError
 
 LOCK, HOLDER = ".lock", ".lock-holder"
+PATIENCE = 600.0  # seconds that a short lock is waited for
 
 
 @contextmanager
@@ -43,4 +44,22 @@ def lock_folder(folder: Path, active: bool = True) -> Iterator[None]:
         yield
     finally:
         holder.unlink(missing_ok=True)
+        lock.release()
+
+
+@contextmanager
+def wait_for_lock(path: Path) -> Iterator[None]:
+    """Hold a lock that other processes hold for seconds only, as while they write a table; wait until it is free.
+
+    Raises:
+        UserError: it was not free within PATIENCE.
+    """
+    lock = FileLock(path, timeout=PATIENCE)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise UserError(f"another process has held {path} for {PATIENCE / 60:.0f} minutes: stop it") from error
+    try:
+        yield
+    finally:
         lock.release()

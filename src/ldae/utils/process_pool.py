@@ -8,7 +8,10 @@ Workers are fresh interpreters that do not import the caller's main script, so a
 """
 
 import logging
+import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 log = logging.getLogger(__name__)
@@ -87,7 +90,7 @@ def _run_in_pool(
 
     environment = dict.fromkeys(THREAD_LIMITS, str(threads))
     pool = ProcessPoolExecutor(
-        min(workers, len(left)), env=environment, initializer=_limit_threads, initargs=(threads,)
+        min(workers, len(left)), env=environment, initializer=_set_up_worker, initargs=(threads,)
     )
     waiting, futures = sorted(left, reverse=True), dict[Future, int]()
     try:
@@ -106,10 +109,27 @@ def _run_in_pool(
     except BrokenProcessPool:
         log.warning("a worker process died; the items it worked on are tried again one by one")
     finally:
-        pool.shutdown(wait=True, kill_workers=True)
+        with ignoring_interrupts():  # a second Ctrl-C must not leave workers behind
+            pool.shutdown(wait=True, kill_workers=True)
 
 
-def _limit_threads(threads: int) -> None:
+@contextmanager
+def ignoring_interrupts() -> Iterator[None]:
+    """Ignore Ctrl-C and SIGTERM for a moment, as while a table is written after the first Ctrl-C."""
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may change handlers
+        yield
+        return
+    handlers = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def _set_up_worker(threads: int) -> None:
     import torch
 
+    # A terminal sends Ctrl-C to the workers as well, but it is the caller that ends them.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(threads)
