@@ -25,6 +25,7 @@ from ldae.config import check_constructor_arguments, conf_dir, register
 from ldae.pipeline import LDAE
 from ldae.scans.scan import Scan
 from ldae.utils.errors import UserError
+from ldae.utils.renamed import ARGUMENTS, CLASSES, MODULES
 
 ROOT = Path(__file__).parents[1]
 LINKED = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/**/*.md"))]
@@ -279,3 +280,16 @@ def test_every_page_that_sources_and_configs_name_exists():
     named = {(name_of(file), page) for file in files for page in re.findall(r"docs/[\w/-]+\.\w+", file.read_text())}
     assert named
     assert not {(file, page) for file, page in named if not (ROOT / page).exists()}
+
+
+def test_every_renamed_class_and_setting_is_in_the_changelog():
+    text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    moved = {present: former for former, present in MODULES.items()}
+    for former, present in CLASSES.items():
+        module, _, name = former.rpartition(".")
+        assert f"| `{moved.get(module, module)}.{name}` | `{present}` |" in text
+    for former, present in MODULES.items():
+        assert f"| `{former}` | `{present}` |" in text
+    for arguments in ARGUMENTS.values():
+        for former, present in arguments.items():
+            assert re.search(rf"\.{former}` \| `[\w.]+\.{present}` \|", text), f"{former} -> {present}"
