@@ -92,9 +92,9 @@ def broken_images():
         "noaffine": (no_affine, "no affine"),
         "degenerate": (image(data, flat), "degenerate"),
         "sheared": (image(data, sheared), "shears"),
-        "metres": (image(data, affine @ np.diag([1e-2, 1e-2, 1e-2, 1])), "absurd voxel size"),
-        "huge": (image(data, affine @ np.diag([10, 10, 10, 1])), "absurd voxel size"),
-        "cropped": (image(data[40:60, 40:60, 30:50]), "absurd voxel size"),
+        "metres": (image(data, affine @ np.diag([1e-2, 1e-2, 1e-2, 1])), "voxel size"),
+        "huge": (image(data, affine @ np.diag([10, 10, 10, 1])), "voxel size"),
+        "cropped": (image(data[40:60, 40:60, 30:50]), "field of view"),
         "small": (image(np.where(distance < 40, data, 0)), "brain volume"),
         "hollow": (image(hollow.astype(np.float32)), "template correlation"),
     }  # fmt: skip

@@ -93,7 +93,7 @@ def raw(tmp_path, monkeypatch):
     monkeypatch.setattr("ldae.scans.raw_scan.check_installed", lambda steps: None)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     affine = transform.to_model_space(placed).affine
-    return image, placed, ShiftPreprocessing(transform, {}, affine, tmp_path / "template.nii.gz")
+    return image, placed, ShiftPreprocessing(transform, {}, affine, template=tmp_path / "template.nii.gz")
 
 
 def test_a_preprocessed_scan_is_on_the_training_scans_grid(raw):

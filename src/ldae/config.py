@@ -216,6 +216,7 @@ class PreprocessSteps:
     columns: Any = MISSING
     spacing: float | None = 1.5  # mm; None: that of the template or of the scan
     interpolator: str = "bSpline"
+    assume_orientation: str | None = None  # RAS or LAS: axes of scans whose files state none
 
 
 @dataclass

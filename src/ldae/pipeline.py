@@ -163,14 +163,22 @@ class LDAE:
 
     # Scans
 
-    def open(self, source: Source, check: bool = True, preprocess: PreprocessMode | bool | None = "auto") -> Scan:
+    def open(
+        self,
+        source: Source,
+        check: bool = True,
+        preprocess: PreprocessMode | bool | None = "auto",
+        orientation: str | None = None,
+    ) -> Scan:
         """Bring a scan to model space, and keep what is needed to bring results back to the scan's own grid.
 
         Args:
-            check: reject a scan that fails the out-of-distribution check, unless preprocessing can help.
+            check: reject a scan that fails the out-of-distribution check, unless preprocessing can help, or that is
+                outside the limits of the training preprocessing.
             preprocess: "auto": run the training preprocessing if the scan fails the out-of-distribution check and the
                 training scans are known to have been preprocessed; "always"; "never". None, True and False mean the
                 same three.
+            orientation: RAS or LAS, assumed if the scan's file states no orientation; None rejects such a scan.
 
         Raises:
             BadScan: the scan is rejected; the message gives the reason.
@@ -185,7 +193,10 @@ class LDAE:
             raise UserError("this model was loaded without preprocessing; load it with preprocess=True")
         if mode == "never" or (mode == "auto" and steps is not None and not steps.training_scans_preprocessed):
             steps = None
-        return open_scan(source, self.transform, self.ood_check if check else None, steps, mode == "always")
+        if steps is not None and (orientation is not None or not check):
+            steps = replace(steps, assume_orientation=orientation, limited=check)
+        transform = self.transform.assuming(orientation)
+        return open_scan(source, transform, self.ood_check if check else None, steps, mode == "always")
 
     def volumes(self, x: Scans) -> Tensor:
         """(B, 1, X, Y, Z) on the model's device; a tensor is taken to be in model space, scans pass through `open`."""

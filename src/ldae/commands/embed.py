@@ -27,7 +27,14 @@ SOME_REJECTED = 1  # exit status
 @output_option("The table: path, key, y000, y001, ..., one row per scan.")
 @preprocess_options
 @model_options
-def embed(paths: list[Path], output: Path, force: bool, preprocess: bool | None, **model: Unpack[ModelOptions]) -> None:
+def embed(
+    paths: list[Path],
+    output: Path,
+    force: bool,
+    preprocess: bool | None,
+    orientation: str | None,
+    **model: Unpack[ModelOptions],
+) -> None:
     """Compute y, the semantic vector, of scans.
 
     Rows of OUTPUT that belong to the same scan and the same model are kept: the same command again continues where it
@@ -47,10 +54,10 @@ def embed(paths: list[Path], output: Path, force: bool, preprocess: bool | None,
     with ResumableCsv.open(output, columns) as table:
         for path in tqdm(paths, desc="embed", unit="scan"):
             try:
-                key = content_key(path, identity)
+                key = content_key(path, identity + _file_identity(path, orientation))
                 if table.has(path, key):
                     continue
-                table.add(path, key, ldae.embed(ldae.open(path, not force, preprocess))[0].tolist())
+                table.add(path, key, ldae.embed(ldae.open(path, not force, preprocess, orientation))[0].tolist())
             except (UserError, OSError) as error:
                 reason = getattr(error, "reason", None) or getattr(error, "strerror", None) or str(error)
                 rejected.append((str(path), reason))
@@ -72,6 +79,16 @@ def _model_identity(ldae: "LDAE", force: bool, preprocess: bool | None) -> str:
     if force or preprocess is not None:  # for scans that fail the out-of-distribution check
         identity += f"{force}{preprocess}"
     return identity
+
+
+def _file_identity(path: Path, orientation: str | None) -> str:
+    """What y depends on beside the content of the file at `path`; empty for nearly all scans."""
+    from ldae.data.nifti import find_partner, states_orientation
+    from ldae.utils.files import file_sha256
+
+    partner = find_partner(path)
+    identity = "" if partner is None else file_sha256(partner)
+    return identity + (orientation if orientation and not states_orientation(path) else "")
 
 
 def _write_rejected(output: Path, rejected: list[tuple[str, str]]) -> None:

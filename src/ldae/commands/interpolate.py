@@ -35,6 +35,7 @@ def interpolate(
     steps: int | None,
     force: bool,
     preprocess: bool | None,
+    orientation: str | None,
     **model: Unpack[ModelOptions],
 ) -> None:
     """Interpolate between scans A and B, such as two visits of one person.
@@ -51,7 +52,7 @@ def interpolate(
 
     from ldae.scans.scan import write_image
 
-    first, second = (ldae.open(path, not force, preprocess) for path in paths)
+    first, second = (ldae.open(path, not force, preprocess, orientation) for path in paths)
     volumes = ldae.interpolate_each(first, second, [0.0, *positions], steps)
     start, *between = tqdm(volumes, "decoding", len(positions) + 1)
     for position, volume in zip(positions, between, strict=True):

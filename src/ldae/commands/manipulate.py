@@ -56,6 +56,7 @@ def manipulate(
     steps: int | None,
     force: bool,
     preprocess: bool | None,
+    orientation: str | None,
     **model: Unpack[ModelOptions],
 ) -> None:
     """Edit a scan along the direction of a label.
@@ -70,7 +71,7 @@ def manipulate(
 
     from ldae.scans.scan import write_image
 
-    along, scan = ldae.direction(direction), ldae.open(paths[0], not force, preprocess)
+    along, scan = ldae.direction(direction), ldae.open(paths[0], not force, preprocess, orientation)
     y = ldae.embed(scan)
     volumes = ldae.manipulate_each(scan, along, [0.0, *alphas], y=y, depth=depth, steps=steps)
     start, *edited = tqdm(volumes, "decoding", len(alphas) + 1)

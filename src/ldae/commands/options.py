@@ -46,7 +46,13 @@ model_options = _together(
 steps_option = click.option(
     "--steps", type=click.IntRange(1), help="Number of steps of inversion and of decoding; default: the model's."
 )
+orientation_option = click.option(
+    "--orientation",
+    type=click.Choice(("RAS", "LAS")),
+    help="Orientation of scans whose files state none (Analyze, codes of 0). Default: they are rejected.",
+)
 preprocess_options = _together(
+    orientation_option,
     click.option(
         "--preprocess/--no-preprocess",
         default=None,

@@ -34,6 +34,7 @@ def reconstruct(
     steps: int | None,
     force: bool,
     preprocess: bool | None,
+    orientation: str | None,
     **model: Unpack[ModelOptions],
 ) -> None:
     """Encode a scan and decode it again.
@@ -45,7 +46,7 @@ def reconstruct(
     ldae = load_model(**model)
     from ldae.scans.scan import write_image
 
-    scan = ldae.open(paths[0], not force, preprocess)
+    scan = ldae.open(paths[0], not force, preprocess, orientation)
     volume = ldae.vary(scan, 1, seed, steps) if semantic else ldae.reconstruct(scan, steps)
     write_image(scan.restored(volume), output)
     click.echo(output)

@@ -34,6 +34,7 @@ def vary(
     steps: int | None,
     force: bool,
     preprocess: bool | None,
+    orientation: str | None,
     **model: Unpack[ModelOptions],
 ) -> None:
     """Decode one scan's y with different random noise.
@@ -46,7 +47,7 @@ def vary(
 
     from ldae.scans.scan import write_image
 
-    scan = ldae.open(paths[0], not force, preprocess)
+    scan = ldae.open(paths[0], not force, preprocess, orientation)
     y, noise = ldae.embed(scan), ldae.noise(count, seed)
     for number in tqdm(range(count), desc="variants"):
         variant = ldae.decode(noise[number : number + 1], y, steps)

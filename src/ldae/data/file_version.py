@@ -5,11 +5,14 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
-from ldae.data.nifti import BadScan, reason_missing
+from ldae.data.nifti import BadScan, find_partner, reason_missing
 
 
 class FileVersion(NamedTuple):
-    """A file's absolute path, its size in bytes and the time of its last change in nanoseconds."""
+    """A file's absolute path, its size in bytes and the time of its last change in nanoseconds.
+
+    A header and its voxels in two files are one: their sizes together, and the later change.
+    """
 
     path: str
     size: int
@@ -27,7 +30,11 @@ class FileVersion(NamedTuple):
             status = os.stat(path)
         except OSError as error:
             raise BadScan(reason_missing(path), path) from error
-        return cls(path, status.st_size, status.st_mtime_ns)
+        partner = find_partner(path)
+        if partner is None:
+            return cls(path, status.st_size, status.st_mtime_ns)
+        other = partner.stat()
+        return cls(path, status.st_size + other.st_size, max(status.st_mtime_ns, other.st_mtime_ns))
 
     @property
     def identity(self) -> tuple[int | str, ...]:

@@ -139,6 +139,17 @@ def states_orientation(path: str | Path) -> bool:
         return False
 
 
+def find_partner(path: str | Path) -> Path | None:
+    """The other file of a pair of header and voxels (.hdr and .img), or None if `path` is no part of such a pair."""
+    path = Path(path)
+    for own, other in ((".hdr", ".img"), (".img", ".hdr")):
+        stem, suffix, ending = path.name.rpartition(own)
+        if suffix and ending in ("", ".gz"):
+            found = (path.with_name(f"{stem}{other}{end}") for end in ("", ".gz"))
+            return next((file for file in found if file.is_file()), None)
+    return None
+
+
 def reason_missing(path: str | Path) -> str:
     """Reason why there is no file at `path`; a link to a missing file is named as one."""
     if not os.path.islink(path):

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import nibabel as nib
 import numpy as np
 
 from ldae.data.nifti import BadScan
@@ -9,7 +10,18 @@ from ldae.preprocessing.template import blur_for_spacing, template_brain
 from ldae.preprocessing.volume import Volume
 
 CORRELATION_MM = 4.0  # the folding pattern differs between persons, so brains are compared at this resolution
+CUT_CM2 = 15.0  # area of the brain on a face of the volume from which it may be cut off; a brainstem has 7
+TOLERANCE = 1e-3  # relative, of the limits: headers and oblique affines round voxel sizes
+SIDES = (("left", "right"), ("posterior", "anterior"), ("inferior", "superior"))
 MARGIN_MM = 6.0  # around the template's brain, so that a brain of another size or place lowers the correlation
+
+
+class OutsideLimits(BadScan):
+    """A measure of a scan is outside of the limits; `finding` says which, without the remedy."""
+
+    def __init__(self, finding: str, key: str) -> None:
+        super().__init__(f"{finding}; --set preprocess.limits.{key}=... changes the limit")
+        self.finding = finding
 
 
 def measure_volume(mask: np.ndarray, scan: Volume) -> float:
@@ -48,9 +60,21 @@ def estimate_noise(scan: Volume, mask: np.ndarray) -> float:
     return float(1.4826 * np.median(np.concatenate(differences)) / np.sqrt(6) / level) if level > 0 else float("nan")
 
 
+def find_cut_sides(mask: np.ndarray, scan: Volume) -> list[str]:
+    """Sides on which the brain reaches the edge of the field of view, such as "superior"."""
+    sides = []
+    for axis, (place, sign) in enumerate(nib.io_orientation(scan.affine)):
+        voxel_cm2 = scan.voxel_mm3 / scan.spacing[axis] / 100
+        low, high = SIDES[int(place)][:: int(sign)]
+        for side, index in ((low, 0), (high, -1)):
+            if np.take(mask, index, axis=axis).sum() * voxel_cm2 > CUT_CM2:
+                sides.append(side)
+    return sorted(sides)
+
+
 @dataclass(frozen=True)
 class Limits:
-    """Limits outside of which a scan is rejected.
+    """Limits outside of which a scan is rejected, with a relative tolerance of TOLERANCE.
 
     Attributes:
         voxel_mm: lowest and highest edge length of a voxel.
@@ -68,21 +92,30 @@ class Limits:
     rigid_correlation: float = 0.4
 
     def check_grid(self, scan: Volume) -> None:
-        """Raise BadScan if voxel size or field of view cannot be those of a head."""
+        """Raise OutsideLimits if voxel size or field of view cannot be those of a head."""
         field = scan.spacing * scan.data.shape
-        for what, values, (low, high) in (("voxels", scan.spacing, self.voxel_mm), ("field", field, self.field_mm)):
-            if values.min() < low or values.max() > high:
+        for what, key, values in (("voxel size", "voxel_mm", scan.spacing), ("field of view", "field_mm", field)):
+            low, high = getattr(self, key)
+            if not (_within(values.min(), low, high) and _within(values.max(), low, high)):
                 sizes = " x ".join(f"{value:.3g}" for value in values)
-                raise BadScan(f"absurd voxel size: {what} of {sizes} mm, outside {low:g} to {high:g}")
+                raise OutsideLimits(f"{what} of {sizes} mm is outside {low:g} to {high:g} mm", key)
 
     def check_brain(self, mm3: float) -> None:
-        """Raise BadScan if the brain is too small or too large."""
+        """Raise OutsideLimits if the brain is too small or too large."""
         low, high = self.brain_cm3
-        if not low <= mm3 / 1000 <= high:
-            raise BadScan(f"brain volume {mm3 / 1000:.0f} cm3 is outside {low:g} to {high:g}")
+        if not _within(mm3 / 1000, low, high):
+            raise OutsideLimits(f"brain volume {mm3 / 1000:.0f} cm3 is outside {low:g} to {high:g}", "brain_cm3")
 
     def check_correlation(self, value: float, rigid: bool = False) -> None:
-        """Raise BadScan if the registered brain differs too much from the template."""
-        lowest = min(self.correlation, self.rigid_correlation) if rigid else self.correlation
-        if value < lowest:
-            raise BadScan(f"template correlation {value:.2f} is below {lowest:g}")
+        """Raise OutsideLimits if the registered brain differs too much from the template."""
+        key = "rigid_correlation" if rigid and self.rigid_correlation < self.correlation else "correlation"
+        lowest = getattr(self, key)
+        if value < lowest - TOLERANCE:
+            raise OutsideLimits(f"template correlation {value:.2f} is below {lowest:g}", key)
+
+
+NO_LIMITS = Limits((0.0, np.inf), (0.0, np.inf), (0.0, np.inf), -1.0, -1.0)
+
+
+def _within(value: float, low: float, high: float) -> bool:
+    return low * (1 - TOLERANCE) <= value <= high * (1 + TOLERANCE)

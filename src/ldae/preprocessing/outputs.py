@@ -87,9 +87,11 @@ class Outputs:
                 written[f"{way}_{index}"] = target
         return written
 
-    def write_labels(self, labels: Path, regions: Regions | None, result: PreprocessedScan) -> dict[str, float]:
+    def write_labels(
+        self, labels: Path, regions: Regions | None, result: PreprocessedScan, orientation: str | None = None
+    ) -> dict[str, float]:
         """Write the label map in the template's space, and return the volumes measured in its own space."""
-        native = Volume.read_labels(labels)
+        native = Volume.read_labels(labels, orientation)
         if result.transforms is None:
             raise BadScan("a label map needs a registration", labels)
         moved = result.transforms.labels_to_template(native, result.scan)

@@ -14,12 +14,18 @@ from typing import Any
 
 import numpy as np
 
-from ldae.data.nifti import BadScan
-from ldae.data.transforms import Source
+from ldae.data.nifti import BadScan, Source, load_scan
+from ldae.data.scan_orientation import check_orientation
 from ldae.preprocessing.bias import N4
 from ldae.preprocessing.brain import BrainExtraction, DeepBet, Stripped, is_skull_stripped
 from ldae.preprocessing.intensity import Tissues, WhiteMatter
-from ldae.preprocessing.measures import Limits, correlate_with_template, estimate_noise, measure_volume
+from ldae.preprocessing.measures import (
+    Limits,
+    correlate_with_template,
+    estimate_noise,
+    find_cut_sides,
+    measure_volume,
+)
 from ldae.preprocessing.registration import Registration, Transforms
 from ldae.preprocessing.template import Icbm152, Template, TemplateFile, resample, template_at_spacing
 from ldae.preprocessing.volume import Volume
@@ -47,6 +53,7 @@ class PreprocessedScan:
         transforms: the registration, or None.
         measures: numbers for quality control by name.
         notes: remarks for quality control.
+        offset: what was subtracted from the intensities of the file when `native` was read.
     """
 
     scan: Volume
@@ -58,6 +65,7 @@ class PreprocessedScan:
     transforms: Transforms | None
     measures: dict[str, float]
     notes: list[str]
+    offset: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -70,6 +78,8 @@ class PreprocessingSteps:
         limits: beyond these a scan is rejected.
         spacing: voxel size of the result in mm; None for that of the template, or of the scan without registration.
         interpolator: ANTs' name of the interpolation of intensities.
+        assume_orientation: RAS or LAS, the axes of scans whose files state none; None rejects such scans. It says what
+            the files are, not what is done to them, and is therefore no part of `parameters` and `key`.
 
     Raises:
         UserError: the steps cannot be combined.
@@ -83,8 +93,10 @@ class PreprocessingSteps:
     limits: Limits = field(default_factory=Limits)
     spacing: float | None = 1.5
     interpolator: str = "bSpline"
+    assume_orientation: str | None = None
 
     def __post_init__(self) -> None:
+        check_orientation(self.assume_orientation)
         if self.spacing is not None and not 0.3 <= self.spacing <= 20:
             raise UserError(f"spacing={self.spacing}: a voxel size between 0.3 and 20 mm is needed")
         if not self.brain and self.registration and isinstance(self.template, Icbm152):
@@ -99,7 +111,8 @@ class PreprocessingSteps:
 
     def parameters(self) -> dict[str, Any]:
         """All parameters by step, as JSON values."""
-        return {step.name: _to_json(getattr(self, step.name)) for step in fields(self)}
+        names = [step.name for step in fields(self) if step.name != "assume_orientation"]
+        return {name: _to_json(getattr(self, name)) for name in names}
 
     @classmethod
     def from_parameters(cls, parameters: Mapping[str, Any], files: bool = False) -> "PreprocessingSteps":
@@ -160,15 +173,17 @@ class PreprocessingSteps:
             raise BadScan(f"{type(error).__name__}: {lines[-1][:200] if lines else ''}") from error
 
     def _run(self, source: Source, folder: Path) -> PreprocessedScan:
-        native = Volume.read(source)
+        loaded = load_scan(source, self.assume_orientation)
+        native, notes = Volume(loaded.data, loaded.affine), list(loaded.notes)
         self.limits.check_grid(native)
-        notes: list[str] = []
         corrected = self.bias(native) if self.bias else native
         native_mask = self._extract_brain(native, corrected, notes)
         measures: dict[str, float] = {}
         if native_mask is not None:
             measures = {"head_mm3": measure_volume(native_mask, native), "noise": estimate_noise(native, native_mask)}
             self.limits.check_brain(measures["head_mm3"])
+            if sides := find_cut_sides(native_mask, native):
+                notes.append(f"the brain reaches the edge of the field of view ({', '.join(sides)}): it may be cut off")
         if self.intensity:
             corrected = corrected.with_data(self.intensity(corrected.data, native_mask))
         transforms = self._register(corrected, native_mask, folder)
@@ -182,7 +197,9 @@ class PreprocessingSteps:
         if self.registration:
             measures["template_correlation"] = correlate_with_template(scan, grid)
             self.limits.check_correlation(measures["template_correlation"], self.registration.transform == "Rigid")
-        return PreprocessedScan(scan, unmasked, mask, native, native_mask, corrected, transforms, measures, notes)
+        return PreprocessedScan(
+            scan, unmasked, mask, native, native_mask, corrected, transforms, measures, notes, loaded.offset
+        )
 
     def _extract_brain(self, native: Volume, corrected: Volume, notes: list[str]) -> np.ndarray | None:
         if not self.brain:  # None, or the empty config of brain=none

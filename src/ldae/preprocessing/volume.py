@@ -46,13 +46,13 @@ class Volume:
         return cls(scan.data, scan.affine)
 
     @classmethod
-    def read_labels(cls, source: Source) -> "Volume":
-        """Read a label map or a mask, which may be empty.
+    def read_labels(cls, source: Source, orientation: str | None = None) -> "Volume":
+        """Read a label map or a mask, which may be empty; `orientation` is assumed if the file states none.
 
         Raises:
             BadScan: see ldae.data.nifti.load_label_map.
         """
-        labels = load_label_map(source)
+        labels = load_label_map(source, orientation)
         return cls(labels.data, labels.affine)
 
     def write(self, path: Path | str, dtype: DTypeLike = np.float32) -> None:

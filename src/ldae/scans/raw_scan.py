@@ -9,7 +9,7 @@ import shutil
 import tempfile
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,9 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 
-from ldae.data.nifti import BadScan
-from ldae.data.transforms import Source, Transform
+from ldae.data.nifti import BadScan, Source
+from ldae.data.transforms import Transform
+from ldae.preprocessing.measures import NO_LIMITS, OutsideLimits
 from ldae.preprocessing.steps import PreprocessedScan, PreprocessingSteps, check_installed
 from ldae.preprocessing.template import resample_onto
 from ldae.preprocessing.volume import Volume
@@ -40,12 +41,16 @@ class PreprocessedImage:
         to_scan_grid: volume (I, J, K) on the grid of `image` -> the raw scan's grid; linear, 0 outside.
         gain: ratio of the raw scan's intensities to those of `image`: one number, or an array on the raw scan's grid.
         steps: the steps, in words.
+        offset: added to the raw scan's intensities after `gain`; not 0 if the background of the file is not 0.
+        notes: remarks on the raw scan.
     """
 
     image: nib.spatialimages.SpatialImage
     to_scan_grid: Callable[[np.ndarray], np.ndarray]
     gain: np.ndarray | float = 1.0
     steps: str = ""
+    offset: float = 0.0
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -56,11 +61,15 @@ class TrainingPreprocessing:
         transform: the model's own, which is applied afterwards.
         parameters: of every step, see PreprocessingSteps.parameters; None if they were not recorded.
         affine: voxel to mm, 4x4, of model space on the grid that all training scans share; None if they share none.
+        assume_orientation: RAS or LAS, the axes of scans whose files state none; None rejects such scans.
+        limited: whether scans outside the limits of the training preprocessing are rejected.
     """
 
     transform: Transform
     parameters: Mapping[str, Any] | None = None
     affine: Sequence[Sequence[float]] | None = None
+    assume_orientation: str | None = None
+    limited: bool = True
 
     @property
     def training_scans_preprocessed(self) -> bool:
@@ -74,7 +83,9 @@ class TrainingPreprocessing:
         Raises:
             UserError: their parameters are damaged, or they need a file that does not come with the model.
         """
-        return PreprocessingSteps() if self.parameters is None else PreprocessingSteps.from_parameters(self.parameters)
+        steps = PreprocessingSteps() if self.parameters is None else PreprocessingSteps.from_parameters(self.parameters)
+        limits = steps.limits if self.limited else NO_LIMITS
+        return replace(steps, assume_orientation=self.assume_orientation, limits=limits)
 
     def __call__(self, source: Source) -> PreprocessedImage:
         """Preprocess a raw scan.
@@ -90,12 +101,16 @@ class TrainingPreprocessing:
         folder = _TemporaryFolder()
         try:
             preprocessed = self.steps(source, folder.path)
+        except OutsideLimits as error:
+            raise BadScan(f"it cannot be preprocessed: {error.finding}; --preprocess --force skips limits") from error
         except BadScan as error:
             raise BadScan(f"it cannot be preprocessed: {error.reason}") from error
         scan = self._on_training_grid(preprocessed.scan)
         image = nib.Nifti1Image(scan.data, scan.affine)
         to_scan_grid = partial(_to_raw_grid, folder, preprocessed, scan)
-        return PreprocessedImage(image, to_scan_grid, _gain(preprocessed), self._description)
+        return PreprocessedImage(
+            image, to_scan_grid, _gain(preprocessed), self._description, preprocessed.offset, tuple(preprocessed.notes)
+        )
 
     def _on_training_grid(self, scan: Volume) -> Volume:
         """`scan`, resampled if the transform alone would not place it on the training scans' grid."""

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ldae.data.nifti import BadScan, nifti_like
-from ldae.data.transforms import ModelSpaceScan, Source, Transform
+from ldae.data.nifti import BadScan, Source, load_image, nifti_like
+from ldae.data.transforms import ModelSpaceScan, Transform
 from ldae.scans.ood_check import OodCheck
 from ldae.scans.raw_scan import PreprocessedImage
 from ldae.utils.files import replacing
@@ -37,6 +37,7 @@ class Scan:
         name: of its file, without folder and ending.
         to_scan_grid: volume (1, X, Y, Z) in model space -> the grid of `image`; linear, 0 outside the field of view.
         gain: ratio of the scan's intensities to those of the preprocessed scan, if it was preprocessed.
+        offset: added to the intensities after `gain`; not 0 if it was preprocessed and its background is not 0.
     """
 
     image: nib.spatialimages.SpatialImage
@@ -44,6 +45,7 @@ class Scan:
     name: str
     to_scan_grid: Callable[[np.ndarray], np.ndarray]
     gain: np.ndarray | float = 1.0
+    offset: float = 0.0
 
     @property
     def volume(self) -> Tensor:
@@ -59,7 +61,8 @@ class Scan:
             volume: in [0, 1], (X, Y, Z), with or without leading axes of length 1.
         """
         low, high = self.prepared.low, self.prepared.high
-        return nifti_like((self.to_scan_grid(_one_channel(volume)) * (high - low) + low) * self.gain, self.image)
+        values = (self.to_scan_grid(_one_channel(volume)) * (high - low) + low) * self.gain + self.offset
+        return nifti_like(values, self.image)
 
     def edited(self, volume: Tensor, reconstruction: Tensor) -> nib.Nifti1Image:
         """The scan plus the change from `reconstruction` to `volume`; without a change, the scan voxel by voxel.
@@ -97,16 +100,18 @@ def open_scan(
     """
     path = source if isinstance(source, str | Path) else None
     name, prepared = scan_name(source), transform.to_model_space(source)
-    image = nib.load(path) if path is not None else source
+    image = load_image(source, transform.assume_orientation)
     reason = _reason_rejected(prepared, ood_check)
     if preprocess is None and reason is not None:
         raise BadScan(f"{REJECTED}: {reason}; for a raw head use --preprocess or run `ldae preprocess` first", path)
+    _log_notes(name, prepared.notes)
     if preprocess is None or (reason is None and not always):
         return Scan(image, prepared, name, prepared.to_scan_grid)
     if reason is not None:
         log.warning("%s: %s: %s", name, REJECTED, reason)
     try:
         preprocessed = preprocess(source)
+        _log_notes(name, [note for note in preprocessed.notes if note not in prepared.notes])
         prepared = transform.to_model_space(preprocessed.image)
     except BadScan as error:
         raise BadScan(f"{REJECTED}: {reason}; {error.reason}" if reason else error.reason, path) from error
@@ -114,7 +119,13 @@ def open_scan(
     if reason is not None:
         raise BadScan(f"{REJECTED}, even after preprocessing {preprocessed.steps}: {reason}", path)
     inner = prepared.to_scan_grid
-    return Scan(image, prepared, name, lambda volume: preprocessed.to_scan_grid(inner(volume)), preprocessed.gain)
+    gain, offset = preprocessed.gain, preprocessed.offset
+    return Scan(image, prepared, name, lambda volume: preprocessed.to_scan_grid(inner(volume)), gain, offset)
+
+
+def _log_notes(name: str, notes: Sequence[str]) -> None:
+    for note in notes:
+        log.warning("%s: %s", name, note)
 
 
 def _reason_rejected(prepared: ModelSpaceScan, ood_check: OodCheck | None) -> str | None:
