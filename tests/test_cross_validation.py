@@ -16,10 +16,11 @@ from ldae.data.splits import load_or_draw_split, subjects_of_fold
 from ldae.editing.linear_model import LinearModel
 from ldae.evaluation.context import Context
 from ldae.evaluation.html_report import write_report
-from ldae.evaluation.probes.baselines import Features, read_table_features
+from ldae.evaluation.probes.baselines import Features
 from ldae.evaluation.probes.cross_validation import CrossValidation, PooledFolds
 from ldae.evaluation.probes.evaluator import Probes
 from ldae.evaluation.probes.fitting import fit
+from ldae.evaluation.probes.table_features import read_table_features
 from ldae.evaluation.probes.targets import Classification, Regression
 from ldae.utils.errors import UserError
 
@@ -44,7 +45,8 @@ def cohort(out, subjects=90, seed=0):
     volumes = torch.from_numpy(rng.random((subjects, 1, 8, 8, 8)).astype(np.float32))
     return Context(
         model=None, table=table, volumes=lambda r: volumes[list(r)], posterior=lambda r: (latents[r], latents[r]),
-        embeddings=y, untrained=lambda: y[:, 2:], out=out, spacing=(2.0,) * 3, weights="abc",
+        embeddings=y, untrained=lambda draw: np.roll(y[:, 2:], draw, axis=0), out=out, spacing=(2.0,) * 3,
+        weights="abc",
     )  # fmt: skip
 
 
@@ -88,7 +90,7 @@ def test_all_predictors_are_scored_in_the_same_folds_with_paired_differences(jud
     context, metrics = judged
     found = pd.read_csv(context.out / "cv_transductive_age_predictions.csv")
     assert found.groupby("repeat")["subject"].nunique().tolist() == [72, 72]
-    assert not found[["embedding", "mean", "pca", "images", "untrained", "volumes"]].isna().any().any()
+    assert not found[["embedding", "mean", "pca", "images", "untrained_0", "untrained_4", "volumes"]].isna().any().any()
     stem = "cv/transductive/baseline/mean/age/mae_difference"
     gap = metrics["cv/transductive/baseline/mean/age/mae"] - metrics["cv/transductive/probe/age/mae"]
     assert metrics[stem] == pytest.approx(gap)

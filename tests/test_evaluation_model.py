@@ -16,7 +16,7 @@ import torch
 
 from ldae.diffusion.samplers import DDIM, Exact, Multistep
 from ldae.diffusion.schedule import linear
-from ldae.evaluation import figures, report, run
+from ldae.evaluation import figures, run
 from ldae.evaluation import html_report as page
 from ldae.evaluation.context import Context
 from ldae.evaluation.images import generation
@@ -29,6 +29,7 @@ from ldae.evaluation.images.semantics import (
     measure_z0_errors_of_scan,
     pair_with_other_subjects,
 )
+from ldae.utils.metric_table import format_console_table
 
 SIZE = 16
 
@@ -237,13 +238,6 @@ def test_feature_distances_by_hand():
     assert generation.cubic_mmd(a[:500], b[:500]) > 0.5
 
 
-def test_metrics_are_merged_and_only_numbers_are_kept(tmp_path):
-    path = tmp_path / "metrics.json"
-    report.merge_metrics(path, {"a": 1.0, "b": 2.0, "c": 3.0})
-    report.merge_metrics(path, {"b": np.float32(5), "c": float("nan"), "d": float("inf")})
-    assert json.loads(path.read_text()) == {"a": 1.0, "b": 5.0}
-
-
 def test_a_failing_evaluator_leaves_a_report_of_what_was_computed(tmp_path, monkeypatch):
     """One report in all: with the first evaluator's metrics and figure, and not those of the failed one."""
 
@@ -299,4 +293,4 @@ def test_the_report_is_one_escaped_file(tmp_path):
     assert "&lt;script&gt;draw()" in manipulation
     assert "&lt;b&gt;" in further
     assert "http" not in text
-    assert "probe/age/mae  1.5 [1, 2]" in report.format_console_table(metrics)
+    assert "probe/age/mae  1.5 [1, 2]" in format_console_table(metrics)

@@ -18,10 +18,17 @@ from ldae.data.subsampling import subsample_by_subject
 from ldae.editing.frozen_probes import read_frozen_probes
 from ldae.editing.linear_model import LinearModel
 from ldae.evaluation.context import Context
-from ldae.evaluation.embeddings import embed_parts, embed_rows, load_or_compute_embeddings, parts_folder
+from ldae.evaluation.embeddings import (
+    embed_parts,
+    embed_rows,
+    embeddings_key,
+    load_or_compute_embeddings,
+    parts_folder,
+)
 from ldae.evaluation.probes.evaluator import ExternalCohort, Probes, find_first_visits
 from ldae.evaluation.probes.fitting import build_predictor, build_reducer, choose_settings, fit
 from ldae.evaluation.probes.targets import Classification, Regression
+from ldae.scans.ood_check import OodCheck
 from ldae.utils.errors import UserError
 
 DIAGNOSIS = {"positive": "AD", "negative": "CN"}
@@ -47,7 +54,7 @@ def cohort(out, subjects=120, seed=0, shift=2.0, splits=(0.7, 0.3)):
     latents = torch.from_numpy(rng.standard_normal((len(table), 2, 3, 3, 3)).astype(np.float32))
     return Context(
         model=None, table=table, volumes=None, posterior=lambda r: (latents[r], latents[r]), embeddings=y,
-        untrained=lambda: noise, out=out, spacing=(4.5,) * 3, seed=0, weights="abc",
+        untrained=lambda draw: np.roll(noise, draw, axis=0), out=out, spacing=(4.5,) * 3, seed=0, weights="abc",
     )  # fmt: skip
 
 
@@ -284,6 +291,7 @@ def test_a_cohort_without_volumes_lacks_only_that_baseline(judged, tmp_path, cap
     assert "external/baseline/volumes/diagnosis/auc" not in metrics
     assert "external/baseline/pca/diagnosis/auc" in metrics
     assert "ventricle_mm3" in caplog.text
+    assert any("baseline volumes is not computed for diagnosis" in text for text in other.skipped)
 
 
 @pytest.mark.parametrize("damage", ["no AD", "no age", "no column", "tiny"])
@@ -298,7 +306,7 @@ def test_a_probe_without_usable_labels_is_skipped_with_one_line(tmp_path, caplog
     if damage == "tiny":
         context = replace(
             context, table=context.table[::12].reset_index(drop=True), embeddings=context.embeddings[::12],
-            untrained=lambda: np.ones((5, 3)),
+            untrained=lambda draw: np.ones((5, 3)),
         )  # fmt: skip
     with caplog.at_level(logging.WARNING):
         metrics = dict(probes(resamples=20)(context))
@@ -309,6 +317,83 @@ def test_a_probe_without_usable_labels_is_skipped_with_one_line(tmp_path, caplog
         assert any(name.startswith("probe/") for name in metrics)
 
 
+def test_a_skipped_probe_is_said_with_the_values_present_and_the_keys(tmp_path):
+    context = cohort(tmp_path, subjects=30)
+    context.table["diagnosis"] = context.table["diagnosis"].replace("AD", "Dementia")
+    dict(probes(resamples=20)(context))
+    (said,) = (text for text in context.skipped if text.startswith("probe "))
+    assert "Dementia (" in said
+    assert "CN (" in said
+    assert "probe.diagnosis.positive" in said
+
+
+@pytest.mark.parametrize("sex", ["12", "MM", "MW", None])
+def test_age_and_sex_without_a_readable_sex_is_not_age_alone(judged, tmp_path, sex):
+    context = cohort(tmp_path, subjects=30)
+    if sex is None:
+        context.table = context.table.drop(columns="sex")
+    else:
+        context.table["sex"] = context.table["sex"].map({"M": sex[0], "F": sex[1]})
+    metrics = dict(probes(baselines=["age_sex", "mean"], resamples=20)(context))
+    assert "baseline/mean/diagnosis/auc" in metrics
+    assert not any(name.startswith("baseline/age_sex/") for name in metrics)
+    (said,) = (text for text in context.skipped if "age_sex" in text and "diagnosis" in text)
+    assert "no column 'sex'" in said if sex is None else f"{sex[1]} (" in said
+    frozen = dict(ExternalCohort(judged[0].out / "probes.json", resamples=20)(context))
+    # What was fitted on both sexes may be applied to a cohort of one sex, which is known.
+    assert ("external/baseline/age_sex/diagnosis/auc" in frozen) == (sex == "MM")
+
+
+def test_the_untrained_baseline_is_the_mean_of_its_draws(judged):
+    """Mean, spread and differences, by hand from the stored predictions."""
+    context, metrics = judged
+    ages = pd.read_csv(context.out / "age_predictions.csv")
+    errors = [(ages[f"untrained_{draw}"] - ages["truth"]).abs().mean() for draw in range(5)]
+    assert metrics["baseline/untrained/age/mae"] == pytest.approx(np.mean(errors))
+    assert metrics["baseline/untrained/age/mae_spread"] == pytest.approx(np.std(errors, ddof=1))
+    difference = np.mean(errors) - metrics["probe/age/mae"]
+    assert metrics["baseline/untrained/age/mae_difference"] == pytest.approx(difference)
+    assert not any("untrained_" in name for name in metrics)
+
+
+def test_an_untrained_baseline_of_an_earlier_version_is_skipped(judged, tmp_path):
+    context, _ = judged
+    stored = json.loads((context.out / "probes.json").read_text())
+    for predictors in stored["probes"].values():
+        predictors["untrained"] = predictors.pop("untrained_0")
+        for draw in range(1, 5):
+            del predictors[f"untrained_{draw}"]
+    (tmp_path / "probes.json").write_text(json.dumps(stored))
+    other = cohort(tmp_path, subjects=40, seed=12)
+    metrics = dict(ExternalCohort(tmp_path / "probes.json", resamples=20)(other))
+    assert not any("untrained" in name for name in metrics)
+    assert any("untrained" in text and "evaluation=[probes]" in text for text in other.skipped)
+
+
+def test_a_cohort_without_any_label_of_the_probes_is_refused(judged, tmp_path):
+    other = cohort(tmp_path, subjects=20, seed=12)
+    other.table = other.table.assign(diagnosis="", age=np.nan)
+    with pytest.raises(UserError, match="no probe could be applied"):
+        dict(ExternalCohort(judged[0].out / "probes.json", resamples=20)(other))
+
+
+def test_scans_of_another_cohort_that_fail_the_out_of_distribution_check_are_listed(judged, tmp_path, caplog):
+    other = cohort(tmp_path, subjects=20, seed=12)
+    check = OodCheck(np.arange(64).reshape(4, 4, 4) / 64, 0.9, (0.5, 1.0))
+    ramp = torch.arange(64.0).view(1, 1, 4, 4, 4) / 64
+    other.model = SimpleNamespace(ood_check=check)
+    other.volumes = lambda rows: ramp.flip(2) if rows[0] == 3 else ramp
+    with caplog.at_level(logging.INFO):
+        metrics = dict(ExternalCohort(judged[0].out / "probes.json", resamples=20)(other))
+    assert metrics["external/ood/scans"] == 40
+    assert metrics["external/ood/failed"] == 1
+    assert "1 of 40 scans fail the out-of-distribution check" in caplog.text
+    assert "s001 ses-M012" in caplog.text
+    listed = pd.read_csv(tmp_path / "external_ood.csv")
+    assert listed["subject"].tolist() == ["s001"]
+    assert listed["reason"].str.contains("correlates").all()
+
+
 def test_first_visits_only(tmp_path):
     context = cohort(tmp_path, subjects=60)
     assert find_first_visits(context.table).sum() == 60
@@ -316,7 +401,7 @@ def test_first_visits_only(tmp_path):
     assert metrics["probe/age/scans"] == metrics["probe/age/subjects"] == 18
 
 
-def test_embeddings_are_reused_only_for_the_same_weights_and_rows(tmp_path):
+def test_embeddings_are_reused_only_for_the_same_weights_rows_and_scans(tmp_path):
     context = cohort(tmp_path, subjects=10)
     calls = []
 
@@ -325,15 +410,20 @@ def test_embeddings_are_reused_only_for_the_same_weights_and_rows(tmp_path):
         return embed_rows(lambda x: x.flatten(1) / 3, lambda r: torch.tensor(r)[:, None].float(), 20, 7)
 
     path = tmp_path / "embeddings.csv"
-    first = load_or_compute_embeddings(path, context.table, "one", compute)
-    again = load_or_compute_embeddings(path, context.table, "one", compute)
+    key = embeddings_key(context.table, "one", "scans")
+    first = load_or_compute_embeddings(path, context.table, key, compute)
+    again = load_or_compute_embeddings(path, context.table, key, compute)
     assert len(calls) == 1
     np.testing.assert_array_equal(first, again)
     np.testing.assert_array_equal(first[:, 0], (torch.arange(20) / 3).numpy())
-    load_or_compute_embeddings(path, context.table, "two", compute)
-    assert len(calls) == 2
-    load_or_compute_embeddings(path, context.table[::-1], "two", compute)
-    assert len(calls) == 3
+    other_keys = (
+        embeddings_key(context.table, "two", "scans"),
+        embeddings_key(context.table, "two", "other scans"),
+        embeddings_key(context.table[::-1], "two", "other scans"),
+    )
+    for number, key in enumerate(other_keys, 2):
+        load_or_compute_embeddings(path, context.table, key, compute)
+        assert len(calls) == number
     assert list(pd.read_csv(path).columns) == ["subject", "session", "split", "y000"]
 
 

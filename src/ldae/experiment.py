@@ -16,7 +16,7 @@ from ldae.runs import Run, Workspace, open_workspace
 from ldae.utils.errors import UserError
 from ldae.utils.locks import lock_folder
 from ldae.utils.process_pool import available_cores
-from ldae.utils.seeding import derive_seed
+from ldae.utils.seeding import weights_seed
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ def _train(config: DictConfig, accelerator: Accelerator, space: Workspace, run: 
     reads_scans = get_class(config.stage._target_).reads_scans
     cohort = open_cohort(config, accelerator, space) if reads_scans else None
     # A run that is killed before its first checkpoint starts again from the same weights.
-    set_seed(derive_seed(config.seed, "weights", config.stage._target_) % 2**32)
+    set_seed(weights_seed(config.seed, config.stage._target_))
     # Partial: Hydra would turn the cohort, a dataclass, into a config.
     build = instantiate(config.stage, _partial_=True)
     if cohort is not None:
@@ -101,7 +101,8 @@ def evaluate(config: DictConfig) -> None:
     Raises:
         UserError: the config or the data is faulty, or a stage has not been trained or was trained on other data.
     """
-    from ldae.evaluation.run import EXTERNAL, embed_in_all_processes, run_evaluations
+    from ldae.evaluation.other_cohort import EXTERNAL
+    from ldae.evaluation.run import embed_in_all_processes, run_evaluations
     from ldae.pipeline import LDAE
     from ldae.training.precision import inference_dtype
 
@@ -113,16 +114,13 @@ def evaluate(config: DictConfig) -> None:
         space.predecessor(stage)
     evaluators = {name: instantiate(node) for name, node in config.evaluation.items()}
     cohort = open_cohort(config, accelerator, space, external=EXTERNAL in evaluators)
-    main = accelerator.is_main_process
-    if main:
-        cohort.write_rejected(space.evaluation / "rejected.csv")
     dtype = inference_dtype(accelerator)
     model = LDAE.load(space.root, device=accelerator.device, sampler=instantiate(config.sampler), dtype=dtype)
     if accelerator.num_processes > 1:
         embed_in_all_processes(model, cohort, evaluators, space, config, accelerator)
     # The other processes end here: they would not wait longer than accelerator.timeout for the main one.
     accelerator.end_training()
-    if main:
+    if accelerator.is_main_process:
         run_evaluations(model, cohort, evaluators, space, config)
 
 

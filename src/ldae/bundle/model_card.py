@@ -7,8 +7,8 @@ from typing import Any
 from ldae.data.splits import read_split
 from ldae.preprocessing.steps import PreprocessingSteps
 from ldae.runs import Run, Workspace
-from ldae.utils.files import read_json
 from ldae.utils.metric_table import format_with_intervals, select_headline
+from ldae.utils.results_record import read_metrics_of
 
 CARD = "README.md"
 
@@ -33,9 +33,13 @@ WITHOUT_OOD_CHECK = "- This model has no out-of-distribution check: scans unlike
 
 
 def describe_provenance(space: Workspace, runs: Mapping[str, Run]) -> dict[str, Any]:
-    """Provenance of a run's model, as JSON values: cohort, split, steps and metrics. It has names but no paths."""
+    """Provenance of a run's model, as JSON values: cohort, split, steps and metrics. It has names but no paths.
+
+    The metrics are those that were computed with the present weights of the runs.
+    """
     config = runs["aekl"].config
-    metrics = space.evaluation / "metrics.json"
+    weights = {name: entry["sha256"] for run in runs.values() for name, entry in run.metadata["weights"].items()}
+    metrics, evaluated = read_metrics_of(space.evaluation, weights)
     return {
         "run": space.root.name,
         "split_hash": runs["repr"].metadata["split_hash"],
@@ -48,7 +52,8 @@ def describe_provenance(space: Workspace, runs: Mapping[str, Run]) -> dict[str, 
             "spacing_mm": config.data.spacing,
         },
         "steps": {name: run.metadata.get("step") for name, run in runs.items()},
-        "metrics": read_json(metrics) if metrics.is_file() else {},
+        "metrics": metrics,
+        "evaluated": {name: source.description for name, source in evaluated.items()},
     }
 
 
@@ -69,7 +74,7 @@ def render_model_card(description: Mapping[str, Any]) -> str:
         "becomes a vector `y`, learned without labels, and can be decoded, varied, interpolated and edited.",
         "```python\nfrom ldae import LDAE\n\nmodel = LDAE.load('this/folder')\ny = model.embed('scan.nii.gz')\n```",
         "## Data\n\n" + _render_data(description),
-        "## Metrics\n\n" + _render_metrics(sources.get("metrics") or {}),
+        "## Metrics\n\n" + _render_metrics(sources.get("metrics") or {}, sources.get("evaluated") or {}),
         "## Intended use\n\n" + INTENDED_USE,
         "## Limits\n\n" + LIMITATIONS + ("" if description["likeness"] else WITHOUT_OOD_CHECK),
     ]
@@ -99,8 +104,15 @@ def _render_data(description: Mapping[str, Any]) -> str:
     return "\n".join(f"- {line}" for line in lines)
 
 
-def _render_metrics(metrics: Mapping[str, float]) -> str:
+def _render_metrics(metrics: Mapping[str, float], evaluated: Mapping[str, str]) -> str:
     if not metrics:
-        return "No metrics were computed before the export: run `python evaluate.py` and export again."
+        return (
+            "No metrics were computed with these weights before the export: run `python evaluate.py` and export again."
+        )
     rows = "\n".join(f"| {name} | {value} |" for name, value in format_with_intervals(select_headline(metrics)))
-    return f"On held-out test subjects, with 95 % intervals over subjects.\n\n| name | value |\n|---|---|\n{rows}"
+    sources = "\n".join(f"- {name}: {text}" for name, text in evaluated.items())
+    text = (
+        "In brackets: 95 % intervals over subjects. `external/` are metrics of other cohorts, `cv/transductive/` those "
+        "of scans that the encoder saw without labels; all others are of held-out test subjects."
+    )
+    return "\n\n".join(part for part in (text, f"| name | value |\n|---|---|\n{rows}", sources) if part)

@@ -4,8 +4,9 @@ An evaluation is a small class that `conf/evaluation` names. Called with a `Cont
 metrics.json and writes its tables and figures to `Context.out`.
 """
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -16,9 +17,12 @@ from torch import Tensor
 
 from ldae.data.subsampling import subsample_by_subject
 from ldae.utils.files import replacing
+from ldae.utils.results_record import Source
 
 if TYPE_CHECKING:
     from ldae.pipeline import LDAE
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -31,8 +35,8 @@ class Context:
         volumes: reads the scans of some rows: (B, 1, X, Y, Z) in model space, float32 in [0, 1].
         posterior: mean and standard deviation of the unscaled latents of some rows, (B, C, X', Y', Z') each.
         embeddings: y of every row, (N, dim) float32.
-        untrained: computes the embeddings of the same encoder with its initial random weights; called only if a
-            baseline needs them.
+        untrained: computes the embeddings of the encoder before training, (N, dim) float32, for draw 0, 1, ... of its
+            initial weights. Draw 0 is the start of this very training. Called only if a baseline needs them.
         out: folder for the results.
         spacing: voxel size of the scans in model space, mm.
         seed: seeds the evaluations' own draws (noise, bootstrap, folds).
@@ -40,6 +44,10 @@ class Context:
         regions: (row numbers, label numbers) -> fraction of each voxel that these labels of the label maps cover,
             (B, X, Y, Z) float32; None if the table has no label maps.
         perceptual: (x, reference) -> LPIPS, averaged over the batch; None if no weights are configured.
+        untrained_draws: number of draws that `untrained` can give.
+        source: weights, table and split that the results are computed from.
+        prefix: what the names of metrics of another cohort begin with, such as "external/"; empty for the model's own.
+        skipped: what was not computed, each with the reason; see `skip`.
     """
 
     model: "LDAE"
@@ -47,13 +55,22 @@ class Context:
     volumes: Callable[[Sequence[int]], Tensor]
     posterior: Callable[[Sequence[int]], tuple[Tensor, Tensor]]
     embeddings: np.ndarray
-    untrained: Callable[[], np.ndarray]
+    untrained: Callable[[int], np.ndarray]
     out: Path
     spacing: tuple[float, float, float]
     seed: int = 0
     weights: str = ""
     regions: Callable[[Sequence[int], Sequence[int]], np.ndarray] | None = None
     perceptual: Callable[[Tensor, Tensor], Tensor] | None = None
+    untrained_draws: int = 5
+    source: Source = field(default_factory=Source)
+    prefix: str = ""
+    skipped: list[str] = field(default_factory=list)
+
+    def skip(self, what: str) -> None:
+        """Log what is not computed and why, and keep it for the report."""
+        log.warning("%s", what)
+        self.skipped.append(what)
 
     def rows(self, *splits: str) -> np.ndarray:
         """Row numbers of the scans that belong to any of `splits`."""

@@ -1,11 +1,12 @@
 """The embedding y of every scan, computed once and stored as `embeddings.csv` (subject, session, split, y000, ...).
 
-`embeddings.json` contains its key: the hash of the encoder's weights and that of the rows. A stored table is reused if
-its key is the present one.
+`embeddings.json` contains its key: the hash of the encoder's weights, that of the rows, and that of the versions of the
+scans (ldae.data.file_version). A stored table is reused if its key is the present one.
 """
 
 import hashlib
 import logging
+import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,7 +18,9 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from ldae.data.cohort import Cohort
+from ldae.data.file_version import FileVersion
 from ldae.data.sharing import work_order
+from ldae.data.table import PATHS
 from ldae.evaluation.context import iterate_batches
 from ldae.utils.files import read_json, replacing, write_json
 
@@ -32,9 +35,10 @@ def embed_cohort(path: Path, weights: str, encoder: EncoderFn, cohort: Cohort, b
     Args:
         weights: identifies the encoder, see `embeddings_key`.
     """
-    parts = parts_folder(path, embeddings_key(cohort.table, weights), batch_size)
+    key = cohort_key(path, weights, cohort)
+    parts = parts_folder(path, key, batch_size)
     return load_or_compute_embeddings(
-        path, cohort.table, weights, lambda: embed_rows(encoder, cohort.volumes.batch, len(cohort), batch_size, parts)
+        path, cohort.table, key, lambda: embed_rows(encoder, cohort.volumes.batch, len(cohort), batch_size, parts)
     )
 
 
@@ -42,7 +46,7 @@ def embed_cohort_in_all_processes(
     path: Path, weights: str, encoder: EncoderFn, cohort: Cohort, batch_size: int, accelerator: Accelerator
 ) -> None:
     """Compute in all processes what `embed_cohort` in the main process then only has to collect. All call this."""
-    key = embeddings_key(cohort.table, weights)
+    key = cohort_key(path, weights, cohort)
     if read_embeddings(path, key) is None:
         parts = parts_folder(path, key, batch_size)
         embed_parts(encoder, cohort.volumes.batch, len(cohort), batch_size, parts, accelerator)
@@ -112,9 +116,40 @@ def parts_folder(path: Path, key: Mapping[str, str], batch_size: int) -> Path:
     return path.with_name(f"{path.stem}_parts") / digest
 
 
-def embeddings_key(table: pd.DataFrame, weights: str) -> dict[str, str]:
-    """What a table of embeddings was computed from: the encoder (a hash of its weights) and the rows."""
-    return {"weights": weights, "rows": rows_hash(table)}
+def embeddings_key(table: pd.DataFrame, weights: str, scans: str = "") -> dict[str, str]:
+    """What a table of embeddings was computed from.
+
+    Args:
+        weights: identifies the encoder, such as the hash of its weights.
+        scans: hash of the versions of the scans; empty if they are not known.
+    """
+    return {"weights": weights, "rows": rows_hash(table), **({"scans": scans} if scans else {})}
+
+
+def cohort_key(path: Path, weights: str, cohort: Cohort) -> dict[str, str]:
+    """The key of the embeddings of a cohort.
+
+    Embeddings that an earlier version of this project stored at `path`, without the versions of the scans, keep their
+    key as long as no scan has changed since they were written.
+    """
+    key = embeddings_key(cohort.table, weights, hashlib.sha256(cohort.digest_scans().tobytes()).hexdigest())
+    former = {name: key[name] for name in ("weights", "rows")}
+    if read_embeddings(path, former) is None:
+        return key
+    written = path.stat().st_mtime_ns
+    unchanged = all(os.stat(scan).st_ctime_ns < written for scan in cohort.table["path"])
+    return former if unchanged else key
+
+
+def hash_cohort(cohort: Cohort) -> str:
+    """SHA-256 of the values of a cohort's table and of the versions of its scans and label maps."""
+    table = cohort.table
+    digest = hashlib.sha256(table.drop(columns=[name for name in PATHS if name in table]).to_csv(index=False).encode())
+    digest.update(cohort.digest_scans().tobytes())
+    for path in table.get("labels_path", ()):
+        if isinstance(path, str) and os.path.isfile(path):
+            digest.update(repr(FileVersion.of(path).identity).encode())
+    return digest.hexdigest()
 
 
 def rows_hash(table: pd.DataFrame) -> str:
@@ -149,10 +184,9 @@ def key_path(path: Path) -> Path:
 
 
 def load_or_compute_embeddings(
-    path: Path, table: pd.DataFrame, weights: str, compute: Callable[[], np.ndarray]
+    path: Path, table: pd.DataFrame, key: dict[str, str], compute: Callable[[], np.ndarray]
 ) -> np.ndarray:
-    """The embeddings of `table`: read if the stored ones belong to these weights and rows, else computed and stored."""
-    key = embeddings_key(table, weights)
+    """The embeddings of `table`: read if those at `path` were stored under `key`, otherwise computed and stored."""
     found = read_embeddings(path, key)
     if found is not None and len(found) == len(table):
         log.info("embeddings of %d scans are reused from %s", len(found), path)

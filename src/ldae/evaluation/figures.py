@@ -24,7 +24,7 @@ PREDICTORS = {
     "age_sex": "age and sex",
     "pca": "PCA of latents",
     "images": "PCA of scans",
-    "untrained": "untrained encoder",
+    "untrained_0": "untrained encoder",
     "volumes": "region volumes",
 }
 UNITS = {"age": "years"}  # of numeric columns

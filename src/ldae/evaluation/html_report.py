@@ -12,6 +12,7 @@ from pathlib import Path
 from ldae.evaluation.report_sections import OTHER, SECTIONS, Section
 from ldae.utils.files import write_text
 from ldae.utils.metric_table import format_with_intervals
+from ldae.utils.results_record import Results, group_by_source
 
 REPORT = "report.html"
 MEDIA_TYPES = {".png": "image/png", ".gif": "image/gif"}
@@ -33,14 +34,25 @@ iframe{width:100%;height:36em;border:0}summary{cursor:pointer;margin:.6em 0}
 """
 
 
-def write_report(folder: Path, title: str, metrics: Mapping[str, float]) -> Path:
-    """Write `folder`/report.html from `metrics` and the figures and viewers found in `folder`; returns its path."""
-    rows, files = _sort_into_sections(metrics, folder)
+def write_report(
+    folder: Path, title: str, metrics: Mapping[str, float], record: Mapping[str, Results] | None = None
+) -> Path:
+    """Write `folder`/report.html from `metrics` and the figures and viewers in `folder`; returns its path.
+
+    Args:
+        record: which files are shown, what they were computed from and what was skipped; None shows all files.
+    """
+    paths = sorted(folder.iterdir())
+    if record is not None:
+        shown_files = {file for results in record.values() for file in results.files}
+        paths = [path for path in paths if path.name in shown_files]
+    rows, files = _sort_into_sections(metrics, paths)
     shown = [section for section in (*SECTIONS, OTHER) if rows[section.title] or files[section.title]]
     links = "".join(f'<a href="#{_anchor(section)}">{escape(section.title)}</a>' for section in shown)
     parts = [
         f"<h1>{escape(title)}</h1>",
         f"<p>{escape(INTRODUCTION)}</p>",
+        _describe_sources(record or {}),
         f"<nav>{links}</nav>",
         *(_section(section, rows[section.title], files[section.title]) for section in shown),
     ]
@@ -50,8 +62,20 @@ def write_report(folder: Path, title: str, metrics: Mapping[str, float]) -> Path
     return path
 
 
+def _describe_sources(record: Mapping[str, Results]) -> str:
+    """What the numbers were computed from, and what was not computed."""
+    sources = [f"{', '.join(names)}: {source.description}" for source, names in group_by_source(record)]
+    skipped = list(dict.fromkeys(text for results in record.values() for text in results.skipped))
+    return _list("Computed from", sources) + _list("Not computed", skipped)
+
+
+def _list(heading: str, lines: Sequence[str]) -> str:
+    items = "".join(f"<li>{escape(line)}</li>" for line in lines)
+    return f"<p>{heading}:</p><ul>{items}</ul>" if lines else ""
+
+
 def _sort_into_sections(
-    metrics: Mapping[str, float], folder: Path
+    metrics: Mapping[str, float], paths: Sequence[Path]
 ) -> tuple[dict[str, list[tuple[str, str]]], dict[str, list[Path]]]:
     """Metrics (name, value in words) and files of each section, by its title."""
     titles = [section.title for section in (*SECTIONS, OTHER)]
@@ -60,11 +84,17 @@ def _sort_into_sections(
     for name, value in format_with_intervals(metrics):
         section = next((section for section in SECTIONS if section.has_metric(name)), OTHER)
         rows[section.title].append((name, value))
-    for path in sorted(folder.iterdir()):
+    for path in paths:
         if path.suffix in MEDIA_TYPES or (path.suffix == ".html" and path.name != REPORT):
-            section = next((section for section in SECTIONS if section.has_figure(path)), OTHER)
-            files[section.title].append(path)
+            files[_section_of_figure(path).title].append(path)
     return rows, files
+
+
+def _section_of_figure(path: Path) -> Section:
+    """By the beginning of its name if a section knows that, otherwise by the end."""
+    by_prefix = (section for section in SECTIONS if path.stem.startswith(tuple(section.prefixes)))
+    by_suffix = (section for section in SECTIONS if path.stem.endswith(tuple(section.suffixes)))
+    return next(by_prefix, None) or next(by_suffix, OTHER)
 
 
 def _anchor(section: Section) -> str:

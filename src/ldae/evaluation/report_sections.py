@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -28,10 +27,6 @@ class Section:
         """Whether a metric belongs to this section."""
         return any(name.startswith(f"{group}/") for group in self.groups)
 
-    def has_figure(self, path: Path) -> bool:
-        """Whether a figure belongs to this section."""
-        return path.stem.startswith(tuple(self.prefixes)) or path.stem.endswith(tuple(self.suffixes))
-
     def terms_in(self, names: Sequence[str]) -> dict[str, str]:
         """The terms that occur in these names of metrics."""
         return {term: text for term, text in self.terms.items() if any(_occurs(term, name) for name in names)}
@@ -49,7 +44,7 @@ PREDICTION = {
     "age_sex": "age and sex",
     "pca": "principal components of the autoencoder's latents",
     "images": "principal components of the scans at 4 mm",
-    "untrained": "y of the same encoder before training",
+    "untrained": "y of the same encoder before training, mean over draws of its initial weights",
     "volumes": "volumes of brain regions",
     "auc": "area under the ROC curve (0.5 = chance, 1 = perfect)",
     "auc_age_adjusted": "the same among pairs of scans of about the same age",
@@ -71,6 +66,8 @@ PREDICTION = {
     "gap_pearson": "correlation of the error (predicted minus true) with the true value",
     "unbiased_gap_pearson": "the same once the regression to the mean is corrected",
     "mae_share_to_volumes": "position of the error of y between always-the-mean (0) and region volumes (1)",
+    "<metric>_spread": "standard deviation over the draws of the initial weights",
+    "ood": "the out-of-distribution check: how many scans were checked and how many failed it",
     "<metric>_difference": "embedding minus baseline on the same resamples; positive = the embedding is better",
     "repeats": "how often the folds were drawn anew",
 }

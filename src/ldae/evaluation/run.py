@@ -1,6 +1,5 @@
 """Runs the chosen evaluations of a trained model on a cohort and leaves metrics.json, figures and report.html."""
 
-import hashlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -12,27 +11,29 @@ import torch
 from accelerate import Accelerator
 from hydra.utils import instantiate
 from omegaconf import DictConfig
-from torch import Tensor, nn
+from torch import Tensor
 
 from ldae.data.cohort import Cohort
 from ldae.data.labels import RegionCache
 from ldae.data.latents import METADATA_FILE, LatentSet
+from ldae.data.table import SPLITS
 from ldae.evaluation.context import Context, Evaluator
 from ldae.evaluation.edits.anatomy import STRUCTURES
-from ldae.evaluation.embeddings import embed_cohort, embed_cohort_in_all_processes
+from ldae.evaluation.embeddings import embed_cohort, embed_cohort_in_all_processes, hash_cohort
 from ldae.evaluation.html_report import write_report
-from ldae.evaluation.report import format_console_table, merge_metrics, read_metrics
-from ldae.models.placement import place_module
-from ldae.runs import Run, Workspace
+from ldae.evaluation.initial_encoder import build_initial_encoder, count_draws
+from ldae.evaluation.other_cohort import EXTERNAL, file_prefix, find_prefix
+from ldae.evaluation.probes.evaluator import ExternalCohort
+from ldae.evaluation.results import ResultsFolder
+from ldae.runs import Workspace
 from ldae.utils.errors import UserError
-from ldae.utils.metric_table import select_headline
+from ldae.utils.metric_table import format_console_table, select_headline
+from ldae.utils.results_record import Source
 
 if TYPE_CHECKING:
     from ldae.pipeline import LDAE
 
 log = logging.getLogger(__name__)
-
-EXTERNAL = "external"  # the evaluation of another cohort
 
 
 def run_evaluations(
@@ -42,13 +43,13 @@ def run_evaluations(
 
     Raises:
         UserError: `external` is combined with other evaluations (they need this model's test split, which another
-            cohort does not have), or the model was trained on another split or transform.
+            cohort does not have) or has no frozen probes of this model, or the model was trained on another split or
+            transform.
     """
-    external = EXTERNAL in evaluators
-    if external and len(evaluators) > 1:
-        raise UserError("evaluation=external evaluates another cohort and must run alone: give evaluation=[external]")
-    _check_cohort(space.predecessor("repr"), cohort, external)
-    context = build_context(model, cohort, space, config, _file_prefix(evaluators))
+    _check(model, cohort, evaluators, space)
+    prefix = find_prefix(evaluators, space, config)
+    cohort.write_rejected(space.evaluation / f"{file_prefix(prefix)}rejected.csv")
+    context = build_context(model, cohort, space, config, prefix)
     metrics = run_in_context(context, evaluators, f"{config.name}: evaluation")
     if metrics:
         log.info("%d metrics, among them\n%s", len(metrics), format_console_table(select_headline(metrics)))
@@ -59,31 +60,30 @@ def run_in_context(context: Context, evaluators: Mapping[str, Evaluator], title:
     """Run `evaluators` in their order; returns their metrics.
 
     metrics.json is saved after every evaluator. The report is written once, at the end or when an evaluator fails, and
-    shows everything that metrics.json and the folder contain by then.
+    shows everything that metrics.json and the folder contain by then and that belongs to the present weights and scans.
     """
-    context.out.mkdir(parents=True, exist_ok=True)
-    file, metrics = context.out / "metrics.json", {}
+    results, metrics = ResultsFolder(context), {}
     try:
         for name, evaluator in evaluators.items():
             log.info("evaluation: %s", name)
-            found = dict(evaluator(context))
-            metrics |= found
-            merge_metrics(file, found)
+            metrics |= results.run(name, evaluator)
     finally:
-        log.info("report: %s", write_report(context.out, title, read_metrics(file)))
+        if results.record:
+            log.info("report: %s", write_report(context.out, title, results.metrics(), results.record))
     return metrics
 
 
-def _file_prefix(evaluators: Mapping[str, Evaluator]) -> str:
-    """What the names of files about another cohort begin with."""
-    return "external_" if EXTERNAL in evaluators else ""
-
-
-def _check_cohort(run: Run, cohort: Cohort, external: bool) -> None:
+def _check(model: "LDAE", cohort: Cohort, evaluators: Mapping[str, Evaluator], space: Workspace) -> None:
+    """Refuse what cannot be evaluated, before anything is computed or written."""
+    run, external = space.predecessor("repr"), evaluators.get(EXTERNAL)
+    if external is not None and len(evaluators) > 1:
+        raise UserError("evaluation=external evaluates another cohort and must run alone: give evaluation=[external]")
     if run.metadata["transform"] != cohort.transform.key():
         raise UserError(f"{run.path} was trained on volumes of another transform: keep the same data.* values")
-    if not external and run.metadata["split_hash"] != cohort.split_hash:
+    if external is None and run.metadata["split_hash"] != cohort.split_hash:
         raise UserError(f"{run.path} was trained on another split; for another cohort give evaluation=[external]")
+    if isinstance(external, ExternalCohort):
+        external.read_probes(model.bundle.weights_hash)
 
 
 def embed_in_all_processes(
@@ -101,14 +101,14 @@ def embed_in_all_processes(
     Raises:
         UserError: as `run_evaluations`, on all processes.
     """
-    _check_cohort(space.predecessor("repr"), cohort, EXTERNAL in evaluators)
-    path, weights = _embeddings_file(space, _file_prefix(evaluators)), _encoder_id(model, space)
+    _check(model, cohort, evaluators, space)
+    path = _embeddings_file(space, find_prefix(evaluators, space, config))
     size = int(config.trainer.batch_size)
-    embed_cohort_in_all_processes(path, weights, _encoder_of(model), cohort, size, accelerator)
+    embed_cohort_in_all_processes(path, _encoder_id(model, space), _encoder_of(model), cohort, size, accelerator)
 
 
-def _embeddings_file(space: Workspace, prefix: str) -> Path:
-    return space.evaluation / f"{prefix}embeddings.csv"
+def _embeddings_file(space: Workspace, prefix: str, kind: str = "embeddings") -> Path:
+    return space.evaluation / f"{file_prefix(prefix)}{kind}.csv"
 
 
 def _encoder_id(model: "LDAE", space: Workspace) -> str:
@@ -122,43 +122,53 @@ def _encoder_of(model: "LDAE") -> Callable[[Tensor], Tensor]:
 
 
 def build_context(model: "LDAE", cohort: Cohort, space: Workspace, config: DictConfig, prefix: str = "") -> Context:
-    """The Context of `cohort`. Its embeddings, `<prefix>embeddings.csv`, are reused or computed."""
+    """The Context of `cohort`. Its embeddings are reused or computed.
+
+    Args:
+        prefix: see `find_prefix`.
+    """
     repr_run, aekl_run = space.predecessor("repr"), space.predecessor("aekl")
     encoder, autoencoder = repr_run.sha256("encoder"), aekl_run.sha256("autoencoder")
-    out, size = space.evaluation, int(config.trainer.batch_size)
+    path, size = _embeddings_file(space, prefix), int(config.trainer.batch_size)
 
-    def untrained() -> np.ndarray:
-        node, seed = repr_run.config.model.encoder, int(repr_run.config.seed)
-        path, weights = out / f"{prefix}embeddings_untrained.csv", f"seed {seed}, {encoder}"
-        return embed_cohort(path, weights, _untrained_encoder(node, seed, model.encoder), cohort, size)
+    def untrained(draw: int) -> np.ndarray:
+        file = _embeddings_file(space, prefix, f"embeddings_untrained_{draw}")
+        # The mean volume of the trained encoder is a part of its weights.
+        weights = f"initial weights, draw {draw}, of {encoder}"
+        encoder_fn = build_initial_encoder(repr_run, draw, model.encoder)
+        return embed_cohort(file, weights, lambda x: encoder_fn(x.to(model.device)), cohort, size)
 
     return Context(
         model=model,
         table=cohort.table,
         volumes=cohort.volumes.batch,
         posterior=_posterior(model, cohort, space, autoencoder),
-        embeddings=embed_cohort(
-            _embeddings_file(space, prefix), _encoder_id(model, space), _encoder_of(model), cohort, size
-        ),
+        embeddings=embed_cohort(path, _encoder_id(model, space), _encoder_of(model), cohort, size),
         untrained=untrained,
-        out=out,
+        untrained_draws=count_draws(repr_run),
+        out=space.evaluation,
         spacing=_spacing(cohort),
         seed=int(config.seed),
-        weights=hashlib.sha256(f"{encoder}{autoencoder}".encode()).hexdigest(),
+        weights=model.bundle.weights_hash,
         regions=_regions(cohort, Path(config.paths.cache)),
         perceptual=_perceptual(config, model.device),
+        source=_find_source(cohort, space, config),
+        prefix=prefix,
     )
 
 
-def _untrained_encoder(node: DictConfig, seed: int, trained: nn.Module) -> Callable[[Tensor], Tensor]:
-    """The encoder before training: same config and mean volume, initial weights drawn with this seed, eval mode."""
-    device = next(trained.parameters()).device
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        encoder = place_module(instantiate(node).eval(), device)
-    if getattr(trained, "mean_volume", None) is not None:
-        encoder.set_mean_volume(trained.mean_volume, trained.difference_std)
-    return lambda x: encoder(x.to(device))
+def _find_source(cohort: Cohort, space: Workspace, config: DictConfig) -> Source:
+    """What results of `cohort` are computed from."""
+    runs = (space.predecessor(stage) for stage in ("aekl", "pretrain", "repr"))
+    weights = {name: entry["sha256"] for run in runs for name, entry in run.metadata["weights"].items()}
+    counts = cohort.table["split"].value_counts()
+    return Source(
+        weights=weights,
+        table=str(config.data.table),
+        rows=hash_cohort(cohort),
+        split_hash=cohort.split_hash,
+        scans={split: int(counts[split]) for split in SPLITS if split in counts},
+    )
 
 
 def _posterior(

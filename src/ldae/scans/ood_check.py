@@ -7,7 +7,8 @@ heads gets wider limits than a registered one.
 """
 
 import base64
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,11 +17,13 @@ import torch
 from torch.nn.functional import adaptive_avg_pool3d
 
 from ldae.utils.errors import UserError
+from ldae.utils.process_pool import available_cores
 
 COARSE_CELLS = 16  # at most, along each axis
 FOREGROUND = 0.1  # of the intensity range; voxels below are background
 MARGIN = 3.0  # limits are this many times as far from the median as the most extreme training scan
 MIN_SCANS = 4  # fewer do not tell how much scans differ
+SHOWN = 10  # rejected scans that a message names
 MAX_SCANS = 2000  # training scans that are measured, at most
 
 
@@ -90,6 +93,37 @@ class OodCheck:
             raise UserError(
                 f"the out-of-distribution check of this model is damaged ({error}): encode or export it again"
             ) from error
+
+
+def find_rejected(
+    check: OodCheck, volumes: Callable[[Sequence[int]], torch.Tensor], rows: Iterable[int]
+) -> dict[int, str]:
+    """The scans among `rows` that fail the check, with the reason.
+
+    Args:
+        volumes: reads the scans of some rows, (B, 1, X, Y, Z) in [0, 1].
+    """
+    rows = [int(row) for row in rows]
+    with ThreadPoolExecutor(available_cores()) as threads:
+        reasons = threads.map(lambda row: check.reason_rejected(volumes([row])[0]), rows)
+        return {row: reason for row, reason in zip(rows, reasons, strict=True) if reason is not None}
+
+
+def describe_rejected(rejected: Mapping[int, str], names: Sequence[str], count: int) -> str:
+    """One line: how many of `count` scans fail the out-of-distribution check, and which.
+
+    Args:
+        rejected: reason by row.
+        names: of all rows.
+    """
+    if not rejected:
+        return f"none of {count} scans fails the out-of-distribution check"
+    shown = ", ".join(names[row] for row in list(rejected)[:SHOWN])
+    more = f" and {len(rejected) - SHOWN} more" if len(rejected) > SHOWN else ""
+    return (
+        f"{len(rejected)} of {count} scans fail the out-of-distribution check, because they are not prepared as the "
+        f"training scans were: {shown}{more}; the first one: {next(iter(rejected.values()))}"
+    )
 
 
 def _limits(values: np.ndarray) -> tuple[float, float]:

@@ -35,5 +35,12 @@ def format_with_intervals(metrics: Mapping[str, float]) -> list[tuple[str, str]]
     return rows
 
 
+def format_console_table(metrics: Mapping[str, float]) -> str:
+    """Names and values in two aligned columns, for the log."""
+    rows = format_with_intervals(metrics)
+    width = max((len(name) for name, _ in rows), default=0)
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
 def _format(value: float) -> str:
     return f"{value:.0f}" if float(value).is_integer() and abs(value) < 1e6 else f"{value:.4g}"

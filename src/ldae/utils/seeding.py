@@ -17,6 +17,16 @@ def derive_seed(seed: int, *keys: int | str) -> int:
     return int.from_bytes(digest[:8], "little") >> 1
 
 
+def weights_seed(seed: int, stage: str, draw: int = 0) -> int:
+    """The 32-bit seed of the initial weights of a stage.
+
+    Args:
+        stage: path of the stage's class.
+        draw: 0 for the weights that training starts from, 1, 2, ... for further draws of them.
+    """
+    return derive_seed(seed, "weights", stage, *([draw] if draw else [])) % 2**32
+
+
 def make_generator(seed: int, *keys: int | str) -> torch.Generator:
     """A generator on the CPU that is seeded with (seed, *keys)."""
     return torch.Generator().manual_seed(derive_seed(seed, *keys))

@@ -73,7 +73,7 @@ class Interpolation:
 
         triples = find_triples(context.table, context.rows("test"))[: self.most]
         if not triples:
-            log.warning("interpolation is skipped: no test subject has three visits")
+            context.skip("interpolation is skipped: no test subject has three visits")
             return
         anatomy, renderer, masks = Anatomy(context), CounterfactualRenderer(context), BrainMasks()
         rows = []

@@ -89,7 +89,7 @@ class Manipulation:
             try:
                 found = find_direction(self.direction, probe, context.table, context.embeddings, train, context.seed)
             except UserError as error:
-                log.warning("manipulation of %s is skipped: %s", name, error)
+                context.skip(f"manipulation of {name} is skipped: {error}")
                 continue
             directions[name] = found.to_dict()
             yield from self._evaluate_direction(context, anatomy, name, probe, found, rows)

@@ -85,12 +85,12 @@ class Selection:
         renderer, anatomy = CounterfactualRenderer(context), Anatomy(context)
         rows = context.sample_rows("val", self.scans)
         if not renderer.available or "ventricle" not in anatomy.measures or not len(rows):
-            log.warning("selection is skipped: it needs phantoms with label maps among the validation subjects")
+            context.skip("selection is skipped: it needs phantoms with label maps among the validation subjects")
             return
         for name, probe in self.probes.items():
             factor = FACTORS.get(probe.column)
             if factor not in MAX_CHANGE:
-                log.warning("selection for %s is skipped: phantoms have no counterfactual of it", name)
+                context.skip(f"selection for {name} is skipped: phantoms have no counterfactual of it")
                 continue
             directions = self._find_directions(context, probe)
             if directions:

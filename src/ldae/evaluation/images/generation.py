@@ -12,7 +12,6 @@ The default space, `own_encoder`, is the model's own encoder. It needs no furthe
 independent, because the encoder was trained on this cohort. generation.png shows a few samples.
 """
 
-import logging
 from collections.abc import Callable, Iterator
 from typing import Protocol
 
@@ -24,8 +23,6 @@ from ldae.evaluation import figures
 from ldae.evaluation.context import Context, iterate_batches
 from ldae.evaluation.images.image_metrics import ms_ssim
 from ldae.utils.seeding import draw_normal
-
-log = logging.getLogger(__name__)
 
 
 class FeatureSpace(Protocol):
@@ -70,7 +67,7 @@ class Generation:
     def __call__(self, context: Context) -> Iterator[tuple[str, float]]:
         train, test = context.rows("train"), context.rows("test")
         if min(len(train), len(test), self.samples) < 3:
-            log.warning("generation is skipped: at least 3 samples, training scans and test scans are needed")
+            context.skip("generation is skipped: at least 3 samples, training scans and test scans are needed")
             return
         stem = f"generation/{'own_encoder' if self.features is None else self.features.name}"
         samples = self._draw_samples(context)

@@ -73,7 +73,7 @@ class Reconstruction:
     def __call__(self, context: Context) -> Iterator[tuple[str, float]]:
         test = context.rows("test")
         if not len(test):
-            log.warning("reconstruction is skipped: the table has no test scans")
+            context.skip("reconstruction is skipped: the table has no test scans")
             return
         yield f"{STEM}/autoencoder/scans", float(len(test))
         weights = draw_subject_weights(context.subjects(test), self.resamples, context.seed)

@@ -18,7 +18,6 @@ Metrics on test scans, with intervals over subjects:
 semantics_<structure>.png shows decoded against true volumes.
 """
 
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
@@ -34,8 +33,6 @@ from ldae.evaluation.images.image_metrics import brain_mask, copy_to_host, ssim_
 from ldae.evaluation.probes import scores
 from ldae.evaluation.probes.bootstrap import draw_subject_weights, summarise, summarise_mean
 from ldae.utils.seeding import draw_normal
-
-log = logging.getLogger(__name__)
 
 BANDS = 5  # equal parts of the noise schedule
 KINDS = ("own", "other", "none")  # whose y guides the prediction
@@ -120,12 +117,12 @@ class Semantics:
         rows = context.sample_rows("test", self.scans)
         partner = pair_with_other_subjects(context.subjects(rows)) if len(rows) else None
         if partner is None:
-            log.warning("semantics is skipped: test needs two subjects, none of them with more than half of the scans")
+            context.skip("semantics is skipped: test needs two subjects, none of them with more than half of the scans")
             return
         measures = {name: build_soft_volume(context, STRUCTURES[name]) for name in self.structures}
         measures = {name: measure for name, measure in measures.items() if measure is not None}
         if not measures:
-            log.warning("semantics: the table has no usable label maps (labels_path), volumes are not measured")
+            context.skip("semantics: the table has no usable label maps (labels_path), volumes are not measured")
         found, decoded, levels = self._measure(context, rows, partner, measures)
         weights = draw_subject_weights(context.subjects(rows), self.resamples, context.seed)
         yield "semantics/scans", float(len(rows))

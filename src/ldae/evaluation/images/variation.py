@@ -17,7 +17,6 @@ Metrics on test scans, with intervals over subjects:
 variation.png shows where the variants of a few scans differ.
 """
 
-import logging
 from collections.abc import Iterator, Mapping
 
 import numpy as np
@@ -35,8 +34,6 @@ from ldae.evaluation.probes.bootstrap import draw_subject_weights, summarise, su
 from ldae.evaluation.probes.targets import Probe
 from ldae.utils.seeding import draw_normal
 from ldae.utils.slices import voxel_to_show
-
-log = logging.getLogger(__name__)
 
 
 class Variation:
@@ -64,7 +61,7 @@ class Variation:
     def __call__(self, context: Context) -> Iterator[tuple[str, float]]:
         rows = context.sample_rows("test", self.scans)
         if len(rows) < 2:
-            log.warning("variation is skipped: it needs two test scans")
+            context.skip("variation is skipped: it needs two test scans")
             return
         models = fit_probes(context, self.probes)
         found, decisions = self._measure(context, rows, models)
@@ -135,7 +132,7 @@ def fit_probes(context: Context, probes: Mapping[str, Probe]) -> dict[str, Linea
         truth, subjects = probe.target(context.table)[rows], context.subjects(rows)
         reason = probe.reason_unusable(truth, subjects, fitting=True)
         if reason:
-            log.warning("probe %s is skipped: train has %s", name, reason)
+            context.skip(f"variation of probe {name} is skipped: train has {reason}")
             continue
         fitted[name] = probe.fit(context.embeddings[rows].astype(np.float64), truth, subjects, context.seed)
     return fitted

@@ -1,65 +1,35 @@
 """The features of each predictor: the embedding, and the baselines that it is compared with under the same protocol.
 
 mean        no features: always the mean, or always the majority class
-age_sex     age and sex
+age_sex     age and sex; computed only if both can be read from the table, so that it is never age alone
 pca         the autoencoder's latents, reduced by PCA
 images      the scans at about 4 mm, reduced by PCA
-untrained   y of the same semantic encoder with its initial random weights
+untrained   y of the same semantic encoder before training: `untrained_0` with the weights that this training started
+            from, `untrained_1`, ... with further draws of them
 volumes     the table's region volumes (columns *_mm3), relative to the head's volume if the table has it
             (`head_mm3`, which remains a feature)
 """
 
-import logging
 from collections.abc import Callable, Sequence
 
 import numpy as np
-import pandas as pd
 
 from ldae.evaluation.context import Context, iterate_batches
-
-log = logging.getLogger(__name__)
+from ldae.evaluation.probes.table_features import VOLUME, describe_values, find_given, read_numbers, read_table_features
+from ldae.utils.errors import UserError
 
 BASELINES = ("mean", "age_sex", "pca", "untrained", "volumes")
 CHOICES = (*BASELINES, "images")
 REDUCED = ("pca", "images")  # by PCA
-VOLUME, HEAD = "_mm3", "head_mm3"
 IMAGES_MM = 4.0
+UNTRAINED = "untrained"
+MIN_KNOWN = 0.5  # share of the scans whose age and sex must be known
+MAX_UNREADABLE = 0.1  # share of the ages and sexes in the table that may be unreadable
 
 
-def read_table_features(
-    table: pd.DataFrame, name: str, columns: list[str] | None = None
-) -> tuple[list[str], np.ndarray]:
-    """Column names and values (N, D) of `age_sex` or `volumes`; D = 0 if the table has none of their columns.
-
-    Args:
-        columns: exactly the columns to read, those of a frozen predictor; missing ones are NaN. None: all there are.
-    """
-    wanted = columns or (["age", "sex"] if name == "age_sex" else find_volume_columns(table))
-    found = {column: read_numbers(table, column) for column in wanted}
-    kept = wanted if columns else [column for column in wanted if np.isfinite(found[column]).any()]
-    values = [found[column] / found[HEAD] if _is_relative(column, kept) else found[column] for column in kept]
-    return kept, np.stack(values, 1) if values else np.zeros((len(table), 0))
-
-
-def find_volume_columns(table: pd.DataFrame) -> list[str]:
-    """The region volumes of a table, then the head's; empty if the table has no region."""
-    regions = sorted(str(column) for column in table if str(column).endswith(VOLUME) and column != HEAD)
-    return [*regions, HEAD] if regions else []
-
-
-def _is_relative(column: str, columns: list[str]) -> bool:
-    """Whether a column is a region volume to be divided by the head's."""
-    return HEAD in columns and column != HEAD and column.endswith(VOLUME)
-
-
-def read_numbers(table: pd.DataFrame, column: str) -> np.ndarray:
-    """A column as (N,) float64, sex as 1 for M and 0 for F; NaN where a value, or the whole column, is missing."""
-    if column not in table:
-        return np.full(len(table), np.nan)
-    if column == "sex":
-        letters = table[column].astype(str).str.upper().str[:1]
-        return letters.map({"M": 1.0, "F": 0.0}).to_numpy(np.float64)
-    return pd.to_numeric(table[column], errors="coerce").to_numpy(np.float64)
+def is_draw(name: str) -> bool:
+    """Whether a predictor is one draw of the encoder before training."""
+    return name.startswith(f"{UNTRAINED}_")
 
 
 def flatten_latents(context: Context, batch_size: int = 32) -> np.ndarray:
@@ -85,14 +55,15 @@ class Features:
     """The features of all scans of a context by the predictor's name, each computed at most once."""
 
     def __init__(self, context: Context):
-        self._table = context.table
+        self._context, self._table = context, context.table
         self._compute: dict[str, Callable[[], np.ndarray]] = {
             "embedding": lambda: context.embeddings,
             "mean": lambda: np.zeros((len(context.table), 0)),
             "pca": lambda: flatten_latents(context),
             "images": lambda: downsample_scans(context),
-            "untrained": lambda: context.untrained(),
         }
+        for draw in range(context.untrained_draws):
+            self._compute[f"{UNTRAINED}_{draw}"] = lambda draw=draw: context.untrained(draw)
         self._computed: dict[str, np.ndarray] = {}
 
     def __call__(self, name: str, columns: list[str] | None = None) -> tuple[list[str], np.ndarray]:
@@ -103,21 +74,54 @@ class Features:
             self._computed[name] = self._compute[name]()
         return [], self._computed[name]
 
-    def select_applicable(self, names: Sequence[str], target: str) -> list[str]:
-        """The baselines that make sense for predicting the column `target`; the others are logged with the reason."""
+    def select_applicable(self, names: Sequence[str], target: str, rows: np.ndarray) -> list[str]:
+        """The predictors of the baselines that make sense for predicting the column `target` of the scans `rows`.
+
+        The others are reported with the reason.
+        """
         kept = []
         for name in names:
-            reason = self._reason_inapplicable(name, target)
+            reason = self.reason_inapplicable(name, target, rows)
             if reason:
-                log.info("baseline %s is not computed for %s: %s", name, target, reason)
+                self._context.skip(f"baseline {name} is not computed for {target}: {reason}")
+            elif name == UNTRAINED:
+                kept += [f"{UNTRAINED}_{draw}" for draw in range(self._context.untrained_draws)]
             else:
                 kept.append(name)
         return kept
 
-    def _reason_inapplicable(self, name: str, target: str) -> str | None:
-        if name in self._compute:
+    def reason_inapplicable(self, name: str, target: str, rows: np.ndarray) -> str | None:
+        """Reason why a baseline is not fitted on these scans to predict the column `target`, or None."""
+        if name == UNTRAINED:
+            try:
+                self(f"{UNTRAINED}_0")
+            except UserError as error:  # a file of weights that training started from is missing
+                return str(error)
+        if name == UNTRAINED or name in self._compute:
             return None
         columns, _ = self(name)
-        if not columns:
-            return "the table has none of its columns"
-        return f"{target} is one of its columns" if target in columns else None
+        if target in columns:
+            return f"{target} is one of its columns"
+        if name == "age_sex":
+            sexes = np.unique(read_numbers(self._table.iloc[rows], "sex"))
+            reason = self.reason_unreadable(name, columns, rows)
+            if reason is None and np.isfinite(sexes).sum() < 2:
+                reason = f"all scans are of one sex; {describe_values(self._table.iloc[rows], 'sex')}"
+            return reason
+        return None if columns else f"the table has no region volumes (columns *{VOLUME})"
+
+    def reason_unreadable(self, name: str, columns: Sequence[str], rows: np.ndarray) -> str | None:
+        """Reason why a predictor that reads these columns of the table cannot be applied to these scans, or None."""
+        if name not in self._compute and not columns:
+            return "it was fitted by an earlier version of this project: run evaluation=[probes] again"
+        table = self._table.iloc[rows]
+        for column in columns:
+            known, given = np.isfinite(read_numbers(table, column)), find_given(table, column)
+            readable = known.any()
+            if name == "age_sex":
+                readable = known.mean() >= MIN_KNOWN and (given & ~known).sum() <= MAX_UNREADABLE * given.sum()
+            if not readable:
+                codes = "; it is read from M, F, male, female" if column == "sex" else ""
+                values = describe_values(table, column)
+                return f"{column} can be read for {known.sum()} of {len(rows)} scans, {values}{codes}"
+        return None

@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 
 from ldae.evaluation.context import Context
-from ldae.evaluation.probes.baselines import CHOICES, Features, read_numbers
+from ldae.evaluation.probes.baselines import CHOICES, Features
 from ldae.evaluation.probes.bootstrap import draw_subject_weights
 from ldae.evaluation.probes.evaluator import check_baselines
 from ldae.evaluation.probes.predictors import (
@@ -28,6 +28,7 @@ from ldae.evaluation.probes.predictors import (
     metrics_by_name,
     score_predictor,
 )
+from ldae.evaluation.probes.table_features import read_numbers
 from ldae.evaluation.probes.targets import Probe
 from ldae.utils.errors import UserError
 
@@ -68,9 +69,10 @@ class CrossValidation:
             rows = rows_of_regime[np.isfinite(truth[rows_of_regime])]
             reason = probe.reason_unusable(truth[rows], context.subjects(rows), fitting=True)
             if reason:
-                log.warning("probe %s is skipped: splits %s have %s", name, " + ".join(splits), reason)
+                remedy = probe.describe_remedy(context.table, name)
+                context.skip(f"probe {name} is skipped: splits {' + '.join(splits)} have {reason}; {remedy}")
                 continue
-            baselines = features.select_applicable(self.baselines, probe.column)
+            baselines = features.select_applicable(self.baselines, probe.column, rows)
             predictions = [
                 self._predict_folds(context, probe, features, baselines, truth, rows, repeat)
                 for repeat in range(self.repeats)

@@ -13,8 +13,10 @@ Metrics, each with `_low` and `_high`, the 95 % interval of a bootstrap over sub
   volumes (1).
 - With a probe's `bias_correction`: `unbiased_mae`, and `gap_pearson` and `unbiased_gap_pearson`, the correlation of
   (predicted - true) with the true value before and after the correction.
+- `baseline/untrained/<probe>/<metric>` is the mean over draws of the encoder's initial weights, the first of which
+  started this training; `<metric>_spread` is the standard deviation over them.
 
-`ExternalCohort` prepends `external/`.
+`ExternalCohort` prepends `external/`, or `external/<name>/`.
 """
 
 import logging
@@ -24,11 +26,16 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ldae.editing.frozen_probes import EMBEDDING, read_frozen_probes, write_frozen_probes
+from ldae.data.table import scan_names
+from ldae.editing.frozen_probes import EMBEDDING, FrozenProbe, read_frozen_probes, write_frozen_probes
+from ldae.editing.linear_model import LinearModel
 from ldae.evaluation.context import Context
+from ldae.evaluation.other_cohort import EXTERNAL, file_prefix
 from ldae.evaluation.probes.baselines import BASELINES, CHOICES, Features
 from ldae.evaluation.probes.predictors import fit_predictors, score_predictors
+from ldae.evaluation.probes.table_features import describe_values
 from ldae.evaluation.probes.targets import Classification, Probe, Regression
+from ldae.scans.ood_check import describe_rejected, find_rejected
 from ldae.utils.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -66,9 +73,9 @@ class Probes:
             )
             reason = self._reason_skipped(context, probe, truth, fit_rows, test_rows)
             if reason:
-                log.warning("probe %s is skipped: %s", name, reason)
+                context.skip(f"probe {name} is skipped: {reason}; {probe.describe_remedy(context.table, name)}")
                 continue
-            baselines = features.select_applicable(self.baselines, probe.column)
+            baselines = features.select_applicable(self.baselines, probe.column, fit_rows)
             predictors = fit_predictors(
                 context, probe, features, truth, fit_rows, baselines, self.pca_widths, context.seed
             )
@@ -96,20 +103,32 @@ def check_baselines(names: Sequence[str], key: str) -> None:
 class ExternalCohort:
     """Apply the frozen probes and baselines of an earlier `evaluation=probes` to every scan of another cohort.
 
-    Nothing is fitted, not even the scaling. Names of figures and predictions begin with `external_`.
+    Nothing is fitted, not even the scaling. `Context.prefix` says what the names of metrics, figures and predictions
+    begin with. Scans that fail the model's out-of-distribution check are counted (`ood/failed` of `ood/scans`) and
+    listed in `<prefix>ood.csv`; the other metrics include them.
     """
 
-    def __init__(self, frozen: str | Path, resamples: int = 1000, baseline_visits_only: bool = False):
-        """`frozen` is the probes.json that `evaluation=probes` wrote for the same encoder."""
-        self.frozen, self.resamples, self.baseline_visits_only = Path(frozen), resamples, baseline_visits_only
+    def __init__(
+        self,
+        frozen: str | Path,
+        name: str | None = None,
+        resamples: int = 1000,
+        baseline_visits_only: bool = False,
+    ):
+        """`frozen`: the probes.json that `evaluation=probes` wrote for the same encoder.
+
+        `name`: of the cohort in the names of its metrics and files; see ldae.evaluation.other_cohort.
+        """
+        self.frozen, self.name = Path(frozen), name
+        self.resamples, self.baseline_visits_only = resamples, baseline_visits_only
 
     def __call__(self, context: Context) -> Iterator[tuple[str, float]]:
-        features, table = Features(context), context.table
-        for name, predictors in read_frozen_probes(self.frozen, context.weights).items():
-            model = predictors[EMBEDDING].model
-            probe: Probe = Regression(model.column, bias_correction=model.bias is not None)
-            if model.classes is not None:
-                probe = Classification(model.column, positive=model.classes[1], negative=model.classes[0])
+        prefix = context.prefix or f"{EXTERNAL}/"
+        features, table, scored = Features(context), context.table, 0
+        probes = self.read_probes(context.weights)
+        yield from self._check_distribution(context, prefix)
+        for name, predictors in probes.items():
+            probe = build_probe(predictors[EMBEDDING].model)
             truth = probe.target(table)
             usable = np.isfinite(truth)
             if self.baseline_visits_only:
@@ -117,11 +136,46 @@ class ExternalCohort:
             rows = np.flatnonzero(usable)
             reason = probe.reason_unusable(truth[rows], context.subjects(rows), fitting=False)
             if reason:
-                log.warning("external probe %s is skipped: the cohort has %s", name, reason)
+                remedy = f"{describe_values(table, probe.column)}, the probe was fitted on {describe_labels(probe)}"
+                context.skip(f"external probe {name} is skipped: the cohort has {reason}; {remedy}")
                 continue
-            yield from score_predictors(
-                context, name, probe, predictors, features, truth, rows, self.resamples, "external/"
+            scored += 1
+            yield from score_predictors(context, name, probe, predictors, features, truth, rows, self.resamples, prefix)
+        if not scored:
+            reasons = "; ".join(context.skipped) or f"{self.frozen} has no probe"
+            raise UserError(f"no probe could be applied to {context.source.table or 'this cohort'}: {reasons}")
+
+    def read_probes(self, weights: str) -> dict[str, dict[str, FrozenProbe]]:
+        """The frozen predictors of each probe; see `read_frozen_probes`."""
+        return read_frozen_probes(self.frozen, weights)
+
+    def _check_distribution(self, context: Context, prefix: str) -> Iterator[tuple[str, float]]:
+        check = getattr(context.model, "ood_check", None)
+        if check is None:
+            context.skip(
+                "the out-of-distribution check is skipped: this model has none (encode_latents.py measures it)"
             )
+            return
+        table = context.table
+        rejected = find_rejected(check, context.volumes, range(len(table)))
+        log.info("%s", describe_rejected(rejected, scan_names(table, range(len(table))), len(table)))
+        columns = [name for name in ("subject", "session", "path") if name in table]
+        listed = table.iloc[list(rejected)][columns].assign(reason=list(rejected.values()))
+        context.write_csv(f"{file_prefix(prefix)}ood.csv", listed)
+        yield f"{prefix}ood/scans", float(len(table))
+        yield f"{prefix}ood/failed", float(len(rejected))
+
+
+def build_probe(model: LinearModel) -> Probe:
+    """The probe that a stored model was fitted as."""
+    if model.classes is None:
+        return Regression(model.column, bias_correction=model.bias is not None)
+    return Classification(model.column, positive=model.classes[1], negative=model.classes[0])
+
+
+def describe_labels(probe: Probe) -> str:
+    """The labels of a probe in words."""
+    return "numbers" if probe.classes is None else f"{probe.classes[1]} (positive) and {probe.classes[0]}"
 
 
 def find_first_visits(table: pd.DataFrame) -> np.ndarray:

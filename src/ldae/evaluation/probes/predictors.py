@@ -3,7 +3,6 @@
 evaluator.py says what the metrics are called.
 """
 
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -13,12 +12,12 @@ import pandas as pd
 from ldae.editing.frozen_probes import EMBEDDING, FrozenProbe
 from ldae.evaluation import figures
 from ldae.evaluation.context import Context
-from ldae.evaluation.probes.baselines import REDUCED, Features, read_numbers
+from ldae.evaluation.other_cohort import file_prefix
+from ldae.evaluation.probes.baselines import REDUCED, UNTRAINED, Features, is_draw
 from ldae.evaluation.probes.bootstrap import draw_subject_weights, summarise
 from ldae.evaluation.probes.scores import pearson
+from ldae.evaluation.probes.table_features import read_numbers
 from ldae.evaluation.probes.targets import Probe
-
-log = logging.getLogger(__name__)
 
 UNBIASED = ":unbiased"  # appended to a predictor's name: column of its bias-corrected predictions
 
@@ -69,10 +68,11 @@ def score_predictors(
     table = context.table.iloc[rows]
     predictions: dict[str, np.ndarray] = {}
     for key, predictor in predictors.items():
-        columns, values = features(key, predictor.columns)
-        if columns and not np.isfinite(values[rows]).any(0).all():
-            log.warning("baseline %s is not computed for %s: the table lacks one of %s", key, name, ", ".join(columns))
+        reason = features.reason_unreadable(key, predictor.columns, rows)
+        if reason:
+            context.skip(f"baseline {key} is not computed for {name}: {reason}")
             continue
+        _, values = features(key, predictor.columns)
         predictions[key] = predictor.model.predict(values[rows])
     unbiased = {key: predictors[key].model.unbiased(value) for key, value in predictions.items()}
     age, weights = read_numbers(table, "age"), draw_subject_weights(table["subject"], resamples, context.seed)
@@ -80,7 +80,7 @@ def score_predictors(
         key: score_predictor(probe, truth[rows], predictions[key], unbiased[key], age, weights) for key in unbiased
     }
     yield from metrics_by_name(scores, name, probe, table, prefix)
-    stem = f"{prefix.replace('/', '_')}{name}"
+    stem = f"{file_prefix(prefix)}{name}"
     corrected = {f"{key}{UNBIASED}": value for key, value in unbiased.items()} if probe.bias_correction else {}
     scans = table[["subject", "session"]].assign(age=age, truth=truth[rows])
     context.write_csv(f"{stem}_predictions.csv", scans.assign(**predictions, **corrected))
@@ -120,14 +120,31 @@ def metrics_by_name(
     yield f"{prefix}probe/{name}/subjects", float(table["subject"].nunique())
     ours = scores[EMBEDDING]
     for key, metrics in scores.items():
-        stem = f"{prefix}probe/{name}" if key == EMBEDDING else f"{prefix}baseline/{key}/{name}"
-        for metric, values in metrics.items():
-            yield from summarise(f"{stem}/{metric}", values)
-            if key != EMBEDDING and metric in probe.signs and metric in ours:
-                yield from summarise(f"{stem}/{metric}_difference", probe.signs[metric] * (ours[metric] - values))
+        if not is_draw(key):
+            stem = f"{prefix}probe/{name}" if key == EMBEDDING else f"{prefix}baseline/{key}/{name}"
+            yield from _summarise_predictor(stem, probe, metrics, None if key == EMBEDDING else ours)
+    draws = [metrics for key, metrics in scores.items() if is_draw(key)]
+    if draws:
+        stem = f"{prefix}baseline/{UNTRAINED}/{name}"
+        stacked = {metric: np.stack([metrics[metric] for metrics in draws]) for metric in draws[0]}  # (draws, 1 + R)
+        means = {metric: values.mean(0) for metric, values in stacked.items()}
+        yield from _summarise_predictor(stem, probe, means, ours)
+        for metric, values in stacked.items():
+            if len(draws) > 1:
+                yield f"{stem}/{metric}_spread", float(values[:, 0].std(ddof=1))
     if {"mean", "volumes"} <= scores.keys() and "mae" in ours:
         mean, volumes = scores["mean"]["mae"], scores["volumes"]["mae"]
         yield from summarise(f"{prefix}probe/{name}/mae_share_to_volumes", (mean - ours["mae"]) / (mean - volumes))
+
+
+def _summarise_predictor(
+    stem: str, probe: Probe, metrics: Mapping[str, np.ndarray], ours: Mapping[str, np.ndarray] | None
+) -> Iterator[tuple[str, float]]:
+    """Metrics of one predictor (1 + R,) with intervals; with `ours`, those of the embedding, also the differences."""
+    for metric, values in metrics.items():
+        yield from summarise(f"{stem}/{metric}", values)
+        if ours is not None and metric in probe.signs and metric in ours:
+            yield from summarise(f"{stem}/{metric}_difference", probe.signs[metric] * (ours[metric] - values))
 
 
 def draw_predictions(
@@ -135,7 +152,8 @@ def draw_predictions(
 ) -> None:
     """`<stem>_roc.png` of all predictors of a class, or `<stem>_scatter.png` of a number predicted from y."""
     if probe.classes is not None:
-        figures.draw_roc_curves(out / f"{stem}_roc.png", truth, predictions)
+        shown = {key: values for key, values in predictions.items() if not is_draw(key) or key == f"{UNTRAINED}_0"}
+        figures.draw_roc_curves(out / f"{stem}_roc.png", truth, shown)
         return
     unit = figures.UNITS.get(probe.column, "")
     figures.draw_scatter(out / f"{stem}_scatter.png", probe.column, unit, truth, predictions[EMBEDDING])

@@ -9,6 +9,7 @@ import pandas as pd
 
 from ldae.editing.linear_model import LinearModel
 from ldae.evaluation.probes import fitting, scores
+from ldae.evaluation.probes.table_features import describe_values
 
 if TYPE_CHECKING:
     from sklearn.base import BaseEstimator
@@ -55,6 +56,10 @@ class Probe(ABC):
     @abstractmethod
     def reason_unusable(self, truth: np.ndarray, subjects: np.ndarray, fitting: bool) -> str | None:
         """Reason why these labelled rows cannot be used for fitting, or for testing; None if they can."""
+
+    @abstractmethod
+    def describe_remedy(self, table: pd.DataFrame, name: str) -> str:
+        """What the table has in place of usable labels, and which keys of the probe `name` choose other ones."""
 
     @abstractmethod
     def estimator(self, strength: float) -> "BaseEstimator":
@@ -114,6 +119,12 @@ class Classification(Probe):
             if count < needed:
                 return f"{count} subjects with {self.column} = {name}, at least {needed} needed"
         return None
+
+    def describe_remedy(self, table: pd.DataFrame, name: str) -> str:
+        """The values of the column, and the keys that choose others."""
+        if self.column not in table:
+            return f"{describe_values(table, self.column)}; set probe.{name}.column"
+        return f"{describe_values(table, self.column)}; set probe.{name}.positive and probe.{name}.negative"
 
     def estimator(self, strength: float) -> "BaseEstimator":
         """L2-penalised logistic regression with C = strength."""
@@ -178,6 +189,10 @@ class Regression(Probe):
         if len(np.unique(truth)) < 2:
             return f"fewer than two different values of {self.column}"
         return None
+
+    def describe_remedy(self, table: pd.DataFrame, name: str) -> str:
+        """The values of the column, and the key that chooses another."""
+        return f"{describe_values(table, self.column)}; set probe.{name}.column"
 
     def estimator(self, strength: float) -> "BaseEstimator":
         """Ridge regression with alpha = strength."""
