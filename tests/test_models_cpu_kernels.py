@@ -178,7 +178,10 @@ def test_small_volume_convolution_leaves_the_rest_to_pytorch():
     assert SmallVolumeConv3d(2, 3, 3, padding=1).is_slow(small)  # an odd number of outputs
     assert not conv.is_slow(torch.zeros(2, 2, 4, 4, 4))  # several samples
     assert not conv.is_slow(torch.zeros(1, 2, LARGEST_IM2COL, 1, 1))
+    assert not conv.is_slow(torch.zeros(1, 2, 1, 1, 1))
     assert not conv.is_slow(small.double())
+    with torch.device("meta"):
+        assert not SmallVolumeConv3d(500, 400, 3).is_slow(torch.zeros(1, 500, 4, 4, 4, device="cpu"))  # many weights
     assert not SmallVolumeConv3d(2, 4, 1).is_slow(small)
     with torch.autocast("cpu", torch.bfloat16):
         assert not conv.is_slow(small)

@@ -17,6 +17,8 @@ from ldae.models.semantic_encoder import SemanticEncoder
 # PyTorch computes a float32 convolution of one sample with oneDNN only if C * X * Y is larger than this, or if it has
 # groups (2.13, aten/src/ATen/native/Convolution.cpp, use_mkldnn). Smaller ones go through im2col, at half the speed.
 LARGEST_IM2COL = 20480
+# oneDNN reorders the weights at every call, which takes longer than it saves if there are more of them than this.
+MOST_WEIGHTS = 2**22
 # With fewer voxels, reading the larger kernel of CpuUpSample takes longer than the multiplications that it saves.
 FEWEST_VOXELS = 512
 
@@ -41,7 +43,7 @@ class SmallVolumeConv3d(nn.Conv3d):
         return y[:, : self.out_channels]
 
     def is_slow(self, x: Tensor) -> bool:
-        """Whether PyTorch would compute this convolution of x (B, C, X, Y, Z) through im2col."""
+        """Whether PyTorch would compute this convolution of x (B, C, X, Y, Z) through im2col, slower than oneDNN."""
         return (
             _computes_in_float32(x)
             and len(x) == 1
@@ -49,6 +51,8 @@ class SmallVolumeConv3d(nn.Conv3d):
             and self.padding_mode == "zeros"
             and self.kernel_size[-1] > 1
             and x.shape[1:4].numel() <= LARGEST_IM2COL
+            and x.shape[2:].numel() > 1
+            and self.weight.numel() <= MOST_WEIGHTS
         )
 
 
