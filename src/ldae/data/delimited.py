@@ -97,7 +97,7 @@ def read_text_table(path: Path | str, needed: str = "") -> TextTable:
         extra = cells[len(header) :]
         if len(cells) < len(header) or any(extra):
             raise UserError(f"{path}, line {number}: {len(cells)} cells, but the header has {len(header)} columns")
-        rows.append(Row(path, number, dict(zip(header, cells, strict=False))))
+        rows.append(Row(path, number, dict(zip(header, cells[: len(header)], strict=True))))
     return TextTable(path, line, header, rows)
 
 

@@ -1,32 +1,28 @@
 """Participants' diagnosis, age and sex, from participants.tsv, sessions.tsv or the CSV of paths.
 
-A session's own value takes precedence over the participant's. Ages are at the session: if only the participant's age
-is known, the months since the first session are added.
+A session's own value takes precedence over the participant's. Ages are at the session: if only the age at another
+session is known, the months between them are added. One age for sessions that are too far apart for it is that at the
+first of them.
 """
 
-import csv
+import logging
 import math
+from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ldae.data.sessions import parse_session
-from ldae.data.table import MAX_AGE
+from ldae.data.columns import ColumnReport
+from ldae.data.delimited import Row, exists_or_refuse
+from ldae.data.subjects import SubjectIndex
+from ldae.data.values import MAX_AGE, is_missing, unify_case
+from ldae.preprocessing.participant_rows import Columns, ParticipantRow, parse_rows, read_participant_rows
+from ldae.preprocessing.scan_rows import RowsOfScan, merge_rows, select_rows
+from ldae.preprocessing.session_times import SessionOrder, SessionTime, order_sessions
 from ldae.preprocessing.sources import SourceScan
 from ldae.utils.errors import UserError
 
-EMPTY = {"", "n/a", "na", "nan"}
-Row = dict[str, str]  # column -> cell
-
-
-@dataclass(frozen=True)
-class Columns:
-    """Names that a column may have in the tables; the first one that is present and filled is used."""
-
-    diagnosis: Sequence[str] = ("diagnosis", "dx", "group")
-    age: Sequence[str] = ("age", "age_at_session", "age_bl")
-    sex: Sequence[str] = ("sex", "gender")
-    months: Sequence[str] = ("months", "months_from_baseline")
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -37,12 +33,14 @@ class Participant:
         months: since the first session, None if unknown.
         diagnosis, sex: "" if unknown.
         age: years at the session, NaN if unknown.
+        problem: reason why the months are unknown, or "".
     """
 
     months: int | None
     diagnosis: str
     age: float
     sex: str
+    problem: str = ""
 
 
 class Participants:
@@ -53,95 +51,153 @@ class Participants:
         columns: names of the columns.
         participants: another file instead of root/participants.tsv; sessions are then sought beside it, too.
 
+    Attributes:
+        reason_empty: reason why the tables gave no scan an age or a diagnosis although they should have, or None; it is
+            known after `look_up_all`.
+
     Raises:
-        UserError: a file is missing or is not a TSV.
+        UserError: a file is missing, is not a table, or has no column of subjects.
     """
 
     def __init__(self, root: Path | None, columns: Columns, participants: Path | None = None) -> None:
         self.columns = columns
         self.roots = [folder for folder in (root, participants and participants.parent) if folder is not None]
-        if participants is None and root is not None:
-            participants = root / "participants.tsv"
-        elif participants is not None and not participants.is_file():
+        self.reason_empty: str | None = None
+        self.path = participants or (root / "participants.tsv" if root else None)
+        if participants is not None and not exists_or_refuse(participants):
             raise UserError(f"no such file: {participants}")
-        rows = _read_tsv(participants) if participants else []
-        self.participants = {_with_prefix("sub-", row.get("participant_id", "")): row for row in rows}
-        self._sessions: dict[str, dict[str, Row]] = {}  # by subject and session, read when first needed
+        header, rows = read_participant_rows(self.path, columns) if self.path else ([], [])
+        if header and not columns.find(header)["subject"]:
+            raise UserError(
+                f"{self.path}: no column of subjects in {', '.join(header)}: "
+                f"call it participant_id, or name it with --set preprocess.columns.subject=[NAME]"
+            )
+        self._header = dict.fromkeys(header)  # of all tables together
+        self._listed: dict[str, list[ParticipantRow]] = defaultdict(list)  # by the subject as the table writes it
+        for row in rows:
+            if not is_missing(row.subject):
+                self._listed[row.subject].append(row)
+        self._index = SubjectIndex(self._listed, str(self.path))
+        self._sessions: dict[str, list[ParticipantRow]] = {}  # of sessions.tsv by subject, read when first needed
+        self._metadata: dict[str, dict[Path, ParticipantRow]] = defaultdict(dict)  # of the CSV, by subject
 
-    def look_up(self, scan: SourceScan, only: bool) -> Participant:
-        """Find the participant of a scan.
+    def look_up_all(self, scans: Sequence[SourceScan]) -> list[Participant]:
+        """Find the participants of all scans, and log what was found in each column.
 
-        Args:
-            only: whether this is the subject's only session, which is then taken for the first.
+        Raises:
+            UserError: a subject may be several participants, or several rows fit one scan.
         """
-        own = [scan.metadata, self._sessions_of(scan.subject).get(scan.session, {})]
-        rows = [*own, self.participants.get(scan.subject, {})]
-        months = self._months(scan, own, only)
-        age, baseline_age = (_parse_number(_first_filled(part, self.columns.age)) for part in (own, rows[2:]))
-        if not math.isfinite(age):
-            age = baseline_age + (months or 0) / 12
-        sex = _first_filled(rows, self.columns.sex)
-        return Participant(
-            months=months,
-            diagnosis=_first_filled(rows, self.columns.diagnosis),
-            age=round(age, 4) if 0 <= age <= MAX_AGE else math.nan,
-            sex=sex[:1].upper() if sex.lower() in ("m", "f", "male", "female") else sex,
-        )
+        self._read_metadata(scans)
+        self._index.refuse_shared(scan.subject for scan in scans)
+        labels: dict[str, dict[str, None]] = defaultdict(dict)
+        for scan in scans:
+            labels[scan.subject][scan.session] = None
+        rows = [self._rows_of(scan, only=len(labels[scan.subject]) == 1) for scan in scans]
+        orders = _order_sessions(scans, rows)
+        found = [_describe(orders[scan.subject], scan, its_rows) for scan, its_rows in zip(scans, rows, strict=True)]
+        diagnoses = unify_case([participant.diagnosis for participant in found])
+        found = [replace(one, diagnosis=diagnosis) for one, diagnosis in zip(found, diagnoses, strict=True)]
+        reports = [self._report(role, rows, found) for role in ("diagnosis", "age", "sex")]
+        self._log(scans, reports)
+        self.reason_empty = self._find_reason_empty(scans, reports)
+        return found
 
-    def _months(self, scan: SourceScan, own: list[Row], only: bool) -> int | None:
-        """Months since the first session: from the label, a column of months, ages, or 0 for the only session."""
-        if scan.session:
-            try:
-                return parse_session(scan.session)  # ses-M012 is in months; ses-01 numbers the visits
-            except ValueError:
-                pass
-        months = _parse_number(_first_filled(own, self.columns.months))
-        if math.isfinite(months):
-            return round(months)
-        sessions = self._sessions_of(scan.subject).values()
-        ages = [_parse_number(_first_filled([row], self.columns.age)) for row in sessions]
-        age = _parse_number(_first_filled(own, self.columns.age))
-        if math.isfinite(age) and ages and all(map(math.isfinite, ages)):
-            return round(12 * (age - min(ages)))
-        return 0 if only else None
+    def _rows_of(self, scan: SourceScan, only: bool) -> RowsOfScan:
+        listed = [row for subject in self._index.find(scan.subject) for row in self._listed[subject]]
+        session, others = [], []
+        if scan.metadata:
+            rows = self._metadata[scan.subject]
+            session.append(rows[scan.path])
+            others += [row for row in rows.values() if row.session != scan.session]
+        for rows in (self._sessions_of(scan.subject), [row for row in listed if row.session]):
+            fitting = select_rows(rows, scan, only)
+            session += fitting
+            others += [row for row in rows if row not in fitting]
+        return RowsOfScan(session, merge_rows([row for row in listed if not row.session], scan), others)
 
-    def _sessions_of(self, subject: str) -> dict[str, Row]:
+    def _read_metadata(self, scans: Sequence[SourceScan]) -> None:
+        """Read the columns that came with scans, together: the coding of the sex depends on the whole column."""
+        given = [scan for scan in scans if scan.metadata]
+        header = dict.fromkeys(name for scan in given for name in scan.metadata)
+        texts = [Row(scan.path, 1, scan.metadata) for scan in given]
+        for scan, row in zip(given, parse_rows(list(header), texts, self.columns), strict=True):
+            self._metadata[scan.subject][scan.path] = replace(row, session=scan.session)
+        self._header |= header
+
+    def _sessions_of(self, subject: str) -> list[ParticipantRow]:
+        """The rows of sub-X_sessions.tsv."""
         if subject not in self._sessions:
             paths = (root / subject / f"{subject}_sessions.tsv" for root in self.roots)
-            rows = next(filter(None, map(_read_tsv, paths)), [])
-            self._sessions[subject] = {_with_prefix("ses-", row.get("session_id", "")): row for row in rows}
+            tables = (read_participant_rows(path, self.columns) for path in paths)
+            header, self._sessions[subject] = next((table for table in tables if table[1]), ([], []))
+            self._header |= dict.fromkeys(header)
         return self._sessions[subject]
 
+    def _report(self, role: str, rows: Sequence[RowsOfScan], found: Sequence[Participant]) -> ColumnReport:
+        """What was found of diagnosis, age or sex."""
+        roles = (role, "baseline_age") if role == "age" else (role,)
+        names = self.columns.find(list(self._header))
+        report = ColumnReport(role, [name for part in roles for name in names[part]], list(self._header))
+        for scan_rows, participant in zip(rows, found, strict=True):
+            value = getattr(participant, role)
+            texts = ((row, part) for row in scan_rows.own for part in roles if part in row.texts)
+            row, part = next(texts, (None, role))
+            report.add(
+                row.texts[part] if row else "",
+                value if value == value else "",
+                is_understood=row is None or part not in row.not_understood,
+                is_by_rule=row is not None and part in row.by_rule,
+            )
+        return report
 
-def _read_tsv(path: Path) -> list[Row]:
-    """Rows of a TSV; none if the file does not exist."""
-    if not path.is_file():
-        return []
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as handle:
-            return [
-                {key.strip(): (value or "").strip() for key, value in row.items() if key is not None}
-                for row in csv.DictReader(handle, delimiter="\t")
-            ]
-    except (OSError, UnicodeError, csv.Error, AttributeError) as error:
-        raise UserError(f"cannot read {path} as a TSV in UTF-8 ({error})") from error
+    def _log(self, scans: Sequence[SourceScan], reports: Sequence[ColumnReport]) -> None:
+        if not self._header:
+            log.info("no table of participants: diagnosis, age and sex stay empty")
+            return
+        if self._listed:
+            known = sum(bool(self._index.find(scan.subject)) for scan in scans)
+            log.info("subject: %d of %d in %s", known, len(scans), self.path)
+        for report in reports:
+            log.info("%s", report.describe())
+
+    def _find_reason_empty(self, scans: Sequence[SourceScan], reports: Sequence[ColumnReport]) -> str | None:
+        reports = [report for report in reports if report.role != "sex"]
+        if any(report.found for report in reports):
+            return None
+        if self._listed and not any(self._index.find(scan.subject) for scan in scans):
+            theirs, ours = next(iter(self._listed)), scans[0].subject
+            return (
+                f"{self.path}: none of its {len(self._listed)} participants ({theirs}, ...) is a subject of the scans "
+                f"({ours}, ...): write them alike, or name their column with --set preprocess.columns.subject=[NAME]"
+            )
+        if any(report.columns or report.similar_columns() for report in reports):
+            lines = "; ".join(report.describe() for report in reports)
+            return (
+                f"no scan has an age or a diagnosis ({lines}): name the column with --set preprocess.columns.age=[NAME]"
+            )
+        return None
 
 
-def _with_prefix(prefix: str, text: str) -> str:
-    return text if text.startswith(prefix) else prefix + text
+def _order_sessions(scans: Sequence[SourceScan], rows: Sequence[RowsOfScan]) -> dict[str, SessionOrder]:
+    """The sessions of each subject in time."""
+    times: dict[str, dict[str, SessionTime]] = defaultdict(dict)
+    scanned: dict[str, dict[str, None]] = defaultdict(dict)
+    for scan, its_rows in zip(scans, rows, strict=True):
+        scanned[scan.subject][scan.session] = None
+        for label, time in its_rows.times(scan).items():
+            # What is about another scan's session is known better from that scan's own rows.
+            if label == scan.session or label not in times[scan.subject]:
+                times[scan.subject][label] = time
+    return {subject: order_sessions(subject, times[subject], labels) for subject, labels in scanned.items()}
 
 
-def _first_filled(rows: list[Row], names: Sequence[str]) -> str:
-    """The first cell that is filled, "" if there is none; earlier rows take precedence, then earlier names."""
-    for row in rows:
-        for name in names:
-            if row.get(name, "").lower() not in EMPTY:
-                return row[name]
-    return ""
-
-
-def _parse_number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        return math.nan
+def _describe(order: SessionOrder, scan: SourceScan, rows: RowsOfScan) -> Participant:
+    months = order.months.get(scan.session)
+    age = rows.age(months)
+    return Participant(
+        months=months,
+        diagnosis=next((row.diagnosis for row in rows.own if row.diagnosis), ""),
+        age=round(age, 4) if 0 <= age <= MAX_AGE else math.nan,
+        sex=next((row.sex for row in rows.own + rows.others if row.sex), ""),
+        problem=order.problems.get(scan.session, ""),
+    )
