@@ -1,6 +1,7 @@
 """Tests the console script: help texts, images that overlay on the scan, tables that continue, one line per mistake."""
 
 import csv
+import gzip
 import json
 import shutil
 import subprocess
@@ -273,3 +274,59 @@ def test_a_process_exits_with_status_2_and_one_line(place):
     result = subprocess.run(command, cwd=place, capture_output=True, text=True, timeout=300, check=False)
     assert result.returncode == 2
     assert result.stderr.strip().splitlines()[-1] == "ldae: gone.nii.gz: no such file"
+
+
+def test_results_of_another_scan_of_the_same_name_are_not_overwritten(ldae, place):
+    for folder, scan in (("first", "a"), ("second", "b")):
+        (place / folder).mkdir()
+        shutil.copy(place / f"{scan}.nii.gz", place / folder / "T1w.nii.gz")
+    commands = (
+        ("vary", ["T1w.nii.gz"], ["-n", 1, "-o", "named"]),
+        ("manipulate", ["T1w.nii.gz"], ["--direction", "diagnosis", "--alpha", "1", "-o", "named"]),
+        ("interpolate", ["T1w.nii.gz", "T1w.nii.gz"], ["--at", "0.5", "-o", "named"]),
+        ("reconstruct", ["T1w.nii.gz"], ["-o", "named/T1w_again.nii.gz"]),
+    )
+    for command, scans, options in commands:
+        assert ldae(command, *(f"first/{scan}" for scan in scans), *options).exit_code == 0
+        written = {path: path.read_bytes() for path in (place / "named").iterdir()}
+        other = ldae(command, *(f"second/{scan}" for scan in scans), *options)
+        assert other.exit_code == 2
+        assert "was made of another scan" in other.stderr
+        assert written == {path: path.read_bytes() for path in (place / "named").iterdir()}
+        assert ldae(command, *(f"first/{scan}" for scan in scans), *options).exit_code == 0  # the same again
+
+
+def test_an_image_that_is_no_result_is_not_overwritten(ldae, place):
+    content = (place / "b.nii.gz").read_bytes()
+    result = ldae("reconstruct", "a.nii.gz", "-o", "b.nii.gz")
+    assert result.exit_code == 2
+    assert "was not made by this command" in result.stderr
+    assert (place / "b.nii.gz").read_bytes() == content
+
+
+def test_names_in_the_header_do_not_go_into_results(ldae, place):
+    """Descriptive fields and extensions often name the patient."""
+    image = nib.load(place / "a.nii.gz")
+    image = nib.Nifti1Image(np.asarray(image.dataobj), image.affine, image.header)
+    for field in ("descrip", "aux_file", "db_name", "intent_name"):
+        image.header[field] = b"DOE^JANE"
+    image.header.extensions.append(nib.nifti1.Nifti1Extension("comment", b"DOE^JANE"))
+    nib.save(image, place / "doe.nii.gz")
+    assert b"DOE^JANE" in gzip.decompress((place / "doe.nii.gz").read_bytes())
+    options = ("doe.nii.gz", "--direction", "diagnosis", "-o", "header", "--alpha", "1")
+    assert ldae("manipulate", *options).exit_code == 0
+    assert ldae("reconstruct", "doe.nii.gz", "-o", "header/r.nii.gz").exit_code == 0
+    for path in (place / "header").glob("*.nii.gz"):
+        assert b"DOE" not in gzip.decompress(path.read_bytes())
+        read_overlay(path, place / "a.nii.gz")
+
+
+def test_an_analyze_file_needs_its_orientation(ldae, place):
+    image = nib.load(place / "a.nii.gz")
+    nib.save(nib.AnalyzeImage(np.asarray(image.dataobj, dtype=np.int16), image.affine), place / "old.img")
+    refused = ldae("embed", "old.img", "-o", "old.csv")
+    assert refused.exit_code == 2
+    assert "--orientation RAS or LAS" in refused.stderr
+    assert ldae("embed", "old.img", "a.nii.gz", "-o", "old.csv", "--orientation", "RAS").exit_code == 0
+    old, same = rows(place / "old.csv")
+    assert [old[f"y{n:03d}"] for n in range(8)] == [same[f"y{n:03d}"] for n in range(8)]

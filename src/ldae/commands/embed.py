@@ -43,6 +43,8 @@ def embed(
     """
     paths = list(dict.fromkeys(paths))
     check_table_path(output)
+    if not any(path.exists() for path in paths):
+        raise UserError(f"none of the {len(paths)} scans could be embedded; the first: {paths[0]}: no such file")
     ldae = load_model(**model)
     from tqdm import tqdm
 

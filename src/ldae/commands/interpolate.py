@@ -1,5 +1,6 @@
 """`ldae interpolate`: scans between two scans."""
 
+from functools import partial
 from pathlib import Path
 from typing import Unpack
 
@@ -16,6 +17,7 @@ from ldae.commands.options import (
     scans_argument,
     steps_option,
 )
+from ldae.commands.results import Results
 from ldae.utils.errors import UserError
 
 
@@ -47,15 +49,18 @@ def interpolate(
     if not all(0 <= position <= 1 for position in positions):
         raise UserError(f"--at {at}: positions must be between 0, which is A, and 1, which is B")
     check_folder_path(output)
+    from ldae.scans.scan import scan_name, write_image
+
+    names = "_to_".join(map(scan_name, paths))
+    files = [output / f"{names}_at{position:g}.nii.gz" for position in positions]
+    results = Results.of(paths, files)
     ldae = load_model(**model)
     from tqdm import tqdm
-
-    from ldae.scans.scan import write_image
 
     first, second = (ldae.open(path, not force, preprocess, orientation) for path in paths)
     volumes = ldae.interpolate_each(first, second, [0.0, *positions], steps)
     start, *between = tqdm(volumes, "decoding", len(positions) + 1)
-    for position, volume in zip(positions, between, strict=True):
+    for file, volume in zip(files, between, strict=True):
         image = first.restored(volume) if decoded else first.edited(volume, start)
-        write_image(image, output / f"{first.name}_to_{second.name}_at{position:g}.nii.gz")
+        results.write(file, partial(write_image, image))
     click.echo(output)

@@ -1,6 +1,7 @@
 """`ldae manipulate`: edit a scan along the direction of a label."""
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
 
@@ -18,12 +19,13 @@ from ldae.commands.options import (
     scans_argument,
     steps_option,
 )
+from ldae.commands.results import Results
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor
 
     from ldae.pipeline import LDAE
-    from ldae.scans.scan import Scan
 
 
 DIRECTION = "The label to change: the name of a direction or probe, such as diagnosis or age."
@@ -66,23 +68,30 @@ def manipulate(
     """
     alphas = parse_numbers(alpha, "--alpha", "-1,1")
     check_folder_path(output)
+    from ldae.scans.scan import scan_name, write_image
+
+    name = f"{scan_name(paths[0])}_{direction}"
+    files, page = [output / f"{name}{format_signed(value)}.nii.gz" for value in alphas], output / f"{name}.html"
+    results = Results.of(paths, [*files, page] if viewer else files)
     ldae = load_model(**model)
     from tqdm import tqdm
 
-    from ldae.scans.scan import write_image
+    from ldae.utils.html_viewer import write_viewer
 
     along, scan = ldae.direction(direction), ldae.open(paths[0], not force, preprocess, orientation)
     y = ldae.embed(scan)
     volumes = ldae.manipulate_each(scan, along, [0.0, *alphas], y=y, depth=depth, steps=steps)
     start, *edited = tqdm(volumes, "decoding", len(alphas) + 1)
     by_alpha = dict(zip(alphas, edited, strict=True))
-    for value, volume in by_alpha.items():
+    for file, volume in zip(files, edited, strict=True):
         image = scan.restored(volume) if decoded else scan.edited(volume, start)
-        write_image(image, output / f"{scan.name}_{direction}{format_signed(value)}.nii.gz")
+        results.write(file, partial(write_image, image))
     for line in prediction_table(ldae, direction, y, start, by_alpha):
         click.echo(line)
     if viewer:
-        _write_viewer(ldae, scan, direction, {0.0: start, **by_alpha}, output)
+        frames = _viewer_frames(ldae, {0.0: start, **by_alpha})
+        spacing = ldae.transform.spacing or (1.0, 1.0, 1.0)
+        results.write(page, lambda path: write_viewer(path, f"{scan.name}: {direction}", frames, "alpha +0", spacing))
     click.echo(output)
 
 
@@ -110,13 +119,11 @@ def prediction_table(
     return lines
 
 
-def _write_viewer(ldae: "LDAE", scan: "Scan", direction: str, volumes: "Mapping[float, Tensor]", output: Path) -> None:
+def _viewer_frames(ldae: "LDAE", volumes: "Mapping[float, Tensor]") -> "dict[str, np.ndarray]":
+    """Arrays (X, Y, Z) in RAS by their label."""
     from ldae.scans.scan import reorient_to_ras
-    from ldae.utils.html_viewer import write_viewer
 
-    axes, spacing = ldae.transform.orientation, ldae.transform.spacing or (1.0, 1.0, 1.0)
-    frames = {
-        f"alpha {format_signed(alpha)}": reorient_to_ras(volumes[alpha][0, 0].cpu().numpy(), axes)
+    return {
+        f"alpha {format_signed(alpha)}": reorient_to_ras(volumes[alpha][0, 0].cpu().numpy(), ldae.transform.orientation)
         for alpha in sorted(volumes)
     }
-    write_viewer(output / f"{scan.name}_{direction}.html", f"{scan.name}: {direction}", frames, "alpha +0", spacing)

@@ -1,8 +1,9 @@
 """Options that several commands share, and the checks of what they are given."""
 
+import errno
 import functools
 import math
-import tempfile
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict, Unpack
@@ -196,11 +197,9 @@ def check_folder_path(path: Path) -> None:
 
 
 def _check_writable(folder: Path, given: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        blocked = isinstance(error, FileExistsError | NotADirectoryError)
-        reason = "a file is in the way" if blocked else error.strerror
-        raise UserError(f"-o {given}: nothing can be written there ({reason})") from error
+    """Refuse a folder that is not and cannot become writable; nothing is made yet, as the command may still fail."""
+    present = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+    if not present.is_dir():
+        raise UserError(f"-o {given}: nothing can be written there (a file is in the way)")
+    if not os.access(present, os.W_OK | os.X_OK):
+        raise UserError(f"-o {given}: nothing can be written there ({os.strerror(errno.EACCES)})")

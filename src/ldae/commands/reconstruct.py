@@ -1,5 +1,6 @@
 """`ldae reconstruct`: encode a scan and decode it again."""
 
+from functools import partial
 from pathlib import Path
 from typing import Unpack
 
@@ -16,6 +17,7 @@ from ldae.commands.options import (
     seed_option,
     steps_option,
 )
+from ldae.commands.results import Results
 
 
 @click.command()
@@ -43,10 +45,11 @@ def reconstruct(
     --semantic from y and random noise.
     """
     check_image_path(output, paths[0])
+    results = Results.of(paths, [output])
     ldae = load_model(**model)
     from ldae.scans.scan import write_image
 
     scan = ldae.open(paths[0], not force, preprocess, orientation)
     volume = ldae.vary(scan, 1, seed, steps) if semantic else ldae.reconstruct(scan, steps)
-    write_image(scan.restored(volume), output)
+    results.write(output, partial(write_image, scan.restored(volume)))
     click.echo(output)

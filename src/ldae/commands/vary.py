@@ -1,5 +1,6 @@
 """`ldae vary`: variants of a scan that share its y."""
 
+from functools import partial
 from pathlib import Path
 from typing import Unpack
 
@@ -16,6 +17,7 @@ from ldae.commands.options import (
     seed_option,
     steps_option,
 )
+from ldae.commands.results import Results
 
 
 @click.command()
@@ -42,14 +44,16 @@ def vary(
     Variants share what y contains of the scan and differ in the rest. The same seed gives the same variants.
     """
     check_folder_path(output)
+    from ldae.scans.scan import scan_name, write_image
+
+    files = [output / f"{scan_name(paths[0])}_vary{number + 1:02d}.nii.gz" for number in range(count)]
+    results = Results.of(paths, files)
     ldae = load_model(**model)
     from tqdm import tqdm
 
-    from ldae.scans.scan import write_image
-
     scan = ldae.open(paths[0], not force, preprocess, orientation)
     y, noise = ldae.embed(scan), ldae.noise(count, seed)
-    for number in tqdm(range(count), desc="variants"):
+    for number, file in enumerate(tqdm(files, desc="variants")):
         variant = ldae.decode(noise[number : number + 1], y, steps)
-        write_image(scan.restored(variant), output / f"{scan.name}_vary{number + 1:02d}.nii.gz")
+        results.write(file, partial(write_image, scan.restored(variant)))
     click.echo(output)
