@@ -56,10 +56,6 @@ class Job:
             keys, reasons = self._read_keys(session)
             return self._read_finished(session, _join_keys(keys)) or self._preprocess(session, keys, reasons)
 
-    def find_finished(self, session: SessionScans) -> Record | None:
-        """The record of an earlier run with the same content and parameters, or None."""
-        return self._read_finished(session, _join_keys(self._read_keys(session)[0]))
-
     def find_foreign(self, session: SessionScans) -> Record | None:
         """The record of another list of scans under the name of one of these, if its scan has another content."""
         for scan in session.scans:
