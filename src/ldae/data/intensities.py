@@ -24,11 +24,13 @@ class Intensities:
 
     Attributes:
         data: (X, Y, Z) float32.
+        changed: whether any intensity is another than in the file.
         offset: what was subtracted from the foreground.
         notes: remarks on what was changed or is unusual.
     """
 
     data: np.ndarray
+    changed: bool = False
     offset: float = 0.0
     notes: tuple[str, ...] = ()
 
@@ -57,7 +59,7 @@ def correct_intensities(data: np.ndarray, stored: np.dtype, slope: float = 1.0, 
             data[wrapped] += 2**16 * slope
             notes.append(f"{wrapped.sum()} voxels had overflowed 16 bits and were negative: they were unwrapped")
     result = zero_background(data, missing)
-    return replace(result, notes=(*notes, *result.notes))
+    return replace(result, changed=bool(notes) or result.changed, notes=(*notes, *result.notes))
 
 
 def check_missing(data: np.ndarray, missing: np.ndarray) -> None:
@@ -105,13 +107,13 @@ def zero_background(data: np.ndarray, missing: np.ndarray | None = None) -> Inte
         return Intensities(data)
     if not constant and not _is_signed(foreground):
         negative = float((data < 0).mean())
-        return Intensities(data, 0.0, (NEGATIVE.format(negative),) if negative > NOTED_SHARE else ())
+        return Intensities(data, notes=(NEGATIVE.format(negative),) if negative > NOTED_SHARE else ())
     notes = [f"its background was {constant:g}: it was set to 0"] if constant else []
     offset, lowest, highest = constant or 0.0, float(foreground.min()), float(foreground.max())
     if lowest <= offset:
         offset = lowest - MARGIN * (highest - lowest)
         notes.append(f"its head was as dark as {lowest:g}: {offset:g} was subtracted from it, so that none of it is 0")
-    return Intensities(np.where(background, np.float32(0), data - np.float32(offset)), offset, tuple(notes))
+    return Intensities(np.where(background, np.float32(0), data - np.float32(offset)), True, offset, tuple(notes))
 
 
 def constant_background(data: np.ndarray, missing: np.ndarray | None = None) -> float | None:

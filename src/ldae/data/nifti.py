@@ -23,6 +23,7 @@ Source = str | Path | nib.spatialimages.SpatialImage
 
 MAX_VOXELS = 2**28  # a head at 0.4 mm has 2**27; a header that states more is damaged
 MIN_SIZE = 2
+READING = 2  # to be raised when the voxels that are read from some files become others: see `is_read_as_before`
 VOXEL_MM = (1e-2, 1e2)  # smallest and largest voxel size
 ROUNDING = 1e-4  # relative; headers have float32, and an oblique affine rounds voxel sizes further
 
@@ -76,12 +77,14 @@ class LoadedScan:
         affine: voxels to mm (RAS+), (4, 4) float64.
         offset: what was subtracted from the intensities of the head, see ldae.data.intensities.
         notes: remarks on what is unusual in the file, or was changed.
+        changed: whether any intensity is another than in the file.
     """
 
     data: np.ndarray
     affine: np.ndarray
     offset: float = 0.0
     notes: tuple[str, ...] = ()
+    changed: bool = False
 
 
 def load_scan(source: Source, orientation: str | None = None) -> LoadedScan:
@@ -103,7 +106,20 @@ def load_scan(source: Source, orientation: str | None = None) -> LoadedScan:
             raise BadScan(str(error)) from error
         if found.data.min() == found.data.max():
             raise BadScan("all voxels are equal" if found.data.any() else "all voxels are zero")
-        return LoadedScan(found.data, np.asarray(image.affine, dtype=np.float64), found.offset, (*notes, *found.notes))
+        affine, notes = np.asarray(image.affine, dtype=np.float64), (*notes, *found.notes)
+        return LoadedScan(found.data, affine, found.offset, notes, found.changed)
+
+
+def is_read_as_before(path: str | Path) -> bool:
+    """Whether earlier versions, which knew READING 1, read the same voxels from a file.
+
+    They did not compare checksums, and kept a background other than 0, negative and wrapped intensities. All that they
+    rejected is read anew.
+    """
+    try:
+        return not load_scan(path).changed
+    except BadScan:
+        return False
 
 
 def load_label_map(source: Source, orientation: str | None = None) -> LoadedScan:

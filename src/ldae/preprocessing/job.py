@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from ldae.data.nifti import BadScan, find_partner, reason_missing, states_orientation
+from ldae.data.nifti import READING, BadScan, find_partner, is_read_as_before, reason_missing, states_orientation
 from ldae.preprocessing.bids_names import BidsNames
 from ldae.preprocessing.outputs import Outputs, Record
 from ldae.preprocessing.regions import Regions
@@ -128,8 +128,18 @@ class Job:
         for outputs in {self.outputs(scan) for scan in session.scans} if key else ():
             record = outputs.read_record()
             if record and record.get("key") == key and outputs.are_complete(record):
-                return record
+                return self._check_reading(record, outputs)
         return None
+
+    def _check_reading(self, record: Record, outputs: Outputs) -> Record | None:
+        """A record of an earlier version if its scan is still read as it was then, which is noted; otherwise None."""
+        if record.get("reading") == READING:
+            return record
+        if record["status"] != "done" or not is_read_as_before(self.out / record["source"]):
+            return None
+        record["reading"] = READING
+        outputs.write_record(record)
+        return record
 
     def _preprocess(self, session: SessionScans, keys: list[str], reasons: dict[int, str]) -> Record:
         start, processor_start = time.monotonic(), time.process_time()
@@ -180,6 +190,7 @@ class Job:
         scan = session.scans[index]
         return {
             "source": self.relative_source(scan),
+            "reading": READING,
             "subject": scan.subject,
             "session": scan.session,
             "row": session.rows[index],

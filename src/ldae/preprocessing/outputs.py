@@ -19,7 +19,7 @@ from ldae.utils.files import read_json, replacing, write_json
 
 PACKAGES = ("ldae", "antspyx", "deepbet", "nilearn", "nibabel", "numpy", "scipy")  # versions are kept in the sidecar
 
-Record = dict[str, Any]  # status ("done" or "rejected"), reason, source, key, files, measures, regions, notes
+Record = dict[str, Any]  # status ("done" or "rejected"), reason, source, key, files, measures, regions, notes, reading
 
 
 @dataclass(frozen=True)
