@@ -2,19 +2,15 @@
 
 import json
 
-from hydra import compose, initialize_config_dir
 from torch import nn
 
 from ldae.bench.cpu_kernels import WITHOUT, compare_kernel, compare_kernels
-from ldae.config import conf_dir, register
+from ldae.config import compose_config
 from ldae.models.cpu_kernels import CPU_KERNELS, CpuGroupNorm, SmallVolumeConv3d
-
-register()
 
 
 def composed(more=()):
-    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        return compose("bench", ["bench=cpu_kernels", *more])
+    return compose_config("bench", ["bench=cpu_kernels", *more])
 
 
 def test_every_kernel_that_saves_time_is_compared():

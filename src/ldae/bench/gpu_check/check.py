@@ -87,17 +87,9 @@ class GpuCheck:
 
     def composer(self, name: str, *given: str) -> "Callable[[Sequence[str]], DictConfig]":
         """A function from further overrides to the config conf/`name`.yaml with those and `given`."""
-        from hydra import compose, initialize_config_dir
+        from ldae.config import compose_config
 
-        from ldae.config import conf_dir, register
-
-        register()
-
-        def composed(more: Sequence[str] = ()) -> "DictConfig":
-            with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-                return compose(name, [*given, *more])
-
-        return composed
+        return lambda more=(): compose_config(name, [*given, *more])
 
     def bench(self, *given: str) -> "Callable[[Sequence[str]], DictConfig]":
         """The same for the bench at this size."""
