@@ -84,7 +84,7 @@ CELL_FAULTS = {
     "session": ("a,visit1,a.nii,CN,70", 3, "session", "M012"),
     "no session": ("a,,a.nii,CN,70", 3, "session", "M012"),
     "age": ("a,6,a.nii,CN,seventy", 3, "age", "seventy"),
-    "negative age": ("a,6,a.nii,CN,-1", 3, "age", "-1"),
+    "negative age": ("a,6,a.nii,CN,-3", 3, "age", "-3"),
     "infinite age": ("a,6,a.nii,CN,inf", 3, "age", "inf"),
     "age in days": ("a,6,a.nii,CN,25550", 3, "age", "25550"),
     "scan": ("a,6,missing.nii,CN,70", 3, "path", "missing.nii"),

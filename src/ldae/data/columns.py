@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from ldae.data.delimited import Row
+from ldae.data.values import is_missing
 
 # Names of the columns by what they contain; the first ones are those of BIDS and of the table of training.
 SYNONYMS: dict[str, tuple[str, ...]] = {
@@ -69,11 +70,11 @@ def find_similar_columns(header: Sequence[str], role: str) -> list[str]:
     return [column for column in header if column not in known and pattern.search(_split_words(column))]
 
 
-def select_cell(row: Row, columns: Sequence[str], read: Callable[[str], object], remedy: str) -> str:
+def select_cell(row: Row, columns: Sequence[str], parse: Callable[[str], object], remedy: str) -> str:
     """The first filled cell of several columns with the same content, "" if there is none.
 
     Args:
-        read: the value of a cell; None if it is missing or not understood.
+        parse: the value of a cell, by which cells are compared; ValueError if it is not understood.
         remedy: how to choose one of the columns, for the error.
 
     Raises:
@@ -82,12 +83,23 @@ def select_cell(row: Row, columns: Sequence[str], read: Callable[[str], object],
     chosen, value = "", None
     for column in columns:
         cell = row.cells.get(column, "")
-        found = read(cell)
+        found = _comparable_value(cell, parse) if len(columns) > 1 else None
         if found is not None and value is not None and found != value:
             raise row.error(column, f"{cell!r}, but column '{chosen}' has {row.cells[chosen]!r}: {remedy}")
         if (cell and not chosen) or (found is not None and value is None):
             chosen, value = column, found
     return row.cells[chosen] if chosen else ""
+
+
+def _comparable_value(cell: str, parse: Callable[[str], object]) -> object:
+    """The value of a cell whatever its case; None if it is missing or not understood."""
+    try:
+        value = None if is_missing(cell) else parse(cell)
+    except ValueError:
+        return None
+    if value != value:  # NaN
+        return None
+    return value.casefold() if isinstance(value, str) else value
 
 
 @dataclass

@@ -1,25 +1,30 @@
 """The table of scans: a CSV file with one row per scan. Every error names the file, the line and the column.
 
-Subjects stay text, because leading zeros matter. Columns that this project does not know are kept.
+Subjects stay text, because leading zeros matter. Columns that this project does not know are kept. Required columns
+that have another name are found by the synonyms that preprocessing uses, and cells are read by the same rules.
 """
 
-import math
+import logging
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
 
-from ldae.data.delimited import Row, read_text_table
-from ldae.data.sessions import parse_session, session_label
+from ldae.data.delimited import read_text_table
+from ldae.data.scan_columns import ScanRow, find_scan_columns, name_columns, read_sexes, report_columns
+from ldae.data.sessions import session_label
+from ldae.data.subjects import subject_key
+from ldae.data.values import parse_diagnosis, unify_case
 from ldae.utils.errors import UserError
 from ldae.utils.files import replacing
 
 REQUIRED = ("subject", "session", "path", "diagnosis", "age")
 PATHS = ("path", "latent_path", "labels_path")
 SPLITS = ("train", "val", "test")
-MAX_AGE = 130.0  # years; a larger number is not an age in years
+
+log = logging.getLogger(__name__)
 
 _EMPTY = {"", "na", "n/a", "nan"}
 # A spreadsheet program that opens a written table would evaluate such a cell. A sign before a number or a word is
@@ -29,7 +34,7 @@ _FORMULA = re.compile(r"=|@|[+-].*[(|!=]", re.DOTALL)
 _NUMBER = re.compile(r"[-+]?(?:0|[1-9]\d*)(?:\.\d*)?(?:[eE][-+]?\d+)?")
 
 
-def read_table(path: Path | str, require_files: bool = True) -> pd.DataFrame:
+def read_table(path: Path | str, require_files: bool = True, log_columns: bool = True) -> pd.DataFrame:
     """Read and check a table.
 
     Paths (`path`, `latent_path`, `labels_path`) are relative to the folder of the table; they are absolute in the
@@ -37,25 +42,29 @@ def read_table(path: Path | str, require_files: bool = True) -> pd.DataFrame:
 
     Args:
         require_files: whether every scan must exist.
+        log_columns: whether to log what was found in each column.
 
     Returns:
         Columns subject (str), session ("ses-M012"), months (int), path (str), diagnosis (str, may be empty), age
-        (float, years, may be NaN), split if the table has it (str, may be empty), and all others; rows in the order of
-        the file.
+        (float, years, may be NaN), sex ("M", "F" or "O") and split (may be empty) if the table has them, and all
+        others; a sex that is not understood stays as it is. Rows are in the order of the file.
 
     Raises:
         UserError: the table is missing, unreadable or empty, a column is missing, or a cell is invalid.
     """
     path = Path(path)
-    seen: dict[tuple[str, str], int] = {}
-    splits: dict[str, tuple[str, int]] = {}
-    records = []
-    for row in _rows(path):
+    rows, consistency, records = _rows(path), _Consistency(), []
+    for row in rows:
         record = _record(row, require_files)
-        _check_against_others(row, record, seen, splits)
+        consistency.check(row, record)
         records.append(record)
     if not records:
         raise UserError(f"{path} has no rows: one row per scan is needed")
+    diagnoses = unify_case([record["diagnosis"] for record in records])
+    for record, diagnosis, sex in zip(records, diagnoses, read_sexes(rows), strict=True):
+        record |= {"diagnosis": diagnosis} | ({} if sex is None else {"sex": sex})
+    for report in report_columns(rows, records) if log_columns else ():
+        log.info("%s", report.describe())
     columns = [*REQUIRED[:2], "months", *REQUIRED[2:]]
     columns += [name for name in records[0] if name not in columns]
     table = pd.DataFrame({name: _column(name, [record[name] for record in records]) for name in columns})
@@ -87,22 +96,24 @@ def write_table(table: pd.DataFrame, path: Path | str) -> None:
         table.to_csv(temporary, index=False, lineterminator="\n")
 
 
-def _rows(path: Path) -> Iterator[Row]:
+def _rows(path: Path) -> list[ScanRow]:
+    """The rows of a table, with the names of the contract for the columns that it needs."""
     table = read_text_table(path, ", ".join(REQUIRED))
     for name in table.header:
         if _FORMULA.match(name):
             raise UserError(
                 f"{path}, line {table.line}, column {name[:40]!r}: a spreadsheet program would evaluate it: rename it"
             )
+    columns = find_scan_columns(table.header)
     for name in REQUIRED:
-        if name not in table.header:
+        if name not in columns:
             raise UserError(
                 f"{path}, line {table.line}, column '{name}': it is missing; the header has {', '.join(table.header)}"
             )
-    yield from table.rows
+    return name_columns(table.rows, columns)
 
 
-def _record(row: Row, require_files: bool) -> dict[str, str | int | float]:
+def _record(row: ScanRow, require_files: bool) -> dict[str, str | int | float]:
     """The checked values of one row, with their types."""
     cells = row.cells
     record: dict[str, str | int | float] = dict(cells)
@@ -110,16 +121,16 @@ def _record(row: Row, require_files: bool) -> dict[str, str | int | float]:
         if _FORMULA.match(cells[name]):
             raise row.error(name, f"{cells[name][:40]!r} is a formula to a spreadsheet program: change it")
     record["subject"] = _subject(row)
-    try:
-        months = parse_session(cells["session"])
-    except ValueError as error:
-        raise row.error("session", str(error)) from error
-    record |= {"session": session_label(months), "months": months, "age": _age(row)}
-    if cells["diagnosis"].lower() in _EMPTY:
-        record["diagnosis"] = ""
+    months = row.months()
+    record |= {
+        "session": session_label(months),
+        "months": months,
+        "age": row.age(months),
+        "diagnosis": parse_diagnosis(cells["diagnosis"]),
+    }
     for name in PATHS:
         if cells.get(name):
-            record[name] = os.path.abspath(os.path.join(row.table.parent, cells[name]))
+            record[name] = os.path.abspath(os.path.join(row.folder, cells[name]))
     if not cells["path"]:
         raise row.error("path", "it is empty")
     if require_files and not os.path.isfile(record["path"]):
@@ -129,7 +140,7 @@ def _record(row: Row, require_files: bool) -> dict[str, str | int | float]:
     return record
 
 
-def _subject(row: Row) -> str:
+def _subject(row: ScanRow) -> str:
     subject = row.cells["subject"]
     # Subjects are used in file names.
     if not subject or subject in (".", "..") or re.search(r"[/\\\x00-\x1f\x7f]", subject):
@@ -137,35 +148,27 @@ def _subject(row: Row) -> str:
     return subject
 
 
-def _age(row: Row) -> float:
-    text = row.cells["age"]
-    if text.lower() in _EMPTY:
-        return math.nan
-    try:
-        age = float(text)
-    except ValueError:
-        age = math.nan
-    if not 0 <= age <= MAX_AGE:
-        raise row.error("age", f"{text!r} is not an age in years; leave it empty if it is unknown")
-    return age
+class _Consistency:
+    """Refuses a scan that appears twice, a subject in two splits, and one that is written in two ways."""
 
+    def __init__(self) -> None:
+        self._sessions: dict[tuple[str, str], int] = {}  # the line of each
+        self._splits: dict[str, tuple[str, int]] = {}
+        self._spellings: dict[str, tuple[str, int]] = {}
 
-def _check_against_others(
-    row: Row,
-    record: dict[str, str | int | float],
-    seen: dict[tuple[str, str], int],
-    splits: dict[str, tuple[str, int]],
-) -> None:
-    """Refuse a scan that appears twice, and a subject in two splits."""
-    key = (record["subject"], record["session"])
-    first = seen.setdefault(key, row.line)
-    if first != row.line:
-        raise row.error("session", f"subject {key[0]!r}, session {key[1]} is already in line {first}")
-    split = record.get("split", "")
-    if split:
-        other, line = splits.setdefault(record["subject"], (split, row.line))
-        if other != split:
-            raise row.error("split", f"subject {key[0]!r} is in '{split}' here, but in '{other}' in line {line}")
+    def check(self, row: ScanRow, record: Mapping[str, str | int | float]) -> None:
+        subject, session, line = record["subject"], record["session"], row.line
+        first = self._sessions.setdefault((subject, session), line)
+        if first != line:
+            raise row.error("session", f"subject {subject!r}, session {session} is already in line {first}")
+        other, first = self._spellings.setdefault(subject_key(subject), (subject, line))
+        if other != subject:
+            raise row.error("subject", f"{subject!r} and {other!r} in line {first} may be one person: write them alike")
+        split = record.get("split", "")
+        if split:
+            other, first = self._splits.setdefault(subject, (split, line))
+            if other != split:
+                raise row.error("split", f"subject {subject!r} is in '{split}' here, but in '{other}' in line {first}")
 
 
 def _column(name: str, values: list) -> pd.Series:

@@ -152,16 +152,8 @@ def _select(row: Row, role: str, names: Sequence[str], columns: Columns, parse: 
     if getattr(columns, role) is not None:
         return next((row.cells[name] for name in names if not is_missing(row.cells.get(name, ""))), "")
 
-    def read(text: str) -> object:
-        try:
-            value = parse(text)
-        except ValueError:
-            return None
-        value = value.casefold() if isinstance(value, str) else value
-        return None if is_missing(text) or value != value else value
-
     remedy = f"choose one with --set preprocess.columns.{role}=[{names[0] if names else ''}]"
-    return select_cell(row, names, read, remedy)
+    return select_cell(row, names, parse, remedy)
 
 
 def _session_value(text: str) -> str | int:

@@ -162,7 +162,7 @@ class Participants:
 
     def _find_reason_empty(self, scans: Sequence[SourceScan], reports: Sequence[ColumnReport]) -> str | None:
         reports = [report for report in reports if report.role != "sex"]
-        if any(report.found for report in reports):
+        if not scans or any(report.found for report in reports):
             return None
         if self._listed and not any(self._index.find(scan.subject) for scan in scans):
             theirs, ours = next(iter(self._listed)), scans[0].subject
