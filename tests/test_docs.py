@@ -13,7 +13,6 @@ from pathlib import Path
 
 import click
 import pytest
-from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
@@ -21,7 +20,7 @@ from ldae.bench.__main__ import hydra_arguments
 from ldae.bench.gpu_check.__main__ import build_parser
 from ldae.bench.gpu_check.run import choose_items
 from ldae.cli import main as console
-from ldae.config import check_constructor_arguments, conf_dir, register
+from ldae.config import check_constructor_arguments, compose_config
 from ldae.pipeline import LDAE
 from ldae.scans.scan import Scan
 from ldae.utils.errors import UserError
@@ -44,7 +43,6 @@ CONTEXTS = (
     ("bench", "bench=full"),
     ("preprocess",),
 )
-register()
 
 
 def name_of(page: Path) -> str:
@@ -160,8 +158,7 @@ def why_refused(overrides: list[str]) -> str | None:
 def composes(primary: str, overrides: tuple[str, ...]) -> str | None:
     """None if this config composes and its classes take their arguments, otherwise the error."""
     try:
-        with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-            check_constructor_arguments(compose(primary, list(overrides)))
+        check_constructor_arguments(compose_config(primary, overrides))
     except (HydraException, OmegaConfBaseException, UserError, ValueError) as error:
         return f"{primary} {' '.join(overrides)}: {error}"
     return None

@@ -7,17 +7,15 @@ from functools import cache
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from hydra.utils import get_class, get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from ldae.config import conf_dir, register
+from ldae.config import compose_config
 from ldae.experiment import evaluate, train
 from ldae.runs import estimator_node
 from ldae.utils.errors import UserError
 
 STAGES = ("aekl", "pretrain", "repr")
-register()
 
 # The paper's table (arXiv 2504.08635; PDAE, arXiv 2212.12990, for the loss of stage 3), stage by stage.
 ALL_STAGES = {
@@ -145,8 +143,7 @@ TRAINER_ADDITIONS = {"pretrain": {"trainer.ema_warmup": False}, "repr": {"traine
 
 @cache
 def composed(stage: str, *overrides: str) -> DictConfig:
-    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        return compose("train", [f"stage={stage}", *(overrides or ("experiment=paper", "data.table=x.csv"))])
+    return compose_config("train", [f"stage={stage}", *(overrides or ("experiment=paper", "data.table=x.csv"))])
 
 
 def setting(config: DictConfig, key: str):
@@ -261,8 +258,7 @@ def test_a_file_that_the_paper_requires_is_asked_for_in_one_line_that_says_how_t
 
 
 def test_the_evaluation_asks_for_the_perceptual_networks_too():
-    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        config = compose("evaluate", ["experiment=paper", "data.table=none.csv", "accelerator=cpu"])
+    config = compose_config("evaluate", ["experiment=paper", "data.table=none.csv", "accelerator=cpu"])
     with pytest.raises(UserError, match=r"perceptual\.backbone must be given"):
         evaluate(config)
 
