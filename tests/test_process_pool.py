@@ -2,13 +2,18 @@
 that an interrupted iteration leaves no worker behind."""
 
 import os
+import signal
 import time
 from contextlib import closing
 from pathlib import Path
 
 import pytest
 
-from ldae.utils.process_pool import DIED, run_in_processes
+from ldae.utils.process_pool import DIED, available_cores, ignoring_interrupts, run_in_processes
+
+
+def report_interrupt_handler():
+    return signal.getsignal(signal.SIGINT) == signal.SIG_IGN
 
 
 def square(number):
@@ -57,3 +62,34 @@ def test_an_interrupted_iteration_ends_its_workers_at_once(tmp_path):
         start = time.monotonic()
     assert time.monotonic() - start < 30
     assert not [path.name for path in tmp_path.iterdir() if Path(f"/proc/{path.name}").exists()]
+
+
+def test_more_workers_than_items_are_not_started():
+    found = dict(run_in_processes(square, [(n,) for n in range(2)], workers=8, progress=False))
+    assert found == {0: 0, 1: 1}
+
+
+def test_workers_leave_ctrl_c_to_the_caller():
+    assert dict(run_in_processes(report_interrupt_handler, [()], workers=1, progress=False)) == {0: True}
+
+
+def test_a_second_ctrl_c_does_not_interrupt_what_the_first_one_started():
+    finished = []
+
+    def interrupt_twice():
+        try:
+            signal.raise_signal(signal.SIGINT)
+        finally:
+            with ignoring_interrupts():
+                signal.raise_signal(signal.SIGINT)
+                finished.append(True)
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupt_twice()
+    assert finished
+    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+
+
+def test_cores_are_counted_without_sched_getaffinity(monkeypatch):
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    assert available_cores() >= 1
