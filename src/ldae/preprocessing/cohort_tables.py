@@ -44,20 +44,30 @@ def write_tables(out: Path, listed_in: str, parameters: str, page: bool = True) 
         records = [record for record in _read_records(out) if not _is_stale(record, listed_in, parameters)]
         done, duplicates = _drop_duplicates([record for record in records if record["status"] == "done"])
         rejected = [record for record in records if record["status"] != "done"]
-        rows = [_rejected_row(out, record["source"], record, record["reason"]) for record in rejected]
-        rows += [_rejected_row(out, record["source"], record, reason) for record, reason in duplicates]
-        rows += [_rejected_row(out, path, record, text) for record in records for path, text in record["left_out"]]
+        reasons = [_rejected_row(out, record["source"], record, record["reason"]) for record in rejected]
+        others = [_rejected_row(out, record["source"], record, reason) for record, reason in duplicates]
+        others += [_rejected_row(out, path, record, text) for record in records for path, text in record["left_out"]]
         table = pd.DataFrame([_table_row(out, record) for record in done])
         if done:
             write_table(table, out / "scans.csv")
         else:
             (out / "scans.csv").unlink(missing_ok=True)
-        write_table(pd.DataFrame(sorted(rows), columns=list(REJECTED_COLUMNS), dtype=object), out / "rejected.csv")
+        write_table(
+            pd.DataFrame(sorted(reasons + others), columns=list(REJECTED_COLUMNS), dtype=object), out / "rejected.csv"
+        )
         if page:
             write_quality_page(out, [*done, *rejected])
     if done:
         _check_readable(out / "scans.csv")
-        log.info("%d scans in %s, %d rejected in %s", len(done), out / "scans.csv", len(rows), out / "rejected.csv")
+        more = f" and {len(others)} not taken" if others else ""
+        log.info(
+            "%d scans in %s, %d rejected%s in %s",
+            len(done),
+            out / "scans.csv",
+            len(rejected),
+            more,
+            out / "rejected.csv",
+        )
     return table
 
 
@@ -155,6 +165,6 @@ def _table_row(out: Path, record: Record) -> Row:
 
 def _check_readable(path: Path) -> None:
     try:
-        read_table(path)
+        read_table(path, log_columns=False)
     except UserError as error:
         raise UserError(f"training cannot read the table: {error}") from error

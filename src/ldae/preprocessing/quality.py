@@ -1,11 +1,13 @@
 """The page for quality control, qc.html: one row for each scan, worst first, with picture, measures and notes.
 
-The page is a single file that needs no other.
+The page is a single file that needs no other for up to EMBEDDED scans. The pictures of further scans are links to files
+in figures/.
 """
 
 import base64
 import html
 from pathlib import Path
+from urllib.parse import quote
 
 import numpy as np
 
@@ -18,6 +20,7 @@ MEASURES = {
     "head_mm3": ("brain with CSF, cm³", 1e-3, 0),
     "noise": ("noise / brain median", 1.0, 1),
 }
+EMBEDDED = 2000  # worst scans whose pictures are inside the page, which then has about 100 MB
 STYLE = (
     "body{font:14px sans-serif;margin:1em 2em;background:#111;color:#ddd}td,th{padding:4px 1em;vertical-align:top;"
     "text-align:left}img{display:block}.bad{color:#f66}.brain{color:#ff4646}.template{color:#46c8ff}"
@@ -29,7 +32,9 @@ def write_quality_page(out: Path, records: list[Record]) -> Path:
     scores = deviation_scores(records)
     order = np.argsort(-scores, kind="stable")
     headings = "".join(f"<th>{heading}</th>" for heading, _, _ in MEASURES.values())
-    rows = "\n".join(_format_row(out, records[index], scores[index]) for index in order)
+    rows = "\n".join(
+        _format_row(out, records[index], scores[index], number < EMBEDDED) for number, index in enumerate(order)
+    )
     rejected = sum(record["status"] != "done" for record in records)
     text = (
         f'<!doctype html>\n<html><head><meta charset="utf-8"><title>Quality of {len(records)} scans</title>'
@@ -63,7 +68,7 @@ def deviation_scores(records: list[Record]) -> np.ndarray:
     return result
 
 
-def _format_row(out: Path, record: Record, score: float) -> str:
+def _format_row(out: Path, record: Record, score: float, embedded: bool) -> str:
     name = html.escape(" ".join(part for part in (record["subject"], record["session"]) if part))
     values = record.get("measures", {})
     cells = "".join(
@@ -73,8 +78,10 @@ def _format_row(out: Path, record: Record, score: float) -> str:
     if record["status"] != "done":
         reason = f'<span class="bad">rejected: {html.escape(record["reason"])}</span>'
         return f"<tr><td>{name}</td><td></td>{cells}<td>{reason}</td></tr>"
-    notes = "".join(f"<p>{html.escape(note)}</p>" for note in record["notes"])
-    picture = _embed_image(out / record["files"]["figure"])
+    notes = [*record["notes"], *(f"{Path(source).name}: {reason}" for source, reason in record["left_out"])]
+    notes = "".join(f"<p>{html.escape(note)}</p>" for note in notes)
+    figure = record["files"]["figure"]
+    picture = _embed_image(out / figure) if embedded else f'<img alt="slices" src="{quote(figure)}" loading="lazy">'
     return f"<tr><td>{name}</td><td>{score:.1f}</td>{cells}<td>{picture}{notes}</td></tr>"
 
 
