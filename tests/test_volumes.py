@@ -103,6 +103,31 @@ def test_a_second_build_does_nothing_and_a_replaced_scan_is_done_again(tmp_path:
     assert not [file for file in cache.folder.rglob("*") if "tmp" in file.name]
 
 
+def write_unnoticed(path: str, seed: int) -> None:
+    """Another scan under the same path, size and time of change."""
+    status = os.stat(path)
+    write_scan(Path(path), seed)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert os.stat(path).st_size == status.st_size
+
+
+def test_a_scan_that_changes_under_the_same_size_and_time_is_done_again(tmp_path: Path, scans: list[str]) -> None:
+    """Its version then differs too, until the first content comes back; what was only touched is kept."""
+    cache, read_cohort = VolumeCache(tmp_path / "cache", transform()), []
+    for seed in (None, 99, None, 0):
+        if seed is not None:
+            write_unnoticed(scans[0], seed)
+            os.utime(scans[1], ns=(os.stat(scans[1]).st_atime_ns, os.stat(scans[1]).st_mtime_ns))
+        volumes, rejected = VolumeCache(tmp_path / "cache", transform()).build(scans, progress=False)
+        assert rejected == {}
+        np.testing.assert_allclose(volumes[0].numpy(), transform()(scans[0]), atol=2**-11)
+        read_cohort.append([version.identity for version in volumes.versions])
+    first, changed, again, back = read_cohort
+    assert first[0] == back[0] != changed[0] == again[0]
+    assert first[1:] == changed[1:] == again[1:] == back[1:]
+    assert len(list(cache.folder.rglob("*.npy"))) == 7
+
+
 def test_another_transform_has_another_folder(tmp_path: Path, scans: list[str]) -> None:
     first = VolumeCache(tmp_path, transform())
     first.build(scans, progress=False)

@@ -12,11 +12,19 @@ class FileVersion(NamedTuple):
     """A file's absolute path, its size in bytes and the time of its last change in nanoseconds.
 
     A header and its voxels in two files are one: their sizes together, and the later change.
+
+    Attributes:
+        touched: when the file system last noted any change of the file, in nanoseconds. Unlike the time of change, it
+            cannot be moved back.
+        content: digest of the content, if the file was found to have changed under the same size and time of change;
+            otherwise empty.
     """
 
     path: str
     size: int
     changed: int
+    touched: int = 0
+    content: str = ""
 
     @classmethod
     def of(cls, source: str | Path) -> "FileVersion":
@@ -31,15 +39,22 @@ class FileVersion(NamedTuple):
         except OSError as error:
             raise BadScan(reason_missing(path), path) from error
         partner = find_partner(path)
-        if partner is None:
-            return cls(path, status.st_size, status.st_mtime_ns)
-        other = partner.stat()
-        return cls(path, status.st_size + other.st_size, max(status.st_mtime_ns, other.st_mtime_ns))
+        files = [status] if partner is None else [status, partner.stat()]
+        return cls(
+            path,
+            sum(file.st_size for file in files),
+            max(file.st_mtime_ns for file in files),
+            max(file.st_ctime_ns for file in files),
+        )
+
+    def is_older_than(self, file: Path) -> bool:
+        """Whether `file`, which was made of this one, was written after the last change of this one."""
+        return self.touched < file.stat().st_mtime_ns
 
     @property
     def identity(self) -> tuple[int | str, ...]:
         """What distinguishes this version from others of the same scan, wherever the file is."""
-        return (self.size, self.changed)
+        return (self.size, self.changed, self.content) if self.content else (self.size, self.changed)
 
     def cache_key(self, *further: object) -> str:
         """34 hexadecimal digits under which a cache stores what was made of this version.
@@ -47,4 +62,4 @@ class FileVersion(NamedTuple):
         Args:
             further: values that distinguish several results made of the same file, by their `repr`.
         """
-        return hashlib.sha256(repr((*self, *further)).encode()).hexdigest()[:34]
+        return hashlib.sha256(repr((self.path, *self.identity, *further)).encode()).hexdigest()[:34]

@@ -57,7 +57,9 @@ class RegionCache:
             BadScan: the label map is missing or cannot be used.
         """
         version, region = FileVersion.of(source), _region(labels)
-        stored = self._read(self._file(version, region))
+        file = self._file(version, region)
+        # A map that was touched since may have changed under the same size and time of change.
+        stored = self._read(file) if file.exists() and version.is_older_than(file) else None
         return self._make(version, region) if stored is None else stored
 
     def fractions(self, sources: Sequence[str | Path], labels: Sequence[int]) -> np.ndarray:
@@ -86,11 +88,8 @@ class RegionCache:
         return result
 
     def _read(self, file: Path) -> np.ndarray | None:
-        """The region in `file`; None if it is missing or damaged."""
-        try:
-            content = file.read_bytes()
-        except FileNotFoundError:
-            return None
+        """The region in `file`; None if it is damaged."""
+        content = file.read_bytes()
         digest, body = content[:DIGEST], content[DIGEST:]
         if hashlib.sha256(body).digest() != digest:
             log.warning("cached region %s is damaged and is made again", file)

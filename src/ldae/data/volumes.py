@@ -1,6 +1,9 @@
 """Preprocessed scans on disk: each is brought to model space once, and read memory-mapped from then on."""
 
+import hashlib
 import logging
+import os
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +17,13 @@ from ldae.data.nifti import BadScan, states_orientation
 from ldae.data.sharing import work_order
 from ldae.data.transforms import Transform
 from ldae.utils.errors import UserError
-from ldae.utils.files import replacing
+from ldae.utils.files import replacing, write_text
 from ldae.utils.process_pool import DIED, DIED_REASON, available_cores, run_in_processes
 
 log = logging.getLogger(__name__)
 
 STORED_MAXIMUM = {"float16": 1.0, "uint8": 255.0}  # by dtype of the files: the value that stands for an intensity of 1
+CHANGED = ".changed"  # suffix of a note with the digest of the volume of a scan that has changed unnoticed
 MIN_SCANS_PER_PROCESS = 64  # with fewer, a process takes longer to import MONAI than to transform them
 
 
@@ -97,6 +101,8 @@ class VolumeCache:
     """A folder of volumes: <root>/<transform key>-<dtype>/<2 hex>/<file key>.npy.
 
     The key of a file is made of the scan's path, size and time of change: a scan that is replaced is transformed again.
+    If the file system has noted any change of a scan since its volume was written, it is also transformed again and
+    compared with that volume: this finds scans whose content has changed while size and time of change are the same.
     Several processes may fill the cache at the same time: each file appears complete or not at all.
 
     Args:
@@ -147,44 +153,101 @@ class VolumeCache:
                 versions[scan] = FileVersion.of(scan)
             except BadScan as error:
                 rejected[scan] = error.reason
-        files = {scan: self._file(version) for scan, version in versions.items()}
-        known = list(files)
-        missing = [known[number] for number in work_order(len(known), *share) if not files[known[number]].exists()]
-        rejected |= self._transform([(scan, files[scan]) for scan in missing], workers, progress)
+        known = list(versions)
+        contents = {scan: self._content(version) for scan, version in versions.items()}
+        ordered = [known[number] for number in work_order(len(known), *share)]
+        unknown = [scan for scan in ordered if contents[scan] is None]
+        rejected |= self._transform([(scan, versions[scan]) for scan in unknown], workers, progress)
+        contents |= {scan: self._content(versions[scan]) for scan in unknown if scan not in rejected}
         usable = [scan for scan in scans if scan not in rejected]
+        present = [versions[scan]._replace(content=contents[scan] or "") for scan in usable]
         maximum = STORED_MAXIMUM[self.dtype]
-        return Volumes(
-            usable, [files[scan] for scan in usable], self.transform.shape, maximum, [versions[scan] for scan in usable]
-        ), rejected
+        return Volumes(usable, list(map(self._file, present)), self.transform.shape, maximum, present), rejected
+
+    def _content(self, version: FileVersion) -> str | None:
+        """FileVersion.content of a scan whose volume is stored; None if the scan must be transformed."""
+        file = self._file(version)
+        try:
+            if version.is_older_than(file):
+                return ""
+            note = file.with_suffix(CHANGED)
+            return note.read_text(encoding="ascii") if version.is_older_than(note) else None
+        except FileNotFoundError:
+            return None
+
+    def update(self, scan: str, version: FileVersion) -> None:
+        """Store the volume of `scan`; if one of `version` is stored already, compare it with that.
+
+        Raises:
+            BadScan: the scan cannot be used.
+        """
+        if self._content(version) is not None:  # another process was faster
+            return
+        file, volume = self._file(version), self.make(scan)
+        if file.exists():
+            file = self._compare(file, volume, version, scan)
+        else:
+            _write_volume(file, volume)
+        # The clock of a file server may be ahead of this machine's.
+        now = max(time.time_ns(), version.touched + 1)
+        os.utime(file, ns=(now, now))
+
+    def _compare(self, file: Path, volume: np.ndarray, version: FileVersion, scan: str) -> Path:
+        """Store a volume and a note if it is not that in `file`; returns what shows that the scan has been compared."""
+        try:
+            stored = np.load(file, allow_pickle=False)
+        except (OSError, ValueError, EOFError):  # damaged
+            _write_volume(file, volume)
+            return file
+        if np.array_equal(volume, stored):
+            return file
+        log.info("%s has changed, although its size and its time of change are the same", scan)
+        content = hashlib.sha256(volume.tobytes()).hexdigest()[:32]
+        _write_volume(self._file(version._replace(content=content)), volume)
+        note = file.with_suffix(CHANGED)
+        write_text(note, content)
+        return note
+
+    def make(self, scan: str) -> np.ndarray:
+        """The volume of a scan as it is stored, (X, Y, Z).
+
+        Raises:
+            BadScan: the scan cannot be used.
+        """
+        volume = self.transform(scan)[0]
+        if self.dtype == "uint8":
+            volume = np.rint(volume * STORED_MAXIMUM["uint8"])
+        return volume.astype(self.dtype)
 
     def _file(self, version: FileVersion) -> Path:
         assumed = self.transform.assume_orientation
         key = version.cache_key(assumed) if assumed and not states_orientation(version.path) else version.cache_key()
         return self.folder / key[:2] / f"{key[2:]}.npy"
 
-    def _transform(self, missing: Sequence[tuple[str, Path]], workers: int | None, progress: bool) -> dict[str, str]:
-        """Fill the cache with the volumes of `missing`, scans and their files. Returns the reason of each failure."""
-        if not missing:
+    def _transform(
+        self, scans: Sequence[tuple[str, FileVersion]], workers: int | None, progress: bool
+    ) -> dict[str, str]:
+        """Store the volumes of scans with their versions. Returns the reason of each failure."""
+        if not scans:
             return {}
-        log.info("transforming %d scans into %s", len(missing), self.folder)
+        log.info("transforming %d scans into %s", len(scans), self.folder)
         workers = workers or available_cores()
-        workers = workers if min(workers, len(missing) // MIN_SCANS_PER_PROCESS) > 1 else 0
-        items = [(self, *item) for item in missing]
-        results = run_in_processes(_store, items, workers, label="volumes", progress=progress)
-        reasons = {missing[index][0]: DIED_REASON if reason is DIED else reason for index, reason in results}
+        workers = workers if min(workers, len(scans) // MIN_SCANS_PER_PROCESS) > 1 else 0
+        items = [(self, *item) for item in scans]
+        results = run_in_processes(_update, items, workers, label="volumes", progress=progress)
+        reasons = {scans[index][0]: DIED_REASON if reason is DIED else reason for index, reason in results}
         return {scan: reason for scan, reason in reasons.items() if reason is not None}
 
 
-def _store(cache: VolumeCache, scan: str, target: Path) -> str | None:
-    """Transform one scan and write its volume to `target`. Returns the reason if the scan cannot be used."""
-    if target.exists():  # another process was faster
-        return None
+def _update(cache: VolumeCache, scan: str, version: FileVersion) -> str | None:
+    """Store the volume of one scan. Returns the reason if the scan cannot be used."""
     try:
-        volume = cache.transform(scan)[0]
+        cache.update(scan, version)
     except BadScan as error:
         return error.reason
-    if cache.dtype == "uint8":
-        volume = np.rint(volume * STORED_MAXIMUM["uint8"])
-    with replacing(target) as temporary:
-        np.save(temporary, volume.astype(cache.dtype))
     return None
+
+
+def _write_volume(target: Path, volume: np.ndarray) -> None:
+    with replacing(target) as temporary:
+        np.save(temporary, volume)
