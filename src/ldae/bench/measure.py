@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -91,7 +90,7 @@ def _record() -> int:
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def run_flop_counter(work: Callable[[], Any]) -> FlopCounterMode:
+def run_flop_counter(work: Callable[[], object]) -> FlopCounterMode:
     """Count the floating-point operations of one call of `work`; the counter has them by kind.
 
     Attention is computed as its two products here, because the counter does not know a CPU's fused kernel.
@@ -101,12 +100,12 @@ def run_flop_counter(work: Callable[[], Any]) -> FlopCounterMode:
     return counter
 
 
-def count_flops(work: Callable[[], Any]) -> float:
+def count_flops(work: Callable[[], object]) -> float:
     """Floating-point operations of one call of `work`, which also serves as its warm-up."""
     return float(run_flop_counter(work).get_total_flops())
 
 
-def time_calls(work: Callable[[], Any], repeats: int, device: torch.device, scans: int = 1) -> Cost:
+def time_calls(work: Callable[[], object], repeats: int, device: torch.device, scans: int = 1) -> Cost:
     """Cost of one call of `work`, the median of `repeats` calls.
 
     A first call counts operations; on a GPU, another one lets cuDNN choose its algorithms by trying them.

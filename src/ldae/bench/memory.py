@@ -129,7 +129,9 @@ def compute_footprint(
     )
 
 
-Passes = tuple[list[nn.Module], list[nn.Module], Callable[[Any], None]]
+Autocast = Callable[[], torch.autocast]  # makes the context in which the networks compute
+# Trained networks, frozen networks, and the forward and backward passes of a step.
+Passes = tuple[list[nn.Module], list[nn.Module], Callable[[Autocast], None]]
 
 
 def _latent(config: DictConfig, autoencoder: nn.Module, batch: int) -> Tensor:
@@ -141,7 +143,7 @@ def _aekl(config: DictConfig, batch: int, checkpointing: bool) -> Passes:
     if checkpointing:
         autoencoder.enable_checkpointing()
 
-    def passes(autocast: Any) -> None:
+    def passes(autocast: Autocast) -> None:
         x = torch.empty(batch, 1, *config.data.shape)
         discriminator.requires_grad_(False)
         with autocast():
@@ -164,7 +166,7 @@ def _pretrain(config: DictConfig, batch: int, checkpointing: bool) -> Passes:
     unet, autoencoder = build_on_meta(config.model.unet), build_on_meta(config.model.autoencoder)
     unet.checkpointing = checkpointing
 
-    def passes(autocast: Any) -> None:
+    def passes(autocast: Autocast) -> None:
         z = _latent(config, autoencoder, batch)
         with autocast():
             output = unet(z, torch.empty(batch))
@@ -179,7 +181,7 @@ def _repr(config: DictConfig, batch: int, checkpointing: bool) -> Passes:
     estimator = build_on_meta(estimator_node(model.unet, encoder.dim, model.estimator))
     encoder.checkpointing = estimator.checkpointing = checkpointing
 
-    def passes(autocast: Any) -> None:
+    def passes(autocast: Autocast) -> None:
         x, z = torch.empty(batch, 1, *config.data.shape), _latent(config, autoencoder, batch)
         with torch.no_grad(), autocast():
             features = unet.features(z, torch.empty(batch))

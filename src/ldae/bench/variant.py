@@ -1,7 +1,7 @@
 """One variant under test: its networks, and made-up scans and latents on disk that the real stages read."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
 from types import SimpleNamespace
@@ -43,13 +43,13 @@ class UntrainedRun:
 
     config: DictConfig
     path: Path
-    metadata: Any = None
+    metadata: dict[str, Any] = field(default_factory=dict)
 
     def sha256(self, name: str) -> str:
         """Hash of the weights that the made-up latents name."""
         return HASH
 
-    def module(self, name: str, node: Any) -> nn.Module:
+    def module(self, name: str, node: DictConfig) -> nn.Module:
         """The network of a config, with random weights."""
         return instantiate(node).eval().requires_grad_(False)
 
@@ -87,7 +87,7 @@ class VariantUnderTest:
         folder: folder for made-up files.
     """
 
-    def __init__(self, compose: Any, overrides: Sequence[str], folder: Path) -> None:
+    def __init__(self, compose: Callable[[Sequence[str]], DictConfig], overrides: Sequence[str], folder: Path) -> None:
         self.compose = lambda *more: compose([*overrides, *more])
         self.config = self.compose()
         self.settings: Bench = instantiate(self.config.bench)
