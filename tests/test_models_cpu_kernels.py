@@ -1,4 +1,4 @@
-"""Every CPU kernel computes what the plain network computes, forward and backward, and only where it is meant to."""
+"""Every CPU kernel computes what the plain network computes, forward and backward, and only where it is faster."""
 
 import copy
 

@@ -26,6 +26,17 @@ def sinusoidal_positions(count: int, dim: int) -> Tensor:
     return table
 
 
+def _check_slicing(axis: int, slices: int, slice_dropout: float, mean_volume_shape: Sequence[int] | None) -> None:
+    """Refuse arguments of SemanticEncoder that do not fit together."""
+    if axis not in (0, 1, 2) or not 0 <= slice_dropout < 1:
+        raise UserError(f"model.encoder: axis={axis} must be 0, 1 or 2 and slice_dropout={slice_dropout} in [0, 1)")
+    if mean_volume_shape is not None and mean_volume_shape[axis] != slices:
+        raise UserError(
+            f"model.encoder: mean_volume_shape={list(mean_volume_shape)} does not have {slices} slices along axis "
+            f"{axis}; give it the shape of the volumes"
+        )
+
+
 class SemanticEncoder(nn.Module):
     """Scans (B, 1, X, Y, Z) in [0, 1] -> y (B, dim).
 
@@ -62,13 +73,7 @@ class SemanticEncoder(nn.Module):
         position_gate: bool = False,
     ) -> None:
         super().__init__()
-        if axis not in (0, 1, 2) or not 0 <= slice_dropout < 1:
-            raise UserError(f"model.encoder: axis={axis} must be 0, 1 or 2 and slice_dropout={slice_dropout} in [0, 1)")
-        if mean_volume_shape is not None and mean_volume_shape[axis] != slices:
-            raise UserError(
-                f"model.encoder: mean_volume_shape={list(mean_volume_shape)} does not have {slices} slices along axis "
-                f"{axis}; give it the shape of the volumes"
-            )
+        _check_slicing(axis, slices, slice_dropout, mean_volume_shape)
         self.dim = dim
         self.axis = axis
         self.slices = slices

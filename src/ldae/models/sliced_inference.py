@@ -3,7 +3,7 @@
 If pieces of a volume passed the whole network one by one, every GroupNorm would use the statistics of its piece, and
 the result would differ. Here one layer at a time is computed in slices along x that overlap by the reach of its
 convolution, and a norm uses the statistics of the whole volume, so that the result is the same up to rounding. Between
-the layers, volumes are in host memory, and the device holds one slice.
+the layers, volumes are in host memory, and one slice is on the device.
 """
 
 from collections.abc import Callable, Iterator, Sequence
