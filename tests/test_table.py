@@ -150,3 +150,60 @@ def test_missing_scans_are_accepted_if_they_are_not_required(tmp_path: Path) -> 
     path = write(tmp_path, "a,0,gone.nii,CN,70", scans=())
     assert "no such file" in message(path)
     assert read_table(path, require_files=False)["path"].tolist() == [str(tmp_path / "gone.nii")]
+
+
+def test_columns_under_other_names_are_renamed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    header = "PTID;VISCODE;File;DX;AGE_AT_SCAN;PTGENDER;site"
+    path = write(tmp_path, "7;bl;a.nii; ad;71,5;1;x", "8;m12;b.nii;AD;89+;2;x", "9;bl;b.nii;;n/a;1;y", header=header)
+    table = read_table(path)
+    assert list(table.columns) == [
+        "subject", "session", "months", "path", "diagnosis", "age", "PTGENDER", "site", "sex"
+    ]  # fmt: skip
+    assert table["subject"].tolist() == ["7", "8", "9"]
+    assert table["months"].tolist() == [0, 12, 0]
+    assert table["diagnosis"].tolist() == ["AD", "AD", ""]
+    assert table["age"].tolist()[:2] == [71.5, 89]
+    assert table["sex"].tolist() == ["M", "F", "M"]
+    assert "age: 2 of 3 (AGE_AT_SCAN): 2 by rule (71,5 as 71.5, 89+ as 89); 1 missing (n/a)" in caplog.text
+    assert "diagnosis: 2 of 3 (DX): 1 missing" in caplog.text
+
+
+def test_a_column_of_the_contract_is_taken_whatever_others_there_are(tmp_path: Path) -> None:
+    path = write(tmp_path, "a,0,a.nii,CN,70,control,9", header=f"{HEADER},group,RID")
+    table = read_table(path)
+    assert table.iloc[0][["subject", "diagnosis", "group", "RID"]].tolist() == ["a", "CN", "control", 9]
+
+
+def test_two_columns_of_one_kind_with_different_contents_are_refused(tmp_path: Path) -> None:
+    header = "subject,session,path,DX,DX_bl,age"
+    assert read_table(write(tmp_path, "a,0,a.nii,CN,cn,70", header=header))["diagnosis"].tolist() == ["CN"]
+    text = message(write(tmp_path, "a,0,a.nii,CN,CN,70", "b,0,b.nii,AD,MCI,70", header=header))
+    assert "line 3, column 'DX_bl': 'MCI', but column 'DX' has 'AD': rename the right one to 'diagnosis'" in text
+
+
+def test_an_age_at_baseline_becomes_the_age_at_the_session(tmp_path: Path) -> None:
+    path = write(tmp_path, "a,18,a.nii,CN,70", header="subject,session,path,diagnosis,age_bl")
+    assert read_table(path)["age"].tolist() == [71.5]
+
+
+def test_numbers_of_visits_are_not_months(tmp_path: Path) -> None:
+    path = write(tmp_path, "a,2,a.nii,CN,70", header="subject,visit,path,diagnosis,age")
+    assert "line 2, column 'visit': '2' may count visits" in message(path)
+
+
+@pytest.mark.parametrize("spelling", ["sub-001", "1", "SUB-1"])
+def test_two_spellings_of_one_person_are_refused(tmp_path: Path, spelling: str) -> None:
+    text = message(write(tmp_path, "001,0,a.nii,CN,70", f"{spelling},12,b.nii,CN,71"))
+    assert f"line 3, column 'subject': {spelling!r} and '001' in line 2 may be one person" in text
+
+
+def test_missing_codes_are_counted_and_ambiguous_sexes_are_kept(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    table = read_table(write(tmp_path, "a,0,a.nii,CN,-1,0", "b,0,b.nii,CN,999,1", header=f"{HEADER},sex"))
+    assert table["age"].isna().all()
+    assert table["sex"].tolist() == [0, 1]
+    assert "age: 0 of 2 (age): 2 missing (-1, 999)" in caplog.text
+    assert "sex: 0 of 2 (sex): 2 not understood ('0', '1')" in caplog.text
