@@ -63,11 +63,16 @@ def find_columns(header: Sequence[str], role: str, names: Sequence[str] | None =
     return [column for key in keys for column in by_key.get(key, [])]
 
 
+def find_unknown_columns(header: Sequence[str]) -> list[str]:
+    """The columns whose names are not understood."""
+    known = {column for role in SYNONYMS for column in find_columns(header, role)}
+    return [column for column in header if column and column not in known]
+
+
 def find_similar_columns(header: Sequence[str], role: str) -> list[str]:
     """The columns whose names resemble `role` but are not understood."""
     pattern = re.compile(_SIMILAR.get(role, role))
-    known = {column for name in SYNONYMS for column in find_columns(header, name)}
-    return [column for column in header if column not in known and pattern.search(_split_words(column))]
+    return [column for column in find_unknown_columns(header) if pattern.search(_split_words(column))]
 
 
 def select_cell(row: Row, columns: Sequence[str], parse: Callable[[str], object], remedy: str) -> str:
@@ -144,7 +149,8 @@ class ColumnReport:
         """One line, such as `age: 147 of 149 (Age): 1 by rule (89+ as 89); 1 missing (999)`."""
         line = f"{self.role}: {self.found} of {self._total}"
         if not self.columns:
-            return f"{line}; the table has {list_some(self.similar_columns() or list(self.header))}"
+            names = self.similar_columns() or find_unknown_columns(self.header)
+            return f"{line}; the table has {list_some(names) if names else 'no such column'}"
         counts = (("by rule", self.by_rule), ("missing", self.missing), ("not understood", self.not_understood))
         parts = []
         for name, counter in counts:

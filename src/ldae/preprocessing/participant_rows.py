@@ -1,6 +1,7 @@
 """The rows of participants.tsv, sessions.tsv and the CSV of paths, with their cells as values."""
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -152,8 +153,15 @@ def _select(row: Row, role: str, names: Sequence[str], columns: Columns, parse: 
     if getattr(columns, role) is not None:
         return next((row.cells[name] for name in names if not is_missing(row.cells.get(name, ""))), "")
 
-    remedy = f"choose one with --set preprocess.columns.{role}=[{names[0] if names else ''}]"
+    remedy = f"choose one with {override(role, names[0] if names else 'NAME')}"
     return select_cell(row, names, parse, remedy)
+
+
+def override(role: str, column: str) -> str:
+    """The option of `ldae preprocess` that names the column of a role, quoted for the shell."""
+    if re.fullmatch(r"[A-Za-z]\w*", column):
+        return f"--set preprocess.columns.{role}=[{column}]"
+    return f"""--set 'preprocess.columns.{role}=["{column}"]'"""
 
 
 def _session_value(text: str) -> str | int:

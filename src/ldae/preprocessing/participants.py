@@ -16,13 +16,15 @@ from ldae.data.columns import ColumnReport
 from ldae.data.delimited import Row, exists_or_refuse
 from ldae.data.subjects import SubjectIndex
 from ldae.data.values import MAX_AGE, is_missing, unify_case
-from ldae.preprocessing.participant_rows import Columns, ParticipantRow, parse_rows, read_participant_rows
+from ldae.preprocessing.participant_rows import Columns, ParticipantRow, override, parse_rows, read_participant_rows
 from ldae.preprocessing.scan_rows import RowsOfScan, merge_rows, select_rows
 from ldae.preprocessing.session_times import SessionOrder, SessionTime, order_sessions
 from ldae.preprocessing.sources import SourceScan
 from ldae.utils.errors import UserError
 
 log = logging.getLogger(__name__)
+
+SEX_REMEDY = "write M and F, or state the meaning of numbers as in --set 'preprocess.columns.sex_codes={0:F,1:M}'"
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,8 @@ class Participants:
     """The participants and sessions of a data set.
 
     Args:
-        root: folder with participants.tsv and sub-*/sub-*_sessions.tsv, or None if the scans come with their own data.
+        root: folder with participants.tsv (or .csv) and sub-*/sub-*_sessions.tsv, or None if the scans come with their
+            own data.
         columns: names of the columns.
         participants: another file instead of root/participants.tsv; sessions are then sought beside it, too.
 
@@ -63,14 +66,14 @@ class Participants:
         self.columns = columns
         self.roots = [folder for folder in (root, participants and participants.parent) if folder is not None]
         self.reason_empty: str | None = None
-        self.path = participants or (root / "participants.tsv" if root else None)
+        self.path = participants or (_find_table(root) if root else None)
         if participants is not None and not exists_or_refuse(participants):
             raise UserError(f"no such file: {participants}")
         header, rows = read_participant_rows(self.path, columns) if self.path else ([], [])
         if header and not columns.find(header)["subject"]:
             raise UserError(
                 f"{self.path}: no column of subjects in {', '.join(header)}: "
-                f"call it participant_id, or name it with --set preprocess.columns.subject=[NAME]"
+                f"call it participant_id, or name it with {override('subject', 'NAME')}"
             )
         self._header = dict.fromkeys(header)  # of all tables together
         self._listed: dict[str, list[ParticipantRow]] = defaultdict(list)  # by the subject as the table writes it
@@ -100,6 +103,8 @@ class Participants:
         reports = [self._report(role, rows, found) for role in ("diagnosis", "age", "sex")]
         self._log(scans, reports)
         self.reason_empty = self._find_reason_empty(scans, reports)
+        if self.reason_empty:
+            log.warning("%s", self.reason_empty)
         return found
 
     def _rows_of(self, scan: SourceScan, only: bool) -> RowsOfScan:
@@ -159,6 +164,8 @@ class Participants:
             log.info("subject: %d of %d in %s", known, len(scans), self.path)
         for report in reports:
             log.info("%s", report.describe())
+            if report.role == "sex" and report.not_understood:
+                log.info("sex: %s", SEX_REMEDY)
 
     def _find_reason_empty(self, scans: Sequence[SourceScan], reports: Sequence[ColumnReport]) -> str | None:
         reports = [report for report in reports if report.role != "sex"]
@@ -168,14 +175,20 @@ class Participants:
             theirs, ours = next(iter(self._listed)), scans[0].subject
             return (
                 f"{self.path}: none of its {len(self._listed)} participants ({theirs}, ...) is a subject of the scans "
-                f"({ours}, ...): write them alike, or name their column with --set preprocess.columns.subject=[NAME]"
+                f"({ours}, ...): write them alike, or name their column with {override('subject', 'NAME')}"
             )
         if any(report.columns or report.similar_columns() for report in reports):
             lines = "; ".join(report.describe() for report in reports)
-            return (
-                f"no scan has an age or a diagnosis ({lines}): name the column with --set preprocess.columns.age=[NAME]"
-            )
+            similar = [override(report.role, name) for report in reports for name in report.similar_columns()]
+            remedy = similar[0] if similar else override("age", "NAME")
+            return f"no scan has an age or a diagnosis ({lines}): name a column with {remedy}"
         return None
+
+
+def _find_table(root: Path) -> Path:
+    """The table of participants in a folder, which may not exist."""
+    paths = [root / f"participants.{ending}" for ending in ("tsv", "csv", "txt")]
+    return next((path for path in paths if exists_or_refuse(path)), paths[0])
 
 
 def _order_sessions(scans: Sequence[SourceScan], rows: Sequence[RowsOfScan]) -> dict[str, SessionOrder]:
