@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 from hydra.utils import instantiate
 
-from ldae.commands.preprocess import compose_steps
+from ldae.commands.preprocess_folder import compose_steps
 from ldae.data.nifti import BadScan
 from ldae.data.table import read_table
 from ldae.preprocessing.brain import Stripped, close_sulci, is_skull_stripped

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, TypedDict, Unpack
 import click
 
 from ldae.utils.errors import UserError
+from ldae.utils.shards import Shard
 
 if TYPE_CHECKING:
     from ldae.pipeline import LDAE
@@ -64,6 +65,15 @@ preprocess_options = _together(
         is_flag=True,
         help="Skip the out-of-distribution check. Results for scans that fail it are not meaningful.",
     ),
+)
+shard_option = click.option(
+    "--shard",
+    metavar="I/N",
+    callback=lambda _context, _option, text: None if text is None else Shard.parse(text),
+    help="Do part I of N of the scans, as one of N jobs that share OUTPUT. The last job writes the tables.",
+)
+merge_option = click.option(
+    "--merge", is_flag=True, help="Only write the tables of what the jobs with --shard have done."
 )
 seed_option = click.option("--seed", type=int, default=0, show_default=True, help="Seed of the random noise.")
 

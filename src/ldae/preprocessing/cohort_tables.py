@@ -72,18 +72,30 @@ def write_tables(out: Path, listed_in: str, parameters: str, page: bool = True) 
 
 
 def update_records(
-    out: Path, sessions: Sequence[SessionScans], paths: Iterable[Sequence[Path]], listed_in: str
-) -> None:
+    out: Path,
+    sessions: Sequence[SessionScans],
+    paths: Iterable[Sequence[Path]],
+    listed_in: str,
+    parameters: str = "",
+    is_whole_list: bool = True,
+) -> list[bool]:
     """Bring the records of earlier runs up to date with what the tables of participants say now.
 
     Records of scans that the list no longer has are marked as `unlisted`; their files are kept.
 
     Args:
         paths: for each session the records that its scans may have.
+        parameters: key of the present parameters.
+        is_whole_list: whether `sessions` are all of the list; otherwise no record is marked as `unlisted`.
+
+    Returns:
+        Whether each session has a record of these parameters.
     """
-    current: set[Path] = set()
+    current: set[str] = set()
+    finished = []
     for session, candidates in zip(sessions, paths, strict=True):
-        current.update(candidates)
+        current.update(path.name for path in candidates)
+        is_finished = False
         for path, scan, row in zip(candidates, session.scans, session.rows, strict=True):
             record = _read_record(out / path)
             if record is None:
@@ -93,15 +105,18 @@ def update_records(
             now.pop("unlisted", None)
             if now != record:
                 write_json(out / path, now)
-    for path in (out / "records").glob("*.json"):
-        record = None if path.relative_to(out) in current else _read_record(path)
+            is_finished |= _has_parameters(now, parameters)
+        finished.append(is_finished)
+    for path in _record_files(out) if is_whole_list else ():
+        record = None if path.name in current else _read_record(path)
         if record and record.get("listed_in") == listed_in and not record.get("unlisted"):
             write_json(path, record | {"unlisted": True})
+    return finished
 
 
 def _read_records(out: Path) -> list[Record]:
     """Records that have what the tables need, sorted by subject, time, session and file."""
-    found = [record for path in (out / "records").glob("*.json") if (record := _read_record(path))]
+    found = [record for path in _record_files(out) if (record := _read_record(path))]
     found = [record for record in found if all((out / file).is_file() for file in record["files"].values())]
     records = [record for record in found if "row" in record]
     if len(found) > len(records):
@@ -120,11 +135,20 @@ def _read_record(path: Path) -> Record | None:
     return None
 
 
+def _record_files(out: Path) -> list[Path]:
+    return sorted((out / "records").glob("*.json"))
+
+
 def _is_stale(record: Record, listed_in: str, parameters: str) -> bool:
     """Whether a record is of a scan that its list no longer has, or of earlier parameters of the present list."""
-    key = record.get("key", "")
-    is_of_other_parameters = key and record["listed_in"] == listed_in and not key.lstrip("+").startswith(parameters)
+    is_of_other_parameters = record["listed_in"] == listed_in and not _has_parameters(record, parameters)
     return bool(record.get("unlisted") or is_of_other_parameters)
+
+
+def _has_parameters(record: Record, parameters: str) -> bool:
+    """Whether a scan was preprocessed with these parameters, or could not be read with any."""
+    key = record.get("key", "")
+    return not key or key.lstrip("+").startswith(parameters)
 
 
 def _place(record: Record) -> tuple[str, str]:

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from zlib import crc32
 
 from ldae.data.nifti import READING, BadScan, find_partner, is_read_as_before, reason_missing, states_orientation
 from ldae.preprocessing.bids_names import BidsNames
@@ -23,9 +24,12 @@ from ldae.preprocessing.steps import PreprocessedScan, PreprocessingSteps
 from ldae.preprocessing.template import template_brain
 from ldae.utils.errors import UserError
 from ldae.utils.files import file_sha256
+from ldae.utils.locks import wait_for_lock
 
 # Errors of the disk, which stop the whole run; other errors concern one scan.
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EACCES, errno.EIO}
+
+LOCKS = ".locks"  # folder of locks, for jobs that write into one output folder
 
 
 @dataclass(frozen=True)
@@ -142,25 +146,41 @@ class Job:
         return record
 
     def _preprocess(self, session: SessionScans, keys: list[str], reasons: dict[int, str]) -> Record:
-        start, processor_start = time.monotonic(), time.process_time()
+        stopwatch = _Stopwatch()
         with tempfile.TemporaryDirectory(prefix="ldae-") as folder:
             chosen = self._choose(session, Path(folder), reasons)
-            if chosen is None:
-                return self.reject(session, reasons[0], _join_keys(keys) if any(keys) else "", reasons)
-            index, result = chosen
-            self._remove_outputs(session)
-            record = self._write_outputs(session, index, result)
+            with wait_for_lock(self._lock(session)):
+                # Another job may have finished the same scan meanwhile: its files stay.
+                finished = self._read_finished(session, _join_keys(keys))
+                if finished is not None:
+                    return finished
+                if chosen is None:
+                    return self.reject(session, reasons[0], _join_keys(keys) if any(keys) else "", reasons)
+                self._remove_outputs(session)
+                return self._write(session, chosen, keys, reasons, stopwatch)
+
+    def _write(
+        self,
+        session: SessionScans,
+        chosen: tuple[int, PreprocessedScan],
+        keys: list[str],
+        reasons: Mapping[int, str],
+        stopwatch: "_Stopwatch",
+    ) -> Record:
+        """Write the files of the scan that was chosen, and its record last."""
+        index, result = chosen
+        record = self._write_outputs(session, index, result)
         scan = session.scans[index]
         others = [(other, reasons.get(number)) for number, other in enumerate(session.scans) if number != index]
         left_out = [(other, text or describe_choice(scan, other, self.choice)) for other, text in others]
-        seconds = {
-            "seconds": time.monotonic() - start,
-            "processor_seconds": time.process_time() - processor_start,
-        }
-        record |= {"key": _join_keys(keys), "measures": record["measures"] | seconds}
+        record |= {"key": _join_keys(keys), "measures": record["measures"] | stopwatch.read()}
         record |= self._describe(session, index, left_out)
         self.outputs(scan).write_record(record)
         return record
+
+    def _lock(self, session: SessionScans) -> Path:
+        """A lock for writing the files of a session; a few sessions share one."""
+        return self.out / LOCKS / f"{crc32(self.outputs(session.first).names.stem.encode()) % 256:02x}"
 
     def _choose(
         self, session: SessionScans, folder: Path, reasons: dict[int, str]
@@ -223,6 +243,19 @@ class Job:
         }
         outputs.write_sidecars(self.steps, result, record)
         return record
+
+
+class _Stopwatch:
+    """Time since it was made, on the wall and of this process."""
+
+    def __init__(self) -> None:
+        self._start, self._processor_start = time.monotonic(), time.process_time()
+
+    def read(self) -> dict[str, float]:
+        return {
+            "seconds": time.monotonic() - self._start,
+            "processor_seconds": time.process_time() - self._processor_start,
+        }
 
 
 def _join_keys(keys: Sequence[str]) -> str:

@@ -54,7 +54,7 @@ class Outputs:
         record = self.read_record()
         if record is None:
             return
-        (self.folder / self.names.record).unlink()
+        (self.folder / self.names.record).unlink(missing_ok=True)
         for file in record.get("files", {}).values():
             (self.folder / file).unlink(missing_ok=True)
             (self.folder / _sidecar(file)).unlink(missing_ok=True)

@@ -1,37 +1,34 @@
 """Preprocessing of a cohort: one scan of every session in worker processes, then the tables.
 
 Writes OUT/scans.csv (the table that training reads), rejected.csv (rejected scans with the reason), qc.html and
-dataset_description.json.
+dataset_description.json. Several jobs can share a cohort (`Shard`): each preprocesses its sessions, and the last one
+makes the tables from the records of all.
 """
 
 import logging
-import math
 from collections.abc import Sequence
 from contextlib import closing, suppress
-from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
 import pandas as pd
 
-from ldae.data.columns import find_columns
-from ldae.data.sessions import session_label
+from ldae.preprocessing.cohort_plan import CohortPlan, plan_cohort
 from ldae.preprocessing.cohort_tables import update_records, write_tables
 from ldae.preprocessing.job import Job
 from ldae.preprocessing.outputs import Record
-from ldae.preprocessing.participants import Participant, Participants
-from ldae.preprocessing.regions import find_label_maps, label_map_of
-from ldae.preprocessing.session_scans import Row, SessionScans, group_scans
+from ldae.preprocessing.participants import Participants
+from ldae.preprocessing.session_scans import SessionScans
 from ldae.preprocessing.sources import SourceScan
 from ldae.utils.errors import UserError
 from ldae.utils.files import read_json, write_json
 from ldae.utils.process_pool import DIED, DIED_REASON, available_cores, ignoring_interrupts, run_in_processes
+from ldae.utils.shards import Shard, remove_marks
 
 log = logging.getLogger(__name__)
 
 DESCRIPTION = "dataset_description.json"
-# Contents of columns that have a place of their own in the table; other columns of the source are copied to it.
-PLACED_ROLES = ("subject", "session", "path", "diagnosis", "age", "sex")
+MARKS = ".shards"  # folder of the marks of finished shards
 
 
 def preprocess_cohort(
@@ -42,7 +39,8 @@ def preprocess_cohort(
     workers: int | None = None,
     threads: int = 1,
     progress: bool = True,
-) -> pd.DataFrame:
+    shard: Shard | None = None,
+) -> pd.DataFrame | None:
     """Preprocess `scans` into job.out, write the tables, and return the table of all usable scans in job.out.
 
     Scans that an earlier run finished with the same content and parameters are kept. If it is interrupted, the tables
@@ -52,86 +50,80 @@ def preprocess_cohort(
         labels: folder of label maps, see `regions.find_label_maps`.
         workers: number of processes; None: one for each core, 0: everything in this process.
         threads: number of threads in each process.
+        shard: the part of the sessions that this job does, while other jobs do the others. The last job writes the
+            tables; the others return None.
 
     Raises:
         UserError: the disk is full or cannot be written, `labels` is ambiguous, or none of the scans is usable.
     """
-    label_maps = find_label_maps(labels) if labels else {}
-    sessions, unusable = _plan(scans, participants, job, label_maps)
+    whole = plan_cohort(scans, participants, job, labels)
     job.out.mkdir(parents=True, exist_ok=True)
     _write_description(job.out)
-    sessions, foreign = _separate_foreign(job, sessions)
-    unusable += foreign
-    names = [[job.outputs(scan).names.record for scan in session.scans] for session in sessions]
-    update_records(job.out, sessions, names, job.listed_in)
-    for session in unusable:
-        _log_record(session, job.reject(session, session.first.problem))
+    plan = (whole if shard is None else whole.part_of(shard)).without_foreign(job)
+    update_records(job.out, plan.sessions, plan.record_paths(job), job.listed_in, is_whole_list=shard is None)
+    _reject_unusable(plan, job)
     parameters = job.steps.key()
-    reasons: list[str] = []
     try:
-        workers = available_cores() if workers is None else workers
-        items = [(session,) for session in sessions]
-        with closing(run_in_processes(job, items, workers, threads, "preprocess", progress=progress)) as results:
-            for index, record in results:
-                if record is DIED:
-                    record = job.reject(sessions[index], DIED_REASON)
-                _log_record(sessions[index], record)
-                reasons += [record["reason"]] if record["status"] != "done" else []
+        reasons = _preprocess_sessions(plan.sessions, job, workers, threads, progress)
     except BaseException:  # interrupted, or the disk is full: what is finished, now or by an earlier run, is usable
-        with ignoring_interrupts(), suppress(OSError, UserError):
-            write_tables(job.out, job.listed_in, parameters, page=False)
+        if shard is None:
+            with ignoring_interrupts(), suppress(OSError, UserError):
+                write_tables(job.out, job.listed_in, parameters, page=False)
         raise
+    if shard is not None:
+        if shard.mark_finished(job.out / MARKS, whole.digest(job)):
+            return merge_tables(whole, job)
+        log.info("shard %s is finished; the last shard, or --merge, writes the tables in %s", shard, job.out)
+        return None
     table = write_tables(job.out, job.listed_in, parameters)
-    if len(reasons) == len(sessions):
-        reasons = [session.first.problem for session in unusable] + reasons
+    if len(reasons) == len(plan.sessions):
+        reasons = [session.first.problem for session in plan.unusable] + reasons
         raise UserError(f"none of the {len(scans)} scans is usable ({reasons[0]}): see {job.out / 'rejected.csv'}")
     return table
 
 
-def _plan(
-    scans: Sequence[SourceScan], participants: Participants, job: Job, label_maps: dict[tuple[str, str], Path]
-) -> tuple[list[SessionScans], list[SessionScans]]:
-    """The sessions to preprocess, and the scans that cannot be used, each in a session of its own."""
-    problems = [scan for scan in scans if scan.problem]
-    scans = [scan for scan in scans if not scan.problem]
-    found = participants.look_up_all(scans)
-    usable, rows = [], []
-    for scan, participant in zip(scans, found, strict=True):
-        if participant.problem:
-            problems.append(replace(scan, problem=participant.problem))
-        else:
-            usable.append(scan)
-            rows.append(_row(scan, participant))
-    sessions = group_scans(usable, rows, job.choice, lambda scan: label_map_of(scan, label_maps))
-    return sessions, [SessionScans((scan,)) for scan in problems]
+def merge_tables(plan: CohortPlan, job: Job) -> pd.DataFrame:
+    """Write the tables of what several jobs have preprocessed, and return the table of all usable scans in job.out.
 
-
-def _row(scan: SourceScan, participant: Participant) -> Row:
-    """The cells of the table that do not depend on preprocessing."""
-    placed = {name for role in PLACED_ROLES for name in find_columns(list(scan.metadata), role)}
-    return {
-        "session": session_label(participant.months or 0),
-        "diagnosis": participant.diagnosis,
-        "age": participant.age if math.isfinite(participant.age) else None,
-        "sex": participant.sex,
-        **{name: cell for name, cell in scan.metadata.items() if name not in placed},
-    }
-
-
-def _separate_foreign(job: Job, sessions: list[SessionScans]) -> tuple[list[SessionScans], list[SessionScans]]:
-    """The sessions whose names are free in `job.out`, and those of which another list has put another scan there."""
-    free, foreign = [], []
-    for session in sessions:
-        other = job.find_foreign(session)
-        if other is None:
-            free.append(session)
-            continue
-        problem = (
-            f"{job.out} has another scan of {session.first.subject} {session.first.session}".rstrip()
-            + f" from {other['listed_in']}: choose another output folder, or remove that scan's record"
+    Raises:
+        UserError: some sessions of `plan` are not preprocessed yet, or none is usable. The tables are written in any
+            case and list what is finished.
+    """
+    plan, parameters = plan.without_foreign(job), job.steps.key()
+    has_record = update_records(job.out, plan.sessions, plan.record_paths(job), job.listed_in, parameters)
+    _reject_unusable(plan, job)
+    table = write_tables(job.out, job.listed_in, parameters)
+    missing = [session for session, has in zip(plan.sessions, has_record, strict=True) if not has]
+    if missing:
+        raise UserError(
+            f"{len(missing)} of {len(plan.sessions)} scans are not preprocessed yet (the first: "
+            f"{missing[0].first.printable_path}): run their shards again; the tables in {job.out} list the others"
         )
-        foreign.append(SessionScans((replace(session.first, problem=problem),)))
-    return free, foreign
+    if table.empty:
+        raise UserError(f"none of the scans is usable: see {job.out / 'rejected.csv'}")
+    remove_marks(job.out / MARKS)
+    return table
+
+
+def _preprocess_sessions(
+    sessions: Sequence[SessionScans], job: Job, workers: int | None, threads: int, progress: bool
+) -> list[str]:
+    """Preprocess sessions in worker processes. Returns the reasons of those that are rejected."""
+    reasons: list[str] = []
+    workers = available_cores() if workers is None else workers
+    items = [(session,) for session in sessions]
+    with closing(run_in_processes(job, items, workers, threads, "preprocess", progress=progress)) as results:
+        for index, record in results:
+            if record is DIED:
+                record = job.reject(sessions[index], DIED_REASON)
+            _log_record(sessions[index], record)
+            reasons += [record["reason"]] if record["status"] != "done" else []
+    return reasons
+
+
+def _reject_unusable(plan: CohortPlan, job: Job) -> None:
+    for session in plan.unusable:
+        _log_record(session, job.reject(session, session.first.problem))
 
 
 def _log_record(session: SessionScans, record: Record) -> None:

@@ -7,7 +7,7 @@ is valid across machines if that file system supports flock, as NFS under Linux 
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -20,7 +20,7 @@ PATIENCE = 600.0  # seconds that a short lock is waited for
 
 @contextmanager
 def lock_folder(folder: Path, active: bool = True) -> Iterator[None]:
-    """Hold the lock of `folder`, which is made if it does not exist.
+    """Hold the lock of `folder`, which is made if it does not exist, and removed again if nothing was written to it.
 
     Args:
         active: False does nothing, as on all processes of a run but the main one.
@@ -31,6 +31,7 @@ def lock_folder(folder: Path, active: bool = True) -> Iterator[None]:
     if not active:
         yield
         return
+    made = [place for place in (folder, *folder.parents) if not place.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     holder = folder / HOLDER
     lock = FileLock(folder / LOCK, timeout=0)
@@ -44,6 +45,11 @@ def lock_folder(folder: Path, active: bool = True) -> Iterator[None]:
         yield
     finally:
         holder.unlink(missing_ok=True)
+        if made and {path.name for path in folder.iterdir()} <= {LOCK}:  # refused: as if the command had not been typed
+            (folder / LOCK).unlink(missing_ok=True)
+            with suppress(OSError):  # another process has written to one of them
+                for place in made:
+                    place.rmdir()
         lock.release()
 
 
@@ -54,6 +60,7 @@ def wait_for_lock(path: Path) -> Iterator[None]:
     Raises:
         UserError: it was not free within PATIENCE.
     """
+    path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path, timeout=PATIENCE)
     try:
         lock.acquire()
