@@ -313,6 +313,26 @@ def test_no_usable_scan_is_no_success(tmp_path):
     assert "scans.csv" not in result.output.splitlines()[-1]
 
 
+@pytest.mark.parametrize(
+    ("rows", "months"),
+    [
+        (["1,70", "2,72"], [0, 24]),  # they count the visits
+        (["01,70.0", "02,70.5"], [1, 2]),  # too near to tell: months, as in the table of training
+        (["0,70", "12,71", "24,72"], [0, 12, 24]),
+        (["0,70", "12,70", "24,70"], [0, 12, 24]),  # one age for all visits
+        (["0,70", "6,27", "12,71", "18,71"], [0, 6, 12, 18]),  # one age is wrong
+        (["1,", "2,"], [1, 2]),
+    ],
+)
+def test_bare_numbers_are_months_unless_ages_show_that_they_count_the_visits(tmp_path, rows, months):
+    for number, _ in enumerate(rows):
+        brain(seed=number).write(tmp_path / f"{number}.nii.gz")
+    lines = [f"{number}.nii.gz,a,{row}" for number, row in enumerate(rows)]
+    (tmp_path / "list.csv").write_text("\n".join(["path,subject,session,age", *lines]) + "\n")
+    run(tmp_path / "list.csv", tmp_path / "out")
+    assert scans(tmp_path / "out") == [("sub-a", month) for month in months]
+
+
 def test_runs_are_sorted_by_the_time_of_scans_tsv_if_it_is_known(tmp_path):
     anat = tmp_path / "raw" / "sub-1" / "anat"
     for number in (1, 2):

@@ -6,7 +6,7 @@ scans.
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import cache
 from pathlib import Path
@@ -15,6 +15,7 @@ from ldae.data.columns import find_columns
 from ldae.data.delimited import exists_or_refuse, read_text_table
 from ldae.data.sessions import parse_date, parse_session, session_label
 from ldae.preprocessing.bids_names import bids_entity, bids_label, path_entity, strip_suffix
+from ldae.preprocessing.visit_numbers import numbers_count_visits
 from ldae.utils.errors import UserError
 
 NIFTI_SUFFIXES = (".nii.gz", ".nii")
@@ -72,7 +73,9 @@ def find_scans(source: Path) -> list[SourceScan]:
 
 
 def _find_in_bids(root: Path) -> list[SourceScan]:
-    return [_describe_file(root, path) for path in _find_nifti_files(root, ("sub-*/anat", "sub-*/ses-*/anat"))]
+    dates = cache(_read_dates)  # scans of one folder share a table
+    paths = _find_nifti_files(root, ("sub-*/anat", "sub-*/ses-*/anat"))
+    return [replace(_describe_file(root, path), date=dates(path.parent.parent).get(path.name)) for path in paths]
 
 
 def _find_in_caps(root: Path) -> list[SourceScan]:
@@ -105,11 +108,9 @@ def _describe_file(root: Path, path: Path) -> SourceScan:
     session = session or (f"ses-{stated[1]}" if stated[1] else "")
     if printable(str(path)) != str(path):
         problem = "its path is not UTF-8: rename the file or its folder"
-    date = _read_dates(path.parent.parent).get(path.name)
-    return SourceScan(path, printable(subject), printable(session), problem=problem, date=date)
+    return SourceScan(path, printable(subject), printable(session), problem=problem)
 
 
-@cache
 def _read_dates(folder: Path) -> dict[str, datetime]:
     """Dates of acquisition by file name, from the sub-*_scans.tsv in the folder of a subject or session."""
     dates: dict[str, datetime] = {}
@@ -132,6 +133,7 @@ def _find_in_csv(table: Path) -> list[SourceScan]:
     if not columns["path"]:
         raise UserError(f"{table}: a column `path` is needed; the header has {', '.join(content.header) or 'nothing'}")
     scans, subject_by_label = [], {}
+    counts_visits = numbers_count_visits(content, columns["subject"], columns["session"])
     for row in content.rows:
         found = {role: row.cells.get(name, "") for role, name in columns.items()}
         if not found["path"]:
@@ -143,7 +145,8 @@ def _find_in_csv(table: Path) -> list[SourceScan]:
             raise UserError(
                 f"{table}, line {row.line}: subject {subject!r} does not give a unique BIDS label; rename it"
             )
-        session = _format_session(found["session"] or path_entity(path, "ses"))
+        session = found["session"] or path_entity(path, "ses")
+        session = f"ses-{bids_label(session)}" if session.isdigit() and counts_visits else _format_session(session)
         metadata = {name: cell for name, cell in row.cells.items() if name not in columns.values()}
         scans.append(SourceScan(table.parent / path, f"sub-{label}", session, metadata))
     return scans
