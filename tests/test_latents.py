@@ -6,6 +6,7 @@ that are damaged are encoded again; foreign, truncated and incomplete files are 
 
 import json
 import os
+import shutil
 import threading
 import time
 from contextlib import nullcontext
@@ -24,7 +25,8 @@ from ldae.data.latent_npz import npz_name, write_npz
 from ldae.data.latents import CHUNK, METADATA_FILE, LatentSet, channel_scale, write_metadata
 from ldae.data.table import read_table, write_table
 from ldae.data.transforms import Transform
-from ldae.stages.encode_latents import encode_cohort
+from ldae.stages.encode_latents import OOD_FILE, encode_cohort
+from ldae.stages.predecessors import match_latents
 from ldae.utils.errors import UserError
 
 SCANS, BATCH = 10, 2
@@ -140,7 +142,7 @@ def test_the_file_of_latents_equals_the_npz_files_to_the_bit(scans, whole, tmp_p
         assert torch.equal(mine, right)
         assert torch.equal(theirs, right)
     assert sorted(p.name for p in whole.iterdir()) == [
-        METADATA_FILE, LATENT_FILE, "rejected.csv", "scans_with_compressed_latent.csv"
+        METADATA_FILE, LATENT_FILE, OOD_FILE, "rejected.csv", "scans_with_compressed_latent.csv"
     ]  # fmt: skip
     assert set(pd.read_csv(whole / "scans_with_compressed_latent.csv")["latent_path"]) == {LATENT_FILE}
     assert new.table["subject"].tolist() == [f"s{number}" for number in range(SCANS)]
@@ -366,3 +368,42 @@ def test_the_digests_of_scans_change_with_the_precision(scans):
     read = cohort(scans)
     assert (read.digest_scans("no") == read.digest_scans()).all()
     assert not (read.digest_scans("bf16") == read.digest_scans()).all(axis=1).any()
+
+
+def test_latents_of_scans_that_have_changed_are_found(scans, whole, tmp_path):
+    """By size and time of change, or by content alone; a scan without a recorded version is not among them."""
+    copied = shutil.copytree(scans, tmp_path / "scans")
+    latents = LatentSet.open(whole)
+    assert latents.find_outdated(cohort(copied)).tolist() == []
+    status = os.stat(copied / "3.nii")
+    other = np.random.default_rng(9).random((8, 8, 8), np.float32)
+    nib.save(nib.Nifti1Image(other, np.diag([2.0, 2, 2, 1])), copied / "3.nii")
+    os.utime(copied / "3.nii", ns=(status.st_atime_ns, status.st_mtime_ns))
+    os.utime(copied / "5.nii", ns=(1, 1))
+    changed = cohort(copied)
+    assert latents.find_outdated(changed).tolist() == [3, 5]
+    with pytest.raises(UserError, match=r"latents of 2 scans \(s3 ses-M000, ...\).*python encode_latents.py"):
+        match_latents(changed, latents)
+    assert encode(copied, shutil.copytree(whole, tmp_path / "latents")) == [2]
+    assert LatentSet.open(tmp_path / "latents").find_outdated(changed).tolist() == []
+    (tmp_path / "npz").mkdir()
+    npz_folder(scans, tmp_path / "npz")
+    assert LatentSet.open(tmp_path / "npz").find_outdated(changed).tolist() == []
+
+
+def test_scans_that_fail_the_out_of_distribution_check_are_listed(scans, tmp_path, caplog):
+    copied = shutil.copytree(scans, tmp_path / "scans")
+    ramp = np.arange(512, dtype=np.float32).reshape(8, 8, 8)
+    for number in range(SCANS):
+        image = np.flip(ramp, 0) if number in (1, 8) else ramp
+        noise = np.random.default_rng(number).normal(0, 5, image.shape)
+        nib.save(nib.Nifti1Image((image + noise).astype(np.float32), np.diag([2.0, 2, 2, 1])), copied / f"{number}.nii")
+    with caplog.at_level("INFO"):
+        encode(copied, tmp_path / "latents")
+    assert "2 of 10 scans fail the out-of-distribution check" in caplog.text
+    listed = pd.read_csv(tmp_path / "latents" / OOD_FILE)
+    assert listed["subject"].tolist() == ["s1", "s8"]
+    for number in (1, 8):
+        nib.save(nib.load(copied / "0.nii"), copied / f"{number}.nii")
+    encode(copied, tmp_path / "latents")
+    assert not (tmp_path / "latents" / OOD_FILE).exists()

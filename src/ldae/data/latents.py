@@ -16,6 +16,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from ldae.data.cohort import Cohort
 from ldae.data.latent_file import LATENT_FILE, LatentFile, digest_rows
 from ldae.data.latent_npz import read_npz
 from ldae.data.table import read_table, scan_names, write_table
@@ -24,6 +25,7 @@ from ldae.utils.files import read_json, write_json
 
 METADATA_FILE = "latents.json"
 REJECTED_FILE = "rejected.csv"
+PRECISIONS = ("no", "fp16", "bf16")  # that latents may have been computed in
 CHUNK = 256  # rows that are read at a time; 31 MB at full size
 
 
@@ -39,6 +41,8 @@ class LatentSet:
         split_hash: of the split by subject that they were made with.
         autoencoder: hash of the weights of the autoencoder that made them.
         transform: key of the transform of the scans; empty if it was not recorded.
+        scans: (N, 16) uint8, Cohort.digest_scans of the scans that were encoded; None if that was not recorded.
+        precision: of the autoencoder as Accelerate names it; empty if it was not recorded.
     """
 
     table: pd.DataFrame
@@ -48,6 +52,8 @@ class LatentSet:
     split_hash: str
     autoencoder: str
     transform: str = ""
+    scans: np.ndarray | None = None
+    precision: str = ""
 
     @classmethod
     def open(cls, folder: Path) -> "LatentSet":
@@ -61,16 +67,37 @@ class LatentSet:
         check_latents(folder)
         metadata = _read_metadata(folder)
         table = read_table(folder / metadata["table"], require_files=False)
-        mean, std = _read_latents(table, folder, metadata["autoencoder_sha256"])
+        mean, std, scans = _read_latents(table, folder, metadata["autoencoder_sha256"])
         if len(metadata["scale"]) != mean.shape[1]:
             raise UserError(f"{folder / METADATA_FILE} has another number of channels than its latents: encode again")
         scale = torch.tensor(metadata["scale"], dtype=torch.float32)
         names = ("split_hash", "autoencoder_sha256", "transform")
-        return cls(table, mean, std, scale, *(metadata.get(name, "") for name in names))
+        texts = (metadata.get(name, "") for name in names)
+        return cls(table, mean, std, scale, *texts, scans, metadata.get("precision", ""))
 
     def rows(self, split: str) -> np.ndarray:
         """Row numbers of a split, int64."""
         return np.flatnonzero((self.table["split"] == split).to_numpy())
+
+    def find_rows(self, table: pd.DataFrame) -> np.ndarray:
+        """For each scan of `table` the row of its latent, by subject and session; -1 if it has none. (N,) int64."""
+        key = ["subject", "session"]
+        rows = {scan: row for row, scan in enumerate(self.table[key].itertuples(index=False, name=None))}
+        return np.array([rows.get(scan, -1) for scan in table[key].itertuples(index=False, name=None)], dtype=np.int64)
+
+    def find_outdated(self, cohort: Cohort) -> np.ndarray:
+        """Rows of the cohort's scans whose latent was made of another version of the scan.
+
+        Latents of earlier versions of this project that do not say what they were made of are not among them.
+        """
+        if self.scans is None:
+            return np.zeros(0, dtype=np.int64)
+        rows = self.find_rows(cohort.table)
+        known = np.flatnonzero(rows >= 0)
+        is_present = np.zeros(len(known), dtype=bool)
+        for precision in (self.precision,) if self.precision else PRECISIONS:
+            is_present |= (cohort.digest_scans(precision)[known] == self.scans[rows[known]]).all(axis=1)
+        return known[~is_present]
 
     def sample(self, rows: Tensor | np.ndarray, noise: Tensor) -> Tensor:
         """Samples z of the posteriors of `rows` (B,), given standard normal `noise` (B, C, X, Y, Z), on the device."""
@@ -155,8 +182,8 @@ def _read_metadata(folder: Path) -> dict[str, Any]:
     return metadata
 
 
-def _read_latents(table: pd.DataFrame, folder: Path, autoencoder: str) -> tuple[Tensor, Tensor]:
-    """Posterior mean and standard deviation of the rows of a table, (N, C, X, Y, Z)."""
+def _read_latents(table: pd.DataFrame, folder: Path, autoencoder: str) -> tuple[Tensor, Tensor, np.ndarray | None]:
+    """Posterior mean and standard deviation of the rows of a table, (N, C, X, Y, Z), and LatentSet.scans."""
     if "latent_path" not in table:
         raise UserError(f"the table in {folder} has no latent_path: run encode_latents.py again")
     paths = table["latent_path"]
@@ -171,10 +198,10 @@ def _read_latents(table: pd.DataFrame, folder: Path, autoencoder: str) -> tuple[
     if len(shapes) != 1:
         raise UserError(f"latents in {folder} differ in shape ({sorted(shapes)}): run encode_latents.py again")
     mean, std = (torch.from_numpy(np.stack(part)) for part in zip(*pairs, strict=True))
-    return mean, std
+    return mean, std, None
 
 
-def _read_file(table: pd.DataFrame, folder: Path, autoencoder: str) -> tuple[Tensor, Tensor]:
+def _read_file(table: pd.DataFrame, folder: Path, autoencoder: str) -> tuple[Tensor, Tensor, np.ndarray]:
     """The same from the file of all latents: memory-mapped if the table has the same order, otherwise copied."""
     if table["latent_path"].nunique() != 1:
         raise UserError(f"the table in {folder} names other latents beside {LATENT_FILE}: run encode_latents.py again")
@@ -184,5 +211,5 @@ def _read_file(table: pd.DataFrame, folder: Path, autoencoder: str) -> tuple[Ten
         name = scan_names(table, [int(np.argmin(places))])[0]
         raise UserError(f"{file.path} has no latent of {name}: run encode_latents.py again")
     if np.array_equal(places, np.arange(len(file))):
-        return file.mean, file.std
-    return file.mean[places], file.std[places]
+        return file.mean, file.std, file.scan
+    return file.mean[places], file.std[places], file.scan[places]

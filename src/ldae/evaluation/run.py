@@ -174,7 +174,7 @@ def _find_source(cohort: Cohort, space: Workspace, config: DictConfig) -> Source
 def _posterior(
     model: "LDAE", cohort: Cohort, space: Workspace, autoencoder: str
 ) -> Callable[[Sequence[int]], tuple[Tensor, Tensor]]:
-    """Reads stored latents if this autoencoder has encoded every scan; otherwise encodes the scans anew."""
+    """Reads stored latents if this autoencoder has encoded every scan as it is now; otherwise encodes them anew."""
 
     def encode(rows: Sequence[int]) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
@@ -184,11 +184,10 @@ def _posterior(
     if not (space.latents / METADATA_FILE).exists():
         return encode
     latents = LatentSet.open(space.latents)
-    stored_rows = {path: row for row, path in enumerate(latents.table["path"])}
-    if latents.autoencoder != autoencoder or not set(cohort.table["path"]) <= stored_rows.keys():
+    rows = latents.find_rows(cohort.table)
+    if latents.autoencoder != autoencoder or (rows < 0).any() or len(latents.find_outdated(cohort)):
         return encode
-    order = np.array([stored_rows[path] for path in cohort.table["path"]])
-    return lambda rows: (latents.mean[order[rows]], latents.std[order[rows]])
+    return lambda chosen: (latents.mean[rows[chosen]], latents.std[rows[chosen]])
 
 
 def _spacing(cohort: Cohort) -> tuple[float, float, float]:

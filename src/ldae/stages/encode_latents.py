@@ -26,12 +26,13 @@ from ldae.data.table import scan_names, write_table
 from ldae.data.transforms import Transform
 from ldae.models.placement import place_module
 from ldae.runs import Run
-from ldae.scans.ood_check import MAX_SCANS, OodCheck
+from ldae.scans.ood_check import MAX_SCANS, OodCheck, describe_rejected, find_rejected
 from ldae.scans.raw_scan import read_recorded_parameters
 from ldae.utils.errors import UserError
 
 log = logging.getLogger(__name__)
 
+OOD_FILE = "out_of_distribution.csv"  # scans that fail the out-of-distribution check
 Encode = Callable[[np.ndarray, Tensor], Posterior]  # from rows and their volumes as stored in the cache
 
 
@@ -62,7 +63,7 @@ def encode_cohort(
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         latents = encoded.merge(batches, lambda rows: encode(rows, cohort.volumes.read_stored(rows)))
-        _finish(run, cohort, folder, table, latents, weights)
+        _finish(run, cohort, folder, table, latents, weights, accelerator.mixed_precision)
         encoded.remove_shards()
 
 
@@ -125,7 +126,9 @@ def _read_ahead(
         yield waiting[0], waiting[1].result()
 
 
-def _finish(run: Run, cohort: Cohort, folder: Path, table: Path, latents: LatentFile, weights: str) -> None:
+def _finish(
+    run: Run, cohort: Cohort, folder: Path, table: Path, latents: LatentFile, weights: str, precision: str
+) -> None:
     name = f"{table.stem}_with_compressed_latent.csv"
     write_table(cohort.table.assign(latent_path=LATENT_FILE), folder / name)
     cohort.write_rejected(folder / REJECTED_FILE)
@@ -140,8 +143,10 @@ def _finish(run: Run, cohort: Cohort, folder: Path, table: Path, latents: Latent
         "autoencoder_sha256": weights,
         "autoencoder": run.metadata["step"],
         "transform": cohort.transform.key(),
+        "precision": precision,
         **_describe_training_scans(cohort),
     }
+    _check_distribution(cohort, metadata["likeness"], folder / OOD_FILE)
     write_metadata(folder, metadata)
     log.info("%d latents of shape %s in %s; scale %s", len(latents), shape, folder, [round(s, 4) for s in scale])
 
@@ -153,8 +158,7 @@ def _describe_training_scans(cohort: Cohort) -> dict[str, Any]:
     preprocessing (ldae.scans.raw_scan); "affine": that of model space. None for what is unknown or differs between
     scans.
     """
-    rows = cohort.rows("train")
-    rows = rows[np.linspace(0, len(rows) - 1, min(len(rows), MAX_SCANS)).astype(int)]
+    rows = _measured_rows(cohort)
     paths = [cohort.table["path"].iloc[row] for row in rows]
     ood_check = OodCheck.fit(cohort.volumes[row] for row in rows)
     return {
@@ -162,6 +166,29 @@ def _describe_training_scans(cohort: Cohort) -> dict[str, Any]:
         "preprocess": read_recorded_parameters(paths),
         "affine": common_affine(paths, cohort.transform),
     }
+
+
+def _measured_rows(cohort: Cohort) -> np.ndarray:
+    """The training scans that the out-of-distribution check is measured on: at most MAX_SCANS, over the whole table."""
+    rows = cohort.rows("train")
+    return rows[np.linspace(0, len(rows) - 1, min(len(rows), MAX_SCANS)).astype(int)]
+
+
+def _check_distribution(cohort: Cohort, check: dict[str, Any] | None, file: Path) -> None:
+    """Log how many scans fail the out-of-distribution check and list them in `file`, which is removed if none does.
+
+    The training scans that its limits were measured on meet them by definition.
+    """
+    file.unlink(missing_ok=True)
+    if check is None:
+        log.info("too few training scans for an out-of-distribution check")
+        return
+    others = np.setdiff1d(np.arange(len(cohort)), _measured_rows(cohort))
+    rejected = find_rejected(OodCheck.from_dict(check), cohort.volumes.batch, others)
+    log.info("%s", describe_rejected(rejected, scan_names(cohort.table, range(len(cohort))), len(cohort)))
+    if rejected:
+        scans = cohort.table.iloc[list(rejected)][["subject", "session", "split", "path"]]
+        write_table(scans.assign(reason=list(rejected.values())), file)
 
 
 def common_affine(paths: list[str], transform: Transform) -> list[list[float]] | None:

@@ -3,9 +3,10 @@
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 
+from ldae.data.cohort import Cohort
 from ldae.data.latents import LatentSet
+from ldae.data.table import scan_names
 from ldae.runs import Run, Workspace
 from ldae.utils.errors import UserError
 
@@ -26,7 +27,10 @@ def open_latents(path: str | None, split_hash: str | None, workspace: Workspace)
     # A machine may have the latents without the autoencoder that made them.
     has_autoencoder = path is None and workspace.has("aekl")
     if has_autoencoder and latents.autoencoder != workspace.predecessor("aekl").sha256("autoencoder"):
-        raise UserError(f"{folder} was made by another autoencoder than {workspace.root / 'aekl'}: encode again")
+        raise UserError(
+            f"{folder} was made by another autoencoder than {workspace.root / 'aekl'}: run `python encode_latents.py` "
+            "again"
+        )
     return latents
 
 
@@ -40,15 +44,20 @@ def refuse_other_split(run: Run, split_hash: str, workspace: Workspace) -> None:
         raise UserError(f"{run.path} was trained on another split of the subjects than {workspace.split_file}")
 
 
-def match_latents(table: pd.DataFrame, latents: LatentSet) -> np.ndarray:
-    """For each scan of `table` the row of its latent, by subject and session; -1 if it has none. (N,) int64.
+def match_latents(cohort: Cohort, latents: LatentSet) -> np.ndarray:
+    """For each scan of `cohort` the row of its latent, by subject and session; -1 if it has none. (N,) int64.
 
     Raises:
-        UserError: no scan has a latent.
+        UserError: no scan has a latent, or one has changed since it was encoded.
     """
-    key = ["subject", "session"]
-    latent_rows = {scan: row for row, scan in enumerate(latents.table[key].itertuples(index=False, name=None))}
-    rows = np.array([latent_rows.get(scan, -1) for scan in table[key].itertuples(index=False, name=None)])
+    rows, outdated = latents.find_rows(cohort.table), latents.find_outdated(cohort)
     if not (rows >= 0).any():
         raise UserError("no scan of the table has a latent: run encode_latents.py with the same table")
+    if len(outdated):
+        name = scan_names(cohort.table, outdated[:1])[0]
+        raise UserError(
+            f"the latents of {len(outdated)} scans ({name}{', ...' if len(outdated) > 1 else ''}) were made of other "
+            "scans than those that the table names now, or of another data.cache_dtype: run `python encode_latents.py` "
+            "again with the same name=... and data.*"
+        )
     return rows
