@@ -8,7 +8,7 @@ import hydra
 from omegaconf import DictConfig
 
 from ldae.config import conf_dir, register
-from ldae.utils.entrypoint import one_line_errors
+from ldae.utils.entrypoint import one_line_errors, run_script
 
 register()
 
@@ -22,4 +22,4 @@ def main(config: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -7,7 +7,7 @@ import hydra
 from omegaconf import DictConfig
 
 from ldae.config import conf_dir, register
-from ldae.utils.entrypoint import one_line_errors
+from ldae.utils.entrypoint import one_line_errors, run_script
 
 register()
 
@@ -21,4 +21,4 @@ def main(config: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -9,7 +9,7 @@ import hydra
 from omegaconf import DictConfig
 
 from ldae.config import conf_dir, register
-from ldae.utils.entrypoint import one_line_errors
+from ldae.utils.entrypoint import one_line_errors, run_script
 
 register()
 
@@ -25,4 +25,4 @@ def main(config: DictConfig) -> None:
 if __name__ == "__main__":
     if {"-h", "--help"} & set(sys.argv) and not any(argument.startswith("stage=") for argument in sys.argv):
         sys.argv.append("stage=aekl")  # for help Hydra composes a config, in which the stage has no default
-    main()
+    run_script(main)

@@ -2,15 +2,19 @@
 
 import errno
 import logging
+import os
+import re
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from hydra.errors import HydraException
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from ldae.utils.errors import EXIT_REQUEUE, EXIT_USER_ERROR, UserError
+from ldae.utils.overrides import quote_overrides
 
 log = logging.getLogger("ldae")
 
@@ -32,6 +36,8 @@ def explain(error: BaseException) -> str | None:
     for cause in _chain(error):
         if isinstance(cause, UserError):
             return str(cause)
+        if isinstance(cause, HydraException):
+            return _explain_composing(cause)
         if isinstance(cause, OmegaConfBaseException):
             return f"config: {str(cause).splitlines()[0]} ({cause.full_key})"
         if isinstance(cause, OSError) and cause.errno in STORAGE:
@@ -45,6 +51,17 @@ def explain(error: BaseException) -> str | None:
     return None
 
 
+def _explain_composing(error: HydraException) -> str:
+    """One line for a command line of which no config can be composed."""
+    text = str(error)
+    if unknown := re.search(r"Could not override '([^']+)'", text):
+        return f"there is no setting '{unknown[1]}' to change: --cfg job prints all settings"
+    if wrong := re.search(r"Error merging override (.+)", text):
+        reason = str(list(_chain(error))[-1]).splitlines() or [text]
+        return f"{wrong[1]}: {reason[0]}"
+    return f"the command line gives no config: {' '.join(text.split('Config search path')[0].split())[:400]}"
+
+
 def _out_of_memory(error: BaseException) -> bool:
     # Compared by name: torch takes seconds to import, and a mistyped key should be reported at once.
     named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
@@ -54,6 +71,15 @@ def _out_of_memory(error: BaseException) -> bool:
 def _exit_on_signal(number: int, frame: FrameType | None) -> None:
     log.warning("%s: stopped; the same command continues", signal.Signals(number).name)
     sys.exit(EXIT_REQUEUE)
+
+
+def run_script(main: Callable[[], None]) -> None:
+    """Call the `hydra.main` function of a script: arguments are taken as people type them, and errors are one line."""
+    with one_line_errors():
+        sys.argv[1:] = quote_overrides(sys.argv[1:])
+        # Otherwise Hydra prints errors of composing itself, in several lines with links.
+        os.environ["HYDRA_FULL_ERROR"] = "1"
+        main()
 
 
 @contextmanager
