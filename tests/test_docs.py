@@ -25,12 +25,9 @@ from ldae.pipeline import LDAE
 from ldae.scans.scan import Scan
 from ldae.utils.errors import UserError
 from ldae.utils.renamed import ARGUMENTS, CLASSES, MODULES
+from pages import LINKED, PAGES, ROOT, STAGE_OF, code_spans, commands, fenced_blocks
 
-ROOT = Path(__file__).parents[1]
-LINKED = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/**/*.md"))]
-PAGES = [page for page in LINKED if page.name != "CHANGELOG.md" and page.parent.name != "history"]
 SCRIPTS = ("train", "encode_latents", "evaluate")
-STAGE_OF = {"train-aekl": "aekl", "train-pretrain": "pretrain", "train-repr": "repr"}
 OVERRIDE = re.compile(r"""[+~]*[a-z][\w/.]*(@[\w.]+)?=[^\s"]+""")
 # Configs in which an override of the pages may be meant, tried in this order.
 CONTEXTS = (
@@ -51,25 +48,6 @@ def name_of(page: Path) -> str:
 
 def on_every(pages):
     return pytest.mark.parametrize("page", pages, ids=name_of)
-
-
-def code_spans(page: Path) -> list[str]:
-    """What is between single backticks, line breaks as spaces, without the fenced blocks."""
-    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
-    return [" ".join(span.split()).replace(r"\|", "|") for span in re.findall(r"`([^`]+)`", text)]
-
-
-def fenced_lines(page: Path) -> list[str]:
-    """The lines of fenced blocks without a language, with the page's shell variables filled in."""
-    blocks = re.findall(r"^```\n(.*?)^```", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
-    lines, values = [], {}
-    for line in "".join(blocks).splitlines():
-        line = re.sub(r"\$(\w+)", lambda match: values.get(match[1], match[0]), line)
-        assigned = re.fullmatch(r'([A-Z])="?([^"]*)"?', line)
-        if assigned:
-            values[assigned[1]] = assigned[2]
-        lines += [part.strip() for part in line.split("; ")]
-    return lines
 
 
 @on_every(LINKED)
@@ -164,16 +142,6 @@ def composes(primary: str, overrides: tuple[str, ...]) -> str | None:
     return None
 
 
-def commands(page: Path) -> list[list[str]]:
-    """The commands of a page, split into words; in prose those between backticks."""
-    found = []
-    for text in [*code_spans(page), *fenced_lines(page)]:
-        text = re.sub(r"\s{2,}#.*", "", text)
-        if re.match(r"(python|ldae|make|accelerate launch|torchrun|sbatch|evaluate\.py|[A-Z]=)\b", text):
-            found.append([word for word in shlex.split(text) if word != "..."])
-    return found
-
-
 @on_every(PAGES)
 def test_every_command_of_a_page_has_known_options_and_overrides(page):
     problems = {" ".join(words): problem for words in commands(page) if (problem := problem_of(words))}
@@ -262,7 +230,7 @@ def script_problem(name: str, words: list[str]) -> str | None:
 
 @on_every(PAGES)
 def test_the_python_examples_of_a_page_import_and_call_what_exists(page):
-    blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    blocks = fenced_blocks(page, "python")
     methods = {"model": LDAE, "scan": Scan}
     for node in (node for block in blocks for node in ast.walk(ast.parse(block))):
         if isinstance(node, ast.ImportFrom):
