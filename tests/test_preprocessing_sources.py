@@ -342,3 +342,12 @@ def test_runs_are_sorted_by_the_time_of_scans_tsv_if_it_is_known(tmp_path):
     run(tmp_path / "raw", tmp_path / "out")
     assert list(rejected(tmp_path / "out")) == ["sub-1_run-1_T1w.nii.gz"]
     assert len(find_scans(tmp_path / "raw")) == 2
+
+
+def test_lists_with_different_parameters_are_named(tmp_path, caplog):
+    first, second = two_lists(tmp_path)
+    run(first, tmp_path / "out")
+    assert "different parameters" not in caplog.text
+    coarse = PreprocessingSteps(bias=None, brain=WITHOUT_ANTS.brain, registration=None, spacing=5.0)
+    run(second, tmp_path / "out", coarse)
+    assert "a.csv" in next(message for message in caplog.messages if "different parameters" in message)

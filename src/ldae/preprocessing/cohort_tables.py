@@ -59,16 +59,18 @@ def write_tables(out: Path, listed_in: str, parameters: str, page: bool = True) 
             write_quality_page(out, [*done, *rejected])
     if done:
         _check_readable(out / "scans.csv")
-        more = f" and {len(others)} not taken" if others else ""
-        log.info(
-            "%d scans in %s, %d rejected%s in %s",
-            len(done),
-            out / "scans.csv",
-            len(rejected),
-            more,
-            out / "rejected.csv",
-        )
+        _log_counts(out, done, len(rejected), len(others))
     return table
+
+
+def _log_counts(out: Path, done: Sequence[Record], num_rejected: int, num_others: int) -> None:
+    more = f" and {num_others} not taken" if num_others else ""
+    log.info(
+        "%d scans in %s, %d rejected%s in %s", len(done), out / "scans.csv", num_rejected, more, out / "rejected.csv"
+    )
+    lists = {key: record["listed_in"] for record in done if (key := record["key"].lstrip("+").split(":")[0])}
+    if len(lists) > 1:
+        log.warning("the lists %s in %s were preprocessed with different parameters", " and ".join(lists.values()), out)
 
 
 def update_records(
