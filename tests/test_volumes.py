@@ -3,6 +3,7 @@
 import logging
 import multiprocessing
 import os
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -126,6 +127,31 @@ def test_a_scan_that_changes_under_the_same_size_and_time_is_done_again(tmp_path
     assert first[0] == back[0] != changed[0] == again[0]
     assert first[1:] == changed[1:] == again[1:] == back[1:]
     assert len(list(cache.folder.rglob("*.npy"))) == 7
+
+
+def test_volumes_of_an_earlier_version_are_kept_unless_their_scan_is_read_differently(tmp_path, monkeypatch) -> None:
+    grid = np.stack(np.meshgrid(*(np.linspace(-1, 1, 9),) * 3, indexing="ij"))
+    head = np.where((grid**2).sum(0) < 0.7, 300 + 100 * grid[0], 0).astype(np.float32)
+    scans = [str(tmp_path / name) for name in ("usual.nii", "shifted.nii")]
+    for path, background in zip(scans, (0, 200), strict=True):
+        nib.save(nib.Nifti1Image(np.where(head > 0, head, np.float32(background)), np.diag([2.0, 2, 2, 1])), path)
+    cache = VolumeCache(tmp_path / "cache", transform())
+    present, _ = cache.build(scans, workers=0)
+    right = present[1]
+    torch.testing.assert_close(present[0], right)
+    kept = present.files[0].stat().st_ino
+    next(cache.folder.glob("reading_*")).unlink()
+    np.save(present.files[1], np.full(SHAPE, 0.5, np.float16))  # what it was before
+    time.sleep(0.05)  # longer than the resolution of a file's time
+    transformed = []
+    make = VolumeCache.make
+    monkeypatch.setattr(VolumeCache, "make", lambda self, scan: transformed.append(scan) or make(self, scan))
+    for _ in range(2):
+        again, rejected = cache.build(scans, workers=0)
+        assert not rejected
+        assert transformed == scans[1:]  # once
+        torch.testing.assert_close(again[1], right)
+        assert again.files[0].stat().st_ino == kept
 
 
 def test_another_transform_has_another_folder(tmp_path: Path, scans: list[str]) -> None:

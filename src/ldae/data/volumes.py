@@ -5,6 +5,7 @@ import logging
 import os
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ldae.data.file_version import FileVersion
-from ldae.data.nifti import BadScan, states_orientation
+from ldae.data.nifti import READING, BadScan, is_read_as_before, states_orientation
 from ldae.data.sharing import work_order
 from ldae.data.transforms import Transform
 from ldae.utils.errors import UserError
@@ -103,6 +104,8 @@ class VolumeCache:
     The key of a file is made of the scan's path, size and time of change: a scan that is replaced is transformed again.
     If the file system has noted any change of a scan since its volume was written, it is also transformed again and
     compared with that volume: this finds scans whose content has changed while size and time of change are the same.
+    Volumes of an earlier version of ldae are checked once: they are kept if the voxels of the scan are still read as
+    before (see `nifti.READING`). A file in the folder marks the time from which this is not needed.
     Several processes may fill the cache at the same time: each file appears complete or not at all.
 
     Args:
@@ -153,6 +156,7 @@ class VolumeCache:
                 versions[scan] = FileVersion.of(scan)
             except BadScan as error:
                 rejected[scan] = error.reason
+        self._mark_reading()
         known = list(versions)
         contents = {scan: self._content(version) for scan, version in versions.items()}
         ordered = [known[number] for number in work_order(len(known), *share)]
@@ -168,12 +172,26 @@ class VolumeCache:
         """FileVersion.content of a scan whose volume is stored; None if the scan must be transformed."""
         file = self._file(version)
         try:
-            if version.is_older_than(file):
+            if self._is_checked(file, version):
                 return ""
             note = file.with_suffix(CHANGED)
-            return note.read_text(encoding="ascii") if version.is_older_than(note) else None
+            return note.read_text(encoding="ascii") if self._is_checked(note, version) else None
         except FileNotFoundError:
             return None
+
+    def _is_checked(self, file: Path, version: FileVersion) -> bool:
+        """Whether `file` was made or compared after the last change of the scan, as scans are read at present."""
+        return version.is_older_than(file) and self._marker.stat().st_mtime_ns <= file.stat().st_mtime_ns
+
+    @property
+    def _marker(self) -> Path:
+        return self.folder / f"reading_{READING}"
+
+    def _mark_reading(self) -> None:
+        """Make the file whose time tells volumes of this version of ldae from older ones."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with suppress(FileExistsError):
+            open(self._marker, "x").close()
 
     def update(self, scan: str, version: FileVersion) -> None:
         """Store the volume of `scan`; if one of `version` is stored already, compare it with that.
@@ -183,11 +201,11 @@ class VolumeCache:
         """
         if self._content(version) is not None:  # another process was faster
             return
-        file, volume = self._file(version), self.make(scan)
-        if file.exists():
-            file = self._compare(file, volume, version, scan)
-        else:
-            _write_volume(file, volume)
+        file = self._file(version)
+        if not file.exists():
+            _write_volume(file, self.make(scan))
+        elif not (version.is_older_than(file) and is_read_as_before(scan)):
+            file = self._compare(file, self.make(scan), version, scan)
         # The clock of a file server may be ahead of this machine's.
         now = max(time.time_ns(), version.touched + 1)
         os.utime(file, ns=(now, now))
@@ -201,7 +219,10 @@ class VolumeCache:
             return file
         if np.array_equal(volume, stored):
             return file
-        log.info("%s has changed, although its size and its time of change are the same", scan)
+        if version.is_older_than(file):
+            log.info("%s is read differently by this version of ldae", scan)
+        else:
+            log.info("%s has changed, although its size and its time of change are the same", scan)
         content = hashlib.sha256(volume.tobytes()).hexdigest()[:32]
         _write_volume(self._file(version._replace(content=content)), volume)
         note = file.with_suffix(CHANGED)
