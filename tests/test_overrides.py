@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from ldae.config import compose_config
+from ldae.config import check_constructor_arguments, compose_config
 from ldae.utils.errors import UserError
 from ldae.utils.overrides import quote_overrides
 
@@ -55,3 +55,10 @@ def test_what_hydra_understands_is_left_alone(arguments):
 def test_an_argument_that_sets_nothing_is_refused():
     with pytest.raises(UserError, match=r"cannot read the argument 'scans\.csv': write KEY=VALUE"):
         quote_overrides(["stage=aekl", "scans.csv"])
+
+
+@pytest.mark.parametrize("argument", ["+datta.x=3", "+trainer.max_step=5", "+data.split.seeds=1"])
+def test_a_setting_that_nothing_reads_is_refused(argument):
+    config = compose_config("train", ["stage=aekl", "data=phantom", argument])
+    with pytest.raises(UserError, match="there is no setting"):
+        check_constructor_arguments(config)

@@ -6,7 +6,7 @@ Groups that choose a class (`_target_`) are checked against that class's constru
 
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -260,6 +260,8 @@ def check_constructor_arguments(node: Any, key: str = "") -> None:
         return
     if not isinstance(node, DictConfig) or node._is_none():
         return
+    if is_dataclass(schema := OmegaConf.get_type(node)):
+        _refuse_other_settings(node, key, {setting.name for setting in fields(schema)})
     if "_target_" in node and not OmegaConf.is_missing(node, "_target_"):
         _check_signature(node, key)
     for name in node:
@@ -281,6 +283,14 @@ def refuse_missing_values(node: Any) -> None:
             what = f"a local file with {REQUIRED_FILES[key]}" if key in REQUIRED_FILES else f"{key}=VALUE"
             raise UserError(f"{key} must be given: {what}")
         refuse_missing_values(node[name])
+
+
+def _refuse_other_settings(node: DictConfig, key: str, known: set[str]) -> None:
+    """Refuse settings that +KEY=VALUE added to a group of fixed settings: nothing would read them."""
+    for name in node:
+        if name not in known:
+            there = ", ".join(sorted(known))
+            raise UserError(f"there is no setting '{f'{key}.' if key else ''}{name}'; there are {there}")
 
 
 def _check_signature(node: DictConfig, key: str) -> None:
