@@ -4,6 +4,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 DEMO := experiment=demo name=demo
+# A mistyped ARGS would start a command without its arguments.
+GIVEN := $(foreach name,$(.VARIABLES),$(if $(filter command,$(firstword $(origin $(name)))),$(name)))
+UNKNOWN := $(filter-out ARGS BUDGET PYTHON PICTURES,$(GIVEN))
+$(if $(UNKNOWN),$(error no variable $(UNKNOWN): give ARGS=, BUDGET= or PYTHON=))
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-faults lint train-aekl train-pretrain train-repr encode evaluate bench gpu-check pictures
