@@ -15,6 +15,7 @@ from click.testing import CliRunner
 from ldae.cli import COMMANDS, main
 from ldae.commands.options import parse_numbers
 from ldae.utils.errors import UserError
+from ldae.utils.locks import lock_file
 from ldae.utils.resumable_csv import ResumableCsv
 from small_scans import brain, reoriented
 
@@ -173,6 +174,44 @@ def test_embedded_scans_are_not_computed_again(ldae, place, monkeypatch):
     assert ldae("embed", "a.nii.gz", "-o", "once.csv").exit_code == 0
     monkeypatch.setattr(ResumableCsv, "add", lambda *_: pytest.fail("computed again"))
     assert ldae("embed", "a.nii.gz", "-o", "once.csv").exit_code == 0
+
+
+@pytest.mark.parametrize("order", [("1/2", "2/2"), ("3/3", "1/3", "2/3"), ("7/7", *(f"{n}/7" for n in range(1, 7)))])
+def test_shards_in_any_order_embed_the_same_tables_as_one_job(ldae, place, order):
+    scans = ("b.nii.gz", "a.nii.gz", "four.nii.gz", "twin.nii.gz")
+    assert ldae("embed", *scans, "-o", "whole.csv").exit_code == 1
+    folder = place / f"shards{len(order)}"
+    folder.mkdir()
+    for shard in order:
+        assert not (folder / "y.csv").exists()
+        status = ldae("embed", *scans, "-o", folder / "y.csv", "--shard", shard).exit_code
+    assert status == 1  # that of the last one: a scan was rejected
+    for _ in range(2):  # once more by --merge
+        assert (folder / "y.csv").read_bytes() == (place / "whole.csv").read_bytes()
+        assert (folder / "y_rejected.csv").read_bytes() == (place / "whole_rejected.csv").read_bytes()
+        assert ldae("embed", *scans, "-o", folder / "y.csv", "--merge", model=False).exit_code == 1
+    assert sorted(path.name for path in folder.iterdir()) == [".y.csv.lock", "y.csv", "y_rejected.csv"]
+
+
+def test_merge_writes_what_is_embedded_and_names_what_is_not(ldae, place):
+    arguments = ("embed", "a.nii.gz", "b.nii.gz", "twin.nii.gz", "-o", "parts.csv")
+    result = ldae(*arguments, "--merge", model=False)
+    assert result.exit_code == 2
+    assert "run the shards first" in result.output
+    assert ldae(*arguments, "--shard", "1/2").exit_code == 0
+    result = ldae(*arguments, "--merge", model=False)
+    assert result.exit_code == 2
+    assert "1 of 3 scans are not embedded yet (the first: b.nii.gz)" in result.output
+    assert [row["path"] for row in rows(place / "parts.csv")] == ["a.nii.gz", "twin.nii.gz"]
+    assert ldae(*arguments, "--shard", "2/2").exit_code == 0
+    assert [row["path"] for row in rows(place / "parts.csv")] == ["a.nii.gz", "b.nii.gz", "twin.nii.gz"]
+
+
+def test_two_jobs_without_shards_do_not_write_one_table(ldae, place):
+    with lock_file(place / "busy.csv", ""):
+        result = ldae("embed", "a.nii.gz", "-o", "busy.csv")
+    assert result.exit_code == 2
+    assert "another process writes to busy.csv: give several jobs a --shard" in result.output
 
 
 def test_rejected_scans_are_tabulated_and_the_others_embedded(ldae, place):

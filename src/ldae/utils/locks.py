@@ -54,6 +54,32 @@ def lock_folder(folder: Path, active: bool = True) -> Iterator[None]:
 
 
 @contextmanager
+def lock_file(path: Path, remedy: str) -> Iterator[None]:
+    """Hold the lock of a file that only one process may write; the lock is a hidden file beside it.
+
+    Args:
+        remedy: what to do if another process holds it.
+
+    Raises:
+        UserError: another process holds the lock. It is not waited for.
+    """
+    lock = FileLock(lock_of(path), timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise UserError(f"another process writes to {path}: {remedy}") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def lock_of(path: Path) -> Path:
+    """The lock of a file."""
+    return path.with_name(f".{path.name}.lock")
+
+
+@contextmanager
 def wait_for_lock(path: Path) -> Iterator[None]:
     """Hold a lock that other processes hold for seconds only, as while they write a table; wait until it is free.
 

@@ -4,7 +4,7 @@ import csv
 import hashlib
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Self
@@ -43,7 +43,7 @@ class ResumableCsv:
         Raises:
             UserError: the file at `path` is not such a table.
         """
-        keys = _drop_superseded(path, [*KEYS, *columns])
+        keys = _drop_superseded(path, columns)
         return cls(list(columns), open(path, "a", newline="", encoding="utf-8"), keys)
 
     def has(self, path: Path, key: str) -> bool:
@@ -55,7 +55,7 @@ class ResumableCsv:
         if len(values) != len(self.columns):
             raise ValueError(f"{len(values)} values for {len(self.columns)} columns")
         self.superseded |= os.fspath(path) in self.keys
-        self.handle.write(_line([os.fspath(path), key, *(f"{value:.9g}" for value in values)]))
+        self.handle.write(_line(format_row(path, key, values)))
         self.handle.flush()
         self.keys[os.fspath(path)] = key
 
@@ -65,13 +65,32 @@ class ResumableCsv:
     def __exit__(self, *_: object) -> None:
         self.handle.close()
         if self.superseded:
-            _drop_superseded(Path(self.handle.name), [*KEYS, *self.columns])
+            _drop_superseded(Path(self.handle.name), self.columns)
 
 
-def _drop_superseded(path: Path, header: list[str]) -> dict[str, str]:
+def read_rows(path: Path, columns: Sequence[str]) -> dict[str, list[str]]:
+    """The latest complete row of each path in a table; empty if the table does not exist.
+
+    Raises:
+        UserError: the file at `path` is not such a table.
+    """
+    return {row[0]: row for row in _read(path, [*KEYS, *columns])} if path.exists() else {}
+
+
+def write_rows(path: Path, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Write a whole table atomically."""
+    write_text(path, "".join(_line(row) for row in ([*KEYS, *columns], *rows)))
+
+
+def format_row(path: Path, key: str, values: Sequence[float]) -> list[str]:
+    """The cells of a row, with enough digits to restore float32."""
+    return [os.fspath(path), key, *(f"{value:.9g}" for value in values)]
+
+
+def _drop_superseded(path: Path, columns: Sequence[str]) -> dict[str, str]:
     """Rewrite the table with the latest row of each path. Returns the keys by path."""
-    rows = {row[0]: row for row in _read(path, header)} if path.exists() else {}
-    write_text(path, "".join(_line(row) for row in (header, *rows.values())))
+    rows = read_rows(path, columns)
+    write_rows(path, columns, rows.values())
     return {name: row[1] for name, row in rows.items()}
 
 
