@@ -49,12 +49,17 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 def test_sessions_of_several_studies_are_put_in_months(tmp_path):
-    names = ("sub-1/ses-bl", "sub-1/ses-m06", "sub-2/ses-1", "sub-2/ses-2", "sub-3/ses-d0000", "sub-3/ses-d0365")
+    names = ("sub-1/ses-bl", "sub-1/ses-m06", "sub-2/ses-1", "sub-2/ses-2", "sub-3/ses-d0000", "sub-3/ses-d0365",
+             "sub-4/ses-pre", "sub-4/ses-post")  # fmt: skip
     root = bids(tmp_path / "raw", {name: brain() for name in names})
     text = "session_id\tacq_time\nses-1\t2010-01-01T10:00:00\nses-2\t2012-01-01T10:00:00\n"
     (root / "sub-2" / "sub-2_sessions.tsv").write_text(text)
+    for session, date in (("ses-pre", "2015-03-01"), ("ses-post", "2015-06-01")):
+        row = f"anat/sub-4_{session}_T1w.nii.gz\t{date}T09:00:00\n"
+        (root / "sub-4" / session / f"sub-4_{session}_scans.tsv").write_text("filename\tacq_time\n" + row)
     run(root, tmp_path / "out")
     expected = [("sub-1", 0), ("sub-1", 6), ("sub-2", 0), ("sub-2", 24), ("sub-3", 0), ("sub-3", 12)]
+    expected += [("sub-4", 0), ("sub-4", 3)]
     assert scans(tmp_path / "out") == expected
 
 
