@@ -235,6 +235,23 @@ def test_a_negative_filling_value_is_no_overflow():
     assert not found.data[~HEAD].any()
 
 
+def test_negative_intensities_by_the_intercept_of_a_file_are_no_overflow(tmp_path):
+    """Stored numbers from 0 to 30000, of which the header says that 1000 is to be subtracted."""
+    scan = image(np.where(HEAD, VOXELS * 30, 0).astype(np.int16))
+    scan.header.set_slope_inter(1, -1000)
+    content = bytearray(scan.to_bytes())
+    content[112:120] = np.array([1, -1000], "<f4").tobytes()
+    (tmp_path / "scan.nii").write_bytes(content)
+    found = load_scan(tmp_path / "scan.nii")
+    assert found.offset == -1000
+    np.testing.assert_array_equal(found.data, np.asarray(scan.dataobj, dtype=np.float32))
+
+
+def test_a_volume_without_any_value_is_rejected():
+    with pytest.raises(BadScan, match="NaN"):
+        load_scan(image(np.full(VOXELS.shape, np.nan, np.float32)))
+
+
 def test_negative_voxels_are_noted():
     data = np.random.default_rng(0).normal(0, 3, VOXELS.shape).astype(np.float32) + VOXELS
     assert "negative" in load_scan(image(data)).notes[0]

@@ -73,7 +73,7 @@ def check_missing(data: np.ndarray, missing: np.ndarray) -> None:
     Raises:
         ValueError: some are infinite, are enclosed by other voxels, or fill a slice between others.
     """
-    if np.isinf(data[missing]).any():
+    if missing.all() or np.isinf(data[missing]).any():
         raise ValueError("it has NaN or infinite voxels")
     components, _ = ndimage.label(missing)
     faces = [np.take(components, (0, -1), axis=axis).ravel() for axis in range(3)]
@@ -143,5 +143,6 @@ def _wrapped_around(stored: np.ndarray) -> np.ndarray:
     negative, bright = stored < 0, stored > 2**14
     border = ndimage.binary_dilation(negative) & ~negative
     # Only the brightest voxels overflow: all results are very negative, and most of their neighbours are bright.
-    overflowed = stored[negative].max() < -(2**14) and border.any() and bright[border].mean() > 0.5
-    return negative if overflowed else np.zeros(stored.shape, bool)
+    if border.any() and stored[negative].max() < -(2**14) and bright[border].mean() > 0.5:
+        return negative
+    return np.zeros(stored.shape, bool)
