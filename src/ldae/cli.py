@@ -36,6 +36,10 @@ class _Group(click.Group):
             if error.errno == errno.EPIPE:  # `ldae ... | head`
                 raise
             click.echo(f"ldae: {error.filename or 'cannot write'}: {error.strerror or error}", err=True)
+        except Exception as error:  # Hydra wraps what a constructor raises
+            if not isinstance(error.__cause__, UserError):
+                raise
+            click.echo(f"ldae: {error.__cause__}", err=True)
         sys.exit(2)
 
     def list_commands(self, ctx: click.Context) -> list[str]:

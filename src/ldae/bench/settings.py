@@ -1,8 +1,10 @@
 """Settings of the bench: the config group `bench`."""
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from ldae.utils.errors import UserError
 
@@ -17,8 +19,8 @@ class SpaceComparison:
         steps: number of steps of inversion, and of sampling.
     """
 
-    full: Sequence[str]
-    reduced: Sequence[str]
+    full: list[str]
+    reduced: list[str]
     steps: int
 
 
@@ -36,7 +38,7 @@ class MemoryCase:
     stage: str
     batch: int
     gigabytes: float
-    overrides: Sequence[str]
+    overrides: list[str]
 
 
 @dataclass(frozen=True)
@@ -62,9 +64,9 @@ class Bench:
         memory: training steps whose memory is computed, by name.
     """
 
-    variants: Mapping[str, Sequence[str]]
-    tasks: Sequence[str]
-    batch: Mapping[str, int]
+    variants: dict[str, list[str]]
+    tasks: list[str]
+    batch: dict[str, int]
     scans: int
     repeats: int
     timed_steps: int | None
@@ -75,9 +77,13 @@ class Bench:
     tolerance: float
     output: str
     voxels: SpaceComparison | None = None
-    memory: Mapping[str, MemoryCase] = field(default_factory=dict)
+    memory: dict[str, MemoryCase] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        try:
+            OmegaConf.structured(self)  # compares the values with the types above, before anything is measured
+        except OmegaConfBaseException as error:
+            raise UserError(f"bench.{error.full_key}: {str(error).splitlines()[0]}") from error
         if self.repeats < 1 or self.scans < 2:
             raise UserError("bench: at least 1 repeat and 2 scans are needed")
         if self.against is not None and not Path(self.against).is_file():
