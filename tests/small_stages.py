@@ -70,6 +70,9 @@ class MadeUpCohort:
     def rows(self, split):
         return np.flatnonzero((self.table["split"] == split).to_numpy())
 
+    def accepts_split(self, split_hash):
+        return split_hash == HASH
+
     def digest_scans(self, precision="no"):
         return digest_rows(self.table)
 

@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 import torch
 
-from ldae.data.splits import load_or_draw_split, subjects_of_fold
+from ldae.data.splits import plan_split, subjects_of_fold
 from ldae.editing.linear_model import LinearModel
 from ldae.evaluation.context import Context
 from ldae.evaluation.html_report import write_report
@@ -23,6 +23,8 @@ from ldae.evaluation.probes.fitting import fit
 from ldae.evaluation.probes.table_features import read_table_features
 from ldae.evaluation.probes.targets import Classification, Regression
 from ldae.utils.errors import UserError
+from ldae.utils.files import write_json
+from ldae.utils.results_record import Results, Source, write_record
 
 SEX = Classification("sex", positive="F", negative="M")
 
@@ -164,10 +166,12 @@ def test_folds_are_disjoint_cover_all_subjects_and_are_stored(tmp_path):
     tests = []
     for fold in range(5):
         path = tmp_path / f"{fold}.csv"
-        found = load_or_draw_split(table, path, shares, 0, (fold, 5))
+        split = plan_split(table, path, shares, 0, (fold, 5))
+        split.store()
+        found = dict(split.of_subject)
         tests.append({subject for subject, split in found.items() if split == "test"})
         assert {"train", "val"} <= set(found.values())
-        assert load_or_draw_split(table, path, shares, 0, (fold, 5)) == found
+        assert plan_split(table, path, shares, 0, (fold, 5)).of_subject == found
     assert [len(part) for part in tests] == [18] * 5
     assert set.union(*tests) == set(table["subject"])
     assert subjects_of_fold(table.sample(frac=1, random_state=1), 2, 5, 0) == tests[2]
@@ -193,5 +197,11 @@ def test_the_test_folds_of_several_runs_are_scored_together(tmp_path):
     assert abs(metrics["cv/inductive/probe/age/unbiased_gap_pearson"]) < 0.3
     with pytest.raises(UserError, match="two runs"):
         dict(PooledFolds(tasks, [runs[0], runs[0]])(context))
+    source = Source(weights={"encoder": "of then"})
+    write_record(runs[1] / "evaluation", {"probes": Results(source, [], [], [])})
+    assert dict(PooledFolds(tasks, runs, resamples=5)(context))["cv/inductive/probe/age/scans"] == len(context.table)
+    write_json(runs[1] / "repr/weights/metadata.json", {"weights": {"encoder": {"sha256": "of now"}}})
+    with pytest.raises(UserError, match="other weights"):
+        dict(PooledFolds(tasks, runs)(context))
     with pytest.raises(UserError, match=r"evaluation=\[probes\]"):
         dict(PooledFolds(tasks, [tmp_path / "none"])(context))

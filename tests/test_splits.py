@@ -12,13 +12,20 @@ from ldae.data.splits import (
     add_split,
     assign_splits,
     hash_split,
-    load_or_draw_split,
+    plan_split,
     read_split,
     subjects_of_fold,
 )
 from ldae.utils.errors import UserError
 
 SHARES = {"train": 0.8, "val": 0.05, "test": 0.15}
+
+
+def split_and_store(*arguments, **options) -> dict[str, str]:
+    """The split by subject, stored as a stage does that accepts the cohort."""
+    split = plan_split(*arguments, **options)
+    split.store()
+    return dict(split.of_subject)
 
 
 def cohort(subjects: int = 200, seed: int = 0) -> pd.DataFrame:
@@ -85,26 +92,57 @@ def test_a_diagnosis_of_its_own_for_every_subject_is_accepted() -> None:
 def test_a_split_is_written_once_and_kept(tmp_path: Path) -> None:
     path = tmp_path / "split.csv"
     table = cohort()
-    first = load_or_draw_split(table, path, SHARES, 1)
+    first = split_and_store(table, path, SHARES, 1)
     stamp, content = path.stat().st_mtime_ns, path.read_bytes()
     # Another seed, other shares, another order, a filter: no subject changes its split, and nothing is written.
-    again = load_or_draw_split(table.sample(frac=1, random_state=0), path, {"train": 0.5, "val": 0.25, "test": 0.25}, 9)
+    again = split_and_store(table.sample(frac=1, random_state=0), path, {"train": 0.5, "val": 0.25, "test": 0.25}, 9)
     assert again == first
-    assert load_or_draw_split(table[table["diagnosis"].isin(["AD", "CN"])], path, SHARES, 1) == first
+    assert split_and_store(table[table["diagnosis"].isin(["AD", "CN"])], path, SHARES, 1) == first
     assert (path.stat().st_mtime_ns, path.read_bytes()) == (stamp, content)
     assert read_split(path) == first
 
 
 def test_subjects_added_later_fill_the_shares_and_leave_the_others_where_they_are(tmp_path: Path) -> None:
     path = tmp_path / "split.csv"
-    first = load_or_draw_split(cohort(100), path, SHARES, 1)
-    grown = load_or_draw_split(cohort(200).iloc[::-1], path, SHARES, 1)
+    first = split_and_store(cohort(100), path, SHARES, 1)
+    before = path.read_bytes()
+    with pytest.raises(UserError, match=r"100 of 200 subjects of the table are not in the split.*extend=true"):
+        split_and_store(cohort(200), path, SHARES, 1)
+    assert path.read_bytes() == before
+    split = plan_split(cohort(200).iloc[::-1], path, SHARES, 1, extend=True)
+    assert path.read_bytes() == before  # nothing is written before the cohort is accepted
+    assert split.earlier == (hash_split(first),)
+    split.store()
+    grown = dict(split.of_subject)
     assert first.items() <= grown.items()
     assert Counter(grown.values()) == {"train": 160, "val": 10, "test": 30}
     assert read_split(path) == grown
-    # A smaller table later on removes no subject from the file.
-    load_or_draw_split(cohort(100), path, SHARES, 1)
+    # A smaller table later on removes no subject from the file, and what the split extends is remembered.
+    assert plan_split(cohort(100), path, SHARES, 1).earlier == (hash_split(first),)
+    assert split_and_store(cohort(100), path, SHARES, 1) == grown
     assert read_split(path) == grown
+
+
+@pytest.mark.parametrize("of_an_earlier_version", [False, True])
+def test_another_fold_than_the_stored_one_is_refused(tmp_path: Path, of_an_earlier_version: bool) -> None:
+    path = tmp_path / "split.csv"
+    first = split_and_store(cohort(50), path, SHARES, 1, (2, 5))
+    if of_an_earlier_version:
+        path.with_suffix(".json").unlink()
+    assert split_and_store(cohort(50), path, SHARES, 1, (2, 5)) == first
+    assert split_and_store(cohort(50), path, SHARES, 1) == first
+    with pytest.raises(UserError, match=r"data\.split\.fold=3 of 5, but .* is .*fold.*use another name"):
+        split_and_store(cohort(50), path, SHARES, 1, (3, 5))
+    # New subjects do not change which fold it is.
+    split_and_store(cohort(60), path, SHARES, 1, (2, 5), extend=True)
+    assert split_and_store(cohort(60), path, SHARES, 1, (2, 5)).items() >= first.items()
+
+
+def test_a_fold_and_a_split_column_contradict_each_other(tmp_path: Path) -> None:
+    table = cohort(20)
+    table["split"] = "train"
+    with pytest.raises(UserError, match=r"split column, and data\.split\.fold"):
+        plan_split(table, tmp_path / "split.csv", SHARES, 1, (0, 5))
 
 
 def test_new_subjects_fill_the_splits_that_fall_short() -> None:
@@ -125,29 +163,29 @@ def test_the_split_column_of_a_table_takes_precedence(tmp_path: Path) -> None:
     table["split"] = [swap[drawn[subject]] for subject in table["subject"]]
     path = tmp_path / "split.csv"
     own = dict(zip(table["subject"], table["split"], strict=True))
-    assert load_or_draw_split(table, path, SHARES, 0) == own
+    assert split_and_store(table, path, SHARES, 0) == own
     assert read_split(path) == own
     # Not over a stored split: earlier stages have trained on that.
     table["split"] = [drawn[subject] for subject in table["subject"]]
     with pytest.raises(UserError, match=r"subject 's0.* but in '.*split\.csv"):
-        load_or_draw_split(table, path, SHARES, 0)
+        split_and_store(table, path, SHARES, 0)
 
 
 def test_rows_without_a_split_in_the_table_are_drawn() -> None:
     table = cohort(60)
     table["split"] = ["test" if subject == "s0005" else "" for subject in table["subject"]]
-    found = load_or_draw_split(table, None, SHARES, 0)
+    found = split_and_store(table, None, SHARES, 0)
     assert found["s0005"] == "test"
     assert Counter(found.values()) == {"train": 48, "val": 3, "test": 9}
 
 
 def test_an_empty_split_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="split 'test' is empty"):
-        load_or_draw_split(cohort(2), tmp_path / "split.csv", {"train": 0.6, "val": 0.3, "test": 0.1}, 0)
+        split_and_store(cohort(2), tmp_path / "split.csv", {"train": 0.6, "val": 0.3, "test": 0.1}, 0)
     assert not (tmp_path / "split.csv").exists()
     table = cohort(10).assign(split="train")
     with pytest.raises(UserError, match="split 'val' is empty"):
-        load_or_draw_split(table, None, SHARES, 0)
+        split_and_store(table, None, SHARES, 0)
 
 
 @pytest.mark.parametrize(
@@ -163,11 +201,11 @@ def test_a_damaged_split_file_is_named(tmp_path: Path, content: str) -> None:
     path = tmp_path / "split.csv"
     path.write_text(content)
     with pytest.raises(UserError, match=r"split\.csv, line \d"):
-        load_or_draw_split(cohort(10), path, SHARES, 0)
+        split_and_store(cohort(10), path, SHARES, 0)
 
 
 def test_the_hash_changes_with_any_subject_and_with_no_order() -> None:
-    splits = load_or_draw_split(cohort(), None, SHARES, 0)
+    splits = split_and_store(cohort(), None, SHARES, 0)
     first = hash_split(splits)
     assert len(first) == 64
     assert hash_split(dict(reversed(splits.items()))) == first
@@ -178,7 +216,7 @@ def test_the_hash_changes_with_any_subject_and_with_no_order() -> None:
 
 def test_the_column_of_a_table_follows_the_split() -> None:
     table = cohort(30)
-    splits = load_or_draw_split(table, None, SHARES, 0)
+    splits = split_and_store(table, None, SHARES, 0)
     found = add_split(table.iloc[::-1], splits)
     assert found["split"].tolist() == [splits[subject] for subject in table["subject"]][::-1]
     assert found.drop(columns="split").equals(table.iloc[::-1])

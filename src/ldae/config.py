@@ -113,6 +113,7 @@ class Split:
     seed: int = 0
     fold: int | None = None
     folds: int = 5
+    extend: bool = False  # draw subjects who are new in the table into the stored split
 
 
 @dataclass

@@ -31,9 +31,12 @@ def train(config: DictConfig) -> None:
 
     _check(config)
     refuse_missing_values(config.stage)
+    stage = get_class(config.stage._target_)
+    if stage.reads_scans:
+        refuse_missing_table(config)
     accelerator = instantiate(config.accelerator)
     space = open_workspace(config)
-    run = space.stage(get_class(config.stage._target_).name)
+    run = space.stage(stage.name)
     _check_predecessors(config, space)
     check_changes(run, config)
     with lock_folder(run.path, accelerator.is_main_process):
@@ -63,6 +66,7 @@ def _train(config: DictConfig, accelerator: Accelerator, space: Workspace, run: 
     if accelerator.is_main_process:
         run.write_config(config)
         if cohort is not None:
+            cohort.split.store()
             cohort.write_rejected(run.path / "rejected.csv")
         else:
             copy_rejected(_latents_folder(config, space), run.path / "rejected.csv")
@@ -79,6 +83,7 @@ def encode(config: DictConfig) -> None:
     from ldae.stages.encode_latents import encode_cohort
 
     _check(config)
+    refuse_missing_table(config)
     accelerator = instantiate(config.accelerator)
     space = open_workspace(config)
     trained = _has_weights(config.model.autoencoder)
@@ -87,10 +92,12 @@ def encode(config: DictConfig) -> None:
     if not trained and accelerator.is_main_process:
         _publish_untrained(config, run, cohort)
     accelerator.wait_for_everyone()
-    if run.metadata["split_hash"] != cohort.split_hash:
+    if not cohort.accepts_split(run.metadata["split_hash"]):
         raise UserError(f"{run.path} was trained on another split of the subjects than {space.split_file}")
     if run.metadata["transform"] != cohort.transform.key():
         raise UserError(f"{run.path} was trained on volumes of another transform: keep the same data.* values")
+    if accelerator.is_main_process:
+        cohort.split.store()
     with lock_folder(space.latents, accelerator.is_main_process):
         encode_cohort(run, cohort, space.latents, Path(config.data.table), accelerator, config.trainer.batch_size)
 
@@ -108,6 +115,7 @@ def evaluate(config: DictConfig) -> None:
 
     _check(config)
     refuse_missing_values(config.perceptual)
+    refuse_missing_table(config)
     accelerator = instantiate(config.accelerator)
     space = open_workspace(config)
     for stage in ("aekl", "pretrain", "repr"):
@@ -125,7 +133,7 @@ def evaluate(config: DictConfig) -> None:
 
 
 def open_cohort(config: DictConfig, accelerator: Accelerator, space: Workspace, external: bool = False) -> Cohort:
-    """The cohort of a config: the main process draws the split, and all processes transform scans together.
+    """The cohort of a config. Its split is drawn but not stored yet; all processes transform scans together.
 
     No process waits in a collective operation while others work for long: each returns once all volumes exist.
 
@@ -149,18 +157,39 @@ def open_cohort(config: DictConfig, accelerator: Accelerator, space: Workspace, 
         on_bad_scan=data.on_bad_scan,
         diagnoses=data.diagnoses,
         augmentation=instantiate(data.augmentation),
+        extend=data.split.extend,
         workers=_workers(data.workers, accelerator),
         progress=accelerator.is_main_process,
         share=(accelerator.process_index, accelerator.num_processes),
-        turn=accelerator.main_process_first(),
     )
     _check_agreement(cohort, accelerator)
     return cohort
 
 
+def refuse_missing_table(config: DictConfig) -> None:
+    """Refuse a table that does not exist, before anything is made, unless it is that of a synthetic cohort.
+
+    Raises:
+        UserError: there is no such table.
+    """
+    if not Path(config.data.table).is_file() and not _is_synthetic(config):
+        raise UserError(f"no such table: {config.data.table}")
+
+
+def _is_synthetic(config: DictConfig) -> bool:
+    """Whether the table is the one that `data=phantom` derives from its parameters, and not a file of the user's."""
+    from ldae.data.phantom.synthetic_cohort import cohort_folder
+
+    phantom = config.data.phantom
+    if phantom is None:
+        return False
+    folder = cohort_folder(config.paths.data, phantom.subjects, phantom.seed, phantom.spacing, phantom.shape)
+    return Path(config.data.table) == folder / "scans.csv"
+
+
 def make_synthetic_cohort(config: DictConfig, accelerator: Accelerator) -> None:
     """Make the scans of `data=phantom` if their table does not exist; the main process does so, the others wait."""
-    if config.data.phantom is None or Path(config.data.table).exists():
+    if Path(config.data.table).exists() or not _is_synthetic(config):
         return
     from ldae.data.phantom.synthetic_cohort import make_cohort, wait_for_cohort
 

@@ -2,8 +2,7 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from ldae.data.augmentation import Augmentation
 from ldae.data.latent_file import digest_each
-from ldae.data.splits import add_split, hash_split, load_or_draw_split, refuse_empty_split
+from ldae.data.splits import Split, add_split, hash_split, plan_split, refuse_empty_split
 from ldae.data.table import read_table, write_table
 from ldae.data.transforms import Transform
 from ldae.data.volumes import VolumeCache, Volumes
@@ -37,6 +36,7 @@ class Cohort:
         transform: what brought the scans to model space.
         split_hash: of all subjects in the stored split, so that neither filters nor rejected scans change it.
         augmentation: random changes of training volumes.
+        split: the split of all subjects, which is stored once the cohort is accepted.
     """
 
     table: pd.DataFrame
@@ -45,6 +45,7 @@ class Cohort:
     transform: Transform
     split_hash: str
     augmentation: Augmentation
+    split: Split = field(default_factory=lambda: Split({}))
 
     def __len__(self) -> int:
         return len(self.table)
@@ -52,6 +53,10 @@ class Cohort:
     def rows(self, split: str) -> np.ndarray:
         """Row numbers of a split, int64."""
         return np.flatnonzero((self.table["split"] == split).to_numpy())
+
+    def accepts_split(self, split_hash: str) -> bool:
+        """Whether a model that was trained with the split of that hash has seen no test subject of this cohort."""
+        return split_hash in (self.split_hash, *self.split.earlier)
 
     def digest_scans(self, precision: str = "no") -> np.ndarray:
         """Digest of the version of each scan and of how it is brought to model space, (N, 16) uint8.
@@ -93,8 +98,8 @@ def load_cohort(
     cache_dtype: str = "float16",
     progress: bool = True,
     fold: tuple[int, int] | None = None,
+    extend: bool = False,
     share: tuple[int, int] = (0, 1),
-    turn: AbstractContextManager[None] | None = None,
 ) -> Cohort:
     """Read a table, add its split, and transform the scans that are not in the cache yet.
 
@@ -103,15 +108,16 @@ def load_cohort(
 
     Args:
         table: the CSV file, see `read_table`.
-        split_file: where the split is stored; None draws it without storing it.
+        split_file: where the split is stored; None draws it without storing it. It is not written here: whoever
+            accepts the cohort calls `cohort.split.store`.
         cache: folder of all caches.
         shares: fractions of subjects by split.
         on_bad_scan: "reject" continues without scans that cannot be used, "stop" raises.
         diagnoses: keep only scans with one of these; None keeps all.
         workers: processes that transform scans.
-        fold: number of the fold that is the test split, and number of folds; see `load_or_draw_split`.
+        fold: number of the fold that is the test split, and number of folds; see `plan_split`.
+        extend: whether subjects that the stored split does not name are drawn into it.
         share: number of this process, and number of processes that load the cohort; see `VolumeCache.build`.
-        turn: entered while the split is drawn and stored, which one of several processes must do before the others.
 
     Raises:
         UserError: the table or the split is faulty, a split has no scan left, or a scan cannot be used under "stop".
@@ -120,16 +126,17 @@ def load_cohort(
         raise UserError(f"data.on_bad_scan={on_bad_scan}: one of {', '.join(ON_BAD_SCAN)} is needed")
     store = VolumeCache(cache, transform, cache_dtype)
     rows = read_table(table)
-    with turn or nullcontext():
-        splits = load_or_draw_split(rows, split_file, shares, seed, fold)
-    rows = add_split(rows, splits)
+    split = plan_split(rows, split_file, shares, seed, fold, extend)
+    rows = add_split(rows, split.of_subject)
     if diagnoses is not None:
         rows = _select_diagnoses(rows, diagnoses, table)
         refuse_empty_split(rows, shares, f"what data.diagnoses leaves of {table}")
     volumes, reasons = store.build(rows["path"], workers, progress, share)
     rows, rejected = _reject(rows, reasons, on_bad_scan)
     refuse_empty_split(rows, shares, f"what the {len(rejected)} rejected scans leave of {table}")
-    return Cohort(rows, rejected, volumes, transform, hash_split(splits), augmentation or Augmentation())
+    return Cohort(
+        rows, rejected, volumes, transform, hash_split(split.of_subject), augmentation or Augmentation(), split
+    )
 
 
 def _select_diagnoses(rows: pd.DataFrame, diagnoses: Sequence[str], table: Path | str) -> pd.DataFrame:

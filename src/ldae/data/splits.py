@@ -8,6 +8,7 @@ import hashlib
 import logging
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ import pandas as pd
 from ldae.data.delimited import read_cells
 from ldae.data.table import SPLITS
 from ldae.utils.errors import UserError
-from ldae.utils.files import replacing
+from ldae.utils.files import read_json, replacing, write_json
 from ldae.utils.seeding import derive_seed
 
 log = logging.getLogger(__name__)
@@ -24,49 +25,132 @@ log = logging.getLogger(__name__)
 ROUNDING = 1e-9  # a number of subjects that falls short of a whole one by this much is whole
 
 
-def load_or_draw_split(
+@dataclass(frozen=True)
+class Split:
+    """The split of every subject of a cohort, which `store` writes once the cohort is accepted.
+
+    Attributes:
+        of_subject: split by subject, of the table and of the stored split.
+        path: where it is stored; None for a cohort whose split is not stored.
+        earlier: hashes of the splits that this one extends. A model that was trained with one of them has seen no
+            test subject of this one.
+        fold: number of the fold that is the test split, and number of folds; None if the shares were drawn.
+        is_stored: whether it is stored already.
+    """
+
+    of_subject: Mapping[str, str]
+    path: Path | None = None
+    earlier: tuple[str, ...] = ()
+    fold: tuple[int, int] | None = None
+    is_stored: bool = False
+
+    def store(self) -> None:
+        """Write the split and what it extends; nothing if that is done."""
+        if self.path is None or self.is_stored:
+            return
+        record = {"fold": list(self.fold) if self.fold else None, "earlier": list(self.earlier)}
+        write_json(_record_file(self.path), record)
+        write_split(self.path, self.of_subject)
+
+
+def plan_split(
     table: pd.DataFrame,
     path: Path | None,
     shares: Mapping[str, float],
     seed: int,
     fold: tuple[int, int] | None = None,
-) -> dict[str, str]:
-    """The split of every subject of `table` and of the file `path`; what has to be drawn is stored there.
+    extend: bool = False,
+) -> Split:
+    """The split of every subject of `table` and of the file `path`. Nothing is written: see `Split.store`.
 
     A split that the table itself gives takes precedence over the draw.
 
     Args:
         table: subject, months, diagnosis and, optionally, split (empty where it is to be drawn).
-        path: where the split is stored; None stores nothing.
+        path: where the split is stored; None for a cohort whose split is not stored.
         shares: fractions of subjects by split, summing to 1.
         seed: of the draw.
         fold: number of the fold that becomes the test split, and number of folds; the other subjects are divided in
-            proportion to the shares of train and val. It has no effect on a split that is stored.
+            proportion to the shares of train and val.
+        extend: draw subjects that the stored split does not name into it; the others stay where they are.
 
     Raises:
-        UserError: the stored split is damaged or contradicts the table's, or a split with a share has no subject.
+        UserError: the stored split is damaged, lacks a subject, is of another fold or contradicts the table's, or a
+            split with a share has no subject.
     """
     shares = normalise_shares(shares)
     stored = read_split(path) if path is not None and path.exists() else {}
     column = table["split"] if "split" in table else [""] * len(table)
     own = {subject: split for subject, split in zip(table["subject"], column, strict=True) if split}
-    for subject, split in own.items():
-        if stored.get(subject, split) != split:
-            raise UserError(
-                f"subject {subject!r} is in '{split}' by the table's split column, but in '{stored[subject]}' "
-                f"by {path}: remove the column, or start under another name"
-            )
+    _refuse_contradictions(own, stored, path)
+    earlier, stored_fold = _read_record(path, stored, table, fold, seed)
+    if stored:
+        _check_fold(fold, stored_fold, path)
+        fold = stored_fold
+    elif own and fold is not None:
+        raise UserError("the table has a split column, and data.split.fold is given: remove one of the two")
+    new = sorted(set(table["subject"]) - stored.keys())
+    if stored and new and not extend:
+        names = ", ".join(new[:3]) + (", ..." if len(new) > 3 else "")
+        raise UserError(
+            f"{len(new)} of {table['subject'].nunique()} subjects of the table are not in the split of this run, "
+            f"{path} ({names}). If the cohort has grown, data.split.extend=true "
+            "draws the new ones and leaves the others where they are; for another cohort, use another name=..."
+        )
     previous = {**stored, **own}
-    if fold is not None and not previous:
+    if fold is not None and not stored:
         previous = dict.fromkeys(subjects_of_fold(table, *fold, seed), "test")
         rest = shares["train"] + shares["val"]
         shares = {"train": shares["train"] / rest, "val": shares["val"] / rest, "test": 0.0}
     splits = assign_splits(table, shares, seed, previous)
     refuse_empty_split(add_split(table, splits), shares, "the table")
     everyone = {**stored, **splits}
-    if path is not None and everyone != stored:
-        write_split(path, everyone)
-    return everyone
+    if stored and everyone != stored:
+        earlier = (*earlier, hash_split(stored))
+        log.info("%d new subjects are drawn into the split of %d, who stay where they are", len(new), len(stored))
+    return Split(everyone, path, earlier, fold, is_stored=everyone == stored)
+
+
+def _refuse_contradictions(own: Mapping[str, str], stored: Mapping[str, str], path: Path | None) -> None:
+    for subject, split in own.items():
+        if stored.get(subject, split) != split:
+            raise UserError(
+                f"subject {subject!r} is in '{split}' by the table's split column, but in '{stored[subject]}' "
+                f"by {path}: remove the column, or start under another name"
+            )
+
+
+def _record_file(path: Path) -> Path:
+    return path.with_suffix(".json")
+
+
+def _read_record(
+    path: Path | None, stored: Mapping[str, str], table: pd.DataFrame, fold: tuple[int, int] | None, seed: int
+) -> tuple[tuple[str, ...], tuple[int, int] | None]:
+    """Hashes of the splits that the stored one extends, and its fold.
+
+    A run of an earlier version has no such record: there the fold is found by its test subjects.
+    """
+    if path is None or not stored:
+        return (), None
+    file = _record_file(path)
+    if not file.exists():
+        known = table[table["subject"].isin(stored.keys())]
+        test = {subject for subject in known["subject"] if stored[subject] == "test"}
+        return (), fold if fold is not None and subjects_of_fold(known, *fold, seed) == test else None
+    try:
+        record = read_json(file)
+        found = record["fold"]
+        return tuple(map(str, record["earlier"])), (int(found[0]), int(found[1])) if found else None
+    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        raise UserError(f"{file} is damaged ({error}): restore it, or start under another name") from error
+
+
+def _check_fold(fold: tuple[int, int] | None, stored: tuple[int, int] | None, path: Path | None) -> None:
+    """Refuse a fold other than that of the stored split, which would have no effect."""
+    if fold is not None and fold != stored:
+        what = f"fold {stored[0]} of {stored[1]}" if stored else "no such fold"
+        raise UserError(f"data.split.fold={fold[0]} of {fold[1]}, but {path} is {what}: use another name=... for it")
 
 
 def add_split(table: pd.DataFrame, splits: Mapping[str, str]) -> pd.DataFrame:

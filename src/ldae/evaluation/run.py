@@ -51,8 +51,8 @@ def run_evaluations(
     cohort.write_rejected(space.evaluation / f"{file_prefix(prefix)}rejected.csv")
     context = build_context(model, cohort, space, config, prefix)
     metrics = run_in_context(context, evaluators, f"{config.name}: evaluation")
-    if metrics:
-        log.info("%d metrics, among them\n%s", len(metrics), format_console_table(select_headline(metrics)))
+    if headline := select_headline(metrics):
+        log.info("%d metrics, among them\n%s", len(metrics), format_console_table(headline))
     return metrics
 
 
@@ -80,7 +80,7 @@ def _check(model: "LDAE", cohort: Cohort, evaluators: Mapping[str, Evaluator], s
         raise UserError("evaluation=external evaluates another cohort and must run alone: give evaluation=[external]")
     if run.metadata["transform"] != cohort.transform.key():
         raise UserError(f"{run.path} was trained on volumes of another transform: keep the same data.* values")
-    if external is None and run.metadata["split_hash"] != cohort.split_hash:
+    if external is None and not cohort.accepts_split(run.metadata["split_hash"]):
         raise UserError(f"{run.path} was trained on another split; for another cohort give evaluation=[external]")
     if isinstance(external, ExternalCohort):
         external.read_probes(model.bundle.weights_hash)

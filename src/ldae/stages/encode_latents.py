@@ -7,6 +7,7 @@ files on disk show what is done (ldae.data.latent_shards).
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from tqdm import tqdm
 from ldae.data.cohort import Cohort
 from ldae.data.latent_file import LATENT_FILE, LatentFile, Posterior
 from ldae.data.latent_shards import EncodedLatents
-from ldae.data.latents import REJECTED_FILE, channel_scale, write_metadata
+from ldae.data.latents import METADATA_FILE, REJECTED_FILE, channel_scale, write_metadata
 from ldae.data.sharing import work_order
 from ldae.data.table import scan_names, write_table
 from ldae.data.transforms import Transform
@@ -29,6 +30,9 @@ from ldae.runs import Run
 from ldae.scans.ood_check import MAX_SCANS, OodCheck, describe_rejected, find_rejected
 from ldae.scans.raw_scan import read_recorded_parameters
 from ldae.utils.errors import UserError
+from ldae.utils.files import read_json
+from ldae.utils.locks import LOCK, wait_for_lock
+from ldae.utils.shards import Shard
 
 log = logging.getLogger(__name__)
 
@@ -37,31 +41,47 @@ Encode = Callable[[np.ndarray, Tensor], Posterior]  # from rows and their volume
 
 
 def encode_cohort(
-    run: Run, cohort: Cohort, folder: Path, table: Path, accelerator: Accelerator, batch_size: int
+    run: Run,
+    cohort: Cohort,
+    folder: Path,
+    table: Path,
+    accelerator: Accelerator,
+    batch_size: int,
+    shard: Shard | None = None,
 ) -> None:
     """Encode `cohort` with the autoencoder of `run` into `folder`. latents.json is written last.
 
     All processes encode and end within about one batch of each other. The main process then writes the file of all
-    latents, while the others return.
+    latents, while the others return. Several jobs can share the work: the last one writes the file of all latents.
 
     Args:
         run: the run of stage 1.
         folder: where the latents are written; what is there already is kept.
         table: the table of the cohort, from which the name of the table of latents is derived.
         batch_size: scans per batch.
+        shard: the part of the batches that this job encodes; None: all, and `folder` must then be locked.
 
     Raises:
         UserError: a latent is not finite.
     """
     encode = _encoder(run, cohort, accelerator)
     weights = run.sha256("autoencoder")
-    encoded = EncodedLatents.find(folder, weights, cohort.table, cohort.digest_scans(accelerator.mixed_precision))
+    scans = cohort.digest_scans(accelerator.mixed_precision)
+    encoded = EncodedLatents.find(folder, weights, cohort.table, scans)
     # Batches are cut from the whole table, because results are rounded differently in batches of other scans.
     rows = np.arange(len(cohort))
     batches = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
-    _encode_missing(encode, cohort, encoded, batches, accelerator)
+    _encode_missing(encode, cohort, encoded, batches if shard is None else shard.take(batches), accelerator)
     accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
+    if not accelerator.is_main_process:
+        return
+    with nullcontext() if shard is None else wait_for_lock(folder / LOCK):
+        if shard is not None:
+            encoded = EncodedLatents.find(folder, weights, cohort.table, scans)  # another job may have merged all
+            missing = sum(not encoded.has(rows) for rows in batches)
+            if missing:
+                log.info("shard %s is finished; %d of %d batches are still missing", shard, missing, len(batches))
+                return
         latents = encoded.merge(batches, lambda rows: encode(rows, cohort.volumes.read_stored(rows)))
         _finish(run, cohort, folder, table, latents, weights, accelerator.mixed_precision)
         encoded.remove_shards()
@@ -132,7 +152,8 @@ def _finish(
     name = f"{table.stem}_with_compressed_latent.csv"
     write_table(cohort.table.assign(latent_path=LATENT_FILE), folder / name)
     cohort.write_rejected(folder / REJECTED_FILE)
-    scale, shape = channel_scale(latents.mean, latents.std, cohort.rows("train")), list(latents.mean.shape[1:])
+    shape = list(latents.mean.shape[1:])
+    scale = _stored_scale(folder, cohort, weights) or channel_scale(latents.mean, latents.std, cohort.rows("train"))
     metadata: dict[str, Any] = {
         "table": name,
         "scans": len(latents),
@@ -149,6 +170,16 @@ def _finish(
     _check_distribution(cohort, metadata["likeness"], folder / OOD_FILE)
     write_metadata(folder, metadata)
     log.info("%d latents of shape %s in %s; scale %s", len(latents), shape, folder, [round(s, 4) for s in scale])
+
+
+def _stored_scale(folder: Path, cohort: Cohort, weights: str) -> list[float] | None:
+    """The scale of the latents that these extend by new subjects: a U-Net may have been trained with it."""
+    path = folder / METADATA_FILE
+    if not path.exists():
+        return None
+    stored = read_json(path)
+    extended = stored.get("split_hash") in cohort.split.earlier and stored.get("autoencoder_sha256") == weights
+    return stored["scale"] if extended else None
 
 
 def _describe_training_scans(cohort: Cohort) -> dict[str, Any]:

@@ -34,13 +34,13 @@ def open_latents(path: str | None, split_hash: str | None, workspace: Workspace)
     return latents
 
 
-def refuse_other_split(run: Run, split_hash: str, workspace: Workspace) -> None:
-    """Refuse a predecessor that was trained on another split of the subjects.
+def refuse_other_split(run: Run, cohort: Cohort, workspace: Workspace) -> None:
+    """Refuse a predecessor that was trained on another split of the subjects, unless the cohort's only extends it.
 
     Raises:
         UserError: it was.
     """
-    if run.metadata["split_hash"] != split_hash:
+    if not cohort.accepts_split(run.metadata["split_hash"]):
         raise UserError(f"{run.path} was trained on another split of the subjects than {workspace.split_file}")
 
 

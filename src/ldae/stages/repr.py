@@ -115,7 +115,7 @@ class ReprStage(Stage):
     ) -> None:
         first, second = workspace.predecessor("aekl", aekl), workspace.predecessor("pretrain", pretrain)
         for run in (first, second):
-            refuse_other_split(run, cohort.split_hash, workspace)
+            refuse_other_split(run, cohort, workspace)
         self.predecessors = {run.path.name: run.metadata["weights"] for run in (first, second)}
         self.autoencoder = first.module("autoencoder", first.config.model.autoencoder)
         self.unet = second.module("unet", second.config.model.unet)

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -61,6 +61,11 @@ def make_cohort(
     return table
 
 
+def cohort_folder(data: Path | str, subjects: int, seed: int, spacing: float, shape: Sequence[int]) -> Path:
+    """The folder below `data` that conf/data/phantom.yaml derives from the parameters of a synthetic cohort."""
+    return Path(data) / f"phantom_n{subjects}_seed{seed}_{spacing}mm_{'x'.join(map(str, shape))}"
+
+
 def wait_for_cohort(table: Path, patience: float = 10.0) -> None:
     """Wait until another process that runs `make_cohort` has written `table`.
 
@@ -100,6 +105,8 @@ def _claim(out: Path, parameters: dict) -> bool:
     """Write which cohort `out` is for; whether that was already written. Another cohort is refused."""
     path = out / "phantom.json"
     if not path.exists():
+        if out.exists() and any(out.iterdir()):
+            raise UserError(f"{out} contains other files: a synthetic cohort needs a folder of its own")
         write_json(path, parameters)
         return False
     found = read_json(path)
