@@ -20,6 +20,7 @@ from ldae.bench.settings import Bench
 from ldae.bench.straight import NpzLatents, NpzVolumes, WaitingTime, use_plain_kernels, use_plain_updates
 from ldae.data.augmentation import Augmentation
 from ldae.data.cohort import Cohort
+from ldae.data.file_version import FileVersion
 from ldae.data.latent_file import LATENT_FILE, digest_rows, write_latents
 from ldae.data.latent_npz import npz_name, write_npz
 from ldae.data.latents import write_metadata
@@ -140,7 +141,9 @@ class VariantUnderTest:
             else:
                 np.save(files[-1], (self.scan * top).astype(dtype))
         plain = NpzVolumes(files, self.waiting, self.shape)
-        volumes = plain if self.settings.straight else Volumes(self.table["path"], files, self.shape, top)
+        versions = [FileVersion.of(file) for file in files]
+        cached = Volumes(self.table["path"], files, self.shape, top, versions)
+        volumes = plain if self.settings.straight else cached
         transform = SimpleNamespace(key=lambda: HASH)
         return Cohort(self.table, self.table[:0], volumes, transform, HASH, Augmentation())
 
@@ -155,7 +158,7 @@ class VariantUnderTest:
             for name, m, s in zip(names, mean, std, strict=True):
                 write_npz(folder / name, m, s, HASH)
         else:
-            write_latents(folder / LATENT_FILE, HASH, row, row, [(mean, std)])
+            write_latents(folder / LATENT_FILE, HASH, row, self.cohort.digest_scans(), [(mean, std)])
         write_table(self.table.assign(latent_path=names), folder / "scans.csv")
         about = {"table": "scans.csv", "scale": [1.0] * shape[0], "split_hash": HASH, "autoencoder_sha256": HASH}
         write_metadata(folder, about)
