@@ -188,3 +188,18 @@ def test_the_tutorial_runs_from_top_to_bottom(smoke, tmp_path):
 def test_the_tutorial_holds_no_output():
     assert all(cell["outputs"] == [] and cell["execution_count"] is None for cell in cells("code"))
     assert NOTEBOOK.stat().st_size < 1_000_000
+
+
+def test_the_untrained_baseline_starts_where_the_training_started(copied):
+    """With a learning rate of 0, the published encoder is the one that training started from: draw 0 of its weights."""
+    from ldae.evaluation.initial_encoder import build_initial_encoder
+    from ldae.runs import Run
+
+    run = Run(copied / "runs/smoke/repr")
+    shutil.rmtree(run.path)
+    run_script("train", "experiment=smoke", "stage=repr", "optim.lr=0", "trainer.ema=null", cwd=copied)
+    trained = run.module("encoder", run.config.model.encoder)
+    for draw in (0, 1):
+        start = build_initial_encoder(run, draw, trained).state_dict()
+        different = [name for name, tensor in trained.state_dict().items() if not torch.equal(tensor, start[name])]
+        assert bool(different) == bool(draw)

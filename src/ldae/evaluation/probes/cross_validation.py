@@ -30,7 +30,9 @@ from ldae.evaluation.probes.predictors import (
 )
 from ldae.evaluation.probes.table_features import read_numbers
 from ldae.evaluation.probes.targets import Probe
+from ldae.runs import Run
 from ldae.utils.errors import UserError
+from ldae.utils.results_record import read_record
 
 log = logging.getLogger(__name__)
 
@@ -131,7 +133,22 @@ class PooledFolds:
         path = run / "evaluation" / f"{name}_predictions.csv"
         if not path.exists():
             raise UserError(f"no {path}: run `python evaluate.py evaluation=[probes] name={run.name} ...` first")
+        _refuse_outdated(run)
         return pd.read_csv(path, dtype={"subject": str, "session": str})
+
+
+def _refuse_outdated(run: Path) -> None:
+    """Refuse predictions of other weights than `run` has now.
+
+    Raises:
+        UserError: its encoder has been trained again since.
+    """
+    probes, stage = read_record(run / "evaluation").get("probes"), Run(run / "repr")
+    if probes is not None and stage.published and probes.source.weights.get("encoder") != stage.sha256("encoder"):
+        raise UserError(
+            f"{run / 'evaluation'} has predictions of other weights than {stage.path}: run `python evaluate.py "
+            f"evaluation=[probes] name={run.name} ...` again"
+        )
 
 
 def score_folds(
