@@ -28,6 +28,7 @@ from ldae.data.transforms import Transform
 from ldae.stages.encode_latents import OOD_FILE, encode_cohort
 from ldae.stages.predecessors import match_latents
 from ldae.utils.errors import UserError
+from ldae.utils.shards import Shard
 
 SCANS, BATCH = 10, 2
 WEIGHTS = "5" * 64
@@ -153,6 +154,38 @@ def test_the_file_of_latents_equals_the_npz_files_to_the_bit(scans, whole, tmp_p
 def test_several_processes_write_the_same_bytes(scans, whole, tmp_path, processes):
     counts = encode(scans, tmp_path, processes=processes)
     assert sum(counts) >= SCANS // BATCH
+    assert contents(tmp_path) == contents(whole)
+
+
+@pytest.mark.parametrize(
+    "order", [("1/2", "2/2"), ("2/3", "3/3", "2/3", "1/3"), ("4/9", *(f"{n}/9" for n in range(9)))]
+)
+def test_jobs_in_any_order_write_the_same_bytes_as_one(scans, whole, tmp_path, order):
+    counts = []
+    for shard in order:
+        assert (tmp_path / METADATA_FILE).exists() == (sum(counts) == SCANS // BATCH)
+        encoder = Encoder()
+        encode_cohort(
+            run(encoder), cohort(scans), tmp_path, Path("scans.csv"), accelerator(), BATCH, Shard.parse(shard)
+        )
+        counts.append(encoder.count)
+    assert sum(counts) == SCANS // BATCH
+    (tmp_path / ".lock").unlink()
+    assert contents(tmp_path) == contents(whole)
+
+
+def test_jobs_at_once_write_the_same_bytes_as_one(scans, whole, tmp_path):
+    cohorts = [cohort(scans) for _ in range(4)]
+    arguments = [
+        (run(Encoder()), of_all, tmp_path, Path("scans.csv"), accelerator(), BATCH, Shard(index % 3, 3))
+        for index, of_all in enumerate(cohorts)  # the first shard twice
+    ]
+    threads = [threading.Thread(target=encode_cohort, args=args) for args in arguments]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    (tmp_path / ".lock").unlink()
     assert contents(tmp_path) == contents(whole)
 
 

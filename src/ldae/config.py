@@ -186,6 +186,7 @@ class Config:
     """
 
     name: str = field(default="default", metadata=HARMLESS)
+    shard: str | None = field(default=None, metadata=HARMLESS)  # encode_latents.py: part I/N of the scans
     seed: int = 0
     paths: Paths = field(default_factory=Paths, metadata=HARMLESS)
     trainer: TrainerSettings = field(default_factory=TrainerSettings)

@@ -17,6 +17,7 @@ from ldae.utils.errors import UserError
 from ldae.utils.locks import lock_folder
 from ldae.utils.process_pool import available_cores
 from ldae.utils.seeding import weights_seed
+from ldae.utils.shards import Shard
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +31,7 @@ def train(config: DictConfig) -> None:
     from ldae.training.changes import check_changes
 
     _check(config)
+    _refuse_shard(config)
     refuse_missing_values(config.stage)
     stage = get_class(config.stage._target_)
     if stage.reads_scans:
@@ -83,6 +85,7 @@ def encode(config: DictConfig) -> None:
     from ldae.stages.encode_latents import encode_cohort
 
     _check(config)
+    shard = _shard(config)
     refuse_missing_table(config)
     accelerator = instantiate(config.accelerator)
     space = open_workspace(config)
@@ -98,8 +101,9 @@ def encode(config: DictConfig) -> None:
         raise UserError(f"{run.path} was trained on volumes of another transform: keep the same data.* values")
     if accelerator.is_main_process:
         cohort.split.store()
-    with lock_folder(space.latents, accelerator.is_main_process):
-        encode_cohort(run, cohort, space.latents, Path(config.data.table), accelerator, config.trainer.batch_size)
+    table, batch_size = Path(config.data.table), config.trainer.batch_size
+    with lock_folder(space.latents, accelerator.is_main_process and shard is None):
+        encode_cohort(run, cohort, space.latents, table, accelerator, batch_size, shard)
 
 
 def evaluate(config: DictConfig) -> None:
@@ -114,6 +118,7 @@ def evaluate(config: DictConfig) -> None:
     from ldae.training.precision import inference_dtype
 
     _check(config)
+    _refuse_shard(config)
     refuse_missing_values(config.perceptual)
     refuse_missing_table(config)
     accelerator = instantiate(config.accelerator)
@@ -160,7 +165,7 @@ def open_cohort(config: DictConfig, accelerator: Accelerator, space: Workspace, 
         extend=data.split.extend,
         workers=_workers(data.workers, accelerator),
         progress=accelerator.is_main_process,
-        share=(accelerator.process_index, accelerator.num_processes),
+        share=_share(config, accelerator),
     )
     _check_agreement(cohort, accelerator)
     return cohort
@@ -230,6 +235,24 @@ def _workers(wanted: int | None, accelerator: Accelerator) -> int:
     """Number of worker processes for each of the processes on this machine, which share its CPU cores."""
     here = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
     return max(1, (wanted or available_cores()) // here)
+
+
+def _shard(config: DictConfig) -> Shard | None:
+    return None if config.shard is None else Shard.parse(config.shard)
+
+
+def _share(config: DictConfig, accelerator: Accelerator) -> tuple[int, int]:
+    """Number of this process, and of all processes, of all jobs that share the work."""
+    shard = _shard(config) or Shard()
+    return (
+        shard.index * accelerator.num_processes + accelerator.process_index,
+        shard.count * accelerator.num_processes,
+    )
+
+
+def _refuse_shard(config: DictConfig) -> None:
+    if config.shard is not None:
+        raise UserError("only encode_latents.py takes a shard: leave it out")
 
 
 def _check_agreement(cohort: Cohort, accelerator: Accelerator) -> None:

@@ -81,7 +81,13 @@ class EncodedLatents:
 
     def write(self, rows: np.ndarray, mean: np.ndarray, std: np.ndarray) -> None:
         """Store the batch `rows`; mean and std are (B, C, X, Y, Z) float32."""
-        write_latents(self.shard(rows), self.autoencoder, self.row[rows], self.scan[rows], [(mean, std)])
+        for attempt in range(2):
+            try:
+                write_latents(self.shard(rows), self.autoencoder, self.row[rows], self.scan[rows], [(mean, std)])
+                return
+            except FileNotFoundError:  # another job has merged all shards meanwhile, and has removed their folder
+                if attempt:
+                    raise
 
     def read(self, rows: np.ndarray) -> Posterior | None:
         """The posteriors of the batch `rows`; None if they are missing or damaged."""

@@ -15,6 +15,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from ldae.utils.errors import EXIT_REQUEUE, EXIT_USER_ERROR, UserError
 from ldae.utils.overrides import quote_overrides
+from ldae.utils.shards import shard_override
 
 log = logging.getLogger("ldae")
 
@@ -76,7 +77,7 @@ def _exit_on_signal(number: int, frame: FrameType | None) -> None:
 def run_script(main: Callable[[], None]) -> None:
     """Call the `hydra.main` function of a script: arguments are taken as people type them, and errors are one line."""
     with one_line_errors():
-        sys.argv[1:] = quote_overrides(sys.argv[1:])
+        sys.argv[1:] = quote_overrides(shard_override(sys.argv[1:]))
         # Otherwise Hydra prints errors of composing itself, in several lines with links.
         os.environ["HYDRA_FULL_ERROR"] = "1"
         main()
