@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ldae.data.columns import ColumnReport
+from ldae.data.columns import ColumnReport, find_columns
 from ldae.data.delimited import Row, exists_or_refuse
 from ldae.data.subjects import SubjectIndex
 from ldae.data.values import MAX_AGE, is_missing, unify_case
@@ -88,7 +88,8 @@ class Participants:
         """Find the participants of all scans, and log what was found in each column.
 
         Raises:
-            UserError: a subject may be several participants, or several rows fit one scan.
+            UserError: a subject may be several participants, several rows fit one scan, or a column that was named does
+                not exist.
         """
         self._read_metadata(scans)
         self._index.refuse_shared(scan.subject for scan in scans)
@@ -96,6 +97,7 @@ class Participants:
         for scan in scans:
             labels[scan.subject][scan.session] = None
         rows = [self._rows_of(scan, only=len(labels[scan.subject]) == 1) for scan in scans]
+        self._refuse_missing_columns()
         orders = _order_sessions(scans, rows)
         found = [_describe(orders[scan.subject], scan, its_rows) for scan, its_rows in zip(scans, rows, strict=True)]
         diagnoses = unify_case([participant.diagnosis for participant in found])
@@ -106,6 +108,13 @@ class Participants:
         if self.reason_empty:
             log.warning("%s", self.reason_empty)
         return found
+
+    def _refuse_missing_columns(self) -> None:
+        for role in ("months", "date", "age", "baseline_age", "diagnosis", "sex"):
+            names = getattr(self.columns, role)
+            if names is not None and self._header and not find_columns(list(self._header), role, names):
+                named, present = ", ".join(names), ", ".join(self._header)
+                raise UserError(f"preprocess.columns.{role}: there is no column {named}; the tables have {present}")
 
     def _rows_of(self, scan: SourceScan, only: bool) -> RowsOfScan:
         listed = [row for subject in self._index.find(scan.subject) for row in self._listed[subject]]
