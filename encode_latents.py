@@ -1,7 +1,7 @@
 """Compress every scan of a table: `python encode_latents.py data=table data.table=scans.csv name=mycohort`.
 
 Writes runs/<name>/latents. The same command again skips scans that are encoded already. Several GPUs: `accelerate
-launch encode_latents.py ...`.
+launch encode_latents.py ...`. Several jobs: `--shard I/N` in each; the last one writes the file of all latents.
 """
 
 import hydra

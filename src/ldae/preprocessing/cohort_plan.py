@@ -5,6 +5,7 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 from ldae.data.columns import find_columns
@@ -90,7 +91,7 @@ def plan_cohort(
 
 def _row(scan: SourceScan, participant: Participant) -> Row:
     """The cells of the table that do not depend on preprocessing."""
-    placed = {name for role in PLACED_ROLES for name in find_columns(list(scan.metadata), role)}
+    placed = _placed_columns(tuple(scan.metadata))
     return {
         "session": session_label(participant.months or 0),
         "diagnosis": participant.diagnosis,
@@ -98,3 +99,8 @@ def _row(scan: SourceScan, participant: Participant) -> Row:
         "sex": participant.sex,
         **{name: cell for name, cell in scan.metadata.items() if name not in placed},
     }
+
+
+@cache  # all scans of a list have the same columns
+def _placed_columns(header: tuple[str, ...]) -> frozenset[str]:
+    return frozenset(name for role in PLACED_ROLES for name in find_columns(list(header), role))

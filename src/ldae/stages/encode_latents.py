@@ -65,8 +65,7 @@ def encode_cohort(
         UserError: a latent is not finite.
     """
     encode = _encoder(run, cohort, accelerator)
-    weights = run.sha256("autoencoder")
-    scans = cohort.digest_scans(accelerator.mixed_precision)
+    weights, scans = run.sha256("autoencoder"), cohort.digest_scans(accelerator.mixed_precision)
     encoded = EncodedLatents.find(folder, weights, cohort.table, scans)
     # Batches are cut from the whole table, because results are rounded differently in batches of other scans.
     rows = np.arange(len(cohort))
@@ -76,15 +75,19 @@ def encode_cohort(
     if not accelerator.is_main_process:
         return
     with nullcontext() if shard is None else wait_for_lock(folder / LOCK):
-        if shard is not None:
-            encoded = EncodedLatents.find(folder, weights, cohort.table, scans)  # another job may have merged all
-            missing = sum(not encoded.has(rows) for rows in batches)
-            if missing:
-                log.info("shard %s is finished; %d of %d batches are still missing", shard, missing, len(batches))
-                return
-        latents = encoded.merge(batches, lambda rows: encode(rows, cohort.volumes.read_stored(rows)))
-        _finish(run, cohort, folder, table, latents, weights, accelerator.mixed_precision)
-        encoded.remove_shards()
+        if shard is not None:  # another job may have merged all shards meanwhile
+            encoded = EncodedLatents.find(folder, weights, cohort.table, scans)
+        if shard is None or _are_complete(encoded, batches, shard):
+            latents = encoded.merge(batches, lambda rows: encode(rows, cohort.volumes.read_stored(rows)))
+            _finish(run, cohort, folder, table, latents, weights, accelerator.mixed_precision)
+            encoded.remove_shards()
+
+
+def _are_complete(encoded: EncodedLatents, batches: list[np.ndarray], shard: Shard) -> bool:
+    missing = sum(not encoded.has(rows) for rows in batches)
+    if missing:
+        log.info("shard %s is finished; %d of %d batches are still missing", shard, missing, len(batches))
+    return not missing
 
 
 def _encoder(run: Run, cohort: Cohort, accelerator: Accelerator) -> Encode:
