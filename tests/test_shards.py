@@ -1,19 +1,25 @@
 """Proves that several jobs can write into one output: tables are the same, whatever the order and number of jobs."""
 
+import os
+import pickle
 import shutil
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import pytest
 from click.testing import CliRunner
 
 from ldae.cli import main
+from ldae.commands.launch import LauncherSettings, parse_settings
 from ldae.utils.errors import UserError
 from ldae.utils.files import read_json, write_json
 from ldae.utils.shards import Shard, remove_marks, shard_override
 from small_datasets import bids, brain
 
+ROOT = Path(__file__).parents[1]
 OPTIONS = ("--bias", "none", "--brain", "stripped", "--registration", "none", "--spacing", "4", "-j", "1")
 TABLES = ("scans.csv", "rejected.csv", "qc.html")
 SCANS = 5  # of which the last cannot be read
@@ -155,4 +161,95 @@ def test_two_processes_at_once_write_the_same_tables_as_one_job(raw, whole, out)
     jobs = [start(raw, out, "--shard", f"{number}/2") for number in (1, 2)]
     errors = [job.communicate()[1] for job in jobs]
     assert [job.returncode for job in jobs] == [0, 0], errors
+    assert tables(out) == tables(whole)
+
+
+@pytest.mark.parametrize(
+    ("status", "restarts", "requeued"),
+    [(0, 0, ""), (2, 0, ""), (75, 0, "requeue 5_3\n"), (137, 2, "requeue 5_3\n"), (75, 3, "")],
+)
+def test_a_task_of_the_array_gets_its_shard_and_is_queued_again_if_it_died(tmp_path, status, restarts, requeued):
+    scripts = {"work": f'echo "$@" > arguments; exit {status}', "scontrol": 'echo "$@" >> requeued'}
+    for name, text in scripts.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    task = {"SLURM_ARRAY_JOB_ID": "5", "SLURM_ARRAY_TASK_ID": "3", "SLURM_RESTART_COUNT": str(restarts)}
+    environment = os.environ | task | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    command = ["bash", str(ROOT / "docs/slurm.sbatch"), "work", "IN", "OUT"]
+    assert subprocess.run(command, cwd=tmp_path, env=environment, check=False).returncode == status
+    assert (tmp_path / "arguments").read_text() == "IN OUT --shard 3/64\n"
+    log = tmp_path / "requeued"
+    assert (log.read_text() if log.exists() else "") == requeued
+
+
+def test_a_task_of_the_array_that_reaches_its_time_limit_stops_its_command_and_is_queued_again(tmp_path):
+    work = (
+        "import signal, sys, time; signal.signal(15, lambda *_: sys.exit(143)); print('up', flush=True); time.sleep(60)"
+    )
+    (tmp_path / "scontrol").write_text('#!/bin/bash\necho "$@" >> requeued\n')
+    (tmp_path / "scontrol").chmod(0o755)
+    environment = os.environ | {"SLURM_ARRAY_JOB_ID": "5", "SLURM_ARRAY_TASK_ID": "3"}
+    environment["PATH"] = f"{tmp_path}:{os.environ['PATH']}"
+    command = ["bash", str(ROOT / "docs/slurm.sbatch"), sys.executable, "-c", work]
+    task = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True)
+    assert task.stdout.readline() == "up\n"
+    task.terminate()
+    task.communicate(timeout=60)
+    assert task.returncode == 143
+    assert (tmp_path / "requeued").read_text() == "requeue 5_3\n"
+
+
+def test_the_launcher_refuses_in_one_line_without_submitit(raw, out, monkeypatch):
+    monkeypatch.setitem(sys.modules, "submitit", None)
+    result = preprocess(raw, out, "--launcher", "slurm")
+    assert result.exit_code == 2
+    assert result.output.strip() == "ldae: --launcher needs submitit: pip install 'ldae[cluster]'"
+    assert not out.exists()
+
+
+def test_settings_of_the_launcher_are_parsed_or_refused():
+    settings = parse_settings(["launcher.partition=long", "launcher.mem_gb=4", "launcher.timeout_min=30"])
+    assert (settings.partition, settings.mem_gb, settings.timeout_min) == ("long", 4.0, 30)
+    assert settings.cpus_per_task == LauncherSettings().cpus_per_task
+    for wrong in ("launcher.partitin=long", "launcher.timeout_min=soon"):
+        with pytest.raises(UserError, match="the keys of launcher are name, partition"):
+            parse_settings([wrong])
+
+
+class FakeExecutor:
+    """In place of submitit's AutoExecutor: runs jobs in this process, in reverse order, after a trip through pickle."""
+
+    def __init__(self, folder, cluster, slurm_max_num_timeout):
+        self.made_for, self.parameters, self.jobs = (Path(folder), cluster, slurm_max_num_timeout), {}, []
+
+    def update_parameters(self, **parameters):
+        self.parameters |= parameters
+
+    @contextmanager
+    def batch(self):
+        yield
+        for job in reversed(self.jobs):
+            job.work()
+
+    def submit(self, work):
+        self.jobs.append(SimpleNamespace(work=pickle.loads(pickle.dumps(work)), job_id="7_0", result=lambda: None))
+        return self.jobs[-1]
+
+
+@pytest.mark.parametrize("wait", ["--wait", "--no-wait"])
+def test_the_launcher_submits_shards_that_write_the_same_tables(raw, whole, out, monkeypatch, wait):
+    made = []
+    module = ModuleType("submitit")
+    module.AutoExecutor = lambda **arguments: made.append(FakeExecutor(**arguments)) or made[-1]
+    errors = ModuleType("submitit.core.utils")
+    errors.FailedJobError = errors.UncompletedJobError = RuntimeError
+    for name, fake in (("submitit", module), ("submitit.core", ModuleType("core")), ("submitit.core.utils", errors)):
+        monkeypatch.setitem(sys.modules, name, fake)
+    settings = ("--launcher", "slurm", "--shards", "3", "--set", "launcher.partition=cpu", "--set", "launcher.mem_gb=9")
+    result = preprocess(raw, out, *settings, wait)
+    assert result.exit_code == 0, result.output
+    assert made[0].made_for == (out / ".submitit", "slurm", LauncherSettings().max_num_timeout)
+    assert made[0].parameters["slurm_partition"] == "cpu"
+    assert made[0].parameters["mem_gb"] == 9
+    assert [str(job.work.shard) for job in made[0].jobs] == ["1/3", "2/3", "3/3"]
     assert tables(out) == tables(whole)
