@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +44,23 @@ def test_every_stage_writes_its_files(smoke):
         assert steps == sorted(steps)
     hashes = {json.loads((smoke / f"runs/smoke/{s}/weights/metadata.json").read_text())["split_hash"] for s in STAGES}
     assert len(hashes) == 1
+
+
+def test_two_jobs_at_once_encode_what_one_encodes(smoke, copied):
+    folder = copied / "runs/smoke/latents"
+    shutil.rmtree(folder)
+    arguments = (("--shard", "1/2"), ("shard=0/2",))  # as an option and as an override, counted from 1 and from 0
+    with ThreadPoolExecutor() as jobs:
+        list(jobs.map(lambda shard: run_script("encode_latents", "experiment=smoke", *shard, cwd=copied), arguments))
+    for path in (smoke / "runs/smoke/latents").iterdir():
+        assert (folder / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+@pytest.mark.parametrize(("script", "stage"), [("train", "stage=aekl"), ("evaluate", "stage=repr")])
+def test_other_scripts_take_no_shard(smoke, script, stage):
+    result = run_script(script, "experiment=smoke", stage, "--shard", "1/2", cwd=smoke, check=False)
+    assert result.returncode == 2
+    assert "only encode_latents.py takes a shard" in result.stderr
 
 
 def test_latents_have_unit_variance_on_the_training_split(smoke):
@@ -127,7 +145,7 @@ def test_stage_2_needs_the_latents_and_no_scan(copied):
     for name in ("data", "runs/smoke/aekl", "runs/smoke/pretrain", "runs/smoke/repr"):
         shutil.rmtree(copied / name)
     (copied / "runs/smoke/split.csv").unlink()
-    arguments = ("experiment=smoke", "stage=pretrain", "data=table", "data.table=none.csv")
+    arguments = ("experiment=smoke", "stage=pretrain", "data=table", "data.table=scans.csv")
     run_script("train", *arguments, "data.shape=[24,24,24]", "data.spacing=9.0", cwd=copied)
     found = load_file(copied / "runs/smoke/pretrain/weights/unet.safetensors")
     assert all(torch.equal(found[name], trained[name]) for name in trained)

@@ -222,9 +222,11 @@ def _check_predecessors(config: DictConfig, space: Workspace) -> None:
         if key in config.stage:
             space.predecessor(key, config.stage[key])
     if "latents" in config.stage:
-        from ldae.data.latents import check_latents
+        from ldae.data.latents import check_latents, refuse_other_table
 
         check_latents(_latents_folder(config, space))
+        if not _is_synthetic(config):
+            refuse_other_table(_latents_folder(config, space), Path(config.data.table))
 
 
 def _latents_folder(config: DictConfig, space: Workspace) -> Path:

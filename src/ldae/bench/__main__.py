@@ -11,7 +11,7 @@ import hydra
 from omegaconf import DictConfig
 
 from ldae.config import conf_dir, register
-from ldae.utils.entrypoint import one_line_errors
+from ldae.utils.entrypoint import one_line_errors, run_script
 
 log = logging.getLogger(__name__)
 register()
@@ -44,4 +44,4 @@ def hydra_arguments(arguments: Sequence[str]) -> list[str]:
 
 if __name__ == "__main__":
     sys.argv[1:] = hydra_arguments(sys.argv[1:])
-    main()
+    run_script(main)

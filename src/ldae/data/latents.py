@@ -131,6 +131,23 @@ def check_latents(folder: Path) -> None:
         raise UserError(f"no latents in {folder}: run `python encode_latents.py` with the same name=... and data first")
 
 
+def refuse_other_table(folder: Path, table: Path) -> None:
+    """Refuse a table that does not exist, unless the latents in `folder` were made from a table of that name.
+
+    Training on latents reads neither the table nor the scans, so they need not be on this machine.
+
+    Raises:
+        UserError: there is no such table.
+    """
+    if not table.is_file() and _read_metadata(folder)["table"] != latent_table_name(table):
+        raise UserError(f"no such table: {table}")
+
+
+def latent_table_name(table: Path) -> str:
+    """Name of the table of latents that are made from `table`."""
+    return f"{table.stem}_with_compressed_latent.csv"
+
+
 def write_metadata(folder: Path, metadata: dict[str, Any]) -> None:
     """Write latents.json, with which the folder counts as finished."""
     write_json(folder / METADATA_FILE, metadata)

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from ldae.data.cohort import Cohort
 from ldae.data.latent_file import LATENT_FILE, LatentFile, Posterior
 from ldae.data.latent_shards import EncodedLatents
-from ldae.data.latents import METADATA_FILE, REJECTED_FILE, channel_scale, write_metadata
+from ldae.data.latents import METADATA_FILE, REJECTED_FILE, channel_scale, latent_table_name, write_metadata
 from ldae.data.sharing import work_order
 from ldae.data.table import scan_names, write_table
 from ldae.data.transforms import Transform
@@ -152,7 +152,7 @@ def _read_ahead(
 def _finish(
     run: Run, cohort: Cohort, folder: Path, table: Path, latents: LatentFile, weights: str, precision: str
 ) -> None:
-    name = f"{table.stem}_with_compressed_latent.csv"
+    name = latent_table_name(table)
     write_table(cohort.table.assign(latent_path=LATENT_FILE), folder / name)
     cohort.write_rejected(folder / REJECTED_FILE)
     shape = list(latents.mean.shape[1:])
