@@ -263,7 +263,7 @@ def check_constructor_arguments(node: Any, key: str = "") -> None:
     if not isinstance(node, DictConfig) or node._is_none():
         return
     if is_dataclass(schema := OmegaConf.get_type(node)):
-        _refuse_other_settings(node, key, {setting.name for setting in fields(schema)})
+        _refuse_other_settings(node, key, {setting.name for setting in fields(schema)} | _settings_of_unet(node))
     if "_target_" in node and not OmegaConf.is_missing(node, "_target_"):
         _check_signature(node, key)
     for name in node:
@@ -285,6 +285,13 @@ def refuse_missing_values(node: Any) -> None:
             what = f"a local file with {REQUIRED_FILES[key]}" if key in REQUIRED_FILES else f"{key}=VALUE"
             raise UserError(f"{key} must be given: {what}")
         refuse_missing_values(node[name])
+
+
+def _settings_of_unet(node: DictConfig) -> set[str]:
+    """For the group of the gradient estimator the arguments of the U-Net, which it takes over; see estimator_node."""
+    if OmegaConf.get_type(node) is not EstimatorSettings:
+        return set()
+    return set(inspect.signature(get_object(node._get_parent().unet["_target_"])).parameters)
 
 
 def _refuse_other_settings(node: DictConfig, key: str, known: set[str]) -> None:
