@@ -112,6 +112,17 @@ def test_the_same_shard_twice_does_no_harm(raw, whole, out):
     assert tables(out) == tables(whole)
 
 
+def test_temporary_files_of_a_killed_job_are_removed(raw, whole, out):
+    (out / "sub-1/anat").mkdir(parents=True)
+    (out / "sub-1/anat/.tmp-00-x.nii.gz").write_text("half")
+    for shard in ("1/2", "2/2"):
+        assert preprocess(raw, out, "--shard", shard).exit_code == 0
+    assert sorted(p.name for p in (out / "sub-1/anat").iterdir()) == sorted(
+        p.name for p in (whole / "sub-1/anat").iterdir()
+    )
+    assert tables(out) == tables(whole)
+
+
 def test_merge_lists_what_is_finished_and_says_what_is_not(raw, whole, out):
     preprocess(raw, out, "--shard", "1/2")
     result = preprocess(raw, out, "--merge")
@@ -157,8 +168,9 @@ def test_a_mistake_is_refused_before_anything_is_written(raw, out, options, mess
     assert not out.exists()
 
 
-def test_two_processes_at_once_write_the_same_tables_as_one_job(raw, whole, out):
-    jobs = [start(raw, out, "--shard", f"{number}/2") for number in (1, 2)]
+@pytest.mark.parametrize("shards", [("1/2", "2/2"), ("1/1", "1/1")])
+def test_two_processes_at_once_write_the_same_tables_as_one_job(raw, whole, out, shards):
+    jobs = [start(raw, out, "--shard", shard) for shard in shards]
     errors = [job.communicate()[1] for job in jobs]
     assert [job.returncode for job in jobs] == [0, 0], errors
     assert tables(out) == tables(whole)
@@ -219,6 +231,8 @@ def test_settings_of_the_launcher_are_parsed_or_refused():
 class FakeExecutor:
     """In place of submitit's AutoExecutor: runs jobs in this process, in reverse order, after a trip through pickle."""
 
+    failure = ""  # traceback of every job
+
     def __init__(self, folder, cluster, slurm_max_num_timeout):
         self.made_for, self.parameters, self.jobs = (Path(folder), cluster, slurm_max_num_timeout), {}, []
 
@@ -232,24 +246,45 @@ class FakeExecutor:
             job.work()
 
     def submit(self, work):
-        self.jobs.append(SimpleNamespace(work=pickle.loads(pickle.dumps(work)), job_id="7_0", result=lambda: None))
+        paths = SimpleNamespace(stderr="log.err")
+        self.jobs.append(
+            SimpleNamespace(work=pickle.loads(pickle.dumps(work)), job_id="7_0", paths=paths, result=self.result)
+        )
         return self.jobs[-1]
 
+    def result(self):
+        if self.failure:
+            raise RuntimeError(self.failure)
 
-@pytest.mark.parametrize("wait", ["--wait", "--no-wait"])
-def test_the_launcher_submits_shards_that_write_the_same_tables(raw, whole, out, monkeypatch, wait):
+
+@pytest.fixture
+def executors(monkeypatch) -> list[FakeExecutor]:
+    """The executors that are made from a submitit which is replaced by FakeExecutor."""
     made = []
-    module = ModuleType("submitit")
+    module, errors = ModuleType("submitit"), ModuleType("submitit.core.utils")
     module.AutoExecutor = lambda **arguments: made.append(FakeExecutor(**arguments)) or made[-1]
-    errors = ModuleType("submitit.core.utils")
     errors.FailedJobError = errors.UncompletedJobError = RuntimeError
     for name, fake in (("submitit", module), ("submitit.core", ModuleType("core")), ("submitit.core.utils", errors)):
         monkeypatch.setitem(sys.modules, name, fake)
+    return made
+
+
+@pytest.mark.parametrize("wait", ["--wait", "--no-wait"])
+def test_the_launcher_submits_shards_that_write_the_same_tables(raw, whole, out, executors, wait):
     settings = ("--launcher", "slurm", "--shards", "3", "--set", "launcher.partition=cpu", "--set", "launcher.mem_gb=9")
     result = preprocess(raw, out, *settings, wait)
     assert result.exit_code == 0, result.output
-    assert made[0].made_for == (out / ".submitit", "slurm", LauncherSettings().max_num_timeout)
-    assert made[0].parameters["slurm_partition"] == "cpu"
-    assert made[0].parameters["mem_gb"] == 9
-    assert [str(job.work.shard) for job in made[0].jobs] == ["1/3", "2/3", "3/3"]
+    (executor,) = executors
+    assert executor.made_for == (out / ".submitit", "slurm", LauncherSettings().max_num_timeout)
+    assert executor.parameters["slurm_partition"] == "cpu"
+    assert executor.parameters["mem_gb"] == 9
+    assert [str(job.work.shard) for job in executor.jobs] == ["1/3", "2/3", "3/3"]
     assert tables(out) == tables(whole)
+
+
+def test_the_launcher_says_why_a_job_failed(raw, out, executors, monkeypatch):
+    trace = "Job failed:\nTraceback:\n  line\nldae.utils.errors.UserError: the disk is full\n----\nsee the log"
+    monkeypatch.setattr(FakeExecutor, "failure", trace)
+    result = preprocess(raw, out, "--launcher", "local", "--shards", "2")
+    assert result.exit_code == 2
+    assert "2 of 2 jobs failed (the disk is full): see log.err; the same command continues" in result.output

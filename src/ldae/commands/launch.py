@@ -1,7 +1,7 @@
 """`ldae preprocess --launcher slurm`: submits the shards of a preprocessing as an array of jobs."""
 
-import itertools
 import logging
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -93,12 +93,15 @@ def launch_preprocessing(
         UserError: submitit is not installed or finds no Slurm, a setting is unknown, see `preprocess_folder`, or a job
             failed.
     """
+    from ldae.preprocessing.cohort_plan import plan_cohort
+
     values = parse_settings(settings)
     overrides, others = arguments
     source, out = source.absolute(), out.absolute()  # jobs may start in another folder
     others = others | {name: others[name] and others[name].absolute() for name in ("labels", "participants")}
     check_submitit()
-    scans, _, _ = prepare_folder(source, out, overrides, others["participants"], others["run"])
+    scans, participants, job = prepare_folder(source, out, overrides, others["participants"], others["run"])
+    plan_cohort(scans, participants, job, others["labels"])  # finds mistakes before anything is submitted
     count = shards or min(MAX_JOBS, -(-len(scans) // SCANS_PER_JOB))
     executor = _make_executor(out / LOGS, launcher, values)
     works = [PreprocessingJob(source, out, (overrides, others), Shard(index, count)) for index in range(count)]
@@ -174,8 +177,8 @@ def _wait_for(jobs: "Sequence[Job[None]]") -> None:
         try:
             job.result()
         except (FailedJobError, UncompletedJobError) as error:
-            lines = [line for line in str(error).splitlines() if line.strip()]
-            failed.append((job, next(itertools.chain(reversed(lines), [type(error).__name__]))))
+            errors = re.findall(r"^[\w.]*(?:Error|Exception|Exit): (.+)", str(error), re.MULTILINE)  # of its traceback
+            failed.append((job, errors[-1] if errors else "it did not end by itself"))
     if failed:
         job, reason = failed[0]
         raise UserError(

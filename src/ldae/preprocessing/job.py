@@ -23,7 +23,7 @@ from ldae.preprocessing.sources import SourceScan
 from ldae.preprocessing.steps import PreprocessedScan, PreprocessingSteps
 from ldae.preprocessing.template import template_brain
 from ldae.utils.errors import UserError
-from ldae.utils.files import file_sha256
+from ldae.utils.files import file_sha256, remove_temporaries
 from ldae.utils.locks import wait_for_lock
 
 # Errors of the disk, which stop the whole run; other errors concern one scan.
@@ -111,8 +111,11 @@ class Job:
         """
         others = [(session.scans[index], text) for index, text in (reasons or {}).items() if index]
         record = {"status": "rejected", "reason": reason, "key": key, "files": {}} | self._describe(session, 0, others)
-        self._remove_outputs(session)
-        self.outputs(session.first).write_record(record)
+        outputs = self.outputs(session.first)
+        # A record that is the same stays where it is: another job may read it at this moment.
+        if len(session.scans) > 1 or outputs.read_record() != record:
+            self._remove_outputs(session)
+            outputs.write_record(record)
         return record
 
     def _read_keys(self, session: SessionScans) -> tuple[list[str], dict[int, str]]:
@@ -169,8 +172,9 @@ class Job:
     ) -> Record:
         """Write the files of the scan that was chosen, and its record last."""
         index, result = chosen
-        record = self._write_outputs(session, index, result)
         scan = session.scans[index]
+        remove_temporaries(self.out / self.outputs(scan).names.folder)  # of a process that was killed
+        record = self._write_outputs(session, index, result)
         others = [(other, reasons.get(number)) for number, other in enumerate(session.scans) if number != index]
         left_out = [(other, text or describe_choice(scan, other, self.choice)) for other, text in others]
         record |= {"key": _join_keys(keys), "measures": record["measures"] | stopwatch.read()}
