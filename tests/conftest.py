@@ -22,6 +22,7 @@ SLOWEST = (
     "test_chain",
     "test_distributed",
     "test_rehearsal",
+    "test_mistyped",
     "test_commands",
     "test_gpu_check",
     "test_official",
