@@ -289,9 +289,10 @@ def refuse_missing_values(node: Any) -> None:
 
 def _settings_of_unet(node: DictConfig) -> set[str]:
     """For the group of the gradient estimator the arguments of the U-Net, which it takes over; see estimator_node."""
-    if OmegaConf.get_type(node) is not EstimatorSettings:
+    unet = OmegaConf.select(node._get_root(), "model.unet._target_", default=None)
+    if unet is None or OmegaConf.get_type(node) is not EstimatorSettings:
         return set()
-    return set(inspect.signature(get_object(node._get_parent().unet["_target_"])).parameters)
+    return set(inspect.signature(get_object(unet)).parameters)
 
 
 def _refuse_other_settings(node: DictConfig, key: str, known: set[str]) -> None:

@@ -35,13 +35,14 @@ def quote_overrides(arguments: Sequence[str]) -> list[str]:
     """
     sweep = bool(MULTIRUN & set(arguments))
     parser = OverridesParser.create()
-    result, value_of_option = [], False
+    result, value_of_option, previous = [], False, ""
     for argument in arguments:
         if value_of_option or argument.startswith("-"):
             result.append(argument)
             value_of_option = argument in _OPTIONS_WITH_VALUE
         else:
-            result.append(_quote(argument, parser, sweep))
+            result.append(_quote(argument, parser, sweep, previous))
+        previous = argument
     return result
 
 
@@ -50,10 +51,10 @@ _OPTIONS_WITH_VALUE = {
 }  # fmt: skip
 
 
-def _quote(argument: str, parser: OverridesParser, sweep: bool) -> str:
+def _quote(argument: str, parser: OverridesParser, sweep: bool, previous: str) -> str:
     match = _KEY_VALUE.fullmatch(argument)
     if match is None:
-        return _check(argument, parser)
+        return _check(argument, parser, previous)
     key, value = match["key"], match["value"]
     if value == "~" or value.startswith("~/"):
         value = os.path.expanduser(value)
@@ -69,12 +70,13 @@ def _quote(argument: str, parser: OverridesParser, sweep: bool) -> str:
     return f"{key}={value}"
 
 
-def _check(argument: str, parser: OverridesParser) -> str:
-    """`argument`, which may delete a key (~KEY)."""
+def _check(argument: str, parser: OverridesParser, previous: str) -> str:
+    """`argument`, which may delete a key (~KEY). The message names a mistyped option whose value it is."""
     try:
         parser.parse_override(argument)
     except HydraException as error:
-        raise UserError(f"cannot read the argument {argument!r}: write KEY=VALUE, such as name=mycohort") from error
+        shown = f"{previous} {argument}" if previous.startswith("-") else argument
+        raise UserError(f"cannot read the argument {shown!r}: write KEY=VALUE, such as name=mycohort") from error
     return argument
 
 
