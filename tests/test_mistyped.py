@@ -288,8 +288,9 @@ def test_the_walk_has_the_commands_of_the_pages():
 
 
 @pytest.mark.parametrize("command", all_commands().values(), ids=str)
-def test_a_mistyped_argument_changes_no_byte_and_is_named(command, place, monkeypatch):
+def test_a_mistyped_argument_changes_no_byte_and_is_named(command, place, monkeypatch, tmp_path):
     monkeypatch.chdir(place)
+    monkeypatch.setenv("TMPDIR", str(tmp_path))  # in which Hydra makes the folder of a sweep
     before, problems = checksums(place), []
     for wrong in mistyped(command):
         status, printed = outcome(wrong)
