@@ -10,6 +10,7 @@ import shutil
 import threading
 import time
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -228,6 +229,18 @@ def test_finished_latents_are_neither_encoded_nor_written_again(scans, tmp_path)
     assert encode(scans, tmp_path) == [0]
     after = (tmp_path / LATENT_FILE).stat()
     assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+
+
+def test_latents_that_extend_others_keep_their_scale_however_often_they_are_made(scans, whole, tmp_path):
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    metadata = json.loads((tmp_path / METADATA_FILE).read_text())
+    write_metadata(tmp_path, metadata | {"scale": [7.0] * 3, "split_hash": "earlier"})
+    of_all = cohort(scans)
+    extended = replace(of_all, split=replace(of_all.split, earlier=("earlier",)))
+    for _ in range(2):
+        encode_cohort(run(Encoder()), extended, tmp_path, Path("scans.csv"), accelerator(), BATCH)
+        stored = json.loads((tmp_path / METADATA_FILE).read_text())
+        assert (stored["scale"], stored["split_hash"]) == ([7.0] * 3, of_all.split_hash)
 
 
 def test_a_damaged_row_is_encoded_again(scans, whole, tmp_path):

@@ -176,13 +176,17 @@ def _finish(
 
 
 def _stored_scale(folder: Path, cohort: Cohort, weights: str) -> list[float] | None:
-    """The scale of the latents that these extend by new subjects: a U-Net may have been trained with it."""
+    """The scale of the latents that these extend by new subjects: a U-Net may have been trained with it.
+
+    It also stays when latents that have been extended are made again, as the last ones of several jobs do.
+    """
     path = folder / METADATA_FILE
     if not path.exists():
         return None
     stored = read_json(path)
-    extended = stored.get("split_hash") in cohort.split.earlier and stored.get("autoencoder_sha256") == weights
-    return stored["scale"] if extended else None
+    earlier = cohort.split.earlier
+    extended = earlier and stored.get("split_hash") in (*earlier, cohort.split_hash)
+    return stored["scale"] if extended and stored.get("autoencoder_sha256") == weights else None
 
 
 def _describe_training_scans(cohort: Cohort) -> dict[str, Any]:
