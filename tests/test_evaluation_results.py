@@ -90,6 +90,17 @@ def test_results_of_other_weights_or_scans_are_removed(tmp_path, caplog, other):
     assert "results of probes are removed" in caplog.text
 
 
+def test_evaluations_at_the_same_time_keep_the_results_of_each_other(tmp_path):
+    def while_another_runs(own):
+        run_in_context(context(tmp_path), {"gap": GAP}, "x")
+        yield from PROBES(own)
+
+    run_in_context(context(tmp_path), {"probes": while_another_runs}, "x")
+    assert metrics(tmp_path) == {"gap/filled": 1.0, "probe/sex/auc": 0.5, "probe/age/mae": 3.0}
+    assert set(read_record(tmp_path)) == {"gap", "probes"}
+    assert {"gap.png", "sex_roc.png"} <= set(contents(tmp_path))
+
+
 def test_another_cohort_removes_no_results_of_the_same_weights(tmp_path):
     run_in_context(context(tmp_path), {"probes": PROBES}, "x")
     for number, prefix in enumerate(("external/", "external/B/")):

@@ -11,10 +11,12 @@ import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 
 from ldae.evaluation.context import Context, Evaluator
 from ldae.evaluation.other_cohort import EXTERNAL
 from ldae.utils.files import write_json
+from ldae.utils.locks import lock_of, wait_for_lock
 from ldae.utils.results_record import (
     METRICS,
     Results,
@@ -27,27 +29,33 @@ from ldae.utils.results_record import (
 
 log = logging.getLogger(__name__)
 
-UNFINISHED = ".unfinished"  # folder of the evaluation that is running
+UNFINISHED = ".unfinished-"  # and the name of an evaluation that is running: its folder
 EARLIER = "earlier version"  # entry of the record for metrics that were written without a record
 
 
 class ResultsFolder:
-    """The results in `context.out`. Used by one process at a time."""
+    """The results in `context.out`. Several processes may run different evaluations in it at the same time."""
 
     def __init__(self, context: Context) -> None:
         self.context, self.folder, self.source = context, context.out, context.source
+        self._read_record()
+
+    def _read_record(self) -> None:
         self.record = read_record(self.folder)
         self._adopt_earlier_metrics()
 
     def run(self, name: str, evaluator: Evaluator) -> dict[str, float]:
         """Run an evaluation and put its results in the place of its earlier ones; returns its metrics."""
-        unfinished = self.folder / UNFINISHED
+        entry = self.context.prefix.strip("/") or name
+        unfinished = self.folder / f"{UNFINISHED}{entry.replace('/', '_')}"
         shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed
         unfinished.mkdir(parents=True)
         skipped: list[str] = []
         try:
             metrics = dict(evaluator(replace(self.context, out=unfinished, skipped=skipped)))
-            self._store(self.context.prefix.strip("/") or name, metrics, skipped)
+            with wait_for_lock(lock_of(self.folder)):
+                self._read_record()  # another process may have stored results meanwhile
+                self._store(entry, metrics, skipped, unfinished)
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
         return metrics
@@ -63,13 +71,13 @@ class ResultsFolder:
         if metrics and not self.record and has_embeddings_of(self.folder, encoder):
             self.record[EARLIER] = Results(self.source, list(metrics), [], [])
 
-    def _store(self, entry: str, metrics: Mapping[str, float], skipped: list[str]) -> None:
+    def _store(self, entry: str, metrics: Mapping[str, float], skipped: list[str], unfinished: Path) -> None:
         """Store the results of one evaluation; remove its earlier ones and those of other weights or scans."""
         outdated = [name for name, results in self.record.items() if self._is_outdated(name, results.source)]
         if outdated:
             log.warning("results of %s are removed: they are of other weights or scans", ", ".join(sorted(outdated)))
         finite = {name: float(value) for name, value in metrics.items() if math.isfinite(value)}
-        files = sorted(path.name for path in (self.folder / UNFINISHED).iterdir())
+        files = sorted(path.name for path in unfinished.iterdir())
         known_files = {file for results in self.record.values() for file in results.files}
         groups = {_group(name) for name in metrics}
         self.record = {
@@ -87,7 +95,7 @@ class ResultsFolder:
         remaining = self.metrics()
         self.record[entry] = Results(self.source, list(finite), files, skipped)
         for file in files:
-            os.replace(self.folder / UNFINISHED / file, self.folder / file)
+            os.replace(unfinished / file, self.folder / file)
         write_json(self.folder / METRICS, remaining | finite)
         write_record(self.folder, self.record)
         for file in known_files - {file for results in self.record.values() for file in results.files}:
