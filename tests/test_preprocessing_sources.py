@@ -322,6 +322,7 @@ def test_no_usable_scan_is_no_success(tmp_path):
     ("rows", "months"),
     [
         (["1,70", "2,72"], [0, 24]),  # they count the visits
+        (["1.0,70", "2.0,72"], [0, 24]),
         (["01,70.0", "02,70.5"], [1, 2]),  # too near to tell: months, as in the table of training
         (["0,70", "12,71", "24,72"], [0, 12, 24]),
         (["0,70", "12,70", "24,70"], [0, 12, 24]),  # one age for all visits

@@ -188,8 +188,9 @@ def test_an_age_at_baseline_becomes_the_age_at_the_session(tmp_path: Path) -> No
 
 
 def test_numbers_of_visits_are_not_months(tmp_path: Path) -> None:
-    path = write(tmp_path, "a,2,a.nii,CN,70", header="subject,visit,path,diagnosis,age")
-    assert "line 2, column 'visit': '2' may count visits" in message(path)
+    for number in ("2", "2.0"):
+        path = write(tmp_path, f"a,{number},a.nii,CN,70", header="subject,visit,path,diagnosis,age")
+        assert f"line 2, column 'visit': '{number}' may count visits: write months as M2" in message(path)
 
 
 @pytest.mark.parametrize("spelling", ["sub-001", "1", "SUB-1"])

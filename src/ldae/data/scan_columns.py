@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ldae.data.columns import ColumnReport, find_columns, select_cell
 from ldae.data.delimited import Row
-from ldae.data.sessions import parse_session
+from ldae.data.sessions import parse_bare_number, parse_session
 from ldae.data.subjects import subject_key
 from ldae.data.values import find_sex_codes, parse_age, parse_diagnosis, parse_sex
 from ldae.utils.errors import UserError
@@ -67,8 +67,9 @@ class ScanRow:
             UserError: the session is not in months.
         """
         text, column = self.cells["session"], self.columns["session"][0]
-        if text.isdigit() and column.lower() not in _IN_MONTHS:
-            raise self.error("session", f"{text!r} may count visits: write months as M{text}, or call it session")
+        number = parse_bare_number(text)
+        if number is not None and column.lower() not in _IN_MONTHS:
+            raise self.error("session", f"{text!r} may count visits: write months as M{number}, or call it session")
         try:
             return parse_session(text)
         except ValueError as error:

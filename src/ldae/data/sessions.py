@@ -44,6 +44,12 @@ def parse_session(value: str | int) -> int:
     return round(int(match["number"]) * _MONTHS_PER_UNIT[match["unit"]])
 
 
+def parse_bare_number(text: str) -> int | None:
+    """The whole number that a text is, written as 2 or 2.0; None if it is something else."""
+    match = _BARE_MONTHS.fullmatch(text.strip())
+    return int(match[1]) if match else None
+
+
 def session_label(months: int) -> str:
     """The BIDS label of a session: "ses-M012" for 12 months."""
     return f"ses-M{months:03d}"

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ldae.data.columns import find_columns
 from ldae.data.delimited import exists_or_refuse, read_text_table
-from ldae.data.sessions import parse_date, parse_session, session_label
+from ldae.data.sessions import parse_bare_number, parse_date, parse_session, session_label
 from ldae.preprocessing.bids_names import bids_entity, bids_label, path_entity, strip_suffix
 from ldae.preprocessing.visit_numbers import numbers_count_visits
 from ldae.utils.errors import UserError
@@ -146,7 +146,8 @@ def _find_in_csv(table: Path) -> list[SourceScan]:
                 f"{table}, line {row.line}: subject {subject!r} does not give a unique BIDS label; rename it"
             )
         session = found["session"] or path_entity(path, "ses")
-        session = f"ses-{bids_label(session)}" if session.isdigit() and counts_visits else _format_session(session)
+        number = parse_bare_number(session) if counts_visits else None
+        session = _format_session(session) if number is None else f"ses-{bids_label(session.split('.')[0])}"
         metadata = {name: cell for name, cell in row.cells.items() if name not in columns.values()}
         scans.append(SourceScan(table.parent / path, f"sub-{label}", session, metadata))
     return scans

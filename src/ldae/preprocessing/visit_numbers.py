@@ -11,7 +11,7 @@ from itertools import pairwise
 
 from ldae.data.columns import find_columns
 from ldae.data.delimited import TextTable
-from ldae.data.sessions import MONTHS_PER_DAY, parse_date
+from ldae.data.sessions import MONTHS_PER_DAY, parse_bare_number, parse_date
 from ldae.data.values import parse_age
 
 log = logging.getLogger(__name__)
@@ -32,9 +32,9 @@ def numbers_count_visits(table: TextTable, subject: str, session: str) -> bool:
         for column in find_columns(table.header, role):
             times: dict[str, list[tuple[int, float]]] = defaultdict(list)
             for row in table.rows:
-                number, time = row.cells[session], _read_months(role, row.cells[column])
-                if number.isdigit() and math.isfinite(time):
-                    times[row.cells[subject]].append((int(number), time))
+                number, time = parse_bare_number(row.cells[session]), _read_months(role, row.cells[column])
+                if number is not None and math.isfinite(time):
+                    times[row.cells[subject]].append((number, time))
             pairs = [pair for found in times.values() for pair in pairwise(sorted(found))]
             # More time than stated: with one age for all visits of a subject, there is less.
             apart = [pair for pair in pairs if (pair[1][1] - pair[0][1]) - (pair[1][0] - pair[0][0]) > tolerance]
