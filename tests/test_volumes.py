@@ -154,6 +154,26 @@ def test_volumes_of_an_earlier_version_are_kept_unless_their_scan_is_read_differ
         assert again.files[0].stat().st_ino == kept
 
 
+def test_volumes_of_another_user_are_checked_as_well(tmp_path: Path, scans: list[str], monkeypatch) -> None:
+    cache = VolumeCache(tmp_path / "cache", transform())
+    first, _ = cache.build(scans, workers=0)
+    next(cache.folder.glob("reading_*")).unlink()  # they are of an earlier version
+    time.sleep(0.05)  # longer than the resolution of a file's time
+    utime = os.utime
+
+    def refuse(path, ns):
+        if Path(path) in first.files:
+            raise PermissionError(1, "Operation not permitted", str(path))
+        utime(path, ns=ns)
+
+    monkeypatch.setattr(os, "utime", refuse)
+    again, rejected = cache.build(scans, workers=0)
+    assert (again.files, rejected) == (first.files, {})
+    np.testing.assert_array_equal(again.batch(range(6)), first.batch(range(6)))
+    monkeypatch.setattr(VolumeCache, "update", lambda *_: pytest.fail("a volume is checked again"))
+    cache.build(scans, workers=0)
+
+
 def test_another_transform_has_another_folder(tmp_path: Path, scans: list[str]) -> None:
     first = VolumeCache(tmp_path, transform())
     first.build(scans, progress=False)

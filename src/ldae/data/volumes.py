@@ -3,6 +3,7 @@
 import hashlib
 import logging
 import os
+import shutil
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
@@ -207,8 +208,13 @@ class VolumeCache:
         elif not (version.is_older_than(file) and is_read_as_before(scan)):
             file = self._compare(file, self.make(scan), version, scan)
         # The clock of a file server may be ahead of this machine's.
-        now = max(time.time_ns(), version.touched + 1)
-        os.utime(file, ns=(now, now))
+        now = max(time.time_ns(), version.touched + 1, self._marker.stat().st_mtime_ns)
+        try:
+            os.utime(file, ns=(now, now))
+        except PermissionError:  # a file of another user, in a cache that several users share
+            with replacing(file) as temporary:
+                shutil.copyfile(file, temporary)
+                os.utime(temporary, ns=(now, now))
 
     def _compare(self, file: Path, volume: np.ndarray, version: FileVersion, scan: str) -> Path:
         """Store a volume and a note if it is not that in `file`; returns what shows that the scan has been compared."""
