@@ -208,6 +208,8 @@ def test_kernels_are_chosen_by_device_and_removed_again():
     assert set(CPU_KERNELS.values()) <= placed
     assert not set(CPU_KERNELS) & placed
     assert [type(m) for m in remove_kernels(module, CPU_KERNELS).modules()] == plain
+    moved = {type(m) for m in place_module(place_module(build(), CPU), torch.device("meta")).modules()}
     elsewhere = {type(m) for m in place_module(build(), torch.device("meta")).modules()}
+    assert moved == elsewhere
     assert GpuGroupNorm in elsewhere
     assert not set(CPU_KERNELS.values()) & elsewhere

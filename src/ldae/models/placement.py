@@ -21,7 +21,8 @@ Kernels = Mapping[type[nn.Module], type[nn.Module]]  # class -> the subclass tha
 def place_module(module: Module, device: torch.device) -> Module:
     """Move `module` to `device` and let it compute with the kernels for that device. Returns `module` itself."""
     module.to(device)
-    return use_kernels(module, CPU_KERNELS if device.type == "cpu" else GPU_KERNELS)
+    kernels, others = (CPU_KERNELS, GPU_KERNELS) if device.type == "cpu" else (GPU_KERNELS, CPU_KERNELS)
+    return use_kernels(remove_kernels(module, others), kernels)
 
 
 def use_kernels(module: Module, kernels: Kernels) -> Module:
