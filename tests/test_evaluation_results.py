@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 
 from ldae.evaluation.context import Context
 from ldae.evaluation.other_cohort import find_prefix
+from ldae.evaluation.results import start_record
 from ldae.evaluation.run import run_in_context
 from ldae.utils.errors import UserError
 from ldae.utils.results_record import Source, read_metrics_of, read_record
@@ -138,6 +139,8 @@ def test_metrics_without_a_record_are_kept_if_the_embeddings_are_of_the_encoder(
     )
     (tmp_path / "embeddings.json").write_text(json.dumps({"weights": encoder, "rows": "r"}))
     assert bool(read_metrics_of(tmp_path, WEIGHTS)[0]) == kept
+    start_record(tmp_path, WEIGHTS["encoder"])
+    (tmp_path / "embeddings.json").write_text(json.dumps({"weights": WEIGHTS["encoder"], "rows": "r"}))  # made anew
     run_in_context(context(tmp_path), {"gap": GAP}, "x")
     earlier = {"probe/sex/auc": 0.5, "cv/inductive/x": 1} if kept else {}
     assert metrics(tmp_path) == {"gap/filled": 1.0, **earlier}

@@ -19,6 +19,7 @@ from ldae.utils.files import write_json
 from ldae.utils.locks import lock_of, wait_for_lock
 from ldae.utils.results_record import (
     METRICS,
+    RECORD,
     Results,
     Source,
     has_embeddings_of,
@@ -31,6 +32,15 @@ log = logging.getLogger(__name__)
 
 UNFINISHED = ".unfinished-"  # and the name of an evaluation that is running: its folder
 EARLIER = "earlier version"  # entry of the record for metrics that were written without a record
+
+
+def start_record(folder: Path, encoder: str) -> None:
+    """Start a record if an earlier version has written metrics of another encoder, so that they are not adopted.
+
+    To be called before the present encoder's embeddings take the place of those that tell.
+    """
+    if read_metrics(folder) and not (folder / RECORD).exists() and not has_embeddings_of(folder, encoder):
+        write_record(folder, {})
 
 
 class ResultsFolder:
@@ -68,7 +78,7 @@ class ResultsFolder:
     def _adopt_earlier_metrics(self) -> None:
         """Take metrics without a record into it, if the embeddings beside them are of the present encoder."""
         metrics, encoder = read_metrics(self.folder), self.source.weights.get("encoder", "")
-        if metrics and not self.record and has_embeddings_of(self.folder, encoder):
+        if metrics and not (self.folder / RECORD).exists() and has_embeddings_of(self.folder, encoder):
             self.record[EARLIER] = Results(self.source, list(metrics), [], [])
 
     def _store(self, entry: str, metrics: Mapping[str, float], skipped: list[str], unfinished: Path) -> None:

@@ -24,7 +24,7 @@ from ldae.evaluation.html_report import write_report
 from ldae.evaluation.initial_encoder import build_initial_encoder, count_draws
 from ldae.evaluation.other_cohort import EXTERNAL, file_prefix, find_prefix
 from ldae.evaluation.probes.evaluator import ExternalCohort
-from ldae.evaluation.results import ResultsFolder
+from ldae.evaluation.results import ResultsFolder, start_record
 from ldae.runs import Workspace
 from ldae.utils.errors import UserError
 from ldae.utils.metric_table import format_console_table, select_headline
@@ -49,6 +49,7 @@ def run_evaluations(
     _check(model, cohort, evaluators, space)
     prefix = find_prefix(evaluators, space, config)
     cohort.write_rejected(space.evaluation / f"{file_prefix(prefix)}rejected.csv")
+    start_record(space.evaluation, space.predecessor("repr").sha256("encoder"))
     context = build_context(model, cohort, space, config, prefix)
     metrics = run_in_context(context, evaluators, f"{config.name}: evaluation")
     if headline := select_headline(metrics):
