@@ -187,6 +187,13 @@ def test_an_age_at_baseline_becomes_the_age_at_the_session(tmp_path: Path) -> No
     assert read_table(path)["age"].tolist() == [71.5]
 
 
+@pytest.mark.parametrize(("ages", "said"), [((70, 70), True), ((70, 72), False)])
+def test_one_age_at_visits_years_apart_is_said(tmp_path: Path, caplog, ages, said) -> None:
+    rows = (f"a,0,a.nii,CN,{ages[0]}", f"a,24,b.nii,CN,{ages[1]}")
+    read_table(write(tmp_path, *rows, header="subject,session,path,diagnosis,AGE"))
+    assert ("1 of 1 subjects with visits years apart have the same age" in caplog.text) == said
+
+
 def test_numbers_of_visits_are_not_months(tmp_path: Path) -> None:
     for number in ("2", "2.0"):
         path = write(tmp_path, f"a,{number},a.nii,CN,70", header="subject,visit,path,diagnosis,age")

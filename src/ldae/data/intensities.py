@@ -14,7 +14,6 @@ CONSTANT_SHARE = 0.8  # share of the voxels on the six faces that have one value
 SIGNED_SHARE = 0.1
 NOTED_SHARE = 1e-3  # share of negative voxels from which they are noted
 NEGATIVE = "{:.1%} of its voxels are negative: they become 0"
-NEGATIVE = "{:.1%} of its voxels are negative: they become 0"
 MARGIN = 0.01  # share of the range of intensities between the background and the darkest voxel of a shifted scan
 
 

@@ -5,10 +5,12 @@ that have another name are found by the synonyms that preprocessing uses, and ce
 """
 
 import logging
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -23,6 +25,7 @@ from ldae.utils.files import replacing
 REQUIRED = ("subject", "session", "path", "diagnosis", "age")
 PATHS = ("path", "latent_path", "labels_path")
 SPLITS = ("train", "val", "test")
+MONTHS_OF_ONE_AGE = 18  # ages in whole years may be equal at visits that are nearer
 
 log = logging.getLogger(__name__)
 
@@ -65,6 +68,8 @@ def read_table(path: Path | str, require_files: bool = True, log_columns: bool =
         record |= {"diagnosis": diagnosis} | ({} if sex is None else {"sex": sex})
     for report in report_columns(rows, records) if log_columns else ():
         log.info("%s", report.describe())
+    if log_columns:
+        _warn_of_baseline_ages(path, records)
     columns = [*REQUIRED[:2], "months", *REQUIRED[2:]]
     columns += [name for name in records[0] if name not in columns]
     table = pd.DataFrame({name: _column(name, [record[name] for record in records]) for name in columns})
@@ -138,6 +143,22 @@ def _record(row: ScanRow, require_files: bool) -> dict[str, str | int | float]:
     if "split" in cells and cells["split"] not in ("", *SPLITS):
         raise row.error("split", f"{cells['split']!r} is none of {', '.join(SPLITS)}")
     return record
+
+
+def _warn_of_baseline_ages(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
+    """Say so if most subjects have one age at visits that are far apart, which is then that at the first visit."""
+    visits: dict[str, list[tuple[int, float]]] = {}
+    for record in records:
+        if math.isfinite(record["age"]):
+            visits.setdefault(record["subject"], []).append((record["months"], record["age"]))
+    spans = [found for found in visits.values() if max(found)[0] - min(found)[0] > MONTHS_OF_ONE_AGE]
+    same = sum(len({age for _, age in found}) == 1 for found in spans)
+    if 2 * same > len(spans):
+        log.warning(
+            "%s: %d of %d subjects with visits years apart have the same age at all of them: if it is the age at the "
+            "first visit, name the column age_bl",
+            *(path, same, len(spans)),
+        )
 
 
 def _subject(row: ScanRow) -> str:
