@@ -65,12 +65,12 @@ class Toy(Stage):
         return {"error": float((self.modules["net"](DATA) - DATA).square().mean())}
 
 
-def fit(path, steps, stage=None, optim=None, **settings):
+def fit(path, steps, stage=None, optim=None, on_accepted=lambda: None, **settings):
     stage = stage or Toy()
     values = {"max_steps": steps, "batch_size": 3, "accumulate": 2, "log_every": 1, "validate_every": 2, "ema": 0.9}
     values |= {"checkpoint_every": 2, **settings}
     trainer = Trainer(Accelerator(cpu=True), Run(path), Settings(**values), Optim(lr=1e-2, **(optim or {})), seed=5)
-    progress = trainer.fit(stage, {"split_hash": "x"})
+    progress = trainer.fit(stage, {"split_hash": "x"}, on_accepted)
     return stage, progress
 
 
@@ -331,6 +331,16 @@ def test_a_run_is_not_resumed_with_other_scans_or_another_global_batch_size(tmp_
         fit(tmp_path, 4, batch_size=1)
     fit(tmp_path, 4, batch_size=2, accumulate=3)
     fit(tmp_path, 6, other, accept_changes=True)
+
+
+def test_what_a_run_stores_beside_its_checkpoints_is_written_only_if_the_run_is_accepted(tmp_path):
+    fit(tmp_path, 2)
+    other, stored = Toy(), []
+    other.sample_names = ("another ses-M000",) * len(DATA)
+    with pytest.raises(UserError, match="another training scans"):
+        fit(tmp_path, 4, other, on_accepted=lambda: stored.append("refused"))
+    fit(tmp_path, 4, on_accepted=lambda: stored.append("accepted"))
+    assert stored == ["accepted"]
 
 
 def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_again(tmp_path):

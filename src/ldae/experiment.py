@@ -65,15 +65,19 @@ def _train(config: DictConfig, accelerator: Accelerator, space: Workspace, run: 
         stage = build(workspace=space)
         transform = stage.latents.transform or instantiate(config.data.transform).key()
         data = {"split_hash": stage.latents.split_hash, "transform": transform}
-    if accelerator.is_main_process:
+
+    def store() -> None:
+        if not accelerator.is_main_process:
+            return
         run.write_config(config)
         if cohort is not None:
             cohort.split.store()
             cohort.write_rejected(run.path / "rejected.csv")
         else:
             copy_rejected(_latents_folder(config, space), run.path / "rejected.csv")
+
     settings, optim = OmegaConf.to_object(config.trainer), OmegaConf.to_object(config.optim)
-    Trainer(accelerator, run, settings, optim, config.seed).fit(stage, {**data, "seed": config.seed})
+    Trainer(accelerator, run, settings, optim, config.seed).fit(stage, {**data, "seed": config.seed}, store)
 
 
 def encode(config: DictConfig) -> None:

@@ -8,7 +8,7 @@ generator is needed.
 import hashlib
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -80,8 +80,13 @@ class Trainer:
     def _samples_per_step(self) -> int:
         return self.settings.batch_size * self.settings.accumulate * self.accelerator.num_processes
 
-    def fit(self, stage: Stage, metadata: Mapping[str, Any]) -> Progress:
+    def fit(
+        self, stage: Stage, metadata: Mapping[str, Any], on_accepted: Callable[[], None] = lambda: None
+    ) -> Progress:
         """Train `stage` and publish its weights together with `metadata`. Returns the progress at the end.
+
+        Args:
+            on_accepted: called once it is certain that nothing is refused, before anything else is written.
 
         Raises:
             UserError: the run was started with other data or predecessors, or training cannot continue.
@@ -92,6 +97,7 @@ class Trainer:
         self.total = self.total_steps(stage.num_samples)
         self.learning_rates = LearningRates(stage.optimizers, self.total, self.optim)
         self.progress = self._resume()
+        on_accepted()
         self.validate_every = self.validation_interval(stage.num_samples)
         monitors_train_loss = stage.monitor is not None and stage.monitor.metric == TRAIN_LOSS
         stops_early = monitors_train_loss and self.settings.patience is not None
