@@ -25,7 +25,7 @@ from ldae.training.checkpoint import Checkpoints
 from ldae.training.signals import StopSignals
 from ldae.utils.entrypoint import explain
 from ldae.utils.errors import EXIT_REQUEUE, EXIT_USER_ERROR, UserError
-from ldae.utils.locks import lock_folder
+from ldae.utils.locks import lock_file, lock_folder, wait_for_lock
 from ldae.utils.process_pool import DIED_REASON
 
 
@@ -151,6 +151,16 @@ def test_a_locked_folder_is_refused_and_unlocked_again(tmp_path: Path) -> None:
         pass
     with lock_folder(tmp_path), lock_folder(tmp_path, active=False):
         pass
+
+
+def test_locks_can_be_held_by_every_member_of_a_group(tmp_path: Path) -> None:
+    before = os.umask(0o022)
+    try:
+        with lock_folder(tmp_path), lock_file(tmp_path / "y.csv", ""), wait_for_lock(tmp_path / ".tables"):
+            modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()}
+    finally:
+        os.umask(before)
+    assert {modes[name] for name in (".lock", ".y.csv.lock", ".tables")} == {0o664}
 
 
 def _hold(folder: Path) -> None:

@@ -13,8 +13,10 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from ldae.utils.errors import UserError
+from ldae.utils.files import write_text
 
 LOCK, HOLDER = ".lock", ".lock-holder"
+MODE = 0o664  # of the files of locks: in a folder that a group shares, each of its members can open them
 PATIENCE = 600.0  # seconds that a short lock is waited for
 
 
@@ -34,14 +36,14 @@ def lock_folder(folder: Path, active: bool = True) -> Iterator[None]:
     made = [place for place in (folder, *folder.parents) if not place.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     holder = folder / HOLDER
-    lock = FileLock(folder / LOCK, timeout=0)
+    lock = FileLock(folder / LOCK, timeout=0, mode=MODE)
     try:
         lock.acquire()
     except Timeout as error:
         named = f" ({holder.read_text(encoding='utf-8')})" if holder.exists() else ""
         raise UserError(f"another process writes to {folder}{named}: wait for it, or stop it") from error
     try:
-        holder.write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
+        write_text(holder, f"process {os.getpid()} on {socket.gethostname()}")  # it may be another user's
         yield
     finally:
         holder.unlink(missing_ok=True)
@@ -63,7 +65,7 @@ def lock_file(path: Path, remedy: str) -> Iterator[None]:
     Raises:
         UserError: another process holds the lock. It is not waited for.
     """
-    lock = FileLock(lock_of(path), timeout=0)
+    lock = FileLock(lock_of(path), timeout=0, mode=MODE)
     try:
         lock.acquire()
     except Timeout as error:
@@ -87,7 +89,7 @@ def wait_for_lock(path: Path) -> Iterator[None]:
         UserError: it was not free within PATIENCE.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path, timeout=PATIENCE)
+    lock = FileLock(path, timeout=PATIENCE, mode=MODE)
     try:
         lock.acquire()
     except Timeout as error:
