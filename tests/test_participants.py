@@ -31,6 +31,12 @@ def test_columns_and_subjects_are_found_in_the_ways_of_writing_them(tmp_path: Pa
     assert values(found) == [(60, "M", "AD"), (89, "F", "AD"), (62, "", "CN"), (None, "", "")]
 
 
+@pytest.mark.parametrize("columns", [Columns(), Columns(subject=["id"])])
+def test_subjects_may_have_the_numbers_that_are_codes_elsewhere(tmp_path: Path, columns: Columns) -> None:
+    table = "id age\n888 60\n999 999\nn/a 70\n"
+    assert values(look_up(tmp_path, table, "sub-888", "sub-999", columns=columns)) == [(60, "", ""), (None, "", "")]
+
+
 def test_rows_of_a_participant_are_matched_by_session(tmp_path: Path) -> None:
     table = "participant_id session_id age diagnosis\nsub-1 ses-M000 70 CN\nsub-1 ses-M024 72 AD\nsub-2 M12 60 AD\n"
     found = look_up(tmp_path, table, "sub-1/ses-M000", "sub-1/ses-M024", "sub-1/ses-M012", "sub-2/ses-M00")

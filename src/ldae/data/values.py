@@ -53,10 +53,15 @@ class Age:
     is_plain: bool = True
 
 
-def is_missing(text: str) -> bool:
-    """Whether a cell states no value."""
+def is_missing(text: str, codes: bool = True) -> bool:
+    """Whether a cell states no value.
+
+    Args:
+        codes: whether numbers such as 999 state none. Among the numbers of subjects, 999 is one of them.
+    """
     text = text.strip()
-    return text.casefold() in _MISSING_WORDS or (bool(_NUMBER.fullmatch(text)) and float(text) in _MISSING_CODES)
+    is_code = codes and bool(_NUMBER.fullmatch(text)) and float(text) in _MISSING_CODES
+    return is_code or text.casefold() in _MISSING_WORDS
 
 
 def parse_age(text: str) -> Age:

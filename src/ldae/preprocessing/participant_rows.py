@@ -151,7 +151,8 @@ def _parse_row(
 def _select(row: Row, role: str, names: Sequence[str], columns: Columns, parse: Callable[[str], object]) -> str:
     """The cell of a role: of columns that the user named, the first one that is filled."""
     if getattr(columns, role) is not None:
-        return next((row.cells[name] for name in names if not is_missing(row.cells.get(name, ""))), "")
+        codes = role != "subject"
+        return next((row.cells[name] for name in names if not is_missing(row.cells.get(name, ""), codes)), "")
 
     remedy = f"choose one with {override(role, names[0] if names else 'NAME')}"
     return select_cell(row, names, parse, remedy)

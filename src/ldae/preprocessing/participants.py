@@ -78,7 +78,7 @@ class Participants:
         self._header = dict.fromkeys(header)  # of all tables together
         self._listed: dict[str, list[ParticipantRow]] = defaultdict(list)  # by the subject as the table writes it
         for row in rows:
-            if not is_missing(row.subject):
+            if not is_missing(row.subject, codes=False):
                 self._listed[row.subject].append(row)
         self._index = SubjectIndex(self._listed, str(self.path))
         self._sessions: dict[str, list[ParticipantRow]] = {}  # of sessions.tsv by subject, read when first needed
