@@ -89,7 +89,7 @@ class FinishedRun:
     def __init__(self, name):
         self.path = Path(name)
         self.config = CONFIG
-        self.metadata = {"split_hash": HASH, "autoencoder_sha256": HASH, "weights": {}}
+        self.metadata = {"split_hash": HASH, "autoencoder_sha256": HASH, "scale": [1.0] * 3, "weights": {}}
 
     def sha256(self, name):
         return HASH

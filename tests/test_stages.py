@@ -9,7 +9,17 @@ import torch
 from ldae.data.visits import OtherVisits
 from ldae.diffusion.guidance import Guidance, Score
 from ldae.utils.errors import UserError
-from small_stages import SHAPE, MadeUpCohort, aekl_stage, batch, prepared, pretrain_stage, repr_stage
+from small_stages import (
+    SHAPE,
+    FinishedRun,
+    FinishedWorkspace,
+    MadeUpCohort,
+    aekl_stage,
+    batch,
+    prepared,
+    pretrain_stage,
+    repr_stage,
+)
 
 
 def tensors(module):
@@ -175,3 +185,11 @@ def test_latents_and_predecessors_of_another_split_are_refused(tmp_path, monkeyp
     monkeypatch.setattr(MadeUpCohort, "split_hash", "another")
     with pytest.raises(UserError, match="another split"):
         build(tmp_path)
+
+
+def test_stage_3_refuses_a_unet_that_learned_latents_of_another_scale(tmp_path, monkeypatch):
+    run = FinishedRun("pretrain")
+    run.metadata["scale"] = [1.0, 1.01, 1.0]
+    monkeypatch.setattr(FinishedWorkspace, "predecessor", lambda space, name, path=None: run)
+    with pytest.raises(UserError, match="another scale"):
+        repr_stage(tmp_path)

@@ -134,6 +134,8 @@ class ReprStage(Stage):
         self.latents = open_latents(latents, cohort.split_hash, workspace)
         if second.metadata["autoencoder_sha256"] != self.latents.autoencoder:
             raise UserError(f"{second.path} learned the latents of another autoencoder: train pretrain again")
+        if not np.allclose(second.metadata["scale"], self.latents.scale, rtol=1e-3):
+            raise UserError(f"{second.path} learned latents of another scale; scans have changed: train pretrain again")
         self.latent_rows = match_latents(cohort, self.latents)  # of each scan of the cohort; -1 without a latent
         self.train_rows = self._rows_with_latent("train")
         self.num_samples = len(self.train_rows)
