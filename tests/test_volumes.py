@@ -264,7 +264,7 @@ def test_rows_of_table_and_volumes_are_the_same_scans(tmp_path: Path) -> None:
 
 def test_loading_a_cohort_reads_the_split_once_and_the_state_of_each_scan_once(tmp_path: Path, monkeypatch) -> None:
     table, calls = write_cohort(tmp_path), Counter()
-    load(table)
+    load(table).split.store()
     read_split, version_of = splits.read_split, FileVersion.of
     monkeypatch.setattr(splits, "read_split", lambda path: calls.update([str(path)]) or read_split(path))
     monkeypatch.setattr(FileVersion, "of", lambda path: calls.update([str(path)]) or version_of(path))
@@ -306,6 +306,7 @@ def test_rejected_scans_and_filters_leave_the_split_as_it_is(tmp_path: Path) -> 
     whole.mkdir()
     broken.mkdir()
     first, second = load(write_cohort(whole)), load(write_cohort(broken, bad=(0, 5)))
+    first.split.store()
     third = load(whole / "scans.csv", diagnoses=["AD"], shares={"train": 0.5, "val": 0.3, "test": 0.2}, seed=5)
     expected = dict(zip(first.table["subject"], first.table["split"], strict=True))
     for other in (second, third):
