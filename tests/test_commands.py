@@ -215,12 +215,15 @@ def test_two_jobs_without_shards_do_not_write_one_table(ldae, place):
 
 
 def test_rejected_scans_are_tabulated_and_the_others_embedded(ldae, place):
-    result = ldae("embed", "four.nii.gz", "a.nii.gz", "gone.nii.gz", "head.nii.gz", "-o", "some.csv")
+    (place / "lost.nii.gz").symlink_to(".git/annex/objects/x.nii.gz")
+    assert "a link to a file that is missing" in ldae("embed", "lost.nii.gz", "-o", "some.csv").output
+    result = ldae("embed", "four.nii.gz", "a.nii.gz", "gone.nii.gz", "lost.nii.gz", "head.nii.gz", "-o", "some.csv")
     assert result.exit_code == 1
     assert [row["path"] for row in rows(place / "some.csv")] == ["a.nii.gz"]
     reasons = {row["path"]: row["reason"] for row in rows(place / "some_rejected.csv")}
     assert "not one 3-D volume" in reasons["four.nii.gz"]
-    assert "No such file" in reasons["gone.nii.gz"]
+    assert reasons["gone.nii.gz"] == "no such file"
+    assert "git annex get" in reasons["lost.nii.gz"]
     assert "out-of-distribution check" in reasons["head.nii.gz"]
     assert ldae("embed", "a.nii.gz", "-o", "some.csv").exit_code == 0
     assert not (place / "some_rejected.csv").exists()

@@ -58,7 +58,10 @@ def embed(
         rejected = ShardedTable(output).merge(paths)
     else:
         if not any(path.exists() for path in paths):
-            raise UserError(f"none of the {len(paths)} scans could be embedded; the first: {paths[0]}: no such file")
+            from ldae.data.nifti import reason_missing
+
+            reason = reason_missing(paths[0])
+            raise UserError(f"none of the {len(paths)} scans could be embedded; the first: {paths[0]}: {reason}")
         embedder = _Embedder(load_model(**model), force, preprocess, orientation)
         rejected = _embed_all(embedder, paths, output) if shard is None else _embed_part(embedder, paths, output, shard)
     if rejected is None:
@@ -119,7 +122,11 @@ def _reject(path: Path, error: UserError | OSError) -> str:
     """Show and return the reason why a scan cannot be used."""
     from tqdm import tqdm
 
+    from ldae.data.nifti import reason_missing
+
     reason = getattr(error, "reason", None) or getattr(error, "strerror", None) or str(error)
+    if isinstance(error, FileNotFoundError):
+        reason = reason_missing(path)
     tqdm.write(f"rejected: {path}: {reason}", file=click.get_text_stream("stderr"))
     return reason
 
