@@ -103,6 +103,14 @@ def test_one_of_several_runs_is_taken_and_the_others_are_listed(tmp_path, choice
     assert reasons(tmp_path).count("not taken") == 2
 
 
+def test_of_two_files_of_one_name_the_one_taken_is_named_with_its_folder(tmp_path):
+    for seed, folder in enumerate("ab"):
+        brain(seed=seed).write(tmp_path / folder / "T1.nii.gz")
+    (tmp_path / "list.csv").write_text("path,subject\na/T1.nii.gz,x\nb/T1.nii.gz,x\n", encoding="utf-8")
+    assert preprocess(tmp_path, source="list.csv").exit_code == 0
+    assert "a/T1.nii.gz is the first" in reasons(tmp_path)
+
+
 def test_copies_and_dotfiles_are_no_scans_and_links_are_followed(tmp_path):
     store = bids(tmp_path / "store", {"sub-2": brain(seed=2)})
     root = bids(tmp_path / "raw", {"sub-1": brain()})

@@ -92,7 +92,8 @@ def quality(measures: dict[str, float]) -> float:
 def describe_choice(taken: SourceScan, other: SourceScan, choice: RunChoice) -> str:
     """Reason why `other` was not taken."""
     where = "session" if taken.session == other.session else f"month ({other.session} and {taken.session})"
-    return f"not taken: {taken.path.name} is the {choice.name} T1w scan of this {where} (--run {choice.name})"
+    name = taken.printable_path if taken.path.name == other.path.name else taken.path.name
+    return f"not taken: {name} is the {choice.name} T1w scan of this {where} (--run {choice.name})"
 
 
 def _sorted_group(scans: Sequence[SourceScan], group: Iterable[int], choice: RunChoice) -> list[int]:
