@@ -82,13 +82,16 @@ def test_a_failed_evaluation_leaves_its_earlier_results_as_they_were(tmp_path):
         replace(SOURCE, split_hash="changed"),
     ],
 )
-def test_results_of_other_weights_or_scans_are_removed(tmp_path, caplog, other):
+def test_results_of_other_weights_or_scans_are_moved_away(tmp_path, caplog, other):
     run_in_context(context(tmp_path), {"probes": PROBES}, "x")
     (tmp_path / "notes.csv").write_text("of the user")
     run_in_context(context(tmp_path, other), {"gap": GAP}, "x")
     assert metrics(tmp_path) == {"gap/filled": 1.0}
-    assert contents(tmp_path) == ["evaluations.json", "gap.png", "metrics.json", "notes.csv", "report.html"]
-    assert "results of probes are removed" in caplog.text
+    present = ["evaluations.json", "gap.png", "metrics.json", "notes.csv", "outdated", "report.html"]
+    assert contents(tmp_path) == present
+    assert "sex_roc.png" in contents(tmp_path / "outdated")
+    assert metrics(tmp_path / "outdated") == {"probe/age/mae": 3.0, "probe/sex/auc": 0.5}
+    assert "results of probes are of other weights or scans: moved to" in caplog.text
 
 
 def test_evaluations_at_the_same_time_keep_the_results_of_each_other(tmp_path):

@@ -30,6 +30,7 @@ from ldae.utils.results_record import (
 
 log = logging.getLogger(__name__)
 
+OUTDATED = "outdated"  # folder of results of other weights or scans
 UNFINISHED = ".unfinished-"  # and the name of an evaluation that is running: its folder
 EARLIER = "earlier version"  # entry of the record for metrics that were written without a record
 
@@ -82,12 +83,15 @@ class ResultsFolder:
             self.record[EARLIER] = Results(self.source, list(metrics), [], [])
 
     def _store(self, entry: str, metrics: Mapping[str, float], skipped: list[str], unfinished: Path) -> None:
-        """Store the results of one evaluation; remove its earlier ones and those of other weights or scans."""
+        """Store the results of one evaluation in place of its earlier ones; move those of other weights or scans away."""
         outdated = [name for name, results in self.record.items() if self._is_outdated(name, results.source)]
         if outdated:
-            log.warning("results of %s are removed: they are of other weights or scans", ", ".join(sorted(outdated)))
+            names = ", ".join(sorted(outdated))
+            log.warning("results of %s are of other weights or scans: moved to %s", names, self.folder / OUTDATED)
         finite = {name: float(value) for name, value in metrics.items() if math.isfinite(value)}
         files = sorted(path.name for path in unfinished.iterdir())
+        outdated_files = {file for name in outdated for file in self.record[name].files}
+        outdated_metrics = {name for other in outdated for name in self.record[other].metrics}
         known_files = {file for results in self.record.values() for file in results.files}
         groups = {_group(name) for name in metrics}
         self.record = {
@@ -102,7 +106,8 @@ class ResultsFolder:
             for name, results in self.record.items()
             if name not in (entry, *outdated)
         }
-        remaining = self.metrics()
+        remaining, stored = self.metrics(), read_metrics(self.folder)
+        self._move_outdated(outdated_files, {name: stored[name] for name in stored.keys() & outdated_metrics})
         self.record[entry] = Results(self.source, list(finite), files, skipped)
         for file in files:
             os.replace(unfinished / file, self.folder / file)
@@ -110,6 +115,17 @@ class ResultsFolder:
         write_record(self.folder, self.record)
         for file in known_files - {file for results in self.record.values() for file in results.files}:
             (self.folder / file).unlink(missing_ok=True)
+
+    def _move_outdated(self, files: set[str], metrics: Mapping[str, float]) -> None:
+        """Keep results of other weights or scans in a folder of their own, where nothing reads them."""
+        if not files and not metrics:
+            return
+        place = self.folder / OUTDATED
+        place.mkdir(exist_ok=True)
+        for file in files:
+            if (self.folder / file).exists():
+                os.replace(self.folder / file, place / file)
+        write_json(place / METRICS, dict(sorted(metrics.items())))
 
     def _is_outdated(self, entry: str, source: Source) -> bool:
         """Whether results are of other weights, or of other scans of the same cohort than the present ones."""
