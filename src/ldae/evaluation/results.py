@@ -83,7 +83,7 @@ class ResultsFolder:
             self.record[EARLIER] = Results(self.source, list(metrics), [], [])
 
     def _store(self, entry: str, metrics: Mapping[str, float], skipped: list[str], unfinished: Path) -> None:
-        """Store the results of one evaluation in place of its earlier ones; move those of other weights or scans away."""
+        """Store the results of one evaluation in place of its earlier ones, and move outdated ones away."""
         outdated = [name for name, results in self.record.items() if self._is_outdated(name, results.source)]
         if outdated:
             names = ", ".join(sorted(outdated))
