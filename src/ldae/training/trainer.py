@@ -162,6 +162,8 @@ class Trainer:
         if newest[0] is None:
             return Progress()
         progress, changed = self.checkpoints.restore(newest[0], stage, self.accelerator.scaler, self.identity)
+        # Noise is drawn by the number of a sample, so that another order is another training, too.
+        changed = [f"{name} (or an order of them)" if name == "training scans" else name for name in changed]
         if changed and not self.settings.accept_changes:
             raise UserError(
                 f"{self.run.path} was trained up to step {progress.step} with another {' and '.join(changed)}: restore "
