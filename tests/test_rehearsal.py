@@ -63,7 +63,8 @@ class Predecessor:
 
     def __init__(self, config):
         self.config, self.path = config, SimpleNamespace(name="run")
-        self.metadata = {"split_hash": "h", "autoencoder_sha256": "sha", "weights": {}}
+        scale = [1.0] * on_meta(lambda: instantiate(config.model.autoencoder)).latent_channels
+        self.metadata = {"split_hash": "h", "autoencoder_sha256": "sha", "scale": scale, "weights": {}}
 
     def module(self, name, node):
         return on_meta(lambda: instantiate(node)).eval().requires_grad_(False)

@@ -169,7 +169,7 @@ class VariantUnderTest:
         config = self.compose(f"stage={name}")
         with torch.device("meta"):
             shape = self.latent_shape(instantiate(config.model.autoencoder))
-        metadata = {"split_hash": HASH, "autoencoder_sha256": HASH, "weights": {}}
+        metadata = {"split_hash": HASH, "autoencoder_sha256": HASH, "scale": [1.0] * shape[0], "weights": {}}
         run = UntrainedRun(config, self.folder / name, metadata)
         if name != "aekl":
             self.write_latents(shape)
