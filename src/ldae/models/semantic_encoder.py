@@ -38,11 +38,11 @@ def _check_slicing(axis: int, slices: int, slice_dropout: float, mean_volume_sha
 
 
 class SemanticEncoder(nn.Module):
-    """Scans (B, 1, X, Y, Z) in [0, 1] -> y (B, dim).
+    """Views of scans (B, channels, X, Y, Z) in [0, 1] -> y (B, dim).
 
     Args:
-        backbone: a network from slices (N, 1, H, W) to features (N, C). Its attribute `out_channels` is C (without it:
-            `dim`). If C differs from `dim`, a learned Linear maps the features to `dim`.
+        backbone: a network from slices (N, channels, H, W) to features (N, C). Its attribute `out_channels` is C
+            (without it: `dim`). If C differs from `dim`, a learned Linear maps the features to `dim`.
         slices: number of slices, the size of the volume along `axis`.
         dim: width of tokens and y.
         heads: heads of the attention.
@@ -57,6 +57,7 @@ class SemanticEncoder(nn.Module):
             the estimator learns to ignore it. None: y = LayerNorm(f(x)), as published.
         position_gate: whether the features of a slice are multiplied by 1 + Linear(position), so that the same features
             mean something else at another height. False, as published.
+        channels: number of channels of a view; the backbone must read as many. 1: T1 intensities, as published.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class SemanticEncoder(nn.Module):
         slice_dropout: float = 0.0,
         mean_volume_shape: Sequence[int] | None = None,
         position_gate: bool = False,
+        channels: int = 1,
     ) -> None:
         super().__init__()
         _check_slicing(axis, slices, slice_dropout, mean_volume_shape)
@@ -79,6 +81,7 @@ class SemanticEncoder(nn.Module):
         self.slices = slices
         self.checkpointing = checkpointing
         self.slice_dropout = slice_dropout
+        self.channels = channels
         self.backbone = backbone
         width = getattr(backbone, "out_channels", dim)
         self.widen = nn.Identity() if width == dim else nn.Linear(width, dim)
@@ -93,12 +96,15 @@ class SemanticEncoder(nn.Module):
         self.gate = nn.Linear(dim, dim) if position_gate else None
         # The names under which files of weights store the mean volume and the standard deviation of differences from
         # it.
-        self.register_buffer("reference", None if mean_volume_shape is None else torch.zeros(1, 1, *mean_volume_shape))
+        mean = None if mean_volume_shape is None else torch.zeros(1, channels, *mean_volume_shape)
+        self.register_buffer("reference", mean)
         self.register_buffer("spread", None if mean_volume_shape is None else torch.ones(()))
+
+    fitted = ("reference", "spread")  # buffers that are measured before training, see models/fitted.py
 
     @property
     def mean_volume(self) -> Tensor | None:
-        """The mean training scan, (1, 1, X, Y, Z), or None if the encoder has none."""
+        """The mean training scan, (1, channels, X, Y, Z), or None if the encoder has none."""
         return self.reference
 
     @property
@@ -108,7 +114,7 @@ class SemanticEncoder(nn.Module):
 
     @torch.no_grad()
     def set_mean_volume(self, mean: Tensor, difference_std: Tensor) -> None:
-        """Store the mean of the training scans, (1, 1, X, Y, Z), and the root mean square of their differences from it.
+        """Store the mean of the training scans, (1, C, X, Y, Z), and the root mean square of their differences from it.
 
         The differences are divided by it, because the LayerNorm's epsilon would exceed unscaled ones.
         """
@@ -124,11 +130,11 @@ class SemanticEncoder(nn.Module):
         return torch.rand(batch, count, device=x.device).argsort(dim=1)[:, :kept].sort(dim=1).values
 
     def cut_slices(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The slices of x that are read, (B, S, 1, H, W), and their indices along the axis, (B, S)."""
-        if x.ndim != 5 or x.shape[2 + self.axis] != self.slices:
+        """The slices of x that are read, (B, S, channels, H, W), and their indices along the axis, (B, S)."""
+        if x.ndim != 5 or x.shape[1] != self.channels or x.shape[2 + self.axis] != self.slices:
             raise UserError(
-                f"volumes of shape {tuple(x.shape)} do not have {self.slices} slices along axis {self.axis}, "
-                "for which the encoder was built"
+                f"views of shape {tuple(x.shape)} do not have {self.slices} slices along axis {self.axis} of "
+                f"{self.channels} channel(s), for which the encoder was built"
             )
         if self.mean_volume is not None:
             x = (x - self.mean_volume) / self.difference_std
@@ -139,11 +145,11 @@ class SemanticEncoder(nn.Module):
         return slices, chosen
 
     def read_slices(self, slices: Tensor) -> Tensor:
-        """Features of the backbone: (N, 1, H, W) -> (N, C)."""
+        """Features of the backbone: (N, channels, H, W) -> (N, C)."""
         return run_block(self.backbone, self.checkpointing, slices)
 
     def features(self, slices: Tensor) -> Tensor:
-        """Features of each slice at the width of the tokens: (B, S, 1, H, W) -> (B, S, dim)."""
+        """Features of each slice at the width of the tokens: (B, S, channels, H, W) -> (B, S, dim)."""
         # With checkpointing one volume at a time, so that the activations of only one exist at any moment.
         parts = slices.unbind(0) if self.checkpointing else [slices.flatten(0, 1)]
         read = torch.cat([self.read_slices(part) for part in parts])  # (B S, C)
@@ -167,10 +173,10 @@ class SemanticEncoder(nn.Module):
         return y[:, 0], weights[:, :, 0]
 
     def forward(self, x: Tensor) -> Tensor:
-        """Scans (B, 1, X, Y, Z) -> y (B, dim).
+        """Views (B, channels, X, Y, Z) -> y (B, dim).
 
         Raises:
-            UserError: the volumes have another number of slices than the encoder was built for.
+            UserError: the views have another number of slices or channels than the encoder was built for.
         """
         slices, chosen = self.cut_slices(x)
         if self.mean_volume is None:
