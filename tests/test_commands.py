@@ -14,6 +14,9 @@ from click.testing import CliRunner
 
 from ldae.cli import COMMANDS, main
 from ldae.commands.options import parse_numbers
+from ldae.editing.direction import Direction
+from ldae.editing.linear_model import LinearModel
+from ldae.editing.units import Calibration, TrainingDistance
 from ldae.utils.errors import UserError
 from ldae.utils.locks import lock_file
 from ldae.utils.resumable_csv import ResumableCsv
@@ -66,7 +69,9 @@ def test_every_command_and_option_has_a_help_text(command):
 
 
 def test_help_names_the_unit_of_alpha():
-    assert "sqrt(768)" in CliRunner().invoke(main, ["manipulate", "-h"]).output
+    text = " ".join(CliRunner().invoke(main, ["manipulate", "-h"]).output.split())
+    for said in ("mean distance between the two classes", "one standard deviation", "sqrt(768)", "ten years older"):
+        assert said in text
 
 
 def test_reconstructions_overlay_and_differ_with_the_code(ldae, place):
@@ -109,14 +114,71 @@ def test_manipulate_writes_an_image_per_alpha_and_prints_the_probes_predictions(
     table = [line.split("\t") for line in result.stdout.splitlines() if "\t" in line]
     assert table[0] == ["alpha", "y moved", "image embedded anew"]
     assert [row[0] for row in table[1:]] == ["before", "-2", "+0", "+2"]
-    moved = [float(row[1].removeprefix("AD ").removesuffix(" %")) for row in table[1:]]
-    assert moved[1] <= moved[0] == moved[2] <= moved[3]
-    assert moved[1] < moved[3]
+    assert result.stdout.splitlines()[0] == "alpha = 1: a step of sqrt(16) along the unit direction in standardised y"
+    before = float(table[1][1].removeprefix("AD ").removesuffix(" %"))
+    changes = [[float(x.removesuffix(" %")) for x in row[1].removeprefix("AD ").split(" -> ")] for row in table[2:]]
+    assert [change[0] for change in changes] == [before] * 3
+    less, same, more = (change[1] for change in changes)
+    assert less <= before == same <= more
+    assert less < more
+    made = json.loads((place / "m/a_diagnosis+2.json").read_text())
+    assert made["Alpha"] == 2
+    assert made["AlphaUnit"].startswith("a step of sqrt(16)")
     none, more = (read_overlay(place / f"m/a_diagnosis+{alpha}.nii.gz", place / "a.nii.gz") for alpha in (0, 2))
     np.testing.assert_array_equal(none, nib.load(place / "a.nii.gz").get_fdata())
     assert np.abs(more - none).max() > 1
     twin = reoriented(nib.load(place / "m/twin_diagnosis+2.nii.gz"), "RAS")
     np.testing.assert_allclose(twin.get_fdata(), more, atol=1e-3)
+
+
+@pytest.fixture
+def aged(ldae, place):
+    """The run `small` with a calibrated direction of age; 3 units along y_0 are ten years."""
+    folder = place / "runs/small/evaluation"
+    weights = json.loads((folder / "probes.json").read_text())["weights"]
+    zeros, ones, first = np.zeros(16), np.ones(16), np.eye(16)[0]
+    readout = LinearModel("age", zeros, ones, 10 / 3 * first, 60.0)
+    calibration = Calibration("age", 0.3, deviation=12.0)
+    scale = TrainingDistance().scale(calibration, 16)
+    directions = {
+        "age": Direction(zeros, ones, first, scale, calibration, readout).to_dict(),
+        "former": {"mean": zeros.tolist(), "std": ones.tolist(), "unit": first.tolist()},
+        "sex": Direction(zeros, ones, first, None, Calibration("sex", 2.0, ("M", "F"))).to_dict(),
+    }
+    (folder / "directions.json").write_text(json.dumps({"weights": weights, "directions": directions}))
+    yield ldae
+    (folder / "directions.json").unlink()
+
+
+def test_an_age_is_moved_by_years(aged, place):
+    result = aged("manipulate", "a.nii.gz", "--direction", "age", "--by", "-5,10", "-o", "by", "--viewer")
+    assert result.exit_code == 0, result.output
+    lines = result.stdout.splitlines()
+    assert lines[0] == "alpha = 1: one standard deviation of age in the training scans, 12 years"
+    table = [line.split("\t") for line in lines if "\t" in line]
+    assert [row[0] for row in table] == ["by", "before", "-5 years", "+10 years"]
+    for row, years in zip(table[2:], (-5, 10), strict=True):
+        before, after = (float(x) for x in row[1].removeprefix("age ").removesuffix(" years").split(" -> "))
+        assert after - before == pytest.approx(years, abs=0.11)
+    made = json.loads((place / "by/a_age_by+10.json").read_text())
+    assert (made["By"], made["ByUnit"]) == (10, "years")
+    assert made["Alpha"] == pytest.approx(10 / 12)
+    assert made["AlphaUnit"] == "one standard deviation of age in the training scans, 12 years"
+    assert '"-5 years", "+0 years", "+10 years"' in (place / "by/a_age_by.html").read_text()
+
+
+def test_an_edit_that_cannot_be_counted_is_refused_before_the_scan_is_read(aged):
+    def refusal(name, *sizes):
+        result = aged("manipulate", "missing.nii.gz", "--direction", name, *sizes, "-o", "refused")
+        assert result.exit_code != 0
+        return result.output
+
+    assert "give alpha (--alpha), of which 1 is a step of sqrt(16)" in refusal("sex", "--by", "10")
+    assert "two classes, M and F" in refusal("sex", "--by", "10")
+    assert "without a calibration" in refusal("former", "--by", "10")
+    assert "without a calibration" in refusal("diagnosis", "--by", "10")
+    assert "give one of them" in refusal("age", "--by", "10", "--alpha", "1")
+    assert "--by 'x': give numbers" in refusal("age", "--by", "x")
 
 
 def test_the_viewer_is_self_contained(ldae, place):

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from ldae.diffusion.code import Code
+from ldae.editing.direction import Direction
 from ldae.editing.directions import (
-    Direction,
     FittingRows,
     HeldFixed,
     MeanDifference,
@@ -29,6 +29,7 @@ from ldae.editing.editor import Editor
 from ldae.editing.frozen_probes import EMBEDDING, FrozenProbe, write_frozen_probes
 from ldae.editing.linear_model import LinearModel
 from ldae.editing.readouts import Readouts
+from ldae.editing.units import AlphaScale, Calibration, PublishedStep, TrainingDistance
 from ldae.evaluation.probes.targets import Classification, Regression
 from ldae.utils.errors import UserError
 
@@ -114,6 +115,96 @@ def test_directions_that_cannot_be_estimated_are_refused_with_the_reason(cohort)
         find(cohort, MeanDifference())
 
 
+def gaussian_cohort(seed=0, people=400, dim=24):
+    """y of two classes 3 apart and of an age of 0.1 a year, along planted unit vectors, beside other variation."""
+    rng = np.random.default_rng(seed)
+    ill, age = np.arange(people) % 2, rng.normal(60, 12, people)
+    axes = np.linalg.qr(rng.standard_normal((dim, 2)))[0].T
+    y = np.outer(3.0 * ill, axes[0]) + np.outer(0.1 * (age - 60), axes[1]) + 0.4 * rng.standard_normal((people, dim))
+    names = [f"s{i}" for i in range(people)]
+    return y, pd.DataFrame({"subject": names, "diagnosis": np.where(ill, "AD", "CN"), "age": age}), axes
+
+
+@pytest.mark.parametrize("factor", [1.0, 20.0])
+@pytest.mark.parametrize("estimator", [Pattern(), MeanDifference()])
+def test_alpha_1_is_the_distance_of_the_classes_whatever_the_scale_of_y(factor, estimator):
+    y, table, axes = gaussian_cohort()
+    found = find_direction(estimator, DIAGNOSIS, table, factor * y, np.arange(len(y)))
+    np.testing.assert_allclose(found.step() @ axes[0] / factor, 3.0, rtol=0.05)
+    assert found.amount_per_alpha() == pytest.approx(1)
+    assert found.alpha_scale.meaning == "the mean distance from CN to AD in the training scans"
+    # Moved by 1, the mean of one class lies at the mean of the other along the direction.
+    ill = (table["diagnosis"] == "AD").to_numpy()
+    low, high = factor * y[~ill].mean(0), factor * y[ill].mean(0)
+    normal = found.unit / found.std
+    assert found.edit(low[None], 1.0)[0] @ normal == pytest.approx(high @ normal)
+
+
+@pytest.mark.parametrize("estimator", [Pattern(), MeanDifference(), Weights()])
+def test_an_age_moves_by_years_as_the_probe_reads_it_and_as_people_differ(estimator):
+    """By 10 years: the read-out moves by 10, and y as far as the planted effect of age, 0.1 a year."""
+    y, table, axes = gaussian_cohort()
+    age = Regression("age", bias_correction=True)
+    found = find_direction(estimator, age, table, y, np.arange(len(y)))
+    moved = found.edit(y[:5], found.alpha_for(10))
+    read = [found.readout.unbiased(found.readout.predict(part)) for part in (y[:5], moved)]
+    np.testing.assert_allclose(read[1] - read[0], 10, rtol=1e-6)
+    np.testing.assert_allclose((moved - y[:5]) @ axes[1], 1.0, rtol=0.1)
+    assert found.amount_per_alpha() == pytest.approx(table["age"].std(ddof=0))
+    assert found.alpha_scale.meaning.startswith("one standard deviation of age in the training scans, 1")
+    assert found.alpha_scale.meaning.endswith(" years")
+
+
+def test_the_published_unit_is_a_step_of_sqrt_dim_and_keeps_the_calibration():
+    y, table, _ = gaussian_cohort()
+    rows = np.arange(len(y))
+    published = find_direction(Pattern(), DIAGNOSIS, table, y, rows, alpha=PublishedStep())
+    assert np.linalg.norm(published.step() / published.std) == pytest.approx(24**0.5)
+    ours = find_direction(Pattern(), DIAGNOSIS, table, y, rows)
+    assert published.amount_per_alpha() == pytest.approx(24**0.5 / ours.alpha_scale.length)
+
+
+def test_directions_read_back_with_their_unit_and_older_ones_keep_their_meaning():
+    y, table, _ = gaussian_cohort()
+    found = find_direction(Pattern(), Regression("age"), table, y, np.arange(len(y)))
+    again = Direction.from_dict(json.loads(json.dumps(found.to_dict())))
+    assert (again.scale, again.calibration) == (found.scale, found.calibration)
+    np.testing.assert_array_equal(again.step(), found.step())
+    np.testing.assert_array_equal(again.readout.coef, found.readout.coef)
+    former = Direction.from_dict({name: found.to_dict()[name] for name in ("mean", "std", "unit")})
+    np.testing.assert_allclose(former.step(), found.std * 24**0.5 * found.unit)
+    assert former.alpha_scale.meaning == "a step of sqrt(24) along the unit direction in standardised y"
+    assert former.amount_per_alpha() is None
+    with pytest.raises(
+        UserError, match=r"without a calibration: run .*manipulation.*\(--alpha\), of which 1 is a step"
+    ):
+        former.alpha_for(10)
+
+
+def test_two_classes_cannot_be_moved_by_a_number():
+    y, table, _ = gaussian_cohort()
+    found = find_direction(Pattern(), DIAGNOSIS, table, y, np.arange(len(y)))
+    with pytest.raises(UserError, match=r"two classes, CN and AD, and is no number: give alpha \(--alpha\)") as error:
+        found.alpha_for(10)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("length", [0.0, float("nan"), float("inf")])
+def test_damaged_units_are_refused(length):
+    with pytest.raises(ValueError, match="not a"):
+        Calibration.from_dict({"column": "age", "classes": None, "length": length, "deviation": 1.0})
+    with pytest.raises(ValueError, match="not a positive"):
+        AlphaScale.from_dict({"length": length, "meaning": ""})
+
+
+def test_a_label_that_does_not_change_along_a_direction_cannot_be_calibrated():
+    y, table, axes = gaussian_cohort()
+    fixed = SimpleNamespace(estimate=lambda sample: np.eye(25)[24])
+    y = np.column_stack([y, np.tile([1.0, -1.0, -1.0, 1.0], 100)])  # the same in both classes
+    with pytest.raises(UserError, match="cannot be calibrated"):
+        find_direction(fixed, DIAGNOSIS, table, y, np.arange(len(y)))
+
+
 def test_alpha_has_the_stated_unit():
     """alpha = 1 is a step of sqrt(dim) along the unit direction in standardised y, for tensors and arrays alike."""
     direction = Direction(np.full(4, 5.0), np.full(4, 3.0), np.array([0.0, 1.0, 0.0, 0.0]))
@@ -176,6 +267,28 @@ def test_readouts_read_back_as_they_were_stored(stored):
     np.testing.assert_allclose(readouts.direction("diagnosis").unit, weights / np.linalg.norm(weights))
     assert readouts.predict_label("diagnosis", np.zeros((1, DIM))) == ["AD 52 %"]
     assert readouts.predict_label("sex", np.zeros((1, DIM))) == []
+
+
+def test_numbers_are_read_out_in_words_without_regression_to_the_mean():
+    age = LinearModel("age", np.zeros(1), np.ones(1), np.array([5.0]), 60.0, bias=(30.0, 0.5))
+    readouts = Readouts({"age": age}, {})
+    assert readouts.predict_label("age", np.array([[1.0]])) == ["age 70.0 years"]
+    assert readouts.describe_change("age", np.array([[0.3]]), np.array([[1.3]])) == ["age 63.0 -> 73.0 years"]
+    ill = LinearModel("diagnosis", np.zeros(1), np.ones(1), np.array([1.0]), 0.0, classes=("CN", "AD"))
+    change = Readouts({"ill": ill}, {}).describe_change("ill", np.array([[0.0]]), np.array([[2.0]]))
+    assert change == ["AD 50 % -> 88 %"]
+    assert readouts.describe_change("sex", np.zeros((1, 1)), np.zeros((1, 1))) == []
+
+
+def test_the_probe_of_a_calibration_is_read_out_where_no_frozen_one_is_stored(stored):
+    probes, directions = stored
+    text = json.loads(directions.read_text())
+    readout = LinearModel("age", np.zeros(DIM), np.ones(DIM), np.ones(DIM), 60.0)
+    text["directions"]["age"]["readout"] = readout.to_dict()
+    directions.write_text(json.dumps(text))
+    readouts = Readouts.read(probes, directions, "w")
+    assert readouts.predict_label("age", np.zeros((1, DIM))) == ["age 60.0 years"]
+    assert set(readouts.probes) == {"age", "diagnosis"}
 
 
 def test_readouts_of_other_networks_or_damaged_ones_are_refused(stored):

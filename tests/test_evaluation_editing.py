@@ -15,7 +15,8 @@ from hydra.utils import instantiate
 
 from ldae.config import check_constructor_arguments, compose_config
 from ldae.diffusion.code import Code
-from ldae.editing.directions import Direction, HeldFixed, MeanDifference, Pattern, Weights
+from ldae.editing.direction import Direction
+from ldae.editing.directions import HeldFixed, MeanDifference, Pattern, Weights
 from ldae.editing.editor import Editor
 from ldae.evaluation.context import Context
 from ldae.evaluation.edits import counterfactuals, selection
@@ -161,7 +162,7 @@ def test_manipulation_of_a_planted_effect(context):
     metrics = dict(evaluator(context))
     assert metrics["manipulation/diagnosis/scans"] == 6
     assert metrics["manipulation/diagnosis/ventricle_spearman_share"] == 1
-    assert metrics["manipulation/diagnosis/ventricle_slope"] > 5
+    assert metrics["manipulation/diagnosis/ventricle_slope"] > 4
     low, high = (metrics[f"manipulation/diagnosis/ventricle_slope_{end}"] for end in ("low", "high"))
     assert low <= metrics["manipulation/diagnosis/ventricle_slope"] <= high
     assert metrics["manipulation/diagnosis/independent_right"] == 1

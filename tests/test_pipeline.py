@@ -10,6 +10,8 @@ import torch
 
 from ldae.diffusion.guidance import Guidance, Score
 from ldae.diffusion.samplers import DDIM
+from ldae.editing.direction import Direction
+from ldae.editing.units import Calibration, TrainingDistance
 from ldae.utils.errors import UserError
 
 X = torch.rand(2, 1, 8, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -73,6 +75,16 @@ def test_an_edit_by_alpha_raises_the_probes_decision_by_alpha_times_its_slope(mo
     np.testing.assert_allclose(after - before, 0.5 * 16**0.5 * np.linalg.norm(probe.coef), rtol=1e-4)
     with pytest.raises(UserError, match="no probe or direction 'sex'; it has diagnosis"):
         model.manipulate(X, "sex", 1.0)
+
+
+def test_an_edit_by_an_amount_is_the_edit_by_the_alpha_that_it_corresponds_to(model):
+    length = Calibration("age", 0.25, deviation=8.0)
+    along = Direction(np.zeros(16), np.ones(16), np.eye(16)[0], TrainingDistance().scale(length, 16), length)
+    torch.testing.assert_close(model.manipulate(X, along, by=4.0), model.manipulate(X, along, 0.5))
+    with pytest.raises(UserError, match="give alpha or by"):
+        model.manipulate(X, along, 1.0, by=4.0)
+    with pytest.raises(UserError, match="stored without a calibration"):
+        model.manipulate(X, "diagnosis", by=4.0)
 
 
 def test_a_sample_does_not_depend_on_the_number_of_samples(model):

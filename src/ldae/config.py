@@ -200,6 +200,7 @@ class Config:
     accelerator: Any = MISSING
     stage: Any = MISSING
     probe: dict[str, Any] = field(default_factory=dict, metadata=HARMLESS)
+    alpha: Any = field(default=MISSING, metadata=HARMLESS)  # what alpha = 1 means in edits
     evaluation: dict[str, Any] = field(default_factory=dict, metadata=HARMLESS)
     bench: Any = field(default=None, metadata=HARMLESS)
 

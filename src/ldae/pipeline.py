@@ -23,7 +23,7 @@ from ldae.denoiser import Denoiser
 from ldae.diffusion.code import Code
 from ldae.diffusion.guidance import GuidedEps
 from ldae.diffusion.samplers import Sampler
-from ldae.editing.directions import Direction, EditDirection
+from ldae.editing.direction import Direction, EditDirection
 from ldae.editing.editor import EditSettings
 from ldae.editing.linear_model import LinearModel
 from ldae.editing.readouts import Readouts
@@ -318,16 +318,36 @@ class LDAE:
             yield self.decode(code_a.slerp(code_b, t), torch.lerp(ya, yb, weight.expand_as(ya)), steps)
 
     def manipulate(
-        self, x: Scans, direction: str | EditDirection, alpha: float, seed: int = 0, **settings: Unpack[EditSettings]
+        self,
+        x: Scans,
+        direction: str | EditDirection,
+        alpha: float | None = None,
+        seed: int = 0,
+        *,
+        by: float | None = None,
+        **settings: Unpack[EditSettings],
     ) -> Tensor:
         """The scan with y moved along a direction, decoded from the scan's own code.
 
         Args:
             direction: the name of a direction or probe, or an object with `edit(y, alpha)`.
-            alpha: 1 is a step of sqrt(dim) along the unit direction in standardised y, the length of a typical y.
+            alpha: size of the edit: 1 is the mean distance between the two classes along the direction in the training
+                scans, or one standard deviation of a number; `direction(name).alpha_scale.meaning` says which.
             seed: of the noise, if `renoise` is used.
+            by: in place of alpha, the change of a number in its own unit: 10 is ten years older for "age". It is
+                calibrated by the probe's read-out along the direction on the training scans.
             settings: replace the model's own settings of an edit, see editing.editor.Editor.
+
+        Raises:
+            UserError: neither or both of alpha and `by` are given, or the direction cannot be counted in a unit.
         """
+        direction = self.direction(direction) if isinstance(direction, str) else direction
+        if (alpha is None) == (by is None):
+            raise UserError("an edit has one size: give alpha or by")
+        if by is not None:
+            if not isinstance(direction, Direction):
+                raise UserError("by: only a direction of ldae.editing.direction can be counted in a unit; give alpha")
+            alpha = direction.alpha_for(by)
         return next(self.manipulate_each(x, direction, [alpha], seed, **settings))
 
     def manipulate_each(

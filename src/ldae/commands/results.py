@@ -1,10 +1,10 @@
 """Files that a command makes of scans: none replaces a file that was made of other scans.
 
 Beside each is a JSON file of the same name with the SHA-256 of the scans, as two scans in two folders often have one
-name, such as T1w.nii.gz.
+name, such as T1w.nii.gz. It may also say how the file was made.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,9 +40,11 @@ class Results:
                 raise UserError(f"-o: {present} exists and {made}: choose another -o, or remove the file")
         return results
 
-    def write(self, file: Path, write: Callable[[Path], None]) -> None:
-        """Write one file by `write`, which takes its path; first the record of the scans."""
-        write_json(_record(file), {SOURCES: list(self.sources)})
+    def write(
+        self, file: Path, write: Callable[[Path], None], made: Mapping[str, str | float | None] | None = None
+    ) -> None:
+        """Write one file by `write`, which takes its path; first the record of the scans, and of how it is made."""
+        write_json(_record(file), {SOURCES: list(self.sources), **(made or {})})
         write(file)
 
 

@@ -1,11 +1,4 @@
-"""Directions in y along which a label increases: the edit along a direction, and estimators of it.
-
-With s(y) = (y - mean) / std, mean and std those of the fitting rows, and a unit vector u, an edit by alpha is
-
-    y' = mean + std (s(y) + alpha sqrt(dim) u),
-
-so that alpha = 1 is a step as long as a typical standardised y. alpha > 0 moves towards the positive class or larger
-values.
+"""Estimates the direction in y along which a label increases (direction.py), from training rows.
 
 The vector that predicts a label best (the probe's weights w, as published) is not the vector that changes with it (the
 pattern cov(y) w; Haufe et al. 2014, doi 10.1016/j.neuroimage.2013.10.067). Edits need the latter. In a cohort, other
@@ -15,58 +8,20 @@ variables change along with a label, such as age with diagnosis: `HeldFixed` and
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 import numpy as np
 import pandas as pd
-from torch import Tensor
 
+from ldae.editing.direction import Direction
 from ldae.editing.linear_model import LinearModel
+from ldae.editing.units import AlphaUnit, Calibration, TrainingDistance
 from ldae.utils.errors import UserError
 
 log = logging.getLogger(__name__)
 
-Array = TypeVar("Array", np.ndarray, Tensor)
-
-
-class EditDirection(Protocol):
-    """Anything that moves y."""
-
-    def edit(self, y: Tensor, alpha: float) -> Tensor:
-        """y' of y (B, dim)."""
-        ...
-
-
-@dataclass(frozen=True)
-class Direction:
-    """A unit vector in standardised y.
-
-    Attributes:
-        mean, std: (dim,) float64, of y in the fitting rows.
-        unit: (dim,) float64, u above.
-    """
-
-    mean: np.ndarray
-    std: np.ndarray
-    unit: np.ndarray
-
-    def step(self) -> np.ndarray:
-        """What alpha = 1 adds to y, (dim,)."""
-        return self.std * np.sqrt(len(self.unit)) * self.unit
-
-    def edit(self, y: Array, alpha: float) -> Array:
-        """y' of y (B, dim)."""
-        step = alpha * self.step()
-        return y + (step.astype(y.dtype) if isinstance(y, np.ndarray) else y.new_tensor(step))
-
-    def to_dict(self) -> dict[str, list[float]]:
-        """As JSON values."""
-        return {"mean": self.mean.tolist(), "std": self.std.tolist(), "unit": self.unit.tolist()}
-
-    @classmethod
-    def from_dict(cls, value: dict[str, list[float]]) -> "Direction":
-        """The inverse of `to_dict`."""
-        return cls(*(np.asarray(value[name], np.float64) for name in ("mean", "std", "unit")))
+TRAINING_DISTANCE = TrainingDistance()
+NEGLIGIBLE = 1e-12
 
 
 class Probe(Protocol):
@@ -241,11 +196,13 @@ def find_direction(
     embeddings: np.ndarray,
     rows: np.ndarray,
     seed: int = 0,
+    alpha: AlphaUnit = TRAINING_DISTANCE,
 ) -> Direction:
-    """The direction of the label of `probe`, estimated from the labelled ones of `rows` (training rows) only.
+    """The direction of the label of `probe`, estimated and calibrated on the labelled ones of `rows` (training rows).
 
     Args:
         embeddings: (N, dim), row i belongs to row i of `table`.
+        alpha: the unit of alpha.
 
     Raises:
         UserError: too few labels among the rows, or a direction of length zero.
@@ -258,10 +215,42 @@ def find_direction(
     y = embeddings[rows].astype(np.float64)
     mean, std = y.mean(0), y.std(0)
     std = np.where(std > 0, std, 1.0)
-    vector = estimator.estimate(FittingRows((y - mean) / std, truth, chosen, probe, seed))
+    sample = FittingRows((y - mean) / std, truth, chosen, probe, seed)
+    vector = estimator.estimate(sample)
     length = float(np.linalg.norm(vector))
-    if not length > 1e-12:
+    if not length > NEGLIGIBLE:
         raise UserError(
             f"the direction of {probe.column} has length zero: y does not change with it; hold fewer columns fixed"
         )
-    return Direction(mean, std, vector / length)
+    unit = vector / length
+    readout = probe.fit(y, truth, chosen["subject"].to_numpy(str), seed)
+    calibration = calibrate(sample, unit, std, readout)
+    return Direction(mean, std, unit, alpha.scale(calibration, len(unit)), calibration, readout)
+
+
+def calibrate(sample: FittingRows, unit: np.ndarray, std: np.ndarray, readout: LinearModel) -> Calibration:
+    """How far apart the fitting rows lie along the unit vector.
+
+    Classes: the distance of their means along it. A number: the length along it that moves the probe's read-out by 1.
+    The read-out is corrected for regression to the mean, if the probe learns that (`bias_correction`). Without it, a
+    ridge regression reads ten years as fewer, and an edit by ten years goes further than ten years of ageing do.
+
+    Args:
+        unit, std: (dim,), see Direction.
+        readout: the probe, fitted on y of these rows.
+
+    Raises:
+        UserError: the label does not change along the direction.
+    """
+    column, truth = sample.probe.column, sample.truth
+    if readout.classes is not None:
+        along = sample.x @ unit
+        found = Calibration(column, float(along[truth == 1].mean() - along[truth == 0].mean()), readout.classes)
+    else:
+        slope = readout.slope_along(std * unit)
+        found = Calibration(column, 1 / slope if abs(slope) > NEGLIGIBLE else 0.0, deviation=float(truth.std()))
+    if not abs(found.length) > NEGLIGIBLE:
+        raise UserError(f"the direction of {column} cannot be calibrated: {column} does not change along it")
+    if found.length < 0:
+        log.warning("%s falls along its direction in the training scans: other columns hide its effect", column)
+    return found

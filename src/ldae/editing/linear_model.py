@@ -62,6 +62,11 @@ class LinearModel:
         """Predictions (N,) with the line `bias` divided out; unchanged without bias correction."""
         return prediction if self.bias is None else (prediction - self.bias[0]) / self.bias[1]
 
+    def slope_along(self, step: np.ndarray) -> float:
+        """Change of the decision if the features move by `step` (D,); of a number, with the line `bias` divided out."""
+        slope = float((self.coef / self.std) @ step)
+        return slope if self.bias is None else slope / self.bias[1]
+
     def to_dict(self) -> dict[str, Any]:
         """As JSON values; floats read back exactly."""
         return {

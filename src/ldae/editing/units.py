@@ -6,8 +6,8 @@
   standard deviation of it. An edit then goes as far as people differ, whatever the spectrum of y.
 - `PublishedStep`: sqrt(dim) along the unit direction in standardised y, the length of a typical standardised y.
 
-The `Calibration` of a direction says how long these are in standardised y. It is measured on the fitting rows and stored
-with the direction, so that `by=10` moves an age by ten years.
+The `Calibration` of a direction says how long these are in standardised y. It is measured on the fitting rows and
+stored with the direction, so that `by=10` moves an age by ten years.
 """
 
 import math
@@ -86,6 +86,18 @@ class AlphaScale:
     length: float
     meaning: str
 
+    @classmethod
+    def from_dict(cls, value: dict[str, Any]) -> "AlphaScale":
+        """From the JSON values of its attributes.
+
+        Raises:
+            ValueError: the length is not a positive number.
+        """
+        length = float(value["length"])
+        if not (math.isfinite(length) and length > 0):
+            raise ValueError("the length of alpha = 1 is not a positive number")
+        return cls(length, str(value["meaning"]))
+
 
 class AlphaUnit(Protocol):
     """Chooses what alpha = 1 means.
@@ -119,27 +131,19 @@ def published_scale(dim: int) -> AlphaScale:
     return AlphaScale(math.sqrt(dim), f"a step of sqrt({dim}) along the unit direction in standardised y")
 
 
-def reason_not_countable(calibration: Calibration | None, meaning: str) -> str | None:
-    """Reason why an edit along a direction cannot be given in the label's own unit, or None.
-
-    Args:
-        meaning: of alpha = 1.
-    """
-    if calibration is None:
-        return f"this direction was stored without a calibration: {REMEDY}, or give alpha (--alpha): 1 is {meaning}"
-    if calibration.classes is None:
-        return None
-    classes = " and ".join(calibration.classes)
-    return f"{calibration.column} has two classes, {classes}, and no number: give alpha (--alpha): 1 is {meaning}"
-
-
 def refuse_uncountable(calibration: Calibration | None, meaning: str) -> Calibration:
     """The calibration, if it counts in the label's own unit.
 
+    Args:
+        meaning: of alpha = 1.
+
     Raises:
-        UserError: it does not; the message begins with `by`, the option's name.
+        UserError: there is none, or the label has two classes.
     """
-    reason = reason_not_countable(calibration, meaning)
-    if reason is not None or calibration is None:
-        raise UserError(f"by (--by) cannot be used: {reason}")
+    instead = f"give alpha (--alpha), of which 1 is {meaning}"
+    if calibration is None:
+        raise UserError(f"by (--by): this direction was stored without a calibration: {REMEDY}, or {instead}")
+    if calibration.classes is not None:
+        classes = " and ".join(calibration.classes)
+        raise UserError(f"by (--by): {calibration.column} has two classes, {classes}, and is no number: {instead}")
     return calibration

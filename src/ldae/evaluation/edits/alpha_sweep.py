@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ldae.editing.directions import Direction
+from ldae.editing.direction import Direction
 from ldae.editing.editor import Editor
 from ldae.evaluation.context import Context
 from ldae.evaluation.edits.anatomy import Anatomy

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ldae.editing.directions import Direction
+from ldae.editing.direction import Direction
 from ldae.editing.editor import Editor
 from ldae.evaluation.context import Context, iterate_batches
 from ldae.evaluation.edits.alpha_sweep import AlphaSweep, run_sweep, share_outside

@@ -11,9 +11,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ldae.editing.directions import Direction, DirectionEstimator, find_direction, labelled_rows
+from ldae.editing.direction import Direction
+from ldae.editing.directions import DirectionEstimator, find_direction, labelled_rows
 from ldae.editing.editor import Editor
 from ldae.editing.linear_model import LinearModel
+from ldae.editing.units import AlphaUnit
 from ldae.evaluation.context import Context
 from ldae.evaluation.edits.inverted_scans import InvertedScans
 from ldae.evaluation.probes.targets import Probe
@@ -45,7 +47,9 @@ class HeldOutProbe:
     alpha: float
 
     @classmethod
-    def fit(cls, context: Context, probe: Probe, estimator: DirectionEstimator, alpha: float) -> "HeldOutProbe | None":
+    def fit(
+        cls, context: Context, probe: Probe, estimator: DirectionEstimator, alpha: float, unit: AlphaUnit
+    ) -> "HeldOutProbe | None":
         """None, with a line in the log, if half of the training subjects is too few."""
         rows = labelled_rows(context.table, probe, context.rows("train"))
         truth, subjects = probe.target(context.table)[rows], context.subjects(rows)
@@ -55,7 +59,7 @@ class HeldOutProbe:
         try:
             if reason:
                 raise UserError(f"half of the train split has {reason}")
-            direction = find_direction(estimator, probe, context.table, context.embeddings, first, context.seed)
+            direction = find_direction(estimator, probe, context.table, context.embeddings, first, context.seed, unit)
         except UserError as error:
             log.warning("no held-out probe of %s: %s", probe.column, error)
             return None

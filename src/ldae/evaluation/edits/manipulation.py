@@ -28,8 +28,10 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from ldae.editing.directions import Direction, DirectionEstimator, find_direction
+from ldae.editing.direction import Direction
+from ldae.editing.directions import TRAINING_DISTANCE, DirectionEstimator, find_direction
 from ldae.editing.editor import Editor
+from ldae.editing.units import AlphaUnit
 from ldae.evaluation.context import Context, iterate_batches
 from ldae.evaluation.edits.alpha_sweep import AlphaSweep, measure_reversibility, run_sweep, share_outside
 from ldae.evaluation.edits.anatomy import Anatomy
@@ -60,6 +62,7 @@ class Manipulation:
         scans: at most this many test scans; None: all of them.
         calibration_scans: at most this many validation scans, for the exchange rate of alpha.
         pictures: how many scans are drawn.
+        unit: of alpha.
     """
 
     def __init__(
@@ -74,6 +77,7 @@ class Manipulation:
         batch_size: int = 8,
         pictures: int = 2,
         resamples: int = 1000,
+        unit: AlphaUnit = TRAINING_DISTANCE,
     ):
         self.alphas = sorted(float(alpha) for alpha in alphas)
         if not {0.0, float(shown), -float(shown)} <= set(self.alphas) or shown <= 0:
@@ -81,13 +85,16 @@ class Manipulation:
         self.probes, self.direction, self.editor = dict(probes or {}), direction, editor
         self.shown, self.scans, self.calibration_scans = float(shown), scans, calibration_scans
         self.batch_size, self.pictures, self.resamples = batch_size, pictures, resamples
+        self.unit = unit
 
     def __call__(self, context: Context) -> Iterator[tuple[str, float]]:
         anatomy, directions = Anatomy(context), {}
         rows, train = context.sample_rows("test", self.scans), context.rows("train")
         for name, probe in self.probes.items():
             try:
-                found = find_direction(self.direction, probe, context.table, context.embeddings, train, context.seed)
+                found = find_direction(
+                    self.direction, probe, context.table, context.embeddings, train, context.seed, self.unit
+                )
             except UserError as error:
                 context.skip(f"manipulation of {name} is skipped: {error}")
                 continue
@@ -105,7 +112,7 @@ class Manipulation:
             context, self.editor, anatomy, direction, FACTORS.get(probe.column), self.calibration_scans,
             self.batch_size, self.shown,
         )  # fmt: skip
-        held_out = HeldOutProbe.fit(context, probe, self.direction, self.shown)
+        held_out = HeldOutProbe.fit(context, probe, self.direction, self.shown, self.unit)
         results = ManipulationResults(context, name, self.alphas, self.shown, self.pictures)
         for part in tqdm(list(iterate_batches(rows, self.batch_size)), f"manipulation of {name}"):
             scans = invert_scans(context, self.editor, anatomy, part)

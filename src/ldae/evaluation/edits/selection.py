@@ -23,8 +23,10 @@ from itertools import product
 import numpy as np
 import pandas as pd
 
-from ldae.editing.directions import Direction, DirectionEstimator, find_direction
+from ldae.editing.direction import Direction
+from ldae.editing.directions import TRAINING_DISTANCE, DirectionEstimator, find_direction
 from ldae.editing.editor import Editor
+from ldae.editing.units import AlphaUnit
 from ldae.evaluation.context import Context, iterate_batches
 from ldae.evaluation.edits.alpha_sweep import run_sweep
 from ldae.evaluation.edits.anatomy import Anatomy
@@ -59,6 +61,7 @@ class Selection:
         alphas: positive values; every setting is tried at each of them.
         scans: at most this many validation scans.
         finalists: how many estimators take part in the second round.
+        unit: of alpha.
     """
 
     def __init__(
@@ -73,6 +76,7 @@ class Selection:
         scans: int = 12,
         finalists: int = 2,
         batch_size: int = 12,
+        unit: AlphaUnit = TRAINING_DISTANCE,
     ):
         self.probes, self.estimators, self.editor = dict(probes or {}), dict(estimators), editor
         self.editors = [
@@ -80,6 +84,7 @@ class Selection:
             for depth, renoise, strength in product(depths, renoises, strengths)
         ]
         self.alphas, self.scans, self.finalists, self.batch_size = list(alphas), scans, finalists, batch_size
+        self.unit = unit
 
     def __call__(self, context: Context) -> Iterator[tuple[str, float]]:
         renderer, anatomy = CounterfactualRenderer(context), Anatomy(context)
@@ -100,7 +105,9 @@ class Selection:
         found, train = {}, context.rows("train")
         for key, estimator in self.estimators.items():
             try:
-                found[key] = find_direction(estimator, probe, context.table, context.embeddings, train, context.seed)
+                found[key] = find_direction(
+                    estimator, probe, context.table, context.embeddings, train, context.seed, self.unit
+                )
             except UserError as error:
                 log.warning("direction estimator %s is skipped: %s", key, error)
         return found
