@@ -56,6 +56,7 @@ class MadeUpCohort:
         self.x = torch.rand(8, 1, *SHAPE, generator=make_generator(0, "x"))
         take = lambda rows: self.x[torch.as_tensor(np.array(rows))]  # noqa: E731
         self.volumes = SimpleNamespace(batch=take, read_stored=take, decode=lambda x: x, shape=SHAPE)
+        self.views = self.volumes
         self.table = pd.DataFrame(
             {
                 "subject": list(subjects),
@@ -78,6 +79,8 @@ class MadeUpCohort:
 
     def draw_augmentation(self, seed, keys):
         return {}
+
+    draw_view_augmentation = draw_augmentation
 
     def augment(self, x, batch):
         return x

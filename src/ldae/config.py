@@ -70,6 +70,8 @@ class TrainerSettings:
     # Recompute activations in the backward pass instead of keeping them: less memory, more time.
     checkpointing: bool = field(default=False, metadata=HARMLESS)
     compile: bool = field(default=False, metadata=HARMLESS)
+    # Record the passes of stages 2 and 3 as a CUDA graph, on one GPU and without checkpointing (step_graph.py).
+    cuda_graph: bool = field(default=True, metadata=HARMLESS)
     workers: int | None = field(default=None, metadata=HARMLESS)  # threads that read batches ahead; None: one
     # Consecutive steps with a non-finite loss or gradient before training is given up.
     max_skipped: int = field(default=10, metadata=HARMLESS)
@@ -138,6 +140,9 @@ class Data:
     shape: list[int] = MISSING  # voxels
     spacing: float = MISSING  # mm
     transform: Any = MISSING
+    # What the semantic encoder sees of a scan. It matters to a resumed run of the stages that read it, see
+    # ldae.training.changes.
+    view: Any = None
     augmentation: Any = None
     split: Split = field(default_factory=Split, metadata=HARMLESS)
     cache_dtype: str = "float16"  # or uint8: half the disk space, in steps of 1/255
@@ -200,6 +205,7 @@ class Config:
     accelerator: Any = MISSING
     stage: Any = MISSING
     probe: dict[str, Any] = field(default_factory=dict, metadata=HARMLESS)
+    probe_scaling: Any = field(default=None, metadata=HARMLESS)
     alpha: Any = field(default=MISSING, metadata=HARMLESS)  # what alpha = 1 means in edits
     evaluation: dict[str, Any] = field(default_factory=dict, metadata=HARMLESS)
     bench: Any = field(default=None, metadata=HARMLESS)

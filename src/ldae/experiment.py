@@ -52,8 +52,8 @@ def _train(config: DictConfig, accelerator: Accelerator, space: Workspace, run: 
     from ldae.training.trainer import Trainer
 
     set_up_backends(autotune=True)
-    reads_scans = get_class(config.stage._target_).reads_scans
-    cohort = open_cohort(config, accelerator, space) if reads_scans else None
+    kind = get_class(config.stage._target_)
+    cohort = open_cohort(config, accelerator, space, views=kind.reads_views) if kind.reads_scans else None
     # A run that is killed before its first checkpoint starts again from the same weights.
     set_seed(weights_seed(config.seed, config.stage._target_))
     # Partial: Hydra would turn the cohort, a dataclass, into a config.
@@ -61,6 +61,8 @@ def _train(config: DictConfig, accelerator: Accelerator, space: Workspace, run: 
     if cohort is not None:
         stage = build(cohort=cohort, workspace=space)
         data = {"split_hash": cohort.split_hash, "transform": cohort.transform.key()}
+        if kind.reads_views and cohort.view_key is not None:
+            data["view"] = cohort.view_key
     else:
         stage = build(workspace=space)
         transform = stage.latents.transform or instantiate(config.data.transform).key()
@@ -130,7 +132,7 @@ def evaluate(config: DictConfig) -> None:
     for stage in ("aekl", "pretrain", "repr"):
         space.predecessor(stage)
     evaluators = {name: instantiate(node) for name, node in config.evaluation.items()}
-    cohort = open_cohort(config, accelerator, space, external=EXTERNAL in evaluators)
+    cohort = open_cohort(config, accelerator, space, external=EXTERNAL in evaluators, views=True)
     dtype = inference_dtype(accelerator)
     model = LDAE.load(space.root, device=accelerator.device, sampler=instantiate(config.sampler), dtype=dtype)
     if accelerator.num_processes > 1:
@@ -141,13 +143,16 @@ def evaluate(config: DictConfig) -> None:
         run_evaluations(model, cohort, evaluators, space, config)
 
 
-def open_cohort(config: DictConfig, accelerator: Accelerator, space: Workspace, external: bool = False) -> Cohort:
+def open_cohort(
+    config: DictConfig, accelerator: Accelerator, space: Workspace, external: bool = False, views: bool = False
+) -> Cohort:
     """The cohort of a config. Its split is drawn but not stored yet; all processes transform scans together.
 
     No process waits in a collective operation while others work for long: each returns once all volumes exist.
 
     Args:
         external: whether it is another cohort than that of the workspace; all of its subjects are then test subjects.
+        views: whether what the semantic encoder sees of each scan is made, too.
 
     Raises:
         UserError: see `load_cohort`; or the processes do not find the same scans usable.
@@ -170,6 +175,7 @@ def open_cohort(config: DictConfig, accelerator: Accelerator, space: Workspace, 
         workers=_workers(data.workers, accelerator),
         progress=accelerator.is_main_process,
         share=_share(config, accelerator),
+        view=instantiate(data.view) if views else None,
     )
     _check_agreement(cohort, accelerator)
     return cohort

@@ -3,7 +3,8 @@
 Tensors are in model space: volumes (B, 1, X, Y, Z) in [0, 1], latents z (B, C, X', Y', Z') of unit variance, semantic
 vectors y (B, dim). Methods that take volumes also take scans: the path of a NIfTI, a nibabel image, a `Scan` from
 `open`, or a list of these. They return tensors; `Scan.restored` and `Scan.edited` turn these into NIfTIs that overlay
-on the scan.
+on the scan. The semantic encoder sees a view of the scan (ldae.data.view), which is made of the scan itself where there
+is one, and of the volume otherwise.
 """
 
 import functools
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from ldae.bundle.bundle import Bundle
 from ldae.data.transforms import Source, Transform
+from ldae.data.view import View
 from ldae.denoiser import Denoiser
 from ldae.diffusion.code import Code
 from ldae.diffusion.guidance import GuidedEps
@@ -27,7 +29,8 @@ from ldae.editing.direction import Direction, EditDirection
 from ldae.editing.editor import EditSettings
 from ldae.editing.linear_model import LinearModel
 from ldae.editing.readouts import Readouts
-from ldae.models.placement import place_module
+from ldae.models.cuda_graph import GraphCache
+from ldae.models.placement import computes_channels_last, place_module
 from ldae.models.sizes import latent_sizes
 from ldae.scans.ood_check import OodCheck
 from ldae.scans.raw_scan import TrainingPreprocessing
@@ -73,6 +76,7 @@ class LDAE:
         dtype: precision of the networks: float32, bfloat16 or float16. Samplers always compute in float32.
         batch_size: largest number of volumes that the encoder and the autoencoder process at a time.
         preprocess: preprocessing for scans that fail the out-of-distribution check; None rejects such scans.
+        view: what the encoder sees of a scan; None: the volumes.
 
     Raises:
         UserError: `dtype` is none of the three, or `device` is mps.
@@ -92,6 +96,7 @@ class LDAE:
         dtype: torch.dtype = torch.float32,
         batch_size: int = 8,
         preprocess: TrainingPreprocessing | None = None,
+        view: View | None = None,
     ) -> None:
         if dtype not in DTYPES:
             raise UserError(f"dtype={dtype}: choose one of {', '.join(map(str, DTYPES))}")
@@ -99,15 +104,18 @@ class LDAE:
         if self.device.type == "mps":
             raise UserError("device=mps: it has no float64, which the noise schedule needs; use device=cpu")
         self.autoencoder, self.encoder, self.denoiser = autoencoder, encoder, denoiser
+        channels_last = computes_channels_last(self.device, dtype)
         for module in (autoencoder, encoder, denoiser.unet, denoiser.estimator):
-            place_module(module, self.device).eval().requires_grad_(False)
+            place_module(module, self.device, channels_last).eval().requires_grad_(False)
         denoiser.schedule.to(self.device)
+        denoiser.graphs = GraphCache(self.device) if self.device.type == "cuda" else None
         self.scale = torch.as_tensor(scale, dtype=torch.float32, device=self.device).view(1, -1, 1, 1, 1)
         self.sampler = sampler
         self.shape = tuple(shape)
         self.transform = transform
         self.bundle = bundle
         self.dtype, self.batch_size, self.preprocess = dtype, batch_size, preprocess
+        self.view = view
 
     @classmethod
     def load(
@@ -149,6 +157,7 @@ class LDAE:
             dtype=dtype,
             batch_size=batch_size,
             preprocess=TrainingPreprocessing(transform, bundle.preprocess, bundle.affine) if preprocess else None,
+            view=None if bundle.view is None else instantiate(bundle.view),
         )
 
     def export(self, folder: str | Path) -> Path:
@@ -196,7 +205,14 @@ class LDAE:
         if steps is not None and (orientation is not None or not check):
             steps = replace(steps, assume_orientation=orientation, limited=check)
         transform = self.transform.assuming(orientation)
-        return open_scan(source, transform, self.ood_check if check else None, steps, mode == "always")
+        ood_check = self.ood_check if check else None
+        return open_scan(source, transform, ood_check, steps, mode == "always", self.view)
+
+    def opened(self, x: Scans) -> "Tensor | Scan | list[Scan]":
+        """`x` with every scan opened, so that it is read only once; tensors are left as they are."""
+        if isinstance(x, Tensor | Scan):
+            return x
+        return [self.opened(item) for item in x] if isinstance(x, list | tuple) else self.open(x)
 
     def volumes(self, x: Scans) -> Tensor:
         """(B, 1, X, Y, Z) on the model's device; a tensor is taken to be in model space, scans pass through `open`."""
@@ -205,6 +221,20 @@ class LDAE:
         if isinstance(x, list | tuple):
             return torch.cat([self.volumes(item) for item in x])
         return (x if isinstance(x, Scan) else self.open(x)).volume.to(self.device)
+
+    def views(self, x: Scans) -> Tensor:
+        """What the encoder sees of `x`, (B, channels, X, Y, Z) on the model's device.
+
+        Args:
+            x: scans, which pass through `open`; or a tensor of volumes in model space, such as decoded ones, whose view
+                is made of what they have (`View.of_volumes`).
+        """
+        if isinstance(x, Tensor):
+            x = x.to(self.device)
+            return x if self.view is None else self.view.of_volumes(x)
+        if isinstance(x, list | tuple):
+            return torch.cat([self.views(item) for item in x])
+        return (x if isinstance(x, Scan) else self.open(x)).view.to(self.device)
 
     @cached_property
     def ood_check(self) -> OodCheck | None:
@@ -217,12 +247,22 @@ class LDAE:
     @_inference
     def embed(self, x: Scans) -> Tensor:
         """Semantic vector y = Enc(x), (B, dim)."""
-        return self._in_batches(self.encoder, self.volumes(x))
+        return self._in_batches(self.encoder, self.views(x))
+
+    @_inference
+    def embed_views(self, views: Tensor) -> Tensor:
+        """Semantic vector y of views, as `views` and `Cohort.views` give them, (B, dim)."""
+        return self._in_batches(self.encoder, views)
 
     @_inference
     def attention(self, x: Scans) -> Tensor:
         """Attention weight of the encoder on each slice, (B, slices); rows sum to 1."""
-        return self._in_batches(self.encoder.attention, self.volumes(x))
+        return self._in_batches(self.encoder.attention, self.views(x))
+
+    @_inference
+    def attention_of_views(self, views: Tensor) -> Tensor:
+        """The same for views, as `views` and `Cohort.views` give them."""
+        return self._in_batches(self.encoder.attention, views)
 
     @_inference
     def posterior(self, x: Scans) -> tuple[Tensor, Tensor]:
@@ -293,7 +333,7 @@ class LDAE:
 
     def reconstruct(self, x: Scans, steps: int | None = None, depth: float = 1.0) -> Tensor:
         """The scan decoded from its y and its own code, inverted up to `depth`. From y alone: see `vary`."""
-        x = self.volumes(x)
+        x = self.opened(x)
         y = self.embed(x)
         return self.decode(self.invert(self.compress(x), y, steps, depth=depth), y, steps)
 
@@ -309,7 +349,7 @@ class LDAE:
         self, xa: Scans, xb: Scans, ts: Sequence[float | Tensor], steps: int | None = None
     ) -> Iterator[Tensor]:
         """`interpolate` at each of `ts`; the two scans are inverted only once."""
-        xa, xb = self.volumes(xa), self.volumes(xb)
+        xa, xb = self.opened(xa), self.opened(xb)
         ya, yb = self.embed(xa), self.embed(xb)
         code_a = self.invert(self.compress(xa), ya, steps)
         code_b = self.invert(self.compress(xb), yb, steps)
@@ -366,7 +406,7 @@ class LDAE:
         """
         direction = self.direction(direction) if isinstance(direction, str) else direction
         editor = self.readouts.editor.with_settings(**settings)
-        x = self.volumes(x)
+        x = self.opened(x)
         y = self.embed(x) if y is None else y
         code = editor.invert(self, self.compress(x), y, seed, range(len(y)))
         for alpha in alphas:

@@ -3,9 +3,9 @@
 A bundle may come from anyone, and loading it must neither run foreign code nor exhaust the machine:
 
 - Code in weights: networks are stored as safetensors, and no file of a bundle is unpickled.
-- Code in configs: a `_target_` may only name a class of this package's networks, transforms or diffusion, or a function
-  that makes a schedule; never one that reads or writes files. Options that change how Hydra builds a config, and
-  interpolations, which can read the environment, are refused (`refuse_untrusted_targets`).
+- Code in configs: a `_target_` may only name a class of this package's networks, transforms, views or diffusion, or a
+  function that makes a schedule; never one that reads or writes files. Options that change how Hydra builds a config,
+  and interpolations, which can read the environment, are refused (`refuse_untrusted_targets`).
 - Memory and time: bundle.json is at most 1 MiB, numbers and lists in it are bounded, and a config may not ask for more
   blocks than its file has tensors (`refuse_oversized_network`). Networks are then built without memory, and their
   tensors compared with the file's by name and shape, before any are allocated (ldae.runs.load_module).
@@ -21,11 +21,12 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from ldae.bundle.description import BUILT, DESCRIPTION, OPTIONAL_FILES
+from ldae.bundle.description import BUILT, DESCRIPTION, OPTIONAL_FILES, VIEW
 from ldae.utils.errors import UserError
 from ldae.utils.files import file_sha256
 
-ALLOWED_MODULES = ("ldae.models.", "ldae.data.transforms.", "ldae.diffusion.")  # whose classes may be built
+# Modules whose classes may be built.
+ALLOWED_MODULES = ("ldae.models.", "ldae.data.transforms.", "ldae.data.view.", "ldae.diffusion.")
 ALLOWED_FUNCTIONS = ("ldae.diffusion.schedule.",)  # whose functions may be called as well
 FORBIDDEN_KEYS = {"_args_", "_partial_", "_recursive_", "_convert_"}  # change how Hydra builds a config
 MAX_NUMBER = 10_000  # far above any width, depth or number of steps
@@ -44,8 +45,8 @@ def check_bundle(folder: Path, description: Mapping[str, Any], trust: Sequence[s
         UserError: a config or a file is refused.
     """
     where, allowed = folder / DESCRIPTION, (*ALLOWED_MODULES, *trust)
-    for key in ("modules", *BUILT):
-        refuse_untrusted_targets(description[key], f"{where}: {key}", allowed)
+    for key in ("modules", *BUILT, VIEW):
+        refuse_untrusted_targets(description.get(key), f"{where}: {key}", allowed)
     refuse_untrusted_targets(description.get("preprocess"), f"{where}: preprocess")
     entries = description["modules"] | {name: description[name] for name in OPTIONAL_FILES if description.get(name)}
     files = {name: find_file(folder, entry) for name, entry in entries.items()}

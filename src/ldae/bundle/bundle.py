@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hydra.utils import instantiate
 from torch import nn
 
 from ldae.bundle.allowlist import check_bundle
@@ -30,6 +31,7 @@ from ldae.bundle.description import (
     MEASURED,
     OPTIONAL_FILES,
     PROBES,
+    VIEW,
     read_description,
 )
 from ldae.bundle.model_card import CARD, describe_provenance, render_model_card
@@ -66,6 +68,7 @@ class Bundle:
         preprocess: parameters of the training scans' preprocessing (ldae.preprocessing.steps), or None.
         affine: voxel to mm, 4x4, of model space if all training scans share one grid, or None.
         sources: provenance, for the model card.
+        view: config of what the semantic encoder sees of a scan (ldae.data.view); None: the volumes.
     """
 
     networks: dict[str, StoredNetwork]
@@ -80,6 +83,7 @@ class Bundle:
     preprocess: dict[str, Any] | None = None
     affine: list[list[float]] | None = None
     sources: dict[str, Any] = field(default_factory=dict)
+    view: dict[str, Any] | None = None
 
     @property
     def weights_hash(self) -> str:
@@ -139,6 +143,7 @@ class Bundle:
             directions=directions if directions.is_file() else None,
             **_read_measured(space, first),
             sources=describe_provenance(space, runs),
+            view=_read_view(third),
         )
 
     @classmethod
@@ -154,7 +159,7 @@ class Bundle:
         folder = Path(folder)
         description = read_description(folder)
         files = check_bundle(folder, description, trust)
-        for key in BUILT:
+        for key in (*BUILT, *([VIEW] if description.get(VIEW) else [])):
             build_stored(description[key], f"{folder / DESCRIPTION}: {key}")
         networks = {
             name: StoredNetwork(entry["config"], files[name], entry["sha256"])
@@ -165,6 +170,7 @@ class Bundle:
             **{name: files.get(name) for name in OPTIONAL_FILES},
             **{attribute: description.get(key) for attribute, key in MEASURED.items()},
             **{key: description[key] for key in (*BUILT, "sources", "scale")},
+            view=description.get(VIEW),
         )
 
     def save(self, folder: Path | str) -> Path:
@@ -188,6 +194,7 @@ class Bundle:
             "directions": _copy(self.directions, folder / DIRECTIONS) if self.directions else None,
             **{key: getattr(self, attribute) for attribute, key in MEASURED.items()},
             **{key: getattr(self, key) for key in (*BUILT, "sources", "scale")},
+            **({VIEW: self.view} if self.view else {}),
         }
         write_text(folder / CARD, render_model_card(description))
         write_json(folder / DESCRIPTION, description)
@@ -204,6 +211,15 @@ def _check_stages(runs: dict[str, Run]) -> None:
             raise UserError(
                 f"{third.path} was trained on other weights than {runs[stage].path} has now: train it again"
             )
+
+
+def _read_view(run: Run) -> dict[str, Any] | None:
+    """Config of the view that a run of stage 3 was trained with; None if it is that of the volumes."""
+    data = run.config.data
+    node = data.get("view")
+    if node is None or instantiate(node).is_volume(instantiate(data.transform)):
+        return None
+    return to_container(node)
 
 
 def _read_measured(space: Workspace, autoencoder: Run) -> dict[str, Any]:

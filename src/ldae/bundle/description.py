@@ -17,6 +17,7 @@ BUILT = ("transform", "schedule", "parameterisation", "sampler")  # keys of conf
 # Measured on the training scans: attribute of a Bundle -> key in bundle.json and latents.json. Older bundles lack some.
 MEASURED = {"ood_check": "likeness", "preprocess": "preprocess", "affine": "affine"}
 OPTIONAL_FILES = ("probes", "directions")
+VIEW = "view"  # config of the semantic encoder's view (ldae.data.view); absent where it is the T1 volume
 
 
 def read_description(folder: Path) -> dict[str, Any]:
@@ -56,6 +57,7 @@ def _check_kinds(description: dict[str, Any], path: Path) -> None:
         and all(_is_config(description[key]) for key in BUILT)
         and all(_is_config(entry.get("config")) for entry in modules.values())
         and isinstance(description.get("preprocess"), dict | None)
+        and (description.get(VIEW) is None or _is_config(description[VIEW]))
         and _is_affine_or_none(description.get("affine"))
         and all(isinstance(number, int | float) and 0 < number < float("inf") for number in scale)
     )

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from ldae.data.latent_file import digest_each
 from ldae.data.splits import Split, add_split, hash_split, plan_split, refuse_empty_split
 from ldae.data.table import read_table, write_table
 from ldae.data.transforms import Transform
+from ldae.data.view import View
 from ldae.data.volumes import VolumeCache, Volumes
 from ldae.utils.errors import UserError
 
@@ -37,6 +38,8 @@ class Cohort:
         split_hash: of all subjects in the stored split, so that neither filters nor rejected scans change it.
         augmentation: random changes of training volumes.
         split: the split of all subjects, which is stored once the cohort is accepted.
+        view: what the semantic encoder sees of a scan; None: the volumes.
+        stored_views: the views of the scans of all rows; None if they are the volumes or were not asked for.
     """
 
     table: pd.DataFrame
@@ -46,9 +49,25 @@ class Cohort:
     split_hash: str
     augmentation: Augmentation
     split: Split = field(default_factory=lambda: Split({}))
+    view: View | None = None
+    stored_views: Volumes | None = None
 
     def __len__(self) -> int:
         return len(self.table)
+
+    @property
+    def view_key(self) -> str | None:
+        """Identity of what the semantic encoder sees; None if these are the volumes."""
+        return None if self.view is None or self.view.is_volume(self.transform) else self.view.key()
+
+    @property
+    def views(self) -> Volumes:
+        """What the semantic encoder sees of each scan; view i is of the scan of row i."""
+        if self.view_key is None:
+            return self.volumes
+        if self.stored_views is None:
+            raise RuntimeError("this cohort was loaded without views")
+        return self.stored_views
 
     def rows(self, split: str) -> np.ndarray:
         """Row numbers of a split, int64."""
@@ -71,12 +90,28 @@ class Cohort:
         how = (self.transform.key(), self.volumes.stored_maximum, *([] if precision == "no" else [precision]))
         return digest_each(repr((*scan.identity, *how)).encode() for scan in self.volumes.versions)
 
+    def digest_views(self) -> np.ndarray:
+        """Digest of the version of each scan and of how its view is made, (N, 16) uint8, as in `digest_scans`."""
+        if self.view_key is None:
+            return self.digest_scans()
+        how = (self.view_key, self.views.stored_maximum)
+        return digest_each(repr((*scan.identity, *how)).encode() for scan in self.views.versions)
+
     def draw_augmentation(self, seed: int, keys: Sequence[int]) -> dict[str, Tensor]:
         """Random augmentation of B samples, by name in the batch, on the CPU; empty where augmentation is off."""
         return {} if self.augmentation.is_off else self.augmentation.draw(seed, keys, self.transform.shape)
 
+    def draw_view_augmentation(self, seed: int, keys: Sequence[int]) -> dict[str, Tensor]:
+        """The same for views, whose contrast and brightness are changed only if they are intensities."""
+        if self.augmentation.is_off:
+            return {}
+        augmentation = self.augmentation
+        if self.view is not None and not self.view.has_intensities:
+            augmentation = replace(augmentation, shift=0.0, contrast=0.0)
+        return augmentation.draw(seed, keys, self.transform.shape if self.view is None else self.view.shape)
+
     def augment(self, x: Tensor, batch: Mapping[str, Any]) -> Tensor:
-        """Change volumes (B, 1, X, Y, Z) as was drawn into `batch`, on their device; `x` itself where nothing was."""
+        """Change volumes or views (B, C, X, Y, Z) as was drawn into `batch`, on their device; without draws `x` itself."""
         return self.augmentation.apply(x, batch)
 
     def write_rejected(self, path: Path | str) -> None:
@@ -100,6 +135,7 @@ def load_cohort(
     fold: tuple[int, int] | None = None,
     extend: bool = False,
     share: tuple[int, int] = (0, 1),
+    view: View | None = None,
 ) -> Cohort:
     """Read a table, add its split, and transform the scans that are not in the cache yet.
 
@@ -118,6 +154,7 @@ def load_cohort(
         fold: number of the fold that is the test split, and number of folds; see `plan_split`.
         extend: whether subjects that the stored split does not name are drawn into it.
         share: number of this process, and number of processes that load the cohort; see `VolumeCache.build`.
+        view: what the semantic encoder sees of a scan; None: the volumes. Scans without a view are rejected.
 
     Raises:
         UserError: the table or the split is faulty, a split has no scan left, or a scan cannot be used under "stop".
@@ -132,11 +169,14 @@ def load_cohort(
         rows = _select_diagnoses(rows, diagnoses, table)
         refuse_empty_split(rows, shares, f"what data.diagnoses leaves of {table}")
     volumes, reasons = store.build(rows["path"], workers, progress, share)
+    views = None
+    if view is not None and not view.is_volume(transform):
+        views, unseen = VolumeCache(cache, view, cache_dtype).build(volumes.scans, workers, progress, share)
+        reasons, volumes = {**reasons, **unseen}, volumes.of_scans(views.scans)
     rows, rejected = _reject(rows, reasons, on_bad_scan)
     refuse_empty_split(rows, shares, f"what the {len(rejected)} rejected scans leave of {table}")
-    return Cohort(
-        rows, rejected, volumes, transform, hash_split(split.of_subject), augmentation or Augmentation(), split
-    )
+    whole, augmentation = hash_split(split.of_subject), augmentation or Augmentation()
+    return Cohort(rows, rejected, volumes, transform, whole, augmentation, split, view, views)
 
 
 def _select_diagnoses(rows: pd.DataFrame, diagnoses: Sequence[str], table: Path | str) -> pd.DataFrame:

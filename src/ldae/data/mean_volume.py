@@ -10,7 +10,7 @@ BATCH = 8  # volumes that are read at a time
 
 
 def measure_mean_volume(volumes: Volumes, rows: np.ndarray) -> tuple[Tensor, Tensor]:
-    """Mean of the volumes of `rows`, (1, 1, X, Y, Z), and root mean square of the differences from it, 0-d; float32."""
+    """Mean of the volumes of `rows`, (1, C, X, Y, Z), and root mean square of the differences from it, 0-d; float32."""
     total = squares = torch.zeros(())
     for start in range(0, len(rows), BATCH):
         x = volumes.batch(rows[start : start + BATCH]).double()

@@ -102,6 +102,8 @@ class Transform:
         UserError: a parameter is out of range.
     """
 
+    channels = 1
+
     def __init__(
         self,
         shape: Sequence[int],

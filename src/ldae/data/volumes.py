@@ -7,17 +7,17 @@ import shutil
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ldae.data.file_version import FileVersion
-from ldae.data.nifti import READING, BadScan, is_read_as_before, states_orientation
+from ldae.data.nifti import READING, BadScan, Source, is_read_as_before, states_orientation
 from ldae.data.sharing import work_order
-from ldae.data.transforms import Transform
 from ldae.utils.errors import UserError
 from ldae.utils.files import replacing, write_text
 from ldae.utils.process_pool import DIED, DIED_REASON, available_cores, run_in_processes
@@ -27,6 +27,32 @@ log = logging.getLogger(__name__)
 STORED_MAXIMUM = {"float16": 1.0, "uint8": 255.0}  # by dtype of the files: the value that stands for an intensity of 1
 CHANGED = ".changed"  # suffix of a note with the digest of the volume of a scan that has changed unnoticed
 MIN_SCANS_PER_PROCESS = 64  # with fewer, a process takes longer to import MONAI than to transform them
+
+
+class VolumeMaker(Protocol):
+    """Makes the volume of a scan: a Transform, or a View (ldae.data.view).
+
+    Attributes:
+        channels: number of maps of a volume.
+        shape: voxels (X, Y, Z).
+        assume_orientation: see Transform.
+    """
+
+    channels: int
+    shape: tuple[int, int, int]
+    assume_orientation: str | None
+
+    def key(self) -> str:
+        """Identity: a maker with the same key makes the same volumes."""
+        ...
+
+    def __call__(self, source: Source) -> np.ndarray:
+        """The volume of a scan, (channels, X, Y, Z) float32 in [0, 1].
+
+        Raises:
+            BadScan: the scan cannot be used.
+        """
+        ...
 
 
 @dataclass(frozen=True)
@@ -39,6 +65,7 @@ class Volumes:
         shape: voxels (X, Y, Z).
         stored_maximum: the stored value that stands for 1.
         versions: the version of each scan that its volume was made from.
+        channels: number of maps of a volume, C.
     """
 
     scans: Sequence[str]
@@ -46,12 +73,13 @@ class Volumes:
     shape: tuple[int, int, int]
     stored_maximum: float
     versions: Sequence[FileVersion] = ()
+    channels: int = 1
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitem__(self, index: int) -> Tensor:
-        """Volume `index`, (1, X, Y, Z) float32 in [0, 1]."""
+        """Volume `index`, (C, X, Y, Z) float32 in [0, 1]."""
         return self.batch([index])[0]
 
     @property
@@ -60,7 +88,7 @@ class Volumes:
         return next(name for name, maximum in STORED_MAXIMUM.items() if maximum == self.stored_maximum)
 
     def batch(self, indices: Iterable[int]) -> Tensor:
-        """Volumes `indices`, (B, 1, X, Y, Z) float32 in [0, 1].
+        """Volumes `indices`, (B, C, X, Y, Z) float32 in [0, 1].
 
         Raises:
             UserError: a cache file is missing or damaged.
@@ -68,26 +96,34 @@ class Volumes:
         return self.decode(self.read_stored(indices))
 
     def decode(self, stored: Tensor) -> Tensor:
-        """Convert what `read_stored` gave, (B, 1, X, Y, Z), to float32 in [0, 1] on the device that it is on."""
+        """Convert what `read_stored` gave, (B, C, X, Y, Z), to float32 in [0, 1] on the device that it is on."""
         if self.stored_maximum == 1:
             return stored.float()
         # The divisor is a tensor on the device: instead of by a number, CUDA multiplies by its reciprocal, which rounds
         # differently.
         return stored.float().div_(torch.full((), self.stored_maximum, device=stored.device))
 
+    def of_scans(self, scans: Sequence[str]) -> "Volumes":
+        """The volumes of some of the scans, in the order of `scans`."""
+        places = {scan: place for place, scan in enumerate(self.scans)}
+        chosen = [places[scan] for scan in scans]
+        versions = [self.versions[place] for place in chosen] if self.versions else ()
+        return replace(self, scans=list(scans), files=[self.files[place] for place in chosen], versions=versions)
+
     def read_stored(self, indices: Iterable[int]) -> Tensor:
-        """Volumes `indices` in the data type of the files, (B, 1, X, Y, Z): half or a quarter of float32 to transfer.
+        """Volumes `indices` in the data type of the files, (B, C, X, Y, Z): half or a quarter of float32 to transfer.
 
         Raises:
             UserError: a cache file is missing or damaged.
         """
         indices = [int(index) for index in indices]
-        result = np.empty((len(indices), 1, *self.shape), dtype=self.dtype)
+        result = np.empty((len(indices), self.channels, *self.shape), dtype=self.dtype)
+        shape = self.shape if self.channels == 1 else (self.channels, *self.shape)
         for volume, index in zip(result, indices, strict=True):
             try:
                 stored = np.load(self.files[index], mmap_mode="r", allow_pickle=False)
-                if stored.shape != self.shape:
-                    raise ValueError(f"its shape is {stored.shape}, not {self.shape}")
+                if stored.shape != shape:
+                    raise ValueError(f"its shape is {stored.shape}, not {shape}")
                 if stored.dtype != self.dtype:
                     raise ValueError(f"its data type is {stored.dtype}, not {self.dtype}")
             except (OSError, ValueError, EOFError) as error:
@@ -95,7 +131,7 @@ class Volumes:
                     f"cached volume {self.files[index]} of {self.scans[index]} is gone or damaged ({error}): "
                     "delete it and run again"
                 ) from error
-            volume[0] = stored
+            volume[:] = stored
         return torch.from_numpy(result)
 
 
@@ -111,14 +147,14 @@ class VolumeCache:
 
     Args:
         root: folder of all caches.
-        transform: brings a scan to model space.
+        transform: brings a scan to model space, or makes another volume of it.
         dtype: "float16", or "uint8" for half the disk space at a resolution of 1/255.
 
     Raises:
         UserError: another dtype.
     """
 
-    def __init__(self, root: Path | str, transform: Transform, dtype: str = "float16") -> None:
+    def __init__(self, root: Path | str, transform: VolumeMaker, dtype: str = "float16") -> None:
         if dtype not in STORED_MAXIMUM:
             raise UserError(f"data.cache_dtype={dtype}: one of {', '.join(STORED_MAXIMUM)} is needed")
         self.transform = transform
@@ -167,7 +203,8 @@ class VolumeCache:
         usable = [scan for scan in scans if scan not in rejected]
         present = [versions[scan]._replace(content=contents[scan] or "") for scan in usable]
         maximum = STORED_MAXIMUM[self.dtype]
-        return Volumes(usable, list(map(self._file, present)), self.transform.shape, maximum, present), rejected
+        files, maker = list(map(self._file, present)), self.transform
+        return Volumes(usable, files, maker.shape, maximum, present, maker.channels), rejected
 
     def _content(self, version: FileVersion) -> str | None:
         """FileVersion.content of a scan whose volume is stored; None if the scan must be transformed."""
@@ -236,12 +273,13 @@ class VolumeCache:
         return note
 
     def make(self, scan: str) -> np.ndarray:
-        """The volume of a scan as it is stored, (X, Y, Z).
+        """The volume of a scan as it is stored, (X, Y, Z), or (C, X, Y, Z) with several channels.
 
         Raises:
             BadScan: the scan cannot be used.
         """
-        volume = self.transform(scan)[0]
+        volume = self.transform(scan)
+        volume = volume[0] if self.transform.channels == 1 else volume
         if self.dtype == "uint8":
             volume = np.rint(volume * STORED_MAXIMUM["uint8"])
         return volume.astype(self.dtype)

@@ -48,6 +48,7 @@ class Context:
         source: weights, table and split that the results are computed from.
         prefix: what the names of metrics of another cohort begin with, such as "external/"; empty for the model's own.
         skipped: what was not computed, each with the reason; see `skip`.
+        seen: reads what the encoder sees of the scans of some rows; None: the volumes. See `views`.
     """
 
     model: "LDAE"
@@ -66,6 +67,11 @@ class Context:
     source: Source = field(default_factory=Source)
     prefix: str = ""
     skipped: list[str] = field(default_factory=list)
+    seen: Callable[[Sequence[int]], Tensor] | None = None
+
+    def views(self, rows: Sequence[int]) -> Tensor:
+        """What the encoder sees of the scans of these rows, (B, channels, X, Y, Z) float32 in [0, 1]."""
+        return (self.seen or self.volumes)(rows)
 
     def skip(self, what: str) -> None:
         """Log what is not computed and why, and keep it for the report."""

@@ -26,7 +26,7 @@ from ldae.utils.files import read_json, replacing, write_json
 
 log = logging.getLogger(__name__)
 
-EncoderFn = Callable[[Tensor], Tensor]  # scans (B, 1, X, Y, Z) -> y (B, dim)
+EncoderFn = Callable[[Tensor], Tensor]  # views (B, C, X, Y, Z) -> y (B, dim)
 
 
 def embed_cohort(path: Path, weights: str, encoder: EncoderFn, cohort: Cohort, batch_size: int) -> np.ndarray:
@@ -38,7 +38,7 @@ def embed_cohort(path: Path, weights: str, encoder: EncoderFn, cohort: Cohort, b
     key = cohort_key(path, weights, cohort)
     parts = parts_folder(path, key, batch_size)
     return load_or_compute_embeddings(
-        path, cohort.table, key, lambda: embed_rows(encoder, cohort.volumes.batch, len(cohort), batch_size, parts)
+        path, cohort.table, key, lambda: embed_rows(encoder, cohort.views.batch, len(cohort), batch_size, parts)
     )
 
 
@@ -49,12 +49,12 @@ def embed_cohort_in_all_processes(
     key = cohort_key(path, weights, cohort)
     if read_embeddings(path, key) is None:
         parts = parts_folder(path, key, batch_size)
-        embed_parts(encoder, cohort.volumes.batch, len(cohort), batch_size, parts, accelerator)
+        embed_parts(encoder, cohort.views.batch, len(cohort), batch_size, parts, accelerator)
 
 
 def embed_rows(
     encoder: EncoderFn,
-    volumes: Callable[[Sequence[int]], Tensor],
+    views: Callable[[Sequence[int]], Tensor],
     count: int,
     batch_size: int = 8,
     parts: Path | None = None,
@@ -62,7 +62,7 @@ def embed_rows(
     """Embed scans 0 to count - 1 in batches, (count, dim) float32.
 
     Args:
-        volumes: reads the scans of some rows.
+        views: reads what the encoder sees of the scans of some rows.
         parts: folder in which `embed_parts` has left batches; only the batches missing there are computed.
     """
     from tqdm import tqdm
@@ -71,13 +71,13 @@ def embed_rows(
     for number, rows in enumerate(tqdm(list(iterate_batches(range(count), batch_size)), "embed")):
         part = None if parts is None else _part_file(parts, number)
         is_stored = part is not None and part.exists()
-        found.append(np.load(part, allow_pickle=False) if is_stored else _embed(encoder, volumes(rows)))
+        found.append(np.load(part, allow_pickle=False) if is_stored else _embed(encoder, views(rows)))
     return np.concatenate(found).astype(np.float32)
 
 
 def embed_parts(
     encoder: EncoderFn,
-    volumes: Callable[[Sequence[int]], Tensor],
+    views: Callable[[Sequence[int]], Tensor],
     count: int,
     batch_size: int,
     parts: Path,
@@ -95,7 +95,7 @@ def embed_parts(
     for number in tqdm(order, "embed", disable=not accelerator.is_main_process):
         path = _part_file(parts, int(number))
         if not path.exists():
-            y = _embed(encoder, volumes(chunks[number]))
+            y = _embed(encoder, views(chunks[number]))
             with replacing(path) as temporary:
                 np.save(temporary, y)
     accelerator.wait_for_everyone()  # only then may the main process remove the folder
@@ -132,7 +132,7 @@ def cohort_key(path: Path, weights: str, cohort: Cohort) -> dict[str, str]:
     Embeddings that an earlier version of this project stored at `path`, without the versions of the scans, keep their
     key as long as no scan has changed since they were written.
     """
-    key = embeddings_key(cohort.table, weights, hashlib.sha256(cohort.digest_scans().tobytes()).hexdigest())
+    key = embeddings_key(cohort.table, weights, hashlib.sha256(cohort.digest_views().tobytes()).hexdigest())
     former = {name: key[name] for name in ("weights", "rows")}
     if read_embeddings(path, former) is None:
         return key
@@ -142,10 +142,12 @@ def cohort_key(path: Path, weights: str, cohort: Cohort) -> dict[str, str]:
 
 
 def hash_cohort(cohort: Cohort) -> str:
-    """SHA-256 of the values of a cohort's table and of the versions of its scans and label maps."""
+    """SHA-256 of the values of a cohort's table and of the versions of its scans, their views and label maps."""
     table = cohort.table
     digest = hashlib.sha256(table.drop(columns=[name for name in PATHS if name in table]).to_csv(index=False).encode())
     digest.update(cohort.digest_scans().tobytes())
+    if cohort.view_key is not None:
+        digest.update(cohort.digest_views().tobytes())
     for path in table.get("labels_path", ()):
         if isinstance(path, str) and os.path.isfile(path):
             digest.update(repr(FileVersion.of(path).identity).encode())

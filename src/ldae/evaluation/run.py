@@ -81,6 +81,8 @@ def _check(model: "LDAE", cohort: Cohort, evaluators: Mapping[str, Evaluator], s
         raise UserError("evaluation=external evaluates another cohort and must run alone: give evaluation=[external]")
     if run.metadata["transform"] != cohort.transform.key():
         raise UserError(f"{run.path} was trained on volumes of another transform: keep the same data.* values")
+    if run.metadata.get("view") != cohort.view_key:
+        raise UserError(f"{run.path} was trained with another view of the scans: keep the same data.view.* values")
     if external is None and not cohort.accepts_split(run.metadata["split_hash"]):
         raise UserError(f"{run.path} was trained on another split; for another cohort give evaluation=[external]")
     if isinstance(external, ExternalCohort):
@@ -119,7 +121,7 @@ def _encoder_id(model: "LDAE", space: Workspace) -> str:
 
 
 def _encoder_of(model: "LDAE") -> Callable[[Tensor], Tensor]:
-    return lambda x: model.embed(x.to(model.device))
+    return lambda view: model.embed_views(view.to(model.device))
 
 
 def build_context(model: "LDAE", cohort: Cohort, space: Workspace, config: DictConfig, prefix: str = "") -> Context:
@@ -137,12 +139,13 @@ def build_context(model: "LDAE", cohort: Cohort, space: Workspace, config: DictC
         # The mean volume of the trained encoder is a part of its weights.
         weights = f"initial weights, draw {draw}, of {encoder}"
         encoder_fn = build_initial_encoder(repr_run, draw, model.encoder)
-        return embed_cohort(file, weights, lambda x: encoder_fn(x.to(model.device)), cohort, size)
+        return embed_cohort(file, weights, lambda view: encoder_fn(view.to(model.device)), cohort, size)
 
     return Context(
         model=model,
         table=cohort.table,
         volumes=cohort.volumes.batch,
+        seen=cohort.views.batch,
         posterior=_posterior(model, cohort, space, autoencoder),
         embeddings=embed_cohort(path, _encoder_id(model, space), _encoder_of(model), cohort, size),
         untrained=untrained,

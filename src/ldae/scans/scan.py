@@ -2,6 +2,7 @@
 
 scan = open_scan("sub-01_T1w.nii.gz", transform)
 scan.volume                             (1, 1, X, Y, Z) in [0, 1], the model's input
+scan.view                               (1, channels, X, Y, Z) in [0, 1], what the semantic encoder sees of it
 scan.restored(volume)                   a volume in model space as a NIfTI that overlays on the scan
 scan.edited(volume, reconstruction)     the scan plus the change between two volumes: it keeps its detail and its skull
 """
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from ldae.data.nifti import BadScan, Source, load_image, nifti_like
 from ldae.data.transforms import ModelSpaceScan, Transform
+from ldae.data.view import View
 from ldae.scans.ood_check import OodCheck
 from ldae.scans.raw_scan import PreprocessedImage
 from ldae.utils.files import replacing
@@ -38,6 +40,7 @@ class Scan:
         to_scan_grid: volume (1, X, Y, Z) in model space -> the grid of `image`; linear, 0 outside the field of view.
         gain: ratio of the scan's intensities to those of the preprocessed scan, if it was preprocessed.
         offset: added to the intensities after `gain`; not 0 if it was preprocessed and its background is not 0.
+        viewed: what the semantic encoder sees of the scan, (channels, X, Y, Z); None: the volume.
     """
 
     image: nib.spatialimages.SpatialImage
@@ -46,11 +49,17 @@ class Scan:
     to_scan_grid: Callable[[np.ndarray], np.ndarray]
     gain: np.ndarray | float = 1.0
     offset: float = 0.0
+    viewed: np.ndarray | None = None
 
     @property
     def volume(self) -> Tensor:
         """(1, 1, X, Y, Z) float32 in [0, 1]."""
         return torch.from_numpy(self.prepared.volume)[None]
+
+    @property
+    def view(self) -> Tensor:
+        """What the semantic encoder sees of the scan, (1, channels, X, Y, Z) float32 in [0, 1]; see ldae.data.view."""
+        return self.volume if self.viewed is None else torch.from_numpy(self.viewed)[None]
 
     def restored(self, volume: Tensor) -> nib.Nifti1Image:
         """`volume` on the scan's grid and in its intensity range.
@@ -87,6 +96,7 @@ def open_scan(
     ood_check: OodCheck | None = None,
     preprocess: Callable[[Source], PreprocessedImage] | None = None,
     always: bool = False,
+    view: View | None = None,
 ) -> Scan:
     """Read a scan and bring it to model space.
 
@@ -94,9 +104,10 @@ def open_scan(
         ood_check: out-of-distribution check; None accepts any scan.
         preprocess: preprocessing for scans that fail the check; None rejects them.
         always: preprocess scans that pass the check, too.
+        view: what the semantic encoder sees of a scan; None: the volume.
 
     Raises:
-        BadScan: it cannot be read, or it fails the check and preprocessing does not help.
+        BadScan: it cannot be read, it fails the check and preprocessing does not help, or its view cannot be made.
     """
     path = source if isinstance(source, str | Path) else None
     name, prepared = scan_name(source), transform.to_model_space(source)
@@ -106,7 +117,7 @@ def open_scan(
         raise BadScan(f"{REJECTED}: {reason}; for a raw head use --preprocess or run `ldae preprocess` first", path)
     _log_notes(name, prepared.notes)
     if preprocess is None or (reason is None and not always):
-        return Scan(image, prepared, name, prepared.to_scan_grid)
+        return Scan(image, prepared, name, prepared.to_scan_grid, viewed=_look_at(name, source, transform, view))
     if reason is not None:
         log.warning("%s: %s: %s", name, REJECTED, reason)
     try:
@@ -118,9 +129,19 @@ def open_scan(
     reason = _reason_rejected(prepared, ood_check)
     if reason is not None:
         raise BadScan(f"{REJECTED}, even after preprocessing {preprocessed.steps}: {reason}", path)
+    viewed = _look_at(name, preprocessed.image, transform, view)
     inner = prepared.to_scan_grid
     gain, offset = preprocessed.gain, preprocessed.offset
-    return Scan(image, prepared, name, lambda volume: preprocessed.to_scan_grid(inner(volume)), gain, offset)
+    return Scan(image, prepared, name, lambda volume: preprocessed.to_scan_grid(inner(volume)), gain, offset, viewed)
+
+
+def _look_at(name: str, source: Source, transform: Transform, view: View | None) -> np.ndarray | None:
+    """The view of a scan; None if it is the volume."""
+    if view is None or view.is_volume(transform):
+        return None
+    seen = view.assuming(transform.assume_orientation).read(source)
+    _log_notes(name, seen.notes)
+    return seen.values
 
 
 def _log_notes(name: str, notes: Sequence[str]) -> None:

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from ldae.config import Optim, TrainerSettings
 from ldae.data.cohort import Cohort
-from ldae.data.mean_volume import measure_mean_volume
 from ldae.data.stream import Batch
 from ldae.data.subsampling import subsample_by_subject
 from ldae.data.table import scan_names
@@ -31,25 +30,21 @@ from ldae.evaluation.images.image_metrics import BrainMasks, ssim_whole_and_mask
 from ldae.evaluation.images.semantics import measure_z0_errors_of_scan, pair_with_other_subjects
 from ldae.losses.denoising import gap_filling_loss
 from ldae.models.gradient_estimator import GradientEstimator
+from ldae.models.placement import to_memory_format
 from ldae.models.state import load_weights
 from ldae.models.unet import Features, UNet
 from ldae.runs import Workspace, estimator_node
+from ldae.stages.fit_encoder import fit_encoder
+from ldae.stages.frozen_encoder import KnownEmbeddings, is_frozen
 from ldae.stages.predecessors import match_latents, open_latents, refuse_other_split
-from ldae.training.device import (
-    batch_to_device,
-    load_volumes,
-    module_to_device,
-    to_memory_format,
-    uses_channels_last,
-)
+from ldae.training.device import batch_to_device, load_volumes, module_to_device, uses_channels_last
 from ldae.training.ema import Ema
 from ldae.training.optimizer_step import StepResult, Updater, build_adam
 from ldae.training.stage import Monitor, Stage
+from ldae.training.step_graph import can_record
 from ldae.training.validation import mean_over_scans, shard_rows
 from ldae.utils.errors import UserError
 from ldae.utils.seeding import draw_normal, draw_timesteps
-
-MEAN_VOLUME_SCANS = 512  # training scans in the encoder's mean volume, at most
 
 
 class Trunk(nn.Module):
@@ -66,23 +61,27 @@ class Trunk(nn.Module):
 
 
 class Conditioner(nn.Module):
-    """All trained parts, encoder and estimator, as one call, which Accelerate wraps."""
+    """All trained parts, encoder and estimator, as one call, which Accelerate wraps.
 
-    def __init__(self, encoder: nn.Module, estimator: nn.Module) -> None:
+    Args:
+        encoder: None if it is not trained; the call then takes y instead of the view.
+    """
+
+    def __init__(self, encoder: nn.Module | None, estimator: nn.Module) -> None:
         super().__init__()
         self.encoder = encoder
         self.estimator = estimator
 
     def forward(self, x: Tensor, features: Features) -> Tensor:
-        """Scan x (B, 1, X, Y, Z) and features of z_t to G(z_t, t, Enc(x)), (B, C, X', Y', Z')."""
-        return self.estimator(features, self.encoder(x))
+        """View x of a scan (B, C, X, Y, Z) and features of z_t to G(z_t, t, Enc(x)), (B, C, X', Y', Z')."""
+        return self.estimator(features, x if self.encoder is None else self.encoder(x))
 
 
 class ReprStage(Stage):
     """Trains encoder and estimator and publishes those with the best SSIM of scans decoded from y alone.
 
     Args:
-        encoder: semantic encoder, (B, 1, X, Y, Z) to y (B, dim).
+        encoder: semantic encoder, from the view of a scan (B, C, X, Y, Z) to y (B, dim).
         estimator: options of the gradient estimator; its architecture is that of the U-Net.
         sampler: decodes from y alone in validation.
         time_power: density of t proportional to t^(time_power - 1). 1 is uniform, as published; larger values favour
@@ -92,10 +91,17 @@ class ReprStage(Stage):
         initial_weights: folder with encoder.safetensors and estimator.safetensors to start from, loaded strictly, such
             as `repr/weights` of another run with networks of the same sizes.
         aekl, pretrain, latents: folders of the predecessors; None: those of the workspace.
+        keep_components: whether principal components in the encoder of `initial_weights` are kept. False: they are
+            fitted to the training scans, so that no other scan is in them.
     """
 
     name = "repr"
-    harmless_on_resume = ("aekl", "pretrain", "latents", "initial_weights", "estimator.start_from_unet")
+    reads_views = True
+    harmless_on_resume = (
+        "aekl", "pretrain", "latents", "initial_weights", "estimator.start_from_unet", "keep_components",
+        # Another number of channels than the weights have cannot be loaded. Runs of earlier versions do not state it.
+        "encoder.channels", "encoder.backbone.channels", "encoder.backbone.in_channels",
+    )  # fmt: skip
     monitor = Monitor("ssim", higher_is_better=True)
     published = ("encoder", "estimator")
 
@@ -112,6 +118,7 @@ class ReprStage(Stage):
         latents: str | None,
         cohort: Cohort,
         workspace: Workspace,
+        keep_components: bool = False,
     ) -> None:
         first, second = workspace.predecessor("aekl", aekl), workspace.predecessor("pretrain", pretrain)
         for run in (first, second):
@@ -130,6 +137,8 @@ class ReprStage(Stage):
         self.sampler = sampler
         self.time_power = time_power
         self.other_visit = other_visit
+        self.fits_components = not (keep_components and initial_weights is not None)
+        self.checkpoints = workspace.stage(self.name).path / "state"
         self.cohort = cohort
         self.latents = open_latents(latents, cohort.split_hash, workspace)
         if second.metadata["autoencoder_sha256"] != self.latents.autoencoder:
@@ -167,8 +176,9 @@ class ReprStage(Stage):
         for module in (self.autoencoder, self.unet):
             module_to_device(module, accelerator.device, self.channels_last)
         encoder, estimator = self.modules["encoder"], self.modules["estimator"]
-        if getattr(encoder, "mean_volume", None) is not None:
-            encoder.set_mean_volume(*measure_mean_volume(self.cohort.volumes, self.train_rows[:MEAN_VOLUME_SCANS]))
+        module_to_device(encoder, accelerator.device, self.channels_last)
+        if not any(self.checkpoints.glob("step_*.json")):  # a checkpoint contains what was measured at the start
+            fit_encoder(encoder, self.cohort.views, self.train_rows, accelerator, self.seed, self.fits_components)
         encoder.checkpointing = estimator.checkpointing = trainer.checkpointing
         self._prepare_training(trainer, optim)
         self.denoiser = Denoiser(self.unet, estimator, self.schedule, self.parameterisation)
@@ -176,29 +186,40 @@ class ReprStage(Stage):
     def _prepare_training(self, trainer: TrainerSettings, optim: Optim) -> None:
         """Wrap the networks; build optimiser, with a learning rate of its own for the encoder, and moving averages."""
         encoder, estimator = self.modules["encoder"], self.modules["estimator"]
-        trunk, conditioner = Trunk(self.unet), Conditioner(encoder, estimator)
+        self.embeddings = None
+        if is_frozen(encoder):
+            self.embeddings = KnownEmbeddings(encoder, encoder.dim, self.num_samples, self.accelerator.device)
+        trunk, conditioner = Trunk(self.unet), Conditioner(None if self.embeddings else encoder, estimator)
         conditioner = module_to_device(conditioner, self.accelerator.device, self.channels_last)
         rates = {encoder: optim.lr if optim.encoder_lr is None else optim.encoder_lr, estimator: optim.lr}
-        groups = [{"params": list(module.parameters()), "lr": rate} for module, rate in rates.items()]
+        trained = {name: module for name, module in self.modules.items() if not is_frozen(module)}
+        groups = [{"params": list(module.parameters()), "lr": rates[module]} for module in trained.values()]
         self.optimizers = {"conditioner": build_adam(groups, optim.lr, optim)}
         self.trunk = torch.compile(trunk) if trainer.compile else trunk
         self.conditioner = self.accelerator.prepare(torch.compile(conditioner) if trainer.compile else conditioner)
-        self.update = Updater(self.accelerator, self.conditioner, self.optimizers["conditioner"], trainer.clip)
+        record, optimizer = can_record(trainer, self.accelerator), self.optimizers["conditioner"]
+        self.update = Updater(self.accelerator, self.conditioner, optimizer, trainer.clip, record)
         self.averages = {}
         if trainer.ema:
-            self.averages = {n: Ema(module, trainer.ema, trainer.ema_warmup) for n, module in self.modules.items()}
+            self.averages = {name: Ema(module, trainer.ema, trainer.ema_warmup) for name, module in trained.items()}
         conditioner.train()
 
     def fetch(self, index: np.ndarray, position: np.ndarray, number: int) -> Batch:
-        """Volumes as stored, rows of the latents that y must explain, and the random draws for them."""
+        """Views as stored, rows of the latents that y must explain, and the random draws for them."""
         rows, shape = self.train_rows[index], self.latents.mean.shape[1:]
+        augmentation = self.cohort.draw_view_augmentation(self.seed, position)
+        views = {}
+        if augmentation or self.embeddings is None or not self.embeddings.has(index):
+            views = {"x": self.cohort.views.read_stored(rows)}  # (B, C, X, Y, Z)
+        if self.embeddings is not None and not augmentation:
+            views["sample"] = torch.from_numpy(index)  # (B,)
         return {
-            "x": self.cohort.volumes.read_stored(rows),  # (B, 1, X, Y, Z)
+            **views,
+            **augmentation,
             "row": torch.from_numpy(self.latent_rows[self.visits.choose(rows, position)]),  # (B,)
             "posterior": draw_normal(shape, self.seed, position, "train/posterior"),  # (B, C, X', Y', Z')
             "noise": draw_normal(shape, self.seed, position, "train/noise"),  # (B, C, X', Y', Z')
             "t": self._draw_timesteps(position),  # (B,)
-            **self.cohort.draw_augmentation(self.seed, position),
         }
 
     def _draw_timesteps(self, keys: Sequence[int]) -> Tensor:
@@ -209,19 +230,37 @@ class ReprStage(Stage):
 
     def run_step(self, micro_batches: Sequence[Batch], step: int) -> StepResult:
         """Update encoder and estimator, and their moving averages."""
+        if self.embeddings is not None:
+            micro_batches = [self._embed(batch) for batch in micro_batches]
         return self.take_step(step, (self.update, self.update.accumulate(micro_batches, self._loss)))
+
+    @torch.no_grad()
+    def _embed(self, batch: Batch) -> Batch:
+        """The micro-batch with y by the frozen encoder, (B, dim), instead of the views; on the device."""
+        batch = batch_to_device(batch, self.accelerator.device)
+        x = self._views(batch) if "x" in batch else None
+        with self.accelerator.autocast():
+            known = "sample" in batch
+            y = self.embeddings(batch["index"], batch["sample"], x) if known else self.modules["encoder"](x).float()
+        return {**{name: value for name, value in batch.items() if name != "x"}, "y": y}
+
+    def _views(self, batch: Batch) -> Tensor:
+        """What the encoder sees of a micro-batch on the device, (B, C, X, Y, Z).
+
+        Only the encoder sees an augmented scan. The latent is that of the scan itself, or of another visit.
+        """
+        return self.cohort.augment(self.cohort.views.decode(batch["x"]), batch)
 
     def _loss(self, batch: Batch) -> dict[str, Tensor]:
         """w_t |eps - (eps_theta + c_t G)|^2, or |v - (v_theta + G)|^2, mean over the micro-batch."""
         batch = batch_to_device(batch, self.accelerator.device)
-        # Only the encoder sees an augmented scan. The latent is that of the scan itself, or of another visit.
-        x = self.cohort.augment(self.cohort.volumes.decode(batch["x"]), batch)  # (B, 1, X, Y, Z)
+        source = self._views(batch) if self.embeddings is None else batch["y"]
         z0 = self.latents.sample(batch["row"], batch["posterior"])  # (B, C, X', Y', Z'), unit variance
         z0, noise = (to_memory_format(value, self.channels_last) for value in (z0, batch["noise"]))
         z_t = add_noise(self.schedule, z0, noise, batch["t"])  # sqrt(A_t) z_0 + sqrt(1 - A_t) eps
         with torch.no_grad(), self.accelerator.autocast():
             features, output = self.trunk(z_t, batch["t"])  # output: eps_theta or v_theta, (B, C, X', Y', Z')
-        gradient = self.conditioner(x, features)  # G(z_t, t, Enc(x)), (B, C, X', Y', Z')
+        gradient = self.conditioner(source, features)  # G(z_t, t, Enc(x)), (B, C, X', Y', Z')
         parameterisation, schedule = self.parameterisation, self.schedule
         return {"loss": gap_filling_loss(parameterisation, schedule, output, gradient, z0, noise, batch["t"])}
 
@@ -243,7 +282,7 @@ class ReprStage(Stage):
 
     def _validate_scan(self, row: int, other: int) -> dict[str, Tensor]:
         """Metrics of one scan; `other` is a scan of another subject."""
-        x = load_volumes(self.cohort.volumes, np.array([row, other]), self.accelerator.device)
+        x = load_volumes(self.cohort.views, np.array([row, other]), self.accelerator.device)
         latent = torch.from_numpy(self.latent_rows[[row]]).to(self.accelerator.device, non_blocking=True)
         with self.accelerator.autocast():
             y = self.modules["encoder"](x).float()  # (2, dim)
@@ -261,8 +300,9 @@ class ReprStage(Stage):
         if not len(rows):
             return {}
         x = load_volumes(self.cohort.volumes, rows, self.accelerator.device)
+        view = load_volumes(self.cohort.views, rows, self.accelerator.device)
         with self.accelerator.autocast():
-            y = self.modules["encoder"](x).float()
+            y = self.modules["encoder"](view).float()
             decoded = self._decode_from_y(y, [int(row) for row in rows])
         return {"scan": x, "from y alone": decoded}
 

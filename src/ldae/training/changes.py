@@ -9,6 +9,7 @@ from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 
 from ldae.config import HARMLESS, HARMLESS_AT_CONSTANT_RATE, RESUME, Config
+from ldae.data.view import is_default_view
 from ldae.runs import Run
 from ldae.training.precision import FASTEST, HARMLESS_ON_RESUME, choose_precision
 from ldae.utils.errors import UserError
@@ -45,6 +46,9 @@ def changed_keys(before: DictConfig, now: DictConfig) -> tuple[list[str], list[s
     # A setting that did not exist yet when the run was started had what is its default now.
     defaults = _flatten(OmegaConf.to_container(OmegaConf.structured(Config)))
     old = {**{key: value for key, value in defaults.items() if key in new}, **old}
+    if "data.view._target_" not in old and is_default_view(now.get("data", {}).get("view") or {}):
+        view = {key: value for key, value in new.items() if key.startswith("data.view.")}
+        old = {key: value for key, value in old.items() if key != "data.view"} | view
     changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
     harmless = [key for key in changed if _is_harmless(key, now) or (key == PRECISION and _same_precision(old, new))]
     return [f"{key}: {old.get(key)} -> {new.get(key)}" for key in changed if key not in harmless], harmless
@@ -52,6 +56,8 @@ def changed_keys(before: DictConfig, now: DictConfig) -> tuple[list[str], list[s
 
 def _is_harmless(key: str, now: DictConfig) -> bool:
     """Whether the definition of `key` says that a run may be resumed with another value."""
+    if key.startswith("data.view"):
+        return not get_class(now.stage._target_).reads_views
     group, _, rest = key.partition(".")
     if group == "accelerator":
         return _is_among(rest, HARMLESS_ON_RESUME)

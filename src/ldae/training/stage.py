@@ -41,6 +41,7 @@ class Stage(ABC):
         name: name of the stage and of its folder, `runs/<name>/<stage>`.
         reads_scans: whether its constructor takes a cohort. A stage that does not reads its `latents` alone, and can be
             trained on a machine without the scans.
+        reads_views: whether it also reads what the semantic encoder sees of each scan, `cohort.views`.
         harmless_on_resume: keys of its config that may change when a run is resumed.
         monitor: metric for choosing weights and stopping early; None publishes the last weights and never stops early.
         publishes_last: publish the last weights; `monitor` then decides about early stopping only.
@@ -55,6 +56,7 @@ class Stage(ABC):
 
     name: ClassVar[str]
     reads_scans: ClassVar[bool] = True
+    reads_views: ClassVar[bool] = False
     harmless_on_resume: ClassVar[tuple[str, ...]] = ()
     monitor: Monitor | None = None
     publishes_last: bool = False

@@ -41,7 +41,7 @@ class Attention:
             return
         attention, mean_scan = self._collect(context, rows)
         slices, axis = attention.shape[1], int(context.model.encoder.axis)
-        positions = (np.arange(slices) - (slices - 1) / 2) * context.spacing[axis]
+        positions = (np.arange(slices) - (slices - 1) / 2) * _view_spacing(context)[axis]
         weights = draw_subject_weights(context.subjects(rows), self.resamples, context.seed)
         yield "attention/scans", float(len(rows))
         entropy = -(attention * np.log(np.maximum(attention, 1e-12))).sum(1) / np.log(slices)
@@ -60,9 +60,15 @@ class Attention:
         parts, total = [], 0.0
         for part in iterate_batches(rows, self.batch_size):
             x = context.volumes(part)
-            parts.append(context.model.attention(x).cpu().numpy().astype(np.float64))
+            parts.append(context.model.attention_of_views(context.views(part)).cpu().numpy().astype(np.float64))
             total = total + x[:, 0].numpy().sum(0)
         return np.concatenate(parts), total / len(rows)
+
+
+def _view_spacing(context: Context) -> tuple[float, float, float]:
+    """Voxel size of what the encoder sees, mm."""
+    view = context.model.view
+    return context.spacing if view is None or view.spacing is None else view.spacing
 
 
 def _draw(context: Context, attention: np.ndarray, positions: np.ndarray, mean_scan: np.ndarray, axis: int) -> None:
@@ -91,11 +97,14 @@ def _show_mean_scan(
     across = 3 - axis - horizontal
     middle = mean_scan.take(mean_scan.shape[across] // 2, across)
     plane = np.moveaxis(middle, 0 if axis < horizontal else 1, 0)
-    width, step = mean_scan.shape[horizontal] * spacing[horizontal] / 2, spacing[axis] / 2
-    extent = (-width, width, positions[0] - step, positions[-1] + step)
+    width, height = (mean_scan.shape[across] * spacing[across] / 2 for across in (horizontal, axis))
+    extent = (-width, width, -height, height)
     axes.imshow(plane, cmap="gray", origin="lower", extent=extent, interpolation="nearest")
     tint = np.zeros((len(attention), 1, 4))
     tint[..., 0] = 1
     tint[:, 0, 3] = 0.6 * np.clip(attention * len(attention) - 1, 0, 1)  # full red at twice an equal weight
+    step = (positions[1] - positions[0]) / 2
+    extent = (-width, width, positions[0] - step, positions[-1] + step)
     axes.imshow(tint, origin="lower", extent=extent, aspect="equal", interpolation="nearest")
+    axes.set_ylim(-height, height)
     axes.set(xlabel=AXIS_LABELS[horizontal], ylabel=AXIS_LABELS[axis], title="mean scan; red: above equal weight")
