@@ -10,7 +10,7 @@ from torch import nn
 from ldae.models.autoencoder import AutoencoderKL
 from ldae.models.cpu_kernels import CPU_KERNELS, FEWEST_VOXELS, LARGEST_IM2COL, SmallVolumeConv3d
 from ldae.models.gradient_estimator import GradientEstimator
-from ldae.models.group_norm import GpuGroupNorm
+from ldae.models.gpu_kernels import CHANNELS_LAST_KERNELS, GpuGroupNorm
 from ldae.models.placement import place_module, remove_kernels
 from ldae.models.semantic_encoder import SemanticEncoder
 from ldae.models.slice_cnn import SliceCNN
@@ -212,4 +212,6 @@ def test_kernels_are_chosen_by_device_and_removed_again():
     elsewhere = {type(m) for m in place_module(build(), torch.device("meta")).modules()}
     assert moved == elsewhere
     assert GpuGroupNorm in elsewhere
+    last = {type(m) for m in place_module(build(), torch.device("meta"), channels_last=True).modules()}
+    assert set(CHANNELS_LAST_KERNELS.values()) <= last
     assert not set(CPU_KERNELS.values()) & elsewhere

@@ -86,7 +86,8 @@ def test_adaptive_normalisation_follows_its_equation():
 
     (scale_t, shift_t), (scale_y, shift_y) = pair(block.time.linear, time), pair(block.semantic.linear, semantic)
     expected = (1 + scale_y) * (h * (1 + scale_t) + shift_t) + shift_y
-    torch.testing.assert_close(block.modulate(h, time, semantic), expected)
+    factor, shift = block.modulation(time, semantic)
+    torch.testing.assert_close(h * factor[..., None, None, None] + shift[..., None, None, None], expected)
 
 
 def test_attention_is_softmax_over_all_voxels():

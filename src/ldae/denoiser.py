@@ -8,6 +8,7 @@ from torch import Tensor
 from ldae.diffusion.guidance import Guidance, GuidedEps
 from ldae.diffusion.process import Parameterisation
 from ldae.diffusion.schedule import Schedule
+from ldae.models.cuda_graph import Function, GraphCache
 from ldae.models.gradient_estimator import GradientEstimator
 from ldae.models.unet import UNet
 
@@ -19,6 +20,9 @@ class Denoiser:
         unet: U-Net of stage 2, frozen.
         estimator: gradient estimator of stage 3; None if only unconditional predictions are needed.
         schedule, parameterisation: those that the U-Net was trained with.
+
+    Attributes:
+        graphs: runs evaluations as CUDA graphs; None runs them as they are.
     """
 
     def __init__(
@@ -32,10 +36,11 @@ class Denoiser:
         self.estimator = estimator
         self.schedule = schedule
         self.parameterisation = parameterisation
+        self.graphs: GraphCache | None = None
 
     def eps(self, z_t: Tensor, t: Tensor) -> Tensor:
         """Unconditional eps of z_t (B, C, X, Y, Z) at t (B,), of the shape of z_t."""
-        return self._to_eps(self.unet(z_t, t), z_t, t)
+        return self._evaluate(self._eps, z_t, t)[0]
 
     def gradient(self, z_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """G(z_t, t, y), (B, C, X, Y, Z), of y (B, D)."""
@@ -51,11 +56,21 @@ class Denoiser:
         form = guidance.form or self.parameterisation.trained_form
 
         def eps_and_gradient(z_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-            features = self.unet.features(z_t, t)
-            eps = self._to_eps(self.unet.head(features), z_t, t)
-            return eps, self.estimator(features, y).to(z_t.dtype)
+            eps, gradient = self._evaluate(self._eps_and_gradient, z_t, t, y)
+            return eps, gradient
 
         return GuidedEps(self.eps, eps_and_gradient, form, self.schedule, guidance.strength, guidance.stop)
+
+    def _evaluate(self, function: Function, *inputs: Tensor) -> tuple[Tensor, ...]:
+        return function(*inputs) if self.graphs is None else self.graphs(function, *inputs)
+
+    def _eps(self, z_t: Tensor, t: Tensor) -> tuple[Tensor]:
+        return (self._to_eps(self.unet(z_t, t), z_t, t),)
+
+    def _eps_and_gradient(self, z_t: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        features = self.unet.features(z_t, t)
+        eps = self._to_eps(self.unet.head(features), z_t, t)
+        return eps, self.estimator(features, y).to(z_t.dtype)
 
     def _to_eps(self, output: Tensor, z_t: Tensor, t: Tensor) -> Tensor:
         """The U-Net's output, eps or v, as eps in the dtype of z_t."""

@@ -15,7 +15,9 @@ from ldae.data.stream import Batch, Batches, SampleStream
 from ldae.training.precision import set_up_backends
 from ldae.utils.errors import UserError
 
-WARM_UP = 2  # steps after the one that counts operations, in which algorithms are chosen and memory is allocated
+# Steps after the one that counts operations, in which algorithms are chosen, memory is allocated, and the step is
+# recorded (training/step_graph.py).
+WARM_UP = 4
 SCALING = 20  # further steps, at most, in which float16's gradient scaler finds its factor
 
 

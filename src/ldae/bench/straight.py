@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from ldae.data.latent_npz import read_npz
 from ldae.data.latents import LatentSet
 from ldae.models.blocks import Attention
-from ldae.models.cpu_kernels import CPU_KERNELS
 from ldae.models.placement import remove_kernels, use_kernels
 from ldae.training.ema import Ema
 from ldae.training.stage import Stage
@@ -36,8 +35,8 @@ class PlainAttention(Attention):
 
 
 def use_plain_kernels(module: nn.Module) -> nn.Module:
-    """Let `module` compute as it is defined, without CPU kernels, and with plain attention; its parameters stay."""
-    remove_kernels(module, CPU_KERNELS)
+    """Let `module` compute as it is defined, without kernels of ours, and with plain attention; its parameters stay."""
+    remove_kernels(module)
     return use_kernels(module, {Attention: PlainAttention}).to(memory_format=torch.contiguous_format)
 
 

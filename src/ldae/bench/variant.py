@@ -210,4 +210,5 @@ class VariantUnderTest:
         if self.settings.straight:
             for module in (autoencoder, unet, encoder, estimator):
                 use_plain_kernels(module)
+            model.denoiser.graphs = None
         return model

@@ -103,24 +103,25 @@ class ResidualBlock(nn.Module):
         same = channels == out_channels
         self.shortcut = nn.Identity() if same else nn.Conv3d(channels, out_channels, 1)
 
-    def modulate(self, h: Tensor, time: Tensor, semantic: Tensor | None) -> Tensor:
-        """Scale and shift each channel of the normalised volume h: the adaptive part of AdaGN.
+    def modulation(self, time: Tensor, semantic: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The adaptive part of AdaGN: a factor and a shift of each channel of the normalised volume h, (B, C') each.
 
         With y: (1 + scale_y) (h (1 + scale_t) + shift_t) + shift_y (PDAE, arXiv 2212.12990, section 3.3). Without y:
         h (1 + scale_t) + shift_t (arXiv 2105.05233, equation 3).
         """
         scale, shift = self.time(time)
-        scale = 1 + scale
+        factor = 1 + scale
         if self.semantic is not None:
             # The two affine maps are joined into one, so that the volume is read and written only once.
             scale_y, shift_y = self.semantic(semantic)
-            scale, shift = scale * (1 + scale_y), shift * (1 + scale_y) + shift_y
-        return torch.addcmul(shift[..., None, None, None], h, scale[..., None, None, None])  # shift + h * scale
+            factor, shift = factor * (1 + scale_y), shift * (1 + scale_y) + shift_y
+        return factor, shift
 
     def forward(self, x: Tensor, time: Tensor, semantic: Tensor | None = None) -> Tensor:
         """x (B, C, X, Y, Z), time (B, E), semantic (B, E) -> (B, C', X', Y', Z')."""
         h = self.conv1(self.resample(F.silu(self.norm1(x))))
-        h = F.silu(self.modulate(self.norm2(h), time, semantic))
+        factor, shift = (value[..., None, None, None] for value in self.modulation(time, semantic))
+        h = F.silu(torch.addcmul(shift, self.norm2(h), factor))  # norm2(h) factor + shift
         return self.shortcut(self.resample(x)) + self.conv2(self.dropout(h))
 
 

@@ -25,10 +25,11 @@ from ldae.data.latents import METADATA_FILE, REJECTED_FILE, channel_scale, laten
 from ldae.data.sharing import work_order
 from ldae.data.table import scan_names, write_table
 from ldae.data.transforms import Transform
-from ldae.models.placement import place_module
+from ldae.models.placement import computes_channels_last, place_module, to_memory_format
 from ldae.runs import Run
 from ldae.scans.ood_check import MAX_SCANS, OodCheck, describe_rejected, find_rejected
 from ldae.scans.raw_scan import read_recorded_parameters
+from ldae.training.precision import DTYPES
 from ldae.utils.errors import UserError
 from ldae.utils.files import read_json
 from ldae.utils.locks import LOCK, wait_for_lock
@@ -91,13 +92,14 @@ def _are_complete(encoded: EncodedLatents, batches: list[np.ndarray], shard: Sha
 
 
 def _encoder(run: Run, cohort: Cohort, accelerator: Accelerator) -> Encode:
-    autoencoder = place_module(run.module("autoencoder", run.config.model.autoencoder), accelerator.device)
-    # The same memory format as in training: channels-last is faster on a CPU, but not on a GPU (docs/bench.md).
-    layout = torch.channels_last_3d if accelerator.device.type == "cpu" else torch.contiguous_format
+    device = accelerator.device
+    on_gpu = computes_channels_last(device, DTYPES[accelerator.mixed_precision])
+    autoencoder = place_module(run.module("autoencoder", run.config.model.autoencoder), device, on_gpu)
+    channels_last = on_gpu or device.type == "cpu"  # the memory format of training (docs/bench.md)
 
     def encode(rows: np.ndarray, x: Tensor) -> Posterior:
         with torch.inference_mode(), accelerator.autocast():
-            x = cohort.volumes.decode(x.to(accelerator.device, non_blocking=True)).to(memory_format=layout)
+            x = to_memory_format(cohort.volumes.decode(x.to(device, non_blocking=True)), channels_last)
             mean, std = autoencoder.encode(x)
             mean, std = torch.stack((mean.float(), std.float())).cpu().numpy()  # in one transfer
         finite = np.isfinite(mean) & np.isfinite(std)

@@ -21,14 +21,16 @@ from ldae.data.table import scan_names
 from ldae.diffusion.process import Parameterisation, add_noise
 from ldae.diffusion.schedule import Schedule
 from ldae.losses.denoising import denoising_loss
+from ldae.models.placement import to_memory_format
 from ldae.models.state import load_weights
 from ldae.models.unet import UNet
 from ldae.runs import Workspace
 from ldae.stages.predecessors import open_latents
-from ldae.training.device import batch_to_device, module_to_device, to_memory_format, uses_channels_last
+from ldae.training.device import batch_to_device, module_to_device, uses_channels_last
 from ldae.training.ema import Ema
 from ldae.training.optimizer_step import StepResult, Updater, build_adam
 from ldae.training.stage import Monitor, Stage
+from ldae.training.step_graph import can_record
 from ldae.training.train_loss import TRAIN_LOSS
 from ldae.training.validation import mean_over_scans, shard_rows
 from ldae.utils.seeding import draw_normal, draw_timesteps
@@ -87,7 +89,8 @@ class PretrainStage(Stage):
             unet.prior.fit(*self.latents.moments(self.train_rows), self.schedule)
         self.optimizers = {"unet": build_adam(unet.parameters(), optim.lr, optim)}
         self.unet = accelerator.prepare(torch.compile(unet) if trainer.compile else unet)
-        self.update = Updater(accelerator, self.unet, self.optimizers["unet"], trainer.clip)
+        record = can_record(trainer, accelerator)
+        self.update = Updater(accelerator, self.unet, self.optimizers["unet"], trainer.clip, record)
         self.averages = {"unet": Ema(unet, trainer.ema, trainer.ema_warmup)} if trainer.ema else {}
         unet.train()
 

@@ -41,7 +41,12 @@ class Ema:
             torch._foreach_lerp_(self._averaged, self._current, share)
         else:
             weight = (1 - skipped) * share
-            torch._foreach_lerp_(self._averaged, self._current, [weight] * len(self._averaged))
+            if skipped.device.type == "cuda":  # where the interpolation below is one kernel for each tensor
+                change = torch._foreach_sub(self._current, self._averaged)
+                torch._foreach_mul_(change, weight)
+                torch._foreach_add_(self._averaged, change)
+            else:
+                torch._foreach_lerp_(self._averaged, self._current, [weight] * len(self._averaged))
         for shadow, current in self._copied:
             shadow.copy_(current)
 

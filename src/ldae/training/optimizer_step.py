@@ -17,6 +17,7 @@ from ldae.config import Optim
 from ldae.data.stream import Batch
 from ldae.training.bf16_check import guard_bf16
 from ldae.training.health import BufferBackup
+from ldae.training.step_graph import StepGraph
 
 
 @dataclass(frozen=True)
@@ -58,10 +59,17 @@ class Updater:
     Args:
         module: the module as `accelerator.prepare` returned it, whose parameters the optimiser updates.
         clip: largest norm of the gradient; None does not clip.
+        record: whether to record the passes as a CUDA graph (step_graph.py). `accumulate` is then always called with
+            the same losses, and with micro-batches of the same shapes.
     """
 
     def __init__(
-        self, accelerator: Accelerator, module: nn.Module, optimizer: torch.optim.Optimizer, clip: float | None
+        self,
+        accelerator: Accelerator,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        clip: float | None,
+        record: bool = False,
     ) -> None:
         self.accelerator = accelerator
         self.module = module
@@ -69,6 +77,7 @@ class Updater:
         self.parameters = [p for p in module.parameters() if p.requires_grad]
         self.clip = clip if clip is not None else float("inf")
         self.buffers = BufferBackup(module)
+        self.graph = StepGraph(accelerator.device) if record else None
         if accelerator.device.type == "cpu" and accelerator.mixed_precision == "bf16":
             guard_bf16(module)
 
@@ -81,6 +90,21 @@ class Updater:
             loss: the 0-d losses of a micro-batch by name; "loss" is minimised, the others are logged.
         """
         self.buffers.save()
+        if self.graph is None:
+            totals, losses = self._run_passes(micro_batches, loss)
+        else:
+            totals, losses = self.graph(lambda batches: self._run_passes(batches, loss), micro_batches, self._clear)
+            totals = {name: value.clone() for name, value in totals.items()}  # the next step overwrites them
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.unscale_(self.optimizer)
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.clip).detach()
+        finite = torch.isfinite(losses)
+        return AccumulatedGradients({**totals, "gradient_norm": norm}, finite, finite.all() & torch.isfinite(norm))
+
+    def _run_passes(
+        self, micro_batches: Sequence[Batch], loss: Callable[[Batch], dict[str, Tensor]]
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Forward and backward passes: the losses by name, averaged, and "loss" of each micro-batch."""
         totals: dict[str, Tensor] = {}
         losses: list[Tensor] = []
         for index, batch in enumerate(micro_batches):
@@ -92,11 +116,10 @@ class Updater:
             losses.append(scalars["loss"].detach())
             for name, value in scalars.items():
                 totals[name] = totals.get(name, 0) + value.detach() / len(micro_batches)
-        if self.accelerator.scaler is not None:
-            self.accelerator.scaler.unscale_(self.optimizer)
-        norm = nn.utils.clip_grad_norm_(self.parameters, self.clip).detach()
-        finite = torch.isfinite(torch.stack(losses))
-        return AccumulatedGradients({**totals, "gradient_norm": norm}, finite, finite.all() & torch.isfinite(norm))
+        return totals, torch.stack(losses)
+
+    def _clear(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
 
     def apply(self, skipped: Tensor) -> None:
         """Take the optimiser step if `skipped` (0-d float32) is 0; if it is 1, leave weights and buffers as they were.
@@ -105,7 +128,8 @@ class Updater:
         """
         self.optimizer.found_inf = skipped
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        if self.graph is None:  # whose replay overwrites the gradients where they are
+            self._clear()
         self.buffers.restore(skipped)
 
 

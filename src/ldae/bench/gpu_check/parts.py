@@ -1,14 +1,16 @@
 """The list of measurements, the most useful first, and about how many seconds each takes on an H100."""
 
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
 from ldae.bench.gpu_check.check import GpuCheck, Numbers
 from ldae.bench.gpu_check.items import Item
 
 STAGES = ("pretrain", "repr", "aekl")
-Training = Callable[..., Numbers]
+VARIATIONS = (
+    ("contiguous", "channels_last", False), ("unrecorded", "cuda_graph", False), ("compile", "compile", True),
+    ("as_cudnn_guesses", "autotune", False),
+)  # fmt: skip
 
 
 def _device(check: GpuCheck) -> Numbers:
@@ -17,10 +19,10 @@ def _device(check: GpuCheck) -> Numbers:
     return measure_matrix_rates(check)
 
 
-def _norms(check: GpuCheck) -> Numbers:
-    from ldae.bench.gpu_check.norms import compare_norms
+def _kernels(check: GpuCheck) -> Numbers:
+    from ldae.bench.gpu_check.kernels import compare_kernels
 
-    return compare_norms(check)
+    return compare_kernels(check)
 
 
 def _chain(name: str, seconds: float) -> Item:
@@ -34,8 +36,8 @@ def _chain(name: str, seconds: float) -> Item:
 
 def _training(measure: str, seconds: float, stage: str, **options: object) -> Item:
     """A measurement of training.py. It is imported late, because missing packages are named first."""
-    names = [options.get("model", "base"), stage, *(name for name in ("channels_last", "compile") if options.get(name))]
-    names += ["as_cudnn_guesses"] if not options.get("autotune", True) else []
+    names = [options.get("model", "base"), stage]
+    names += [name for name, option, value in VARIATIONS if options.get(option) is value]
 
     def work(check: GpuCheck) -> Numbers:
         from ldae.bench.gpu_check import training
@@ -73,15 +75,16 @@ def _steps(*items: tuple[str, float, dict[str, object]]) -> list[Item]:
     return [_training("measure_steps", seconds, stage, **options) for stage, seconds, options in items]
 
 
-PUBLISHED, LAST, COMPILED = {"model": "published"}, {"channels_last": True}, {"compile": True}
-GUESSED = {"autotune": False}
+PUBLISHED, COMPILED = {"model": "published"}, {"compile": True}
+CONTIGUOUS, UNRECORDED, GUESSED = {"channels_last": False}, {"cuda_graph": False}, {"autotune": False}
 STRAIGHT_PORT, KERNELS, ARCHITECTURE, OURS = "straight", "kernels", "architecture", "evaluations"
 PARTS: dict[str, list[Item]] = {
-    "device": [Item("matrix products", 5, _device), Item("group norm", 6, _norms)],
+    "device": [Item("matrix products", 5, _device), Item("kernels", 15, _kernels)],
     "chain": [_chain("fp32", 60), _chain("bf16", 20)],
     "steps": _steps(
         ("pretrain", 36, {}), ("repr", 36, {}), ("aekl", 12, {}),
-        ("pretrain", 30, LAST), ("repr", 20, LAST), ("aekl", 20, LAST),
+        ("pretrain", 30, CONTIGUOUS), ("repr", 20, CONTIGUOUS), ("aekl", 20, CONTIGUOUS),
+        ("pretrain", 20, UNRECORDED), ("repr", 20, UNRECORDED),
         ("pretrain", 15, GUESSED), ("repr", 15, GUESSED), ("aekl", 10, GUESSED),
     ),
     "syncs": [_training("measure_waits", 6, stage, model="small") for stage in STAGES],
@@ -95,8 +98,7 @@ PARTS: dict[str, list[Item]] = {
     "steps_more": _steps(
         ("pretrain", 25, PUBLISHED), ("repr", 20, PUBLISHED), ("aekl", 15, PUBLISHED),
         ("pretrain", 90, COMPILED), ("repr", 90, COMPILED), ("aekl", 60, COMPILED),
-        ("pretrain", 25, PUBLISHED | LAST), ("repr", 20, PUBLISHED | LAST), ("aekl", 15, PUBLISHED | LAST),
-        ("pretrain", 90, LAST | COMPILED), ("repr", 90, LAST | COMPILED), ("pretrain", 120, PUBLISHED | COMPILED),
+        ("pretrain", 120, PUBLISHED | COMPILED),
     ),
     "bench_more": [
         _bench(task, name, 15)

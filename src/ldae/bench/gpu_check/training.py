@@ -14,7 +14,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from ldae.bench.gpu_check.check import GpuCheck, Numbers
-from ldae.bench.steps import TrainingSteps, measure_seconds, measure_step
+from ldae.bench.steps import WARM_UP, TrainingSteps, measure_seconds, measure_step
 from ldae.bench.variant import VariantUnderTest
 from ldae.training.checkpoint import Progress
 from ldae.training.guard import StepGuard
@@ -31,7 +31,8 @@ class Setting:
     stage: str
     model: str = "base"
     precision: str = "bf16"
-    channels_last: bool = False
+    channels_last: bool | None = None
+    cuda_graph: bool = True
     compile: bool = False
     autotune: bool = True
 
@@ -39,7 +40,8 @@ class Setting:
 def build_variant(check: GpuCheck, setting: Setting, checkpointing: bool = False) -> VariantUnderTest:
     """A variant with these settings. Its made-up volumes are shared with other variants."""
     options = {
-        "channels_last": setting.channels_last, "compile": setting.compile, "checkpointing": checkpointing
+        "channels_last": "null" if setting.channels_last is None else setting.channels_last,
+        "cuda_graph": setting.cuda_graph, "compile": setting.compile, "checkpointing": checkpointing,
     }  # fmt: skip
     overrides = [f"model={setting.model}", check.accelerator(setting.precision), f"bench.autotune={setting.autotune}"]
     overrides += [f"trainer.{name}={value}" for name, value in options.items()]
@@ -118,7 +120,7 @@ def measure_waits(check: GpuCheck, setting: Setting) -> Numbers:
     """Waits of the real stage, with the guard that reads the flags of a step one step later."""
     variant = build_variant(check, setting)
     with TrainingSteps(variant, setting.stage) as steps:
-        steps.warm_up(2)
+        steps.warm_up(WARM_UP)
         progress = Progress(step=steps.number)
         guard = StepGuard(
             variant.accelerator, steps.stage, progress, check.size.watched,
@@ -145,7 +147,7 @@ def profile_steps(check: GpuCheck, setting: Setting) -> Numbers:
     on_gpu = variant.device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     with TrainingSteps(variant, setting.stage) as steps:
-        steps.warm_up(2)
+        steps.warm_up(WARM_UP)
 
         def some() -> None:
             for _ in range(PROFILED):
