@@ -1,6 +1,6 @@
 """Principal components of volumes that do not fit into memory: a randomised SVD that reads them batch by batch.
 
-Subspace iteration (Halko, Martinsson and Tropp 2011, arXiv 0909.4061, algorithm 4.4) on the covariance C of the volumes:
+Subspace iteration (Halko, Martinsson and Tropp 2011, arXiv 0909.4061, algorithm 4.4) on the volumes' covariance C:
 
     pass 1    Y = C W             W: random normal numbers, a column for each of L > k directions
     pass 2    Y = C orth(Y)       left out where L directions hold all volumes, so that the result is exact

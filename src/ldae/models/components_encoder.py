@@ -81,6 +81,11 @@ class ComponentsEncoder(nn.Module):
     fitted = ("mean", "components", "scale")  # buffers that are measured before training, see models/fitted.py
 
     @property
+    def random_start(self) -> bool:
+        """Whether y before training depends on random numbers."""
+        return self.residual is not None and getattr(self.residual, "random_start", True)
+
+    @property
     def checkpointing(self) -> bool:
         """Whether the residual recomputes its activations in the backward pass."""
         return self.residual is not None and self.residual.checkpointing

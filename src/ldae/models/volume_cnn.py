@@ -26,6 +26,7 @@ class VolumeCNN(nn.Module):
     """
 
     fitted = ("mean", "difference_std")  # buffers that are measured before training, see models/fitted.py
+    random_start = False  # whether the features before training depend on random numbers
 
     def __init__(self, shape: Sequence[int], widths: Sequence[int] = (16, 32), dim: int = 256) -> None:
         super().__init__()
