@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from ldae.models import gpu_kernels
 from ldae.models.blocks import ResidualBlock
+from ldae.models.convnext import Block, ChannelNorm
 from ldae.models.gpu_kernels import CHANNELS_LAST_KERNELS, runs_kernels
 from ldae.models.placement import remove_kernels, use_kernels
 
@@ -33,11 +34,22 @@ def wide(value):
     return value[..., None, None, None]
 
 
+def row_norm_stand_in(x, norm, dtype):
+    return F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, norm.eps).to(torch.float32)
+
+
+def residual_stand_in(x, branch, scale, factor):
+    return x + branch * scale * (1 if factor is None else factor[:, None, None, None])
+
+
 @pytest.fixture
 def kernels(monkeypatch):
     """Take every volume for one on a GPU in 16 bits, and let nn.GroupNorm stay as it is, for the stand-in."""
     monkeypatch.setattr(gpu_kernels, "runs_kernels", lambda x: True)
+    monkeypatch.setattr(gpu_kernels, "runs_slice_kernels", lambda x: True)
     monkeypatch.setattr(gpu_kernels, "norm_silu", stand_in)
+    monkeypatch.setattr(gpu_kernels, "norm_rows", row_norm_stand_in)
+    monkeypatch.setattr(gpu_kernels, "add_scaled", residual_stand_in)
     return {plain: kernel for plain, kernel in CHANNELS_LAST_KERNELS.items() if plain is not nn.GroupNorm}
 
 
@@ -95,6 +107,17 @@ def test_resampling_keeps_volumes_channels_last(kernels, module):
     assert y.is_contiguous(memory_format=LAST)
 
 
+@pytest.mark.parametrize("depth", [0.0, 0.5])
+def test_block_of_convnext(kernels, depth):
+    block = Block(4, kernel=3, layer_scale=0.5, drop_rate=depth)
+    block.draw_depth = lambda x: torch.tensor([2.0, 0.0, 2.0]).view(3, 1, 1, 1) if depth else None
+    compare(block, kernels, torch.randn(3, 4, 5, 6).to(memory_format=torch.channels_last))
+
+
+def test_norm_over_the_channels_of_slices(kernels):
+    compare(ChannelNorm(4, eps=1e-6), kernels, torch.randn(3, 4, 5, 6).to(memory_format=torch.channels_last))
+
+
 def test_without_a_gpu_nothing_runs_on_the_kernels():
     assert not runs_kernels(torch.zeros(1, 4, 2, 2, 2, dtype=torch.bfloat16))
     block = use_kernels(randomise(ResidualBlock(4, 4, 6, groups=2, dropout=0.0)), CHANNELS_LAST_KERNELS)
@@ -135,6 +158,22 @@ for shape, groups, modulated, silu in (
     found = norm_modulate_silu(x, norm, *more, silu=silu)
     leaves, dy = [x, norm.weight, norm.bias, *more], torch.randn(shape)
     assert found.is_contiguous(memory_format=torch.channels_last_3d)
+    for a, b in zip(
+        [found, *torch.autograd.grad(found, leaves, dy)], [expected, *torch.autograd.grad(expected, leaves, dy)],
+        strict=True,
+    ):
+        assert float((a - b).norm() / b.norm()) < 1e-5
+
+from ldae.models.gpu_layer_norm import layer_norm, scaled_residual
+
+x, branch, dy = (torch.randn(2, 5, 7, 12, requires_grad=n < 2) for n in range(3))
+weight, bias, factor = torch.randn(12, requires_grad=True), torch.randn(12, requires_grad=True), torch.rand(2)
+pairs = [
+    (layer_norm(x, weight, bias, 1e-6, torch.float32), F.layer_norm(x, (12,), weight, bias, 1e-6), (x, weight, bias)),
+    (scaled_residual(x, branch, weight, factor), x + factor.view(2, 1, 1, 1) * weight * branch, (x, branch, weight)),
+    (scaled_residual(x, branch, weight), x + weight * branch, (x, branch, weight)),
+]
+for found, expected, leaves in pairs:
     for a, b in zip(
         [found, *torch.autograd.grad(found, leaves, dy)], [expected, *torch.autograd.grad(expected, leaves, dy)],
         strict=True,

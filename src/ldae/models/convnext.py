@@ -55,14 +55,20 @@ class Block(nn.Module):
             Permute(0, 3, 1, 2),
         )
 
+    def draw_depth(self, x: Tensor) -> Tensor | None:
+        """Stochastic depth (arXiv 1603.09382): factors (N, 1, 1, 1) of the branch, 0 for the samples that skip it.
+
+        None where no sample may skip it.
+        """
+        if not (self.training and self.drop_rate > 0):
+            return None
+        kept = torch.rand(len(x), 1, 1, 1, device=x.device) >= self.drop_rate
+        return kept.float() / (1 - self.drop_rate)
+
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> the same shape."""
-        branch = self.layer_scale * self.block(x)
-        if self.training and self.drop_rate > 0:
-            # Stochastic depth (arXiv 1603.09382): a random part of the samples skips the branch.
-            kept = torch.rand(len(x), 1, 1, 1, device=x.device) >= self.drop_rate
-            branch = branch * (kept.to(branch.dtype) / (1 - self.drop_rate))
-        return x + branch
+        branch, factor = self.layer_scale * self.block(x), self.draw_depth(x)
+        return x + (branch if factor is None else branch * factor.to(branch.dtype))
 
 
 class ConvNeXt(nn.Module):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ldae.models.blocks import ResidualBlock
+from ldae.models.convnext import Block, ChannelNorm
 
 
 @functools.cache
@@ -80,6 +81,55 @@ class ChannelsLastGroupNorm(GpuGroupNorm):
         return norm_silu(x, self, silu=False) if runs_kernels(x) else super().forward(x)
 
 
+def runs_slice_kernels(x: Tensor) -> bool:
+    """Whether slices like x (N, C, H, W) are computed by the kernels: on a GPU under autocast to 16 bits."""
+    autocast = x.device.type == "cuda" and torch.is_autocast_enabled("cuda")
+    in_16_bits = autocast and torch.get_autocast_dtype("cuda") != torch.float32
+    return in_16_bits and has_triton() and not torch.compiler.is_compiling()
+
+
+def norm_rows(x: Tensor, norm: nn.LayerNorm, dtype: torch.dtype) -> Tensor:
+    """See gpu_layer_norm.layer_norm."""
+    from ldae.models.gpu_layer_norm import layer_norm  # needs Triton
+
+    return layer_norm(x, norm.weight, norm.bias, norm.eps, dtype)
+
+
+def add_scaled(x: Tensor, branch: Tensor, scale: Tensor, factor: Tensor | None) -> Tensor:
+    """See gpu_layer_norm.scaled_residual."""
+    from ldae.models.gpu_layer_norm import scaled_residual  # needs Triton
+
+    return scaled_residual(x, branch, scale, factor)
+
+
+class ChannelsLastConvNeXtBlock(Block):
+    """ConvNeXt's block with a LayerNorm in 16 bits and a residual as one operation each.
+
+    PyTorch's autocast gives the same values: it converts the norm's result for the Linear that follows.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> the same shape, float32."""
+        if not runs_slice_kernels(x):
+            return super().forward(x)
+        conv, _, norm, first, gelu, second, _ = self.block
+        h = norm_rows(conv(x).permute(0, 2, 3, 1), norm, torch.get_autocast_dtype("cuda"))
+        branch = second(gelu(first(h)))  # (N, H, W, C)
+        factor = self.draw_depth(x)
+        factor = factor if factor is None else factor.flatten()
+        return add_scaled(x.permute(0, 2, 3, 1), branch, self.layer_scale.flatten(), factor).permute(0, 3, 1, 2)
+
+
+class ChannelsLastChannelNorm(ChannelNorm):
+    """ChannelNorm of channels-last slices, in float32 as under PyTorch's autocast."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> the same shape."""
+        if not runs_slice_kernels(x):
+            return super().forward(x)
+        return norm_rows(x.permute(0, 2, 3, 1), self, torch.float32).permute(0, 3, 1, 2)
+
+
 class ChannelsLastUpsample(nn.Upsample):
     """Nearest-neighbour upsampling by whole factors that keeps volumes channels-last."""
 
@@ -115,6 +165,8 @@ GPU_KERNELS: dict[type[nn.Module], type[nn.Module]] = {nn.GroupNorm: GpuGroupNor
 CHANNELS_LAST_KERNELS: dict[type[nn.Module], type[nn.Module]] = {
     ResidualBlock: ChannelsLastResidualBlock,
     AEKLResBlock: ChannelsLastAutoencoderBlock,
+    Block: ChannelsLastConvNeXtBlock,
+    ChannelNorm: ChannelsLastChannelNorm,
     nn.GroupNorm: ChannelsLastGroupNorm,
     nn.Upsample: ChannelsLastUpsample,
     nn.AvgPool3d: ChannelsLastAvgPool3d,

@@ -12,6 +12,7 @@ from ldae.models.gpu_kernels import ChannelsLastAvgPool3d, ChannelsLastUpsample,
 
 GROUPS = 32
 SHAPES = ((1, 64, 128, 160, 128), (1, 128, 64, 80, 64), (64, 192, 16, 20, 16), (4, 384, 8, 10, 8))
+SLICES = (512, 32, 40, 96)  # of four scans at ConvNeXt's finest level
 Work = Callable[..., Tensor]
 
 
@@ -23,6 +24,8 @@ def compare_kernels(check: GpuCheck) -> Numbers:
     """
     if not torch.cuda.is_available() or not has_triton():
         return {"compared": 0.0}
+    from ldae.models.gpu_layer_norm import layer_norm, scaled_residual
+
     numbers = {f"norm {shape[1]}x{shape[2]}": _compare_norm(shape) for shape in SHAPES}
     numbers["upsample"] = _compare(
         ChannelsLastUpsample(scale_factor=2.0),
@@ -33,6 +36,16 @@ def compare_kernels(check: GpuCheck) -> Numbers:
     numbers["average pool"] = _compare(
         ChannelsLastAvgPool3d((2, 2, 2)), nn.AvgPool3d((2, 2, 2)), [(4, 192, 16, 20, 16)], (1,)
     )
+    numbers["layer norm"] = _compare(
+        lambda x, weight, bias: layer_norm(x, weight, bias, 1e-6, x.dtype),
+        lambda x, weight, bias: F.layer_norm(x.float(), x.shape[-1:], weight, bias, 1e-6).to(x.dtype),
+        [SLICES, SLICES[-1:], SLICES[-1:]], (1,),
+    )  # fmt: skip
+    numbers["scaled residual"] = _compare(
+        lambda x, branch, scale: scaled_residual(x.float(), branch, scale),
+        lambda x, branch, scale: x.float() + scale * branch,
+        [SLICES, SLICES, SLICES[-1:]], (),
+    )  # fmt: skip
     return numbers
 
 
@@ -69,12 +82,14 @@ def _compare(ours: Work, plain: Work, shapes: Sequence[tuple[int, ...]], around_
         for n, shape in enumerate(shapes)
     ]
     x = (2 * values[0] + 0.5).bfloat16()
-    last = x.contiguous(memory_format=torch.channels_last_3d)
+    last = x.contiguous(memory_format=torch.channels_last_3d) if x.ndim == 5 else x
     dy = torch.randn_like(plain(x.float(), *values[1:]))
     exact = _results(plain, [x.float(), *values[1:]], dy)
     numbers: Numbers = {}
     for label, function, volume in (("ours", ours, last), ("plain", plain, x)):
-        own = dy.bfloat16().contiguous(memory_format=torch.channels_last_3d) if function is ours else dy.bfloat16()
+        own = dy.bfloat16()
+        if function is ours and own.ndim == 5:
+            own = own.contiguous(memory_format=torch.channels_last_3d)
         leaves = [volume, *values[1:]]
         pairs = zip(_results(function, leaves, own), exact, strict=True)
         numbers[f"{label}_worst_error"] = max(float((a.float() - b).norm() / b.norm()) for a, b in pairs)
@@ -88,4 +103,5 @@ def _results(function: Work, values: Sequence[Tensor], dy: Tensor) -> list[Tenso
     """The function's value and its gradients."""
     leaves = [value.detach().requires_grad_() for value in values]
     y = function(*leaves)
-    return [y.detach(), *torch.autograd.grad(y, leaves, dy)]
+    y.backward(dy.to(y.dtype))
+    return [y.detach(), *(leaf.grad for leaf in leaves)]
