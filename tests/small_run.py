@@ -1,5 +1,6 @@
 """A run with random weights and a probe, so small that every method takes milliseconds."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -31,14 +32,20 @@ def random_weights(module: nn.Module) -> nn.Module:
     return module.eval()
 
 
-def small_run(root: Path, ood_check: OodCheck | None = None, metadata: dict | None = None) -> Path:
+def small_run(
+    root: Path,
+    ood_check: OodCheck | None = None,
+    metadata: dict | None = None,
+    settings: Sequence[str] = SMALL,
+) -> Path:
     """Write what the three stages and evaluate.py leave, for volumes of 8 voxels of 9 mm a side and y of 16 numbers.
 
     Args:
         ood_check: the out-of-distribution check of the training scans.
         metadata: further entries of latents.json.
+        settings: overrides of conf/train.yaml.
     """
-    config = compose_config("train", SMALL)
+    config = compose_config("train", list(settings))
     with open_dict(config):
         config.hydra = None
     space = Workspace(root)

@@ -111,7 +111,7 @@ class Cohort:
         return augmentation.draw(seed, keys, self.transform.shape if self.view is None else self.view.shape)
 
     def augment(self, x: Tensor, batch: Mapping[str, Any]) -> Tensor:
-        """Change volumes or views (B, C, X, Y, Z) as was drawn into `batch`, on their device; without draws `x` itself."""
+        """Change volumes or views (B, C, X, Y, Z) as was drawn into `batch`, on their device; `x` if nothing was."""
         return self.augmentation.apply(x, batch)
 
     def write_rejected(self, path: Path | str) -> None:

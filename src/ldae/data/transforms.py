@@ -145,7 +145,7 @@ class Transform:
         scan = load_scan(source, self.assume_orientation)
         path = source if isinstance(source, str | Path) else None
         try:
-            volume, steps = self._geometry(scan.data, scan.affine, mode="bilinear")
+            volume, steps = self._geometry(scan.data[None], scan.affine, mode="bilinear")
         except BadScan as error:
             raise BadScan(error.reason, path) from None
         low, high = self.intensity.limits(scan.data, volume.numpy())
@@ -159,7 +159,7 @@ class Transform:
     def labels(self, source: Source) -> np.ndarray:
         """A label map in model space by nearest-neighbour interpolation, (X, Y, Z) int32."""
         labels = load_label_map(source, self.assume_orientation)
-        volume, steps = self._geometry(labels.data, labels.affine, mode="nearest")
+        volume, steps = self._geometry(labels.data[None], labels.affine, mode="nearest")
         return self._pad(volume, steps)[0].round().to(torch.int32).numpy()
 
     def fraction(self, source: Source, labels: Sequence[int]) -> np.ndarray:
@@ -169,8 +169,20 @@ class Transform:
         """
         found = load_label_map(source, self.assume_orientation)
         region = np.isin(found.data.round(), list(labels)).astype(np.float32)
-        volume, steps = self._geometry(region, found.affine, mode="bilinear")
+        volume, steps = self._geometry(region[None], found.affine, mode="bilinear")
         return self._pad(volume, steps)[0].clamp(0, 1).numpy()
+
+    def maps(self, values: np.ndarray, affine: np.ndarray) -> np.ndarray:
+        """Maps (C, I, J, K) in [0, 1], on the grid of a scan, in model space: (C, X, Y, Z) float32, 0 outside.
+
+        Args:
+            affine: (4, 4), from voxels of the scan to mm.
+
+        Raises:
+            BadScan: the affine cannot be right.
+        """
+        volume, steps = self._geometry(values, affine, mode="bilinear")
+        return self._pad(volume.clamp_(0, 1), steps).numpy()
 
     def inverse(self, volume: np.ndarray | torch.Tensor, original: Source) -> nib.Nifti1Image:
         """A model-space volume on the grid and in the intensity range of a scan.
@@ -195,17 +207,17 @@ class Transform:
     def _geometry(
         self, data: np.ndarray, affine: np.ndarray, mode: str
     ) -> "tuple[MetaTensor, list[InvertibleTransform]]":
-        """Orientation, voxel size and crop: the result (1, ...), and the MONAI transforms that were applied."""
+        """Orientation, voxel size and crop of (C, ...): the result, and the MONAI transforms that were applied."""
         from monai.data import MetaTensor
         from monai.transforms import Spacing
 
-        volume = self._orient(MetaTensor(torch.from_numpy(data)[None], affine=torch.from_numpy(affine)))
+        volume = self._orient(MetaTensor(torch.from_numpy(data), affine=torch.from_numpy(affine)))
         steps = [self._orient]
         size = nib.affines.voxel_sizes(volume.affine.numpy())
         factor = np.divide(self.spacing or size, size)
         if np.abs(factor - 1).max() > SPACING_TOLERANCE:
             if np.prod(np.maximum(volume.shape[1:] / factor, 1)) > MAX_VOXELS:
-                raise BadScan(f"voxels of {size.round(3).tolist()} mm in a {list(data.shape)} grid cannot be right")
+                raise BadScan(f"voxels of {size.round(3).tolist()} mm in a {list(data.shape[1:])} grid cannot be right")
             if mode != "nearest":
                 blurred = torch.from_numpy(blur_before_downsampling(volume.numpy(), factor))
                 volume = MetaTensor(blurred, meta=volume.meta, applied_operations=volume.applied_operations)
@@ -262,7 +274,7 @@ def _triple(spacing: float | Sequence[float]) -> tuple[float, float, float]:
 
 
 def blur_before_downsampling(volume: np.ndarray, factor: np.ndarray) -> np.ndarray:
-    """Blur a volume (1, X, Y, Z) along the axes that lose voxels, to avoid aliasing.
+    """Blur maps (C, X, Y, Z) along the axes that lose voxels, to avoid aliasing.
 
     MONAI's Spacing interpolates between neighbours only: from 1 mm to 4.5 mm it would skip most voxels. The Gaussian
     widens the point spread function from that of the old voxel to that of the new one (Cardoso et al., MICCAI 2015,

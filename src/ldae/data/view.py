@@ -8,8 +8,11 @@ A view is chosen by the config group `data/view`, stored with every run of stage
 from there at inference.
 """
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -17,11 +20,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ldae.data.nifti import Source
+from ldae.data.nifti import BadScan, Source, load_scan
+from ldae.data.tissues import Mixture, TissueMaker, TissuesNotFound
 from ldae.data.transforms import Transform
 from ldae.utils.errors import UserError
 
 Spacing = tuple[float, float, float]
+
+VERSION = 1  # to be raised when the same parameters give other values, so that caches are not reused
+BACKGROUND = 0.05  # intensity in [0, 1] up to which a decoded volume is background
 
 
 @dataclass(frozen=True)
@@ -141,6 +148,86 @@ class T1View:
     def of_volumes(self, x: Tensor) -> Tensor:
         """See View. Volumes of another grid are interpolated."""
         return resample_centred(x, self.volumes.spacing, self.shape, self.spacing)
+
+
+class TissueView:
+    """Maps of CSF, grey and white matter, made at the resolution of the scan and then brought to the grid.
+
+    On 149 real scans they tell age and sex better than the intensities do (docs/method.md): they hold anatomy without
+    contrast and brightness.
+
+    Args:
+        transform: brings scans to the volumes' model space.
+        shape, spacing: as for T1View.
+        maker: makes the maps; by default `Mixture`.
+        channels: number of maps of the maker. Networks' configs refer to it, so it is part of the config.
+
+    Raises:
+        UserError: another number of channels, or an impossible grid.
+    """
+
+    has_intensities = False
+
+    def __init__(
+        self,
+        transform: Transform,
+        shape: Sequence[int] | None = None,
+        spacing: float | Sequence[float] | None = None,
+        maker: TissueMaker | None = None,
+        channels: int = 3,
+    ) -> None:
+        self.maker = maker or Mixture()
+        refuse_other_channels(channels, self.maker.channels)
+        self.channels = channels
+        self.volumes = transform
+        self.transform = with_grid(transform, shape, spacing)
+        self.shape, self.spacing = self.transform.shape, self.transform.spacing
+        self.assume_orientation = self.transform.assume_orientation
+
+    def key(self) -> str:
+        """See View."""
+        grid = [self.transform.orientation, self.spacing, self.shape]
+        parameters = [VERSION, "tissues", grid, self.maker.parameters()]
+        return hashlib.sha256(json.dumps(parameters, sort_keys=True).encode()).hexdigest()[:16]
+
+    def is_volume(self, transform: Transform) -> bool:
+        """See View."""
+        return False
+
+    def assuming(self, orientation: str | None) -> "TissueView":
+        """See View."""
+        if orientation == self.assume_orientation:
+            return self
+        return TissueView(self.volumes.assuming(orientation), self.shape, self.spacing, self.maker, self.channels)
+
+    def __call__(self, source: Source) -> np.ndarray:
+        """See View."""
+        return self.read(source).values
+
+    def read(self, source: Source) -> ViewedScan:
+        """See View."""
+        scan = load_scan(source, self.assume_orientation)
+        path = source if isinstance(source, str | Path) else None
+        try:
+            tissues = self.maker(scan.data)
+            return ViewedScan(self.transform.maps(tissues.values, scan.affine), tissues.notes)
+        except TissuesNotFound as error:
+            raise BadScan(str(error), path) from error
+        except BadScan as error:
+            raise BadScan(error.reason, path) from None
+
+    def of_volumes(self, x: Tensor) -> Tensor:
+        """See View. The tissues are found at the resolution of the volumes; the maps are 0 where there are none."""
+        maps = [self._maps_of_volume(volume) for volume in x[:, 0].detach().float().cpu().numpy()]
+        views = resample_centred(torch.from_numpy(np.stack(maps)), self.volumes.spacing, self.shape, self.spacing)
+        return views.to(x.device)
+
+    def _maps_of_volume(self, volume: np.ndarray) -> np.ndarray:
+        """Maps (channels, X, Y, Z) of a volume (X, Y, Z), whose background need not be exactly 0."""
+        try:
+            return self.maker(np.where(volume > BACKGROUND, volume, 0)).values
+        except TissuesNotFound:
+            return np.zeros((self.channels, *volume.shape), np.float32)
 
 
 def is_default_view(node: Mapping[str, Any]) -> bool:

@@ -1,0 +1,94 @@
+"""Proves that three tissues are found in known mixtures, and that a scan without three is refused in one line."""
+
+import numpy as np
+import pytest
+
+from ldae.data.tissues import Mixture, Ramps, TissuesNotFound, fit_gaussians
+
+MEANS, SDS, SHARES = np.array([30.0, 70.0, 100.0]), np.array([8.0, 6.0, 4.0]), np.array([0.15, 0.5, 0.35])
+
+
+def draw(count: int = 60_000, means=MEANS, sds=SDS, shares=SHARES, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Intensities of a mixture (N,), and the tissue that each is of."""
+    generator = np.random.default_rng(seed)
+    tissue = generator.choice(3, count, p=shares)
+    return np.maximum(generator.normal(means[tissue], sds[tissue]), 1), tissue
+
+
+def brain(values: np.ndarray) -> np.ndarray:
+    """A brain (40, 50, 40) of these intensities in a background of 0."""
+    volume = np.zeros((40, 50, 40), np.float32)
+    volume.reshape(-1)[5000 : 5000 + len(values)] = values
+    return volume
+
+
+def test_the_mixture_of_known_gaussians_is_found():
+    found = fit_gaussians(draw()[0])
+    np.testing.assert_allclose(found.means, MEANS, atol=0.6)
+    np.testing.assert_allclose(found.sds, SDS, atol=0.5)
+    np.testing.assert_allclose(found.shares, SHARES, atol=0.02)
+
+
+@pytest.mark.parametrize("shares", [(0.04, 0.56, 0.4), (0.4, 0.4, 0.2), (0.1, 0.2, 0.7)])
+def test_it_is_found_whatever_the_shares(shares):
+    np.testing.assert_allclose(fit_gaussians(draw(shares=np.array(shares))[0]).means, MEANS, atol=2)
+
+
+@pytest.mark.parametrize(
+    ("change", "tolerance"),
+    [
+        (lambda values: np.rint(values / 4) * 4, 0.02),  # a scan of few integers
+        (lambda values: values * 1e-3, 0.01),
+        (lambda values: values * 37 + 500, 0.01),
+        (lambda values: np.append(values, [1e5] * 20), 0.01),  # a few voxels of fat
+    ],
+)
+def test_the_maps_do_not_depend_on_the_scale_quantisation_or_outliers(change, tolerance):
+    values, _ = draw()
+    plain, changed = Mixture()(brain(values)), Mixture()(brain(change(values)))
+    inside = plain.values.sum(0) > 0
+    assert np.abs(plain.values - changed.values)[:, inside][:, : len(values)].mean() < tolerance
+
+
+def test_probabilities_sum_to_one_in_the_brain_and_name_the_tissue():
+    values, tissue = draw()
+    maps = Mixture()(brain(values))
+    inside = maps.values.reshape(3, -1)[:, 5000 : 5000 + len(values)]
+    np.testing.assert_allclose(inside.sum(0), 1, atol=1e-5)
+    assert (inside.argmax(0) == tissue).mean() > 0.95
+    assert maps.values.sum() == pytest.approx(len(values), rel=1e-5)
+    assert not maps.notes
+
+
+def test_the_brightest_and_darkest_voxels_belong_to_the_outer_tissues():
+    values = np.concatenate([draw()[0], [2.0, 130.0, 400.0]])
+    maps = Mixture()(brain(values)).values.reshape(3, -1)[:, 5000 + len(values) - 3 : 5000 + len(values)]
+    assert maps[0, 0] > 0.99
+    assert (maps[2, 1:] > 0.99).all()
+
+
+def test_ramps_rise_between_the_means_of_the_tissues():
+    values = np.concatenate([draw()[0], MEANS, [85.0, 3.0]])
+    ramps = Ramps()(brain(values)).values.reshape(2, -1)[:, 5000 + len(values) - 5 : 5000 + len(values)]
+    np.testing.assert_allclose(ramps, [[0, 1, 1, 1, 0], [0, 0, 1, 0.5, 0]], atol=0.04)
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        (np.full(5000, 7.0), "one intensity"),
+        (np.arange(1.0, 100.0), "99 voxels"),
+        (np.repeat([1.0, 2.0], 4000), "2 intensities"),
+        (np.zeros(0), "0 voxels"),
+        (np.append(np.full(5000, 7.0), [8.0, 9.0]), "one intensity"),
+    ],
+)
+def test_a_scan_without_three_tissues_is_refused(values, reason):
+    with pytest.raises(TissuesNotFound, match=reason):
+        Mixture()(brain(values))
+
+
+def test_tissues_that_are_hardly_distinct_are_noted():
+    values = np.random.default_rng(0).normal(70, 10, 60_000).clip(1)
+    notes = Mixture()(brain(values)).notes
+    assert any("hardly distinct" in note for note in notes)
