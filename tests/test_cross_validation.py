@@ -16,11 +16,11 @@ from ldae.data.splits import plan_split, subjects_of_fold
 from ldae.editing.linear_model import LinearModel
 from ldae.evaluation.context import Context
 from ldae.evaluation.html_report import write_report
-from ldae.evaluation.probes.baselines import Features
+from ldae.evaluation.probes.baselines import Features, downsample
 from ldae.evaluation.probes.cross_validation import CrossValidation, PooledFolds
 from ldae.evaluation.probes.evaluator import Probes
 from ldae.evaluation.probes.fitting import fit
-from ldae.evaluation.probes.table_features import read_table_features
+from ldae.evaluation.probes.table_features import find_columns, read_columns
 from ldae.evaluation.probes.targets import Classification, Regression
 from ldae.utils.errors import UserError
 from ldae.utils.files import write_json
@@ -48,7 +48,7 @@ def cohort(out, subjects=90, seed=0):
     return Context(
         model=None, table=table, volumes=lambda r: volumes[list(r)], posterior=lambda r: (latents[r], latents[r]),
         embeddings=y, untrained=lambda draw: np.roll(y[:, 2:], draw, axis=0), out=out, spacing=(2.0,) * 3,
-        weights="abc",
+        weights="abc", untrained_draws=2,
     )  # fmt: skip
 
 
@@ -92,7 +92,12 @@ def test_all_predictors_are_scored_in_the_same_folds_with_paired_differences(jud
     context, metrics = judged
     found = pd.read_csv(context.out / "cv_transductive_age_predictions.csv")
     assert found.groupby("repeat")["subject"].nunique().tolist() == [72, 72]
-    assert not found[["embedding", "mean", "pca", "images", "untrained_0", "untrained_4", "volumes"]].isna().any().any()
+    assert (
+        not found[["embedding", "mean", "pca", "pca_images", "pca_view", "untrained_0", "untrained_1", "volumes"]]
+        .isna()
+        .any()
+        .any()
+    )
     stem = "cv/transductive/baseline/mean/age/mae_difference"
     gap = metrics["cv/transductive/baseline/mean/age/mae"] - metrics["cv/transductive/probe/age/mae"]
     assert metrics[stem] == pytest.approx(gap)
@@ -113,27 +118,36 @@ def test_the_constant_predictor_of_a_fold_is_the_mean_of_the_other_folds(judged)
         assert fold["mean"].iloc[0] == pytest.approx(others["truth"].mean())
 
 
-def test_volumes_are_relative_to_the_head_which_remains_a_feature(tmp_path):
+def test_volumes_are_relative_to_the_head_whose_size_is_another_predictor(tmp_path):
     table = cohort(tmp_path).table
-    columns, values = read_table_features(table, "volumes")
-    assert columns == ["label_007_mm3", "ventricle_mm3", "head_mm3"]
+    columns = find_columns(table, "volumes")
+    assert columns == ["label_007_mm3/head_mm3", "ventricle_mm3/head_mm3"]
+    assert read_columns(table, columns)[:, 1] == pytest.approx(table["ventricle_mm3"] / table["head_mm3"])
+    with_head = find_columns(table.assign(affine_determinant=1.1), "volumes_head")
+    assert with_head == [*columns, "head_mm3", "affine_determinant"]
+    assert read_columns(table, with_head)[:, 2] == pytest.approx(table["head_mm3"])
+    bare = table.drop(columns="head_mm3")
+    assert read_columns(bare, find_columns(bare, "volumes"))[:, 1] == pytest.approx(table["ventricle_mm3"])
+    assert find_columns(bare, "volumes_head") == []
+    bare = table.drop(columns=["ventricle_mm3", "label_007_mm3"])
+    assert find_columns(bare, "volumes") == find_columns(bare, "volumes_head") == []  # the head alone is not a region
+
+
+def test_stored_predictors_of_an_earlier_version_read_the_same_numbers(tmp_path):
+    """They named the head's volume beside the regions that were divided by it."""
+    table = cohort(tmp_path).table
+    values = read_columns(table, ["label_007_mm3", "ventricle_mm3", "head_mm3"])
     assert values[:, 1] == pytest.approx(table["ventricle_mm3"] / table["head_mm3"])
     assert values[:, 2] == pytest.approx(table["head_mm3"])
-    assert read_table_features(table, "volumes", columns)[1] == pytest.approx(
-        values
-    )  # as a frozen predictor reads them
-    columns, values = read_table_features(table.drop(columns="head_mm3"), "volumes")
-    assert values[:, 1] == pytest.approx(table["ventricle_mm3"])
-    bare = table.drop(columns=["ventricle_mm3", "label_007_mm3"])
-    assert read_table_features(bare, "volumes")[0] == []  # the head alone is not a region
+    assert read_columns(table, ["ventricle_mm3"])[:, 0] == pytest.approx(table["ventricle_mm3"])
 
 
 def test_images_are_averaged_to_about_four_millimetres(tmp_path):
     context = cohort(tmp_path, subjects=12)
-    found = Features(context)("images")[1]
-    expected = context.volumes([3]).reshape(4, 2, 4, 2, 4, 2).mean((1, 3, 5)).ravel()
-    assert found.shape == (12, 64)
-    assert found[3] == pytest.approx(expected.numpy(), abs=1e-6)
+    expected = context.volumes([3]).reshape(4, 2, 4, 2, 4, 2).mean((1, 3, 5))
+    found = downsample(context, [2, 3])
+    assert found.shape == (2, 1, 4, 4, 4)
+    assert found[1, 0] == pytest.approx(expected, abs=1e-6)
 
 
 def test_bias_correction_removes_the_correlation_of_error_and_age(judged):

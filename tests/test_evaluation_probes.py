@@ -26,7 +26,9 @@ from ldae.evaluation.embeddings import (
     parts_folder,
 )
 from ldae.evaluation.probes.evaluator import ExternalCohort, Probes, find_first_visits
-from ldae.evaluation.probes.fitting import build_predictor, build_reducer, choose_settings, fit
+from ldae.evaluation.probes.blocks import Block
+from ldae.evaluation.probes.fitting import choose_settings, fit
+from ldae.evaluation.probes.scaling import OneScale, PerFeature
 from ldae.evaluation.probes.targets import Classification, Regression
 from ldae.scans.ood_check import OodCheck
 from ldae.utils.errors import UserError
@@ -52,8 +54,9 @@ def cohort(out, subjects=120, seed=0, shift=2.0, splits=(0.7, 0.3)):
     y[:, 1] += 0.4 * (table["age"] - 70)
     noise = rng.standard_normal((len(table), 32)).astype(np.float32)
     latents = torch.from_numpy(rng.standard_normal((len(table), 2, 3, 3, 3)).astype(np.float32))
+    volumes = torch.from_numpy(rng.random((len(table), 1, 4, 4, 4)).astype(np.float32))
     return Context(
-        model=None, table=table, volumes=None, posterior=lambda r: (latents[r], latents[r]), embeddings=y,
+        model=None, table=table, volumes=lambda r: volumes[list(r)], posterior=lambda r: (latents[r], latents[r]), embeddings=y,
         untrained=lambda draw: np.roll(noise, draw, axis=0), out=out, spacing=(4.5,) * 3, seed=0, weights="abc",
     )  # fmt: skip
 
@@ -147,45 +150,89 @@ def test_no_subject_is_on_both_sides_of_a_fold(task):
         assert not set(subjects[inner]) & set(subjects[held])
 
 
+def scikit_learn_pipeline(task, width, strength, scaling):
+    """The same model in scikit-learn's words."""
+    from sklearn.decomposition import PCA
+    from sklearn.impute import SimpleImputer
+    from sklearn.linear_model import LogisticRegression, Ridge
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import FunctionTransformer, StandardScaler
+
+    def fitted_on(x, truth):
+        reduced = reduce.fit_transform(x)
+        centre, factor = reduced.mean(0), np.sqrt(reduced.var(0).sum() / 768)
+        scaler = StandardScaler() if scaling == PerFeature else FunctionTransformer(lambda x: (x - centre) / factor)
+        return make_pipeline(reduce, scaler, estimator).fit(x, truth)
+
+    estimator = Ridge(strength) if task.classes is None else LogisticRegression(C=strength, tol=1e-10, max_iter=5000)
+    reduce = make_pipeline(SimpleImputer(), *([PCA(width, svd_solver="full")] if width else []))
+    return fitted_on
+
+
+@pytest.mark.parametrize("scaling", [OneScale, PerFeature])
 @pytest.mark.parametrize("widths", [None, [3, 6]])
-@pytest.mark.parametrize("task", [Classification("diagnosis", **DIAGNOSIS), Regression("age")])
-def test_stored_arrays_predict_what_the_pipeline_does(task, widths):
-    """Imputation, PCA and scaling as four arrays, stored as JSON, predict the same to 1e-10."""
+@pytest.mark.parametrize("task", [Classification, Regression])
+def test_stored_arrays_predict_what_scikit_learn_does(task, widths, scaling):
+    """Imputation, PCA and scaling as four arrays, stored as JSON, predict the same to 1e-6."""
+    arguments = DIAGNOSIS if task is Classification else {}
+    task = task("diagnosis", **arguments, scaling=scaling())
     rng = np.random.default_rng(5)
     x = 3 + rng.standard_normal((90, 12)) * np.arange(1, 13)
     x[::17, 2] = np.nan
     truth = (np.nan_to_num(x[:, 0]) > 3).astype(float)
     subjects = np.array([f"s{i // 2}" for i in range(90)])
-    width, strength = choose_settings(task, x, truth, subjects, 0, widths)
-    reducer, predictor = build_reducer(x, width, 0), build_predictor(task, strength)
-    predictor.fit(reducer.fit_transform(x), truth)
-    reduced = reducer.transform(x)
-    expected = predictor.predict(reduced) if task.classes is None else predictor.predict_proba(reduced)[:, 1]
-    model = fit(task, x, truth, subjects, 0, widths)
+    width, strength = choose_settings(task, [Block(x, widths)], truth, subjects, 0)
+    pipeline = scikit_learn_pipeline(task, width, strength, scaling)(x, truth)
+    expected = pipeline.predict(x) if task.classes is None else pipeline.predict_proba(x)[:, 1]
+    model = fit(task, [Block(x, widths)], truth, subjects, 0)
     again = LinearModel.from_dict(json.loads(json.dumps(model.to_dict())))
-    np.testing.assert_allclose(again.predict(x), expected, atol=1e-10, rtol=0)
+    np.testing.assert_allclose(again.predict(x), expected, atol=1e-6, rtol=0)
     np.testing.assert_array_equal(again.coef, model.coef)
 
 
-def test_features_rotated_into_the_span_of_the_rows_give_the_same_predictions():
-    """With more voxels than scans: the same choice, and the same predictions for new scans too."""
+def test_more_features_than_scans_give_the_predictions_of_scikit_learn():
+    """Where there are more voxels than scans, both are rotated into the span of the scans; new scans too."""
     rng = np.random.default_rng(7)
     x, new = 5 + rng.standard_normal((40, 300)) * np.linspace(0.1, 3, 300), 5 + rng.standard_normal((9, 300))
     truth, subjects = x[:, -40:].sum(1), np.array([str(i) for i in range(40)])
-    task = Regression("age", bias_correction=True)
-    width, strength = choose_settings(task, x, truth, subjects, 0, [4, 16])
-    reducer, predictor = build_reducer(x, width, 0), build_predictor(task, strength)
-    predictor.fit(reducer.fit_transform(x), truth)
-    model = fit(task, x, truth, subjects, 0, [4, 16])
-    np.testing.assert_allclose(model.predict(new), predictor.predict(reducer.transform(new)), rtol=1e-8)
-    assert model.bias is not None
+    for widths in ([4, 16], None):
+        task = Regression("age", bias_correction=True)
+        width, strength = choose_settings(task, [Block(x, widths)], truth, subjects, 0)
+        pipeline = scikit_learn_pipeline(task, width, strength, OneScale)(x, truth)
+        model = fit(task, [Block(x, widths)], truth, subjects, 0)
+        np.testing.assert_allclose(model.predict(new), pipeline.predict(new), rtol=1e-8)
+        assert model.bias is not None
+
+
+def test_one_scale_keeps_a_steep_spectrum_that_standardisation_ruins():
+    """Age is in the first of 60 components, the variances fall by a factor of 1000: as in maps of real brains."""
+    rng = np.random.default_rng(3)
+    size = np.logspace(0, -1.5, 60)
+    x = rng.standard_normal((400, 60)) * size
+    truth, subjects = 50 + 10 * x[:, :3].sum(1) + 4 * rng.standard_normal(400), np.arange(400).astype(str)
+    errors = {}
+    for scaling in (OneScale, PerFeature):
+        model = fit(Regression("age", scaling=scaling()), x[:80], truth[:80], subjects[:80], 0)
+        errors[scaling] = np.abs(model.predict(x[80:]) - truth[80:]).mean()
+    assert errors[OneScale] < 0.85 * errors[PerFeature]
+
+
+@pytest.mark.parametrize("task", [Classification("diagnosis", **DIAGNOSIS), Regression("age")])
+def test_with_one_scale_a_rotation_the_unit_and_constant_features_change_nothing(task):
+    rng = np.random.default_rng(4)
+    x = rng.standard_normal((60, 8)) * np.arange(1, 9)
+    truth, subjects = (x[:, -1] + rng.standard_normal(60) > 0).astype(float), np.arange(60).astype(str)
+    rotation = np.linalg.qr(rng.standard_normal((100, 100)))[0][:8]  # 8 numbers in 100 features
+    changed = 7 * x @ rotation + 5
+    before, after = fit(task, x, truth, subjects, 0), fit(task, changed, truth, subjects, 0)
+    np.testing.assert_allclose(after.predict(changed), before.predict(x), atol=1e-4)
 
 
 def test_pca_width_is_limited_by_the_number_of_columns():
     rng = np.random.default_rng(6)
     x = rng.standard_normal((40, 6))
     subjects = np.array([str(i) for i in range(40)])
-    width, _ = choose_settings(Regression("age"), x, x @ np.ones(6), subjects, 0, [2, 500])
+    width, _ = choose_settings(Regression("age"), [Block(x, [2, 500])], x @ np.ones(6), subjects, 0)
     assert width == 6
 
 
@@ -203,24 +250,22 @@ def test_constant_features_give_a_constant_prediction():
 class Scripted:
     """A probe with given losses: `losses` maps a strength to one number per subject."""
 
-    column, classes, bias_correction = "age", None, False
+    column, classes, bias_correction, scaling = "age", None, False, OneScale()
 
     def __init__(self, losses, tolerance=1.0):
         self.tolerance = tolerance
         self.found, self.strengths = losses, list(losses)
         self.seeds = []
 
-    def estimator(self, strength):
-        from sklearn.linear_model import Ridge
-
-        return Ridge(alpha=strength)
+    def solve(self, features, truth, strengths):
+        return [(np.zeros(features.shape[1]), strength) for strength in strengths]
 
     def folds(self, truth, subjects, seed):
         self.seeds.append(seed)
         yield from Regression("age").folds(truth, subjects, seed)
 
-    def losses(self, model, features, truth):
-        return np.array([self.found[model.alpha][int(value)] for value in truth])
+    def losses(self, decision, truth):
+        return np.array([self.found[strength][int(value)] for strength, value in zip(decision, truth, strict=True)])
 
 
 @pytest.mark.parametrize(
@@ -241,7 +286,7 @@ def test_the_strongest_penalty_that_is_as_good_as_the_best_is_chosen(strong, wea
     # The truth of a scan is the number of its subject; a subject with many scans counts once.
     subjects = np.repeat(np.arange(10), [1, 2, 1, 3, 1, 1, 2, 1, 1, 9])
     features = np.random.default_rng(0).standard_normal((len(subjects), 2))
-    assert choose_settings(task, features, subjects.astype(float), subjects.astype(str), 3, None) == (None, expected)
+    assert choose_settings(task, [Block(features)], subjects.astype(float), subjects.astype(str), 3) == (None, expected)
     assert len(set(task.seeds)) == len(task.seeds) > 1  # the folds were drawn more than once
 
 
@@ -250,7 +295,7 @@ def test_without_tolerance_the_lowest_loss_decides():
     found = {100.0: [1.0] * 8 + [1.6, 0.8], 1.0: [1.0] * 10}  # within one standard error, see above
     for tolerance, expected in ((1.0, 100.0), (0.0, 1.0)):
         task = Scripted(found, tolerance)
-        assert choose_settings(task, features, subjects.astype(float), subjects.astype(str), 3, None) == (
+        assert choose_settings(task, [Block(features)], subjects.astype(float), subjects.astype(str), 3) == (
             None,
             expected,
         )
@@ -382,7 +427,7 @@ def test_scans_of_another_cohort_that_fail_the_out_of_distribution_check_are_lis
     check = OodCheck(np.arange(64).reshape(4, 4, 4) / 64, 0.9, (0.5, 1.0))
     ramp = torch.arange(64.0).view(1, 1, 4, 4, 4) / 64
     other.model = SimpleNamespace(ood_check=check)
-    other.volumes = lambda rows: ramp.flip(2) if rows[0] == 3 else ramp
+    other.volumes = lambda rows: torch.cat([ramp.flip(2) if row == 3 else ramp for row in rows])
     with caplog.at_level(logging.INFO):
         metrics = dict(ExternalCohort(judged[0].out / "probes.json", resamples=20)(other))
     assert metrics["external/ood/scans"] == 40

@@ -42,20 +42,31 @@ class LinearModel:
         Raises:
             UserError: D is not the number of features that it was fitted on.
         """
-        if features.shape[1] != len(self.mean):
-            raise UserError(
-                f"the frozen predictor of {self.column!r} takes {len(self.mean)} features, the cohort has "
-                f"{features.shape[1]}; prepare the cohort with the same model and volume size"
-            )
+        self.check_features(features.shape[1])
         features = np.asarray(features, np.float64)
         filled = np.where(np.isnan(features), self.mean, features)
         return ((filled - self.mean) / self.std) @ self.coef + self.intercept
 
+    def check_features(self, count: int) -> None:
+        """Refuse another number of features than D.
+
+        Raises:
+            UserError: `count` is not D.
+        """
+        if count != len(self.mean):
+            raise UserError(
+                f"the frozen predictor of {self.column!r} takes {len(self.mean)} features, the cohort has {count}; "
+                "prepare the cohort with the same model and volume size"
+            )
+
     def predict(self, features: np.ndarray) -> np.ndarray:
         """Probability of the positive class, or the predicted number, (N,), of features (N, D)."""
+        return self.from_decision(self.decision(features))
+
+    def from_decision(self, decision: np.ndarray) -> np.ndarray:
+        """Probability of the positive class of a decision (N,); a number is its own decision."""
         from scipy.special import expit
 
-        decision = self.decision(features)
         return decision if self.classes is None else expit(decision)
 
     def unbiased(self, prediction: np.ndarray) -> np.ndarray:

@@ -22,10 +22,15 @@ PREDICTORS = {
     "embedding": "LDAE embedding",
     "mean": "no features",
     "age_sex": "age and sex",
+    "pca_view": "PCA of the encoder's view",
+    "pca_images": "PCA of scans",
     "pca": "PCA of latents",
-    "images": "PCA of scans",
+    "pca_view_and_y": "PCA of the view, and y",
+    "components": "components of y alone",
+    "residual": "residual of y alone",
     "untrained_0": "untrained encoder",
     "volumes": "region volumes",
+    "volumes_head": "region volumes and head size",
 }
 UNITS = {"age": "years"}  # of numeric columns
 

@@ -5,6 +5,10 @@ apart. *Transductive*: the encoder saw the scans without their labels (splits tr
 of the predicted scans, which are either one run's test split (`CrossValidation`) or the test folds of several runs,
 each trained without its fold (`PooledFolds`). In both, no probe sees the labels of the fold that it predicts.
 
+Baselines know as much as the encoder. Transductive: principal components (of the view, the scans, the latents) are
+those of all scans of the regime, without labels, because the encoder saw these too. Inductive: they are fitted on the
+scans that the probe is fitted on. Scaling, penalty and slopes are fitted on each fold's own fitting rows in both.
+
 Metrics: `cv/<regime>/probe/<probe>/<metric>` and `cv/<regime>/baseline/<baseline>/<probe>/<metric>`, with intervals and
 paired differences as in evaluator.py, and `cv/<regime>/probe/<probe>/repeats`. A metric is computed from all held-out
 predictions of one repeat and averaged over repeats; the bootstrap draws subjects.
@@ -18,9 +22,8 @@ import numpy as np
 import pandas as pd
 
 from ldae.evaluation.context import Context
-from ldae.evaluation.probes.baselines import CHOICES, Features
+from ldae.evaluation.probes.baselines import BASELINES, WIDTHS, Features, check_baselines
 from ldae.evaluation.probes.bootstrap import draw_subject_weights
-from ldae.evaluation.probes.evaluator import check_baselines
 from ldae.evaluation.probes.predictors import (
     UNBIASED,
     draw_predictions,
@@ -37,6 +40,7 @@ from ldae.utils.results_record import read_record
 log = logging.getLogger(__name__)
 
 REGIMES = {"transductive": ("train", "val"), "inductive": ("test",)}  # with the splits that are divided into folds
+SEEN_BY_ENCODER = ("transductive",)
 REGIME_TEXT = {
     "transductive": "the encoder saw these scans, without labels",
     "inductive": "the encoder saw none of these scans",
@@ -50,21 +54,26 @@ class CrossValidation:
         self,
         probes: Mapping[str, Probe],
         regime: str = "transductive",
-        baselines: Sequence[str] = CHOICES,
+        baselines: Sequence[str] = BASELINES,
         repeats: int = 5,
         resamples: int = 1000,
-        pca_widths: Sequence[int] = (8, 16, 32, 64, 128),
+        pca_widths: Sequence[int] = WIDTHS,
+        head_size: bool = False,
     ):
-        """`repeats`: how often the folds are drawn anew."""
+        """`repeats`: how often the folds are drawn anew. `head_size`: whether every predictor reads the head's size."""
         if regime not in REGIMES:
             raise UserError(f"evaluation.cross_validation.regime={regime}: one of {', '.join(REGIMES)} is needed")
         check_baselines(baselines, "evaluation.cross_validation.baselines")
         self.probes, self.regime, self.baselines = dict(probes or {}), regime, list(baselines)
-        self.repeats, self.resamples, self.pca_widths = repeats, resamples, list(pca_widths)
+        self.repeats, self.resamples = repeats, resamples
+        self.pca_widths, self.head_size = list(pca_widths), head_size
 
     def __call__(self, context: Context) -> Iterator[tuple[str, float]]:
-        features, splits = Features(context), REGIMES[self.regime]
+        splits = REGIMES[self.regime]
         rows_of_regime = context.rows(*splits)
+        # What the encoder has seen, principal components have seen as well, likewise without labels.
+        known_rows = rows_of_regime if self.regime in SEEN_BY_ENCODER else None
+        features = Features(context, self.pca_widths, self.head_size, known_rows)
         log.info("cross-validation, %s: %s (%d)", self.regime, REGIME_TEXT[self.regime], len(rows_of_regime))
         for name, probe in self.probes.items():
             truth = probe.target(context.table)
@@ -94,15 +103,14 @@ class CrossValidation:
         """The held-out predictions of one repeat, one row per scan; see `score_folds` for the columns."""
         table, parts, seed = context.table, [], context.seed + repeat
         for inner, held in probe.folds(truth[rows], context.subjects(rows), seed):
-            predictors = fit_predictors(context, probe, features, truth, rows[inner], baselines, self.pca_widths, seed)
+            predictors = fit_predictors(context, probe, features, truth, rows[inner], baselines, seed)
             part = table.iloc[rows[held]][["subject", "session"]].assign(
                 age=read_numbers(table.iloc[rows[held]], "age"), truth=truth[rows[held]], repeat=repeat
             )
             for key, predictor in predictors.items():
-                prediction = predictor.model.predict(features(key, predictor.columns)[1][rows[held]])
-                part[key] = prediction
+                part[key] = prediction = predictor.predict(rows[held])
                 if probe.bias_correction:
-                    part[f"{key}{UNBIASED}"] = predictor.model.unbiased(prediction)
+                    part[f"{key}{UNBIASED}"] = predictor.unbiased(prediction)
             parts.append(part)
         return pd.concat(parts)
 

@@ -13,6 +13,8 @@ Metrics, each with `_low` and `_high`, the 95 % interval of a bootstrap over sub
   volumes (1).
 - With a probe's `bias_correction`: `unbiased_mae`, and `gap_pearson` and `unbiased_gap_pearson`, the correlation of
   (predicted - true) with the true value before and after the correction.
+- `baseline/pca_view_and_y/<probe>/<metric>_gain`: components of the view and y together, minus the components alone on
+  the same resamples; positive = y tells more than the components.
 - `baseline/untrained/<probe>/<metric>` is the mean over draws of the encoder's initial weights, the first of which
   started this training; `<metric>_spread` is the standard deviation over them.
 
@@ -31,7 +33,8 @@ from ldae.editing.frozen_probes import EMBEDDING, FrozenProbe, read_frozen_probe
 from ldae.editing.linear_model import LinearModel
 from ldae.evaluation.context import Context
 from ldae.evaluation.other_cohort import EXTERNAL, file_prefix
-from ldae.evaluation.probes.baselines import BASELINES, CHOICES, Features
+from ldae.evaluation.probes.baselines import BASELINES, WIDTHS, Features, check_baselines
+from ldae.evaluation.probes.fitted_predictors import apply_frozen
 from ldae.evaluation.probes.predictors import fit_predictors, score_predictors
 from ldae.evaluation.probes.table_features import describe_values
 from ldae.evaluation.probes.targets import Classification, Probe, Regression
@@ -54,15 +57,17 @@ class Probes:
         resamples: int = 1000,
         fit_splits: Sequence[str] = ("train",),
         baseline_visits_only: bool = False,
-        pca_widths: Sequence[int] = (8, 16, 32, 64, 128),
+        pca_widths: Sequence[int] = WIDTHS,
+        head_size: bool = False,
     ):
+        """`head_size`: whether the head's size is a feature of every predictor; these probes are not stored."""
         check_baselines(baselines, "evaluation.probes.baselines")
         self.probes, self.baselines, self.resamples = dict(probes or {}), list(baselines), resamples
         self.fit_splits, self.baseline_visits_only = list(fit_splits), baseline_visits_only
-        self.pca_widths = list(pca_widths)
+        self.pca_widths, self.head_size = list(pca_widths), head_size
 
     def __call__(self, context: Context) -> Iterator[tuple[str, float]]:
-        features, frozen = Features(context), {}
+        features, frozen = Features(context, self.pca_widths, self.head_size), {}
         for name, probe in self.probes.items():
             truth = probe.target(context.table)
             usable = np.isfinite(truth)
@@ -76,12 +81,14 @@ class Probes:
                 context.skip(f"probe {name} is skipped: {reason}; {probe.describe_remedy(context.table, name)}")
                 continue
             baselines = features.select_applicable(self.baselines, probe.column, fit_rows)
-            predictors = fit_predictors(
-                context, probe, features, truth, fit_rows, baselines, self.pca_widths, context.seed
-            )
+            predictors = fit_predictors(context, probe, features, truth, fit_rows, baselines, context.seed)
             frozen[name] = predictors
             yield from score_predictors(context, name, probe, predictors, features, truth, test_rows, self.resamples)
-        write_frozen_probes(context.out / "probes.json", frozen, context.weights)
+        if self.head_size:
+            context.skip("probes.json is not written: a probe that reads the head's size is none of y alone")
+            return
+        stored = {name: {key: one.freeze() for key, one in fitted.items()} for name, fitted in frozen.items()}
+        write_frozen_probes(context.out / "probes.json", stored, context.weights)
 
     def _reason_skipped(
         self, context: Context, probe: Probe, truth: np.ndarray, fit_rows: np.ndarray, test_rows: np.ndarray
@@ -91,13 +98,6 @@ class Probes:
             if reason:
                 return f"{splits} has {reason}"
         return None
-
-
-def check_baselines(names: Sequence[str], key: str) -> None:
-    """Refuse an unknown baseline, naming the config's `key`."""
-    unknown = sorted(set(names) - set(CHOICES))
-    if unknown:
-        raise UserError(f"{key}: unknown {unknown[0]!r}, choose from {', '.join(CHOICES)}")
 
 
 class ExternalCohort:
@@ -127,8 +127,8 @@ class ExternalCohort:
         features, table, scored = Features(context), context.table, 0
         probes = self.read_probes(context.weights)
         yield from self._check_distribution(context, prefix)
-        for name, predictors in probes.items():
-            probe = build_probe(predictors[EMBEDDING].model)
+        for name, frozen in probes.items():
+            probe = build_probe(frozen[EMBEDDING].model)
             truth = probe.target(table)
             usable = np.isfinite(truth)
             if self.baseline_visits_only:
@@ -140,6 +140,7 @@ class ExternalCohort:
                 context.skip(f"external probe {name} is skipped: the cohort has {reason}; {remedy}")
                 continue
             scored += 1
+            predictors = apply_frozen(frozen, features)
             yield from score_predictors(context, name, probe, predictors, features, truth, rows, self.resamples, prefix)
         if not scored:
             reasons = "; ".join(context.skipped) or f"{self.frozen} has no probe"
@@ -147,7 +148,7 @@ class ExternalCohort:
 
     def read_probes(self, weights: str) -> dict[str, dict[str, FrozenProbe]]:
         """The frozen predictors of each probe; see `read_frozen_probes`."""
-        return read_frozen_probes(self.frozen, weights)
+        return read_frozen_probes(self.frozen, weights, with_scans=True)
 
     def _check_distribution(self, context: Context, prefix: str) -> Iterator[tuple[str, float]]:
         check = getattr(context.model, "ood_check", None)

@@ -1,102 +1,102 @@
 """Fits one linear probe on training rows. Every choice is made by cross-validation over the subjects of these rows.
 
-The model is mean imputation, optionally PCA, standardisation, then logistic or ridge regression. All of it, scaling and
-PCA included, is refitted in every fold, so that nothing depends on a held-out fold or on the test set.
+The model is mean imputation, optionally PCA, scaling (scaling.py), then logistic or ridge regression. All of it,
+scaling and PCA included, is refitted in every fold, so that nothing depends on a held-out fold or on the test set. Only
+components that are given as such (`Block.are_components`) are not computed again.
 """
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ldae.editing.linear_model import LinearModel
+from ldae.evaluation.probes.blocks import Block, Preparation, prepare, rotate_into_span
 
 if TYPE_CHECKING:
-    from sklearn.pipeline import Pipeline
-
     from ldae.evaluation.probes.targets import Probe
 
 log = logging.getLogger(__name__)
 
 REPEATS = 2  # how often the folds are drawn
-SMALL = 4_000_000  # up to this many values, PCA is exact and one thread is used
+SMALL = 4_000_000  # up to this many values, one thread is used
 MIN_SLOPE = 0.05  # below this slope of predicted over true values there is nothing to correct
 Setting = tuple[int | None, float]  # PCA width and regularisation strength
 
 
 def fit(
     probe: "Probe",
-    features: np.ndarray,
+    features: np.ndarray | Sequence[Block],
     truth: np.ndarray,
     subjects: np.ndarray,
     seed: int,
-    widths: Sequence[int] | None = None,
 ) -> LinearModel:
-    """Choose the PCA width (if `widths` are given) and the regularisation by folds, then refit on all rows.
+    """Choose the PCA width (if a block has widths) and the regularisation by folds, then refit on all rows.
 
     Args:
-        features: (N, D), NaN where missing; D = 0 gives a constant predictor.
+        features: blocks of N rows, or one array (N, D), NaN where missing; D = 0 gives a constant predictor.
         truth: (N,), 0 or 1 for a class, or a number.
         subjects: (N,); no subject is on both sides of a fold.
+
+    Returns:
+        A model of the features of all blocks side by side.
     """
-    if features.shape[1] == 0:
+    blocks = [Block(features)] if isinstance(features, np.ndarray) else list(features)
+    if sum(block.values.shape[1] for block in blocks) == 0:
         return _constant_model(probe, truth)
-    if widths and len(features) < features.shape[1] and np.isfinite(features).all():
-        coordinates, axes = _rotate_into_span(features)
-        found = fit(probe, coordinates, truth, subjects, seed, widths)
-        return replace(found, mean=axes @ found.mean, std=np.ones(len(axes)), coef=axes @ found.coef)
-    width, strength = choose_settings(probe, features, truth, subjects, seed, widths)
-    reducer, predictor = build_reducer(features, width, seed), build_predictor(probe, strength)
-    predictor.fit(reducer.fit_transform(features), truth)
-    fitted = _as_linear_model(probe, reducer, predictor)
+    setting = choose_settings(probe, blocks, truth, subjects, seed)
+    fitted = _fit_setting(probe, blocks, truth, seed, setting)
     if not probe.bias_correction:
         return fitted
-    return replace(fitted, bias=_fit_bias(probe, features, truth, subjects, seed, width, strength))
+    return replace(fitted, bias=_fit_bias(probe, blocks, truth, subjects, seed, setting))
 
 
-def _rotate_into_span(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Rows (N, D), N < D, in an orthonormal basis of their span: coordinates (N, R), and the axes (D, R).
+def _fit_setting(
+    probe: "Probe", blocks: Sequence[Block], truth: np.ndarray, seed: int, setting: Setting
+) -> LinearModel:
+    """The model of one setting, with imputation, PCA and scaling folded into mean, std, coef and intercept."""
+    width, strength = setting
+    prepared = _prepare_all(probe, blocks, width, seed)
+    values = np.concatenate([do(block.values) for do, block in zip(prepared, blocks, strict=True)], 1)
+    axes = rotate_into_span(values) if len(values) < values.shape[1] else None
+    ((coef, intercept),) = probe.solve(values if axes is None else values @ axes, truth, [strength])
+    coef = coef if axes is None else axes @ coef
+    means, stds, coefs, start = [], [], [], 0
+    for do in prepared:
+        part = coef[start : start + len(do.divisors)]
+        start += len(do.divisors)
+        means.append(do.mean)
+        stds.append(do.divisors if do.axes is None else np.ones(len(do.mean)))
+        coefs.append(part if do.axes is None else do.axes @ (part / do.divisors))
+    arrays = (np.concatenate(parts) for parts in (means, stds, coefs))
+    return LinearModel(probe.column, *arrays, intercept, probe.classes)
 
-    Principal components of any of the rows are the same in these coordinates, and thousands of voxels become at most N
-    numbers.
-    """
-    features = np.asarray(features, np.float64)
-    values, vectors = np.linalg.eigh(features @ features.T)
-    kept = values >= 1e-10 * values[-1]  # all of them if every value is 0
-    lengths = np.sqrt(np.maximum(values[kept], np.finfo(np.float64).tiny))
-    return vectors[:, kept] * lengths, features.T @ (vectors[:, kept] / lengths)
+
+def _prepare_all(probe: "Probe", blocks: Sequence[Block], width: int | None, seed: int) -> list[Preparation]:
+    """The preparation of each block; blocks with widths are reduced to `width` components, or what their rows allow."""
+    return [
+        prepare(block, min(width, block.usable_widths()[-1]) if block.widths else None, probe.scaling, seed)
+        for block in blocks
+    ]
 
 
 def _fit_bias(
-    probe: "Probe",
-    features: np.ndarray,
-    truth: np.ndarray,
-    subjects: np.ndarray,
-    seed: int,
-    width: int | None,
-    strength: float,
+    probe: "Probe", blocks: Sequence[Block], truth: np.ndarray, subjects: np.ndarray, seed: int, setting: Setting
 ) -> tuple[float, float] | None:
     """(intercept, slope) of out-of-fold predictions over true values; None if predictions do not follow them."""
     predicted = np.full(len(truth), np.nan)
     for inner, held in probe.folds(truth, subjects, seed):
-        usable = _usable_widths([width], len(inner), features.shape[1])[0] if width else None
-        reducer, predictor = build_reducer(features[inner], usable, seed), build_predictor(probe, strength)
-        predictor.fit(reducer.fit_transform(features[inner]), truth[inner])
-        predicted[held] = predictor.predict(reducer.transform(features[held]))
+        model = _fit_setting(probe, [block.take(inner) for block in blocks], truth[inner], seed, setting)
+        predicted[held] = model.decision(np.concatenate([block.values[held] for block in blocks], 1))
     slope, intercept = np.polyfit(truth, predicted, 1)
     return (float(intercept), float(slope)) if slope > MIN_SLOPE else None
 
 
 def choose_settings(
-    probe: "Probe",
-    features: np.ndarray,
-    truth: np.ndarray,
-    subjects: np.ndarray,
-    seed: int,
-    widths: Sequence[int] | None,
+    probe: "Probe", blocks: Sequence[Block], truth: np.ndarray, subjects: np.ndarray, seed: int
 ) -> Setting:
     """The PCA width with the lowest held-out loss, and for it the strongest penalty that is about as good.
 
@@ -104,7 +104,7 @@ def choose_settings(
     over subjects. (The rule of Breiman et al. 1984 takes the standard error of the lowest loss itself, as if the two
     settings had been tried on different subjects.)
     """
-    losses = _held_out_losses(probe, features, truth, subjects, seed, widths)
+    losses = _held_out_losses(probe, blocks, truth, subjects, seed)
     best = min(losses, key=lambda setting: losses[setting].mean())
     width, lowest = best[0], losses[best]
     strength = next(s for s in probe.strengths if _is_as_good(losses[width, s] - lowest, probe.tolerance))
@@ -113,12 +113,7 @@ def choose_settings(
 
 
 def _held_out_losses(
-    probe: "Probe",
-    features: np.ndarray,
-    truth: np.ndarray,
-    subjects: np.ndarray,
-    seed: int,
-    widths: Sequence[int] | None,
+    probe: "Probe", blocks: Sequence[Block], truth: np.ndarray, subjects: np.ndarray, seed: int
 ) -> dict[Setting, np.ndarray]:
     """Mean held-out loss of each subject, (S,), for every setting that was possible in all folds.
 
@@ -129,22 +124,19 @@ def _held_out_losses(
     total: dict[Setting, np.ndarray] = {}
     folds: Counter[int | None] = Counter()
     tries = np.zeros(len(truth))
+    size = sum(block.values.size for block in blocks)
     # On a small fit, threads spend more time waiting for each other than they save.
-    with threadpool_limits(1 if features.size <= SMALL else None):
+    with threadpool_limits(1 if size <= SMALL else None):
         for repeat in range(REPEATS):
             for inner, held in probe.folds(truth, subjects, seed + repeat):
                 tries[held] += 1
-                usable = _usable_widths(widths, len(inner), features.shape[1])
-                folds.update(usable)
-                # The leading components of one PCA are the PCA of every smaller width: one decomposition per fold.
-                reducer = build_reducer(features[inner], usable[-1], seed)
-                fitting, testing = reducer.fit_transform(features[inner]), reducer.transform(features[held])
-                for width in usable:
-                    x_fit, x_test = _standardise(fitting[:, :width], testing[:, :width])
-                    for strength in probe.strengths:
-                        model = probe.estimator(strength).fit(x_fit, truth[inner])
+                fitting, testing = ([block.take(rows) for block in blocks] for rows in (inner, held))
+                for width, x_fit, x_test in _prepared_folds(probe, fitting, testing, seed):
+                    folds[width] += 1
+                    fits = probe.solve(x_fit, truth[inner], probe.strengths)
+                    for strength, (coef, intercept) in zip(probe.strengths, fits, strict=True):
                         losses = total.setdefault((width, strength), np.zeros(len(truth)))
-                        losses[held] += probe.losses(model, x_test, truth[held])
+                        losses[held] += probe.losses(x_test @ coef + intercept, truth[held])
     tested, most = tries > 0, max(folds.values())
     return {
         setting: _mean_per_subject(losses[tested] / tries[tested], subjects[tested])
@@ -153,25 +145,33 @@ def _held_out_losses(
     }
 
 
+def _prepared_folds(
+    probe: "Probe", fitting: Sequence[Block], testing: Sequence[Block], seed: int
+) -> Iterator[tuple[int | None, np.ndarray, np.ndarray]]:
+    """(width, prepared fitting rows, prepared testing rows) for every usable width; [None] without PCA.
+
+    If there are fewer fitting rows than features, both are rotated into the span of the fitting rows.
+    """
+    widths = sorted({width for block in fitting for width in block.usable_widths()})
+    prepared = _prepare_all(probe, fitting, widths[-1] if widths else None, seed)
+    for width in widths or [None]:
+        chosen = [
+            do if do.axes is None else do.narrowed(block, width, probe.scaling)
+            for do, block in zip(prepared, fitting, strict=True)
+        ]
+        x_fit, x_test = (
+            np.concatenate([do(block.values) for do, block in zip(chosen, blocks, strict=True)], 1)
+            for blocks in (fitting, testing)
+        )
+        if len(x_fit) < x_fit.shape[1]:
+            axes = rotate_into_span(x_fit)
+            x_fit, x_test = x_fit @ axes, x_test @ axes
+        yield width, x_fit, x_test
+
+
 def _mean_per_subject(values: np.ndarray, subjects: np.ndarray) -> np.ndarray:
     _, subject = np.unique(subjects, return_inverse=True)
     return np.bincount(subject, values) / np.bincount(subject)
-
-
-def _standardise(fitting: np.ndarray, testing: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Both standardised with the mean and standard deviation of the fitting rows.
-
-    If there are fewer fitting rows than columns, both are rotated into the span of the fitting rows: a penalty on the
-    squared length of the slopes is the same there and takes less arithmetic.
-    """
-    from sklearn.preprocessing import StandardScaler
-
-    scaler = StandardScaler().fit(fitting)
-    fitting, testing = scaler.transform(fitting), scaler.transform(testing)
-    if len(fitting) >= fitting.shape[1]:
-        return fitting, testing
-    fitting, axes = _rotate_into_span(fitting)
-    return fitting, testing @ axes
 
 
 def _is_as_good(excess: np.ndarray, tolerance: float) -> bool:
@@ -180,53 +180,9 @@ def _is_as_good(excess: np.ndarray, tolerance: float) -> bool:
     return bool(excess.mean() <= tolerance * error)
 
 
-def _usable_widths(widths: Sequence[int] | None, rows: int, columns: int) -> list[int | None]:
-    """The PCA widths that this many rows and columns allow, ascending; [None] without PCA."""
-    if not widths:
-        return [None]
-    limit = min(rows - 1, columns)
-    return sorted({min(width, limit) for width in widths})
-
-
-def build_reducer(features: np.ndarray, width: int | None, seed: int) -> "Pipeline":
-    """Mean imputation, then the leading `width` principal components; None keeps the features."""
-    from sklearn.decomposition import PCA
-    from sklearn.impute import SimpleImputer
-    from sklearn.pipeline import make_pipeline
-
-    imputer = SimpleImputer(keep_empty_features=True)
-    if width is None:
-        return make_pipeline(imputer)
-    # Exact if that is cheap, otherwise randomised with a fixed seed.
-    solver = "full" if features.size <= SMALL else "randomized"
-    return make_pipeline(imputer, PCA(width, svd_solver=solver, random_state=seed))
-
-
-def build_predictor(probe: "Probe", strength: float) -> "Pipeline":
-    """Standardisation, then the probe's estimator."""
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
-
-    return make_pipeline(StandardScaler(), probe.estimator(strength))
-
-
 def _constant_model(probe: "Probe", truth: np.ndarray) -> LinearModel:
     """Always the mean; for a class, always its share, which predicts the majority class."""
     mean = float(truth.mean())
     intercept = mean if probe.classes is None else float(np.log(mean / (1 - mean)))
     none = np.zeros(0)
     return LinearModel(probe.column, none, none, none, intercept, probe.classes)
-
-
-def _as_linear_model(probe: "Probe", reducer: "Pipeline", predictor: "Pipeline") -> LinearModel:
-    """Imputation, PCA and standardisation folded into mean, std, coef and intercept of the input features."""
-    scaler, estimator = predictor[0], predictor[-1]
-    coef, intercept = np.ravel(estimator.coef_), float(np.ravel(estimator.intercept_)[0])
-    if len(reducer) == 1:
-        return LinearModel(probe.column, scaler.mean_, scaler.scale_, coef, intercept, probe.classes)
-    pca = reducer[-1]
-    slopes = coef / scaler.scale_  # of the components
-    intercept -= float(slopes @ scaler.mean_)  # the components' mean, which is 0 up to rounding
-    ones = np.ones_like(pca.mean_, dtype=np.float64)
-    direction = pca.components_.T.astype(np.float64) @ slopes
-    return LinearModel(probe.column, pca.mean_.astype(np.float64), ones, direction, intercept, probe.classes)

@@ -9,13 +9,14 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ldae.editing.frozen_probes import EMBEDDING, FrozenProbe
+from ldae.editing.frozen_probes import EMBEDDING
 from ldae.evaluation import figures
 from ldae.evaluation.context import Context
 from ldae.evaluation.other_cohort import file_prefix
-from ldae.evaluation.probes.baselines import REDUCED, UNTRAINED, Features, is_draw
+from ldae.evaluation.probes.baselines import STACKED, UNTRAINED, VIEW, Features, is_draw
 from ldae.evaluation.probes.bootstrap import draw_subject_weights, summarise
 from ldae.evaluation.probes.scores import pearson
+from ldae.evaluation.probes.fitted_predictors import FittedPredictor, Predictor
 from ldae.evaluation.probes.table_features import read_numbers
 from ldae.evaluation.probes.targets import Probe
 
@@ -29,22 +30,20 @@ def fit_predictors(
     truth: np.ndarray,
     rows: np.ndarray,
     baselines: Sequence[str],
-    widths: Sequence[int],
     seed: int,
-) -> dict[str, FrozenProbe]:
+) -> dict[str, FittedPredictor]:
     """The probe of the embedding and the applicable `baselines`, fitted on `rows` only.
 
     Args:
         truth: (N,), one label per row of the table.
-        widths: numbers of principal components to choose from.
     """
     predictors = {}
     for name in (EMBEDDING, *baselines):
-        columns, values = features(name)
-        reduced = widths if name in REDUCED else None
-        predictors[name] = FrozenProbe(
-            columns, probe.fit(values[rows], truth[rows], context.subjects(rows), seed, reduced)
-        )
+        columns, sources = features(name)
+        fitted = [source.fit_on(rows, seed) for source in sources]
+        blocks = [source.block(rows) for source in fitted]
+        model = probe.fit(blocks, truth[rows], context.subjects(rows), seed)
+        predictors[name] = FittedPredictor(columns, fitted, model)
     return predictors
 
 
@@ -52,7 +51,7 @@ def score_predictors(
     context: Context,
     name: str,
     probe: Probe,
-    predictors: Mapping[str, FrozenProbe],
+    predictors: Mapping[str, Predictor],
     features: Features,
     truth: np.ndarray,
     rows: np.ndarray,
@@ -72,9 +71,8 @@ def score_predictors(
         if reason:
             context.skip(f"baseline {key} is not computed for {name}: {reason}")
             continue
-        _, values = features(key, predictor.columns)
-        predictions[key] = predictor.model.predict(values[rows])
-    unbiased = {key: predictors[key].model.unbiased(value) for key, value in predictions.items()}
+        predictions[key] = predictor.predict(rows)
+    unbiased = {key: predictors[key].unbiased(value) for key, value in predictions.items()}
     age, weights = read_numbers(table, "age"), draw_subject_weights(table["subject"], resamples, context.seed)
     scores = {
         key: score_predictor(probe, truth[rows], predictions[key], unbiased[key], age, weights) for key in unbiased
@@ -132,6 +130,11 @@ def metrics_by_name(
         for metric, values in stacked.items():
             if len(draws) > 1:
                 yield f"{stem}/{metric}_spread", float(values[:, 0].std(ddof=1))
+    if {VIEW, STACKED} <= scores.keys():
+        both, alone = scores[STACKED], scores[VIEW]
+        for metric in [metric for metric in probe.signs if metric in both and metric in alone]:
+            gain = probe.signs[metric] * (both[metric] - alone[metric])
+            yield from summarise(f"{prefix}baseline/{STACKED}/{name}/{metric}_gain", gain)
     if {"mean", "volumes"} <= scores.keys() and "mae" in ours:
         mean, volumes = scores["mean"]["mae"], scores["volumes"]["mae"]
         yield from summarise(f"{prefix}probe/{name}/mae_share_to_volumes", (mean - ours["mae"]) / (mean - volumes))

@@ -1,44 +1,60 @@
 """Features that are read from the table of scans: age, sex and region volumes."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import pandas as pd
 
 VOLUME, HEAD = "_mm3", "head_mm3"
+HEAD_SIZE = (HEAD, "affine_determinant")  # columns that tell a head's size: its volume, the registration's scaling
+TABLE_FEATURES = ("age_sex", "volumes", "volumes_head")
+RATIO = "/"  # a feature "a/b" is the column a divided by the column b
 SEXES = {"M": 1.0, "MALE": 1.0, "F": 0.0, "FEMALE": 0.0}
 SHOWN_VALUES = 6  # values of a column that a message shows
 
 
-def read_table_features(
-    table: pd.DataFrame, name: str, columns: list[str] | None = None
-) -> tuple[list[str], np.ndarray]:
-    """Column names and values (N, D) of `age_sex` or `volumes`; D = 0 if the table has no region volumes.
-
-    Args:
-        columns: exactly the columns to read, those of a frozen predictor; missing ones are NaN. None: age and sex, or
-            all region volumes that there are.
-    """
+def find_columns(table: pd.DataFrame, name: str) -> list[str]:
+    """The features that `age_sex`, `volumes` or `volumes_head` reads from a table; empty if it has none of them."""
     if name == "age_sex":
-        columns = columns or ["age", "sex"]
-    wanted = columns or find_volume_columns(table)
-    found = {column: read_numbers(table, column) for column in wanted}
-    kept = wanted if columns else [column for column in wanted if np.isfinite(found[column]).any()]
-    values = [found[column] / found[HEAD] if _is_relative(column, kept) else found[column] for column in kept]
-    return kept, np.stack(values, 1) if values else np.zeros((len(table), 0))
+        return ["age", "sex"]
+    regions = find_region_columns(table)
+    if name == "volumes":
+        return regions
+    head = find_head_columns(table)
+    return [*regions, *head] if regions and head else []
 
 
-def find_volume_columns(table: pd.DataFrame) -> list[str]:
-    """The region volumes of a table, then the head's; empty if the table has no region."""
-    regions = sorted(str(column) for column in table if str(column).endswith(VOLUME) and column != HEAD)
-    return [*regions, HEAD] if regions else []
+def find_region_columns(table: pd.DataFrame) -> list[str]:
+    """The region volumes of a table, relative to the head's volume if it has that."""
+    regions = [str(column) for column in table if str(column).endswith(VOLUME) and column != HEAD]
+    relative = f"{RATIO}{HEAD}" if np.isfinite(read_numbers(table, HEAD)).any() else ""
+    return sorted(f"{region}{relative}" for region in regions if np.isfinite(read_numbers(table, region)).any())
 
 
-def _is_relative(column: str, columns: list[str]) -> bool:
-    """Whether a column is a region volume to be divided by the head's."""
-    return HEAD in columns and column != HEAD and column.endswith(VOLUME)
+def find_head_columns(table: pd.DataFrame) -> list[str]:
+    """The columns that tell the size of a head."""
+    return [column for column in HEAD_SIZE if np.isfinite(read_numbers(table, column)).any()]
+
+
+def read_columns(table: pd.DataFrame, columns: Sequence[str]) -> np.ndarray:
+    """Features (N, D) by the names that `find_columns` gives, NaN where a value is missing.
+
+    Predictors of an earlier version of this project name regions without the head's volume, which they were divided by
+    if it was among their columns.
+    """
+    former = HEAD in columns and not any(RATIO in column for column in columns)
+    divided = [f"{c}{RATIO}{HEAD}" if former and c.endswith(VOLUME) and c != HEAD else c for c in columns]
+    return np.stack([read_numbers(table, column) for column in divided], 1) if divided else np.zeros((len(table), 0))
 
 
 def read_numbers(table: pd.DataFrame, column: str) -> np.ndarray:
-    """A column as (N,) float64, sex as 1 for M and 0 for F; NaN where a value, or the whole column, is missing."""
+    """A column as (N,) float64, sex as 1 for M and 0 for F; NaN where a value, or the whole column, is missing.
+
+    `a/b` is the quotient of two columns.
+    """
+    if RATIO in column and column not in table:
+        first, second = (read_numbers(table, part) for part in column.split(RATIO, 1))
+        return np.divide(first, second, out=np.full(len(table), np.nan), where=second != 0)
     if column not in table:
         return np.full(len(table), np.nan)
     if column == "sex":
@@ -48,7 +64,8 @@ def read_numbers(table: pd.DataFrame, column: str) -> np.ndarray:
 
 
 def find_given(table: pd.DataFrame, column: str) -> np.ndarray:
-    """Whether each row has any value in a column, (N,) bool; False if there is no such column."""
+    """Whether each row has any value in a column (of a quotient: the first), (N,) bool; False without such a column."""
+    column = column if column in table else column.split(RATIO)[0]
     if column not in table:
         return np.zeros(len(table), dtype=bool)
     return (table[column].notna() & (table[column].astype(str).str.strip() != "")).to_numpy()
@@ -56,6 +73,7 @@ def find_given(table: pd.DataFrame, column: str) -> np.ndarray:
 
 def describe_values(table: pd.DataFrame, column: str) -> str:
     """The most frequent values of a column with their counts, for messages."""
+    column = column if column in table else column.split(RATIO)[0]
     if column not in table:
         return f"the table has no column '{column}', only {', '.join(str(name) for name in table)}"
     counts = table[column].astype(str).where(find_given(table, column), "(empty)").value_counts()

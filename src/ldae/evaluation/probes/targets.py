@@ -2,20 +2,20 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
-
+from functools import lru_cache
 import numpy as np
 import pandas as pd
 
 from ldae.editing.linear_model import LinearModel
 from ldae.evaluation.probes import fitting, scores
+from ldae.evaluation.probes.blocks import Block
+from ldae.evaluation.probes.scaling import OneScale, Scaling
+from ldae.evaluation.probes.solvers import Fit, logistic_path, ridge_path
 from ldae.evaluation.probes.table_features import describe_values
-
-if TYPE_CHECKING:
-    from sklearn.base import BaseEstimator
 
 FOLDS = 5
 MIN_ROWS = 10
+REMEMBERED = 8  # divisions into folds
 Fold = tuple[np.ndarray, np.ndarray]  # positions of the fitting and of the held-out rows
 
 
@@ -28,6 +28,7 @@ class Probe(ABC):
         strengths: regularisation strengths to choose from, the strongest penalty first.
         tolerance: by how many standard errors the held-out loss of a stronger penalty may exceed the lowest one.
         bias_correction: whether the model also learns to correct its regression to the mean (LinearModel.bias).
+        scaling: of the features before the penalty.
         signs: metrics that are compared with the baselines'; 1: higher is better, -1: lower is better.
     """
 
@@ -36,18 +37,18 @@ class Probe(ABC):
     strengths: list[float]
     tolerance: float
     bias_correction: bool
+    scaling: Scaling
     signs: dict[str, int]
 
     def fit(
         self,
-        features: np.ndarray,
+        features: np.ndarray | Sequence[Block],
         truth: np.ndarray,
         subjects: np.ndarray,
         seed: int,
-        widths: Sequence[int] | None = None,
     ) -> LinearModel:
         """The probe fitted on these rows, see fitting.fit."""
-        return fitting.fit(self, features, truth, subjects, seed, widths)
+        return fitting.fit(self, features, truth, subjects, seed)
 
     @abstractmethod
     def target(self, table: pd.DataFrame) -> np.ndarray:
@@ -62,16 +63,20 @@ class Probe(ABC):
         """What the table has in place of usable labels, and which keys of the probe `name` choose other ones."""
 
     @abstractmethod
-    def estimator(self, strength: float) -> "BaseEstimator":
-        """A scikit-learn estimator with this regularisation strength."""
+    def solve(self, features: np.ndarray, truth: np.ndarray, strengths: Sequence[float]) -> list[Fit]:
+        """Slopes and intercept for each of these regularisation strengths, the strongest penalty first."""
 
     @abstractmethod
     def folds(self, truth: np.ndarray, subjects: np.ndarray, seed: int) -> Iterable[Fold]:
         """Folds in which no subject is on both sides."""
 
     @abstractmethod
-    def losses(self, model: "BaseEstimator", features: np.ndarray, truth: np.ndarray) -> np.ndarray:
-        """Loss of a fitted estimator on each row, (N,), by which the regularisation is chosen."""
+    def losses(self, decision: np.ndarray, truth: np.ndarray) -> np.ndarray:
+        """Loss on each row, (N,), by which the regularisation is chosen.
+
+        Args:
+            decision: (N,), features times slopes plus intercept.
+        """
 
     @abstractmethod
     def scores(
@@ -98,8 +103,13 @@ class Classification(Probe):
         strengths: Sequence[float] = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 1e-1, 1.0),
         class_weight: str | None = None,
         age_window: float = 3.0,
+        scaling: Scaling | None = None,
     ):
-        """`strengths`: values of scikit-learn's C. `age_window`: largest age difference of a pair, years."""
+        """`strengths`: values of scikit-learn's C. `age_window`: largest age difference of a pair, years.
+
+        `scaling`: of the features, by default `OneScale`.
+        """
+        self.scaling = scaling or OneScale()
         self.column, self.classes = column, (negative, positive)
         self.strengths, self.class_weight, self.age_window = sorted(strengths), class_weight, age_window
 
@@ -126,26 +136,19 @@ class Classification(Probe):
             return f"{describe_values(table, self.column)}; set probe.{name}.column"
         return f"{describe_values(table, self.column)}; set probe.{name}.positive and probe.{name}.negative"
 
-    def estimator(self, strength: float) -> "BaseEstimator":
-        """L2-penalised logistic regression with C = strength."""
-        from sklearn.linear_model import LogisticRegression
+    def solve(self, features: np.ndarray, truth: np.ndarray, strengths: Sequence[float]) -> list[Fit]:
+        """L2-penalised logistic regression, scikit-learn's C being the strength."""
+        from sklearn.utils.class_weight import compute_sample_weight
 
-        return LogisticRegression(C=strength, class_weight=self.class_weight, max_iter=2000)
+        return logistic_path(features, truth, strengths, compute_sample_weight(self.class_weight, truth))
 
     def folds(self, truth: np.ndarray, subjects: np.ndarray, seed: int) -> Iterable[Fold]:
         """By subject, with about the same share of positives in each; folds without both classes are dropped."""
-        from sklearn.model_selection import StratifiedGroupKFold
+        return _stratified_folds(tuple(truth.tolist()), tuple(subjects.tolist()), seed)
 
-        smallest = min(len(set(subjects[truth == value])) for value in (0, 1))
-        splitter = StratifiedGroupKFold(min(FOLDS, smallest), shuffle=True, random_state=seed)
-        for inner, held in splitter.split(truth, truth, subjects):
-            if len(set(truth[inner])) == 2 and len(held):
-                yield inner, held
-
-    def losses(self, model: "BaseEstimator", features: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    def losses(self, decision: np.ndarray, truth: np.ndarray) -> np.ndarray:
         """Negative log-likelihood, which rewards both the order and the calibration of probabilities."""
-        log_odds = model.decision_function(features)
-        return np.logaddexp(0, np.where(truth == 1, -log_odds, log_odds))
+        return np.logaddexp(0, np.where(truth == 1, -decision, decision))
 
     def scores(
         self, truth: np.ndarray, prediction: np.ndarray, age: np.ndarray, weights: np.ndarray
@@ -168,12 +171,13 @@ class Regression(Probe):
         column: str,
         strengths: Sequence[float] = (10.0, 100.0, 300.0, 1e3, 3e3, 1e4, 1e5),
         bias_correction: bool = False,
+        scaling: Scaling | None = None,
     ):
-        """`strengths`: values of ridge's alpha, for standardised features.
+        """`strengths`: values of ridge's alpha. `scaling`: of the features, by default `OneScale`.
 
         `bias_correction` adds metrics of predictions that are corrected for regression to the mean (LinearModel.bias).
         """
-        self.column, self.bias_correction = column, bias_correction
+        self.column, self.bias_correction, self.scaling = column, bias_correction, scaling or OneScale()
         self.strengths = sorted(strengths, reverse=True)
 
     def target(self, table: pd.DataFrame) -> np.ndarray:
@@ -194,25 +198,42 @@ class Regression(Probe):
         """The values of the column, and the key that chooses another."""
         return f"{describe_values(table, self.column)}; set probe.{name}.column"
 
-    def estimator(self, strength: float) -> "BaseEstimator":
-        """Ridge regression with alpha = strength."""
-        from sklearn.linear_model import Ridge
-
-        return Ridge(alpha=strength)
+    def solve(self, features: np.ndarray, truth: np.ndarray, strengths: Sequence[float]) -> list[Fit]:
+        """Ridge regression, scikit-learn's alpha being the strength."""
+        return ridge_path(features, truth, strengths)
 
     def folds(self, truth: np.ndarray, subjects: np.ndarray, seed: int) -> Iterable[Fold]:
         """By subject."""
-        from sklearn.model_selection import GroupKFold
+        return _folds_by_subject(tuple(subjects.tolist()), seed)
 
-        splitter = GroupKFold(min(FOLDS, len(set(subjects))), shuffle=True, random_state=seed)
-        yield from splitter.split(truth, truth, subjects)
-
-    def losses(self, model: "BaseEstimator", features: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    def losses(self, decision: np.ndarray, truth: np.ndarray) -> np.ndarray:
         """Absolute error, whose mean is the main metric."""
-        return np.abs(model.predict(features) - truth)
+        return np.abs(decision - truth)
 
     def scores(
         self, truth: np.ndarray, prediction: np.ndarray, age: np.ndarray, weights: np.ndarray
     ) -> dict[str, np.ndarray]:
         """All numeric metrics."""
         return scores.numeric_scores(truth, prediction, weights)
+
+
+@lru_cache(REMEMBERED)
+def _stratified_folds(truth: tuple[float, ...], subjects: tuple[str, ...], seed: int) -> Sequence[Fold]:
+    """Folds by subject with about the same share of positives; remembered, because every predictor has the same."""
+    from sklearn.model_selection import StratifiedGroupKFold
+
+    labels, groups = np.array(truth), np.array(subjects)
+    smallest = min(len(set(groups[labels == value])) for value in (0, 1))
+    splitter = StratifiedGroupKFold(min(FOLDS, smallest), shuffle=True, random_state=seed)
+    folds = splitter.split(labels, labels, groups)
+    return [(inner, held) for inner, held in folds if len(set(labels[inner])) == 2 and len(held)]
+
+
+@lru_cache(REMEMBERED)
+def _folds_by_subject(subjects: tuple[str, ...], seed: int) -> Sequence[Fold]:
+    """Folds by subject; remembered, because every predictor has the same."""
+    from sklearn.model_selection import GroupKFold
+
+    groups = np.array(subjects)
+    splitter = GroupKFold(min(FOLDS, len(set(subjects))), shuffle=True, random_state=seed)
+    return list(splitter.split(groups, groups, groups))
