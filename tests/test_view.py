@@ -219,6 +219,7 @@ def test_a_run_and_its_bundle_see_a_nifti_as_the_cohort_does(tmp_path):
         assert torch.equal(opened.embed(scan.volume), opened.embed_views(opened.view.of_volumes(scan.volume)))
     assert torch.equal(model.embed(path), bundle.embed(path))
     assert model.view.key() == bundle.view.key() == instantiate(config.data.view).key()
+    assert "sees 3 maps of tissue of 12 x 12 x 12 voxels of 6" in (tmp_path / "bundle" / "README.md").read_text()
     assert torch.equal(model.reconstruct(path, steps=2), model.reconstruct(model.open(path), steps=2))
 
 

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+from ldae.bundle.description import VIEW
 from ldae.data.splits import read_split
 from ldae.preprocessing.steps import PreprocessingSteps
 from ldae.runs import Run, Workspace
@@ -88,6 +89,10 @@ def _render_data(description: Mapping[str, Any]) -> str:
     spacing = transform.get("spacing")
     voxels = f"voxels of {spacing} mm" if spacing else "voxels of the scan's own size"
     lines = [f"model space: {size} {voxels}, {transform.get('orientation', 'RAS')}"]
+    if view := description.get(VIEW):
+        grid = " x ".join(str(value) for value in view["shape"])
+        maps = f"{view['channels']} maps of tissue" if view["channels"] > 1 else "the scan"
+        lines.append(f"the semantic encoder sees {maps} of {grid} voxels of {view['spacing']} mm")
     if data:
         cohort = "synthetic brain phantoms, no person's scan" if data["phantoms"] else f"the scans of {data['table']}"
         counts = ", ".join(f"{count} {split}" for split, count in data["subjects"].items())

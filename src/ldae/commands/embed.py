@@ -142,7 +142,8 @@ class _Embedder:
     def __init__(self, ldae: "LDAE", force: bool, preprocess: bool | None, orientation: str | None) -> None:
         self._ldae, self._force, self._preprocess, self._orientation = ldae, force, preprocess, orientation
         self.columns = [f"y{index:03d}" for index in range(ldae.encoder.dim)]
-        self.identity = f"{ldae.bundle.weights_hash}{ldae.transform.key()}"
+        view = "" if ldae.view is None else ldae.view.key()
+        self.identity = f"{ldae.bundle.weights_hash}{ldae.transform.key()}{view}"
         if str(ldae.dtype) != "torch.float32":  # its last digits
             self.identity += str(ldae.dtype)
         if force or preprocess is not None:  # for scans that fail the out-of-distribution check

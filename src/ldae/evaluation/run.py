@@ -145,7 +145,7 @@ def build_context(model: "LDAE", cohort: Cohort, space: Workspace, config: DictC
         model=model,
         table=cohort.table,
         volumes=cohort.volumes.batch,
-        seen=cohort.views.batch,
+        seen=None if cohort.view_key is None else cohort.views.batch,
         posterior=_posterior(model, cohort, space, autoencoder),
         embeddings=embed_cohort(path, _encoder_id(model, space), _encoder_of(model), cohort, size),
         untrained=untrained,

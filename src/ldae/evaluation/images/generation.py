@@ -104,8 +104,12 @@ class Generation:
         return torch.cat(parts).numpy()
 
     def _real_features(self, context: Context, rows: np.ndarray) -> np.ndarray:
-        """Features of the scans of these rows."""
-        if self.features is None:
+        """Features of the scans of these rows.
+
+        Samples exist in model space alone. Where the encoder sees more of a scan than that, the scans are compared as
+        the samples are.
+        """
+        if self.features is None and context.seen is None:
             return context.embeddings[rows].astype(np.float64)
         batches = iterate_batches(rows, self.batch_size)
         return np.concatenate([self._features(context, context.volumes(part)) for part in batches])
