@@ -6,11 +6,19 @@ STAMP := .venv/.installed
 DEMO := experiment=demo name=demo
 # A mistyped ARGS would start a command without its arguments.
 GIVEN := $(foreach name,$(.VARIABLES),$(if $(filter command,$(firstword $(origin $(name)))),$(name)))
-UNKNOWN := $(filter-out ARGS BUDGET PYTHON PICTURES,$(GIVEN))
-$(if $(UNKNOWN),$(error no variable $(UNKNOWN): give ARGS=, BUDGET= or PYTHON=))
+UNKNOWN := $(filter-out ARGS BUDGET DATA NAME PYTHON PICTURES,$(GIVEN))
+$(if $(UNKNOWN),$(error no variable $(UNKNOWN): give ARGS=, BUDGET=, DATA=, NAME= or PYTHON=))
+# Raw scans that do not exist are refused before anything is installed.
+ifneq ($(filter ixi cohort,$(MAKECMDGOALS)),)
+$(if $(DATA),,$(error give the folder of the raw scans, DATA=MY_BIDS))
+$(if $(shell test -e "$(DATA)" && echo yes),,$(error there is no $(DATA): give the folder of the raw scans, DATA=MY_BIDS))
+endif
+ifneq ($(filter cohort,$(MAKECMDGOALS)),)
+$(if $(NAME),,$(error give the cohort a name, NAME=mine))
+endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-faults lint train-aekl train-pretrain train-repr encode evaluate bench gpu-check pictures
+.PHONY: help setup demo ixi cohort test test-faults lint train-aekl train-pretrain train-repr encode evaluate bench gpu-check pictures
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -28,6 +36,12 @@ demo: $(STAMP) ## the whole method on a phantom cohort, on a CPU: data, three st
 	$(BIN)/python train.py stage=pretrain $(DEMO) $(ARGS)
 	$(BIN)/python train.py stage=repr $(DEMO) $(ARGS)
 	$(BIN)/python evaluate.py $(DEMO) $(ARGS)
+
+ixi: $(STAMP) ## 149 real scans of IXI: DATA=../shared/data/ixi_hh; ends in runs/ixi/evaluation/metrics.json
+	$(BIN)/ldae cohort "$(DATA)" --name ixi --experiment ixi --derivatives derivatives/ixi_hh $(ARGS)
+
+cohort: $(STAMP) ## the same for raw scans of your own: DATA=MY_BIDS NAME=mine
+	$(BIN)/ldae cohort "$(DATA)" --name $(NAME) $(ARGS)
 
 train-aekl: $(STAMP) ## stage 1: the autoencoder
 	$(BIN)/python train.py stage=aekl $(ARGS)

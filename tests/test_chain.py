@@ -14,6 +14,9 @@ from safetensors.numpy import load_file as load_numpy
 from safetensors.torch import load_file
 
 from faults.scripts import ROOT, run_script
+from ldae.commands.cohort import is_finished
+from ldae.runs import Workspace
+from small_cohort import SMALL, WITHOUT_ANTS, dataset, run
 
 STAGES = ("aekl", "pretrain", "repr")
 NOTEBOOK = ROOT / "notebooks" / "tutorial.ipynb"
@@ -221,3 +224,25 @@ def test_the_untrained_baseline_starts_where_the_training_started(copied):
         start = build_initial_encoder(run, draw, trained).state_dict()
         different = [name for name, tensor in trained.state_dict().items() if not torch.equal(tensor, start[name])]
         assert bool(different) == bool(draw)
+
+
+def test_raw_scans_become_metrics_and_the_same_command_does_nothing_twice(smoke, tmp_path):
+    shutil.copytree(smoke / "runs", tmp_path / "runs")
+    dataset(tmp_path / "raw")
+    command = ("raw", "--name", "mine", *WITHOUT_ANTS, *SMALL)
+    result = run(tmp_path, *command)
+    assert result.exit_code == 0, result.output + str(result.exception)
+    path = tmp_path / "runs/mine/evaluation/metrics.json"
+    metrics = json.loads(path.read_text())
+    assert {"cv/transductive/probe/age/mae", "cv/transductive/probe/sex/auc"} <= metrics.keys()
+    config = (tmp_path / "runs/mine/aekl/config.yaml").read_text()
+    assert "initial_weights: runs/smoke/aekl/weights/autoencoder.safetensors" in config
+    assert all(is_finished(Workspace(tmp_path / "runs/mine"), stage) for stage in ("aekl", "pretrain", "repr"))
+    watched = [
+        path,
+        *(tmp_path / "derivatives/mine").rglob("*.nii.gz"),
+        tmp_path / "runs/mine/latents/latents.safetensors",
+    ]
+    before = {file: file.stat().st_mtime_ns for file in watched}
+    assert run(tmp_path, *command).exit_code == 0
+    assert {file: file.stat().st_mtime_ns for file in watched} == before

@@ -6,6 +6,7 @@ import sys
 
 import click
 
+from ldae.commands.cohort import cohort
 from ldae.commands.embed import embed
 from ldae.commands.export import export
 from ldae.commands.import_official import import_official
@@ -20,7 +21,7 @@ from ldae.utils.errors import UserError
 
 SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 COMMANDS = (
-    preprocess, embed, reconstruct, vary, interpolate, manipulate, sample, export, phantom, import_official,
+    preprocess, cohort, embed, reconstruct, vary, interpolate, manipulate, sample, export, phantom, import_official,
 )  # fmt: skip
 
 
