@@ -44,6 +44,7 @@ ALL_STAGES = {
     "sampler.guidance.form._target_": "ldae.diffusion.guidance.Score",
     "sampler.guidance.strength": 1.0,
     "sampler.guidance.stop": 0.0,
+    "alpha._target_": "ldae.editing.units.PublishedStep",
 }
 TABLE = {
     "aekl": {

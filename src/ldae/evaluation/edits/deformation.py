@@ -5,10 +5,12 @@ around the hippocampi see a true loss of 16 % as a gain of 5 %, because the flui
 the image before, the image after shows how every voxel of the label map was deformed (tensor-based morphometry): the
 volume of a structure changes by the mean determinant of the deformation over it.
 
-The registration is that of Thirion's demons (doi 10.1016/S1361-8415(98)80022-4) with a smoothed update and the gradient
-of both images, first at half the resolution. On six true counterfactuals of phantoms at 3 mm (severity 0 to 1), it finds
-a loss of the hippocampi of 14 % where 15.5 % are true, and a growth of the ventricles of 65 % where 72 % are true. Its
-smoothness makes small changes of small structures smaller: compare with a true counterfactual measured likewise.
+The registration minimises sum (fixed - moving(x + u))^2 + STIFFNESS |du/dx|^2 over the displacement u by Gauss-Newton
+steps, the linear equations of each solved by conjugate gradients (Horn and Schunck 1981, doi
+10.1016/0004-3702(81)90024-2, with warping). On true counterfactuals of 20 phantoms at 3 mm (severity changed by half a
+unit, or age by ten years, as they are or blurred as decoded images are), it finds 0.8 to 1.5 of the true change of the
+hippocampi and 0.94 to 1.10 of that of the ventricles, with the right sign in every scan; on six at 4.75 mm 0.7 to 1.1
+and 0.93 to 1.14.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,10 +19,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-ITERATIONS = 20  # at each of the two resolutions
-SMOOTHING = 1.5  # voxels, standard deviation of the Gaussian that smooths each update
-NOISE = 1e-4  # squared gradient, of intensities in [0, 1], below which a voxel hardly moves
-MARGIN = 8  # voxels around the structures that take part in the registration
+STEPS, SOLVER_STEPS = 2, 20  # Gauss-Newton steps, and steps of conjugate gradients in each
+STIFFNESS = 1e-3  # of the displacement in voxels, for intensities in [0, 1]
+BLUR = 0.8  # voxels, standard deviation of the Gaussian that smooths both images first
+MARGIN = 5  # voxels around the structures that take part in the registration
+TINY = 1e-30  # keeps 0 / 0 of equal images at 0
 
 
 @torch.no_grad()
@@ -49,22 +52,32 @@ def register(fixed: Tensor, moving: Tensor) -> Tensor:
     Args:
         fixed, moving: images (B, 1, X, Y, Z) in [0, 1] of one brain with one contrast, such as two decoded ones.
     """
-    displacement = torch.zeros(len(fixed), 3, *fixed.shape[2:], device=fixed.device)
-    if min(fixed.shape[2:]) >= 4:
-        coarse = [F.avg_pool3d(image, 2) for image in (fixed, moving)]
-        found = _follow_demons(*coarse, torch.zeros(len(fixed), 3, *coarse[0].shape[2:], device=fixed.device))
-        displacement = 2 * F.interpolate(found, size=fixed.shape[2:], mode="trilinear")
-    return _follow_demons(fixed, moving, displacement)
-
-
-def _follow_demons(fixed: Tensor, moving: Tensor, displacement: Tensor) -> Tensor:
+    fixed, moving = _smooth(fixed), _smooth(moving)
     own_gradient = _gradient(fixed)
-    for _ in range(ITERATIONS):
+    displacement = torch.zeros_like(own_gradient)
+    for _ in range(STEPS):
         warped = _warp(moving, displacement)
-        gradient, difference = (_gradient(warped) + own_gradient) / 2, fixed - warped
-        force = difference * gradient / (gradient.square().sum(1, keepdim=True) + difference.square() + NOISE)
-        displacement = displacement + _smooth(force)
+        gradient = (_gradient(warped) + own_gradient) / 2
+        force = gradient * (fixed - warped) + STIFFNESS * _laplacian(displacement)
+        displacement = displacement + _solve(gradient, force)
     return displacement
+
+
+def _solve(gradient: Tensor, force: Tensor) -> Tensor:
+    """The update d, (B, 3, X, Y, Z), with gradient (gradient . d) - STIFFNESS laplacian(d) = force."""
+
+    def inner(first: Tensor, second: Tensor) -> Tensor:
+        return (first * second).sum((1, 2, 3, 4), keepdim=True)
+
+    update, rest, search = torch.zeros_like(force), force, force
+    squared = inner(rest, rest)
+    for _ in range(SOLVER_STEPS):
+        product = gradient * (gradient * search).sum(1, keepdim=True) - STIFFNESS * _laplacian(search)
+        step = squared / (inner(search, product) + TINY)
+        update, rest = update + step * search, rest - step * product
+        before, squared = squared, inner(rest, rest)
+        search = rest + squared / (before + TINY) * search
+    return update
 
 
 def jacobian_determinant(displacement: Tensor) -> Tensor:
@@ -87,18 +100,29 @@ def _warp(image: Tensor, displacement: Tensor) -> Tensor:
     return F.grid_sample(image, grid, align_corners=True, padding_mode="border")
 
 
-def _smooth(field: Tensor) -> Tensor:
-    """A field (B, 3, X, Y, Z) convolved with a Gaussian along each axis."""
-    radius = round(3 * SMOOTHING)
-    kernel = torch.exp(-0.5 * (torch.arange(-radius, radius + 1, device=field.device) / SMOOTHING) ** 2)
+def _laplacian(field: Tensor) -> Tensor:
+    """Sum of the six neighbours minus six times the voxel, of a field (B, 3, X, Y, Z) that continues at its faces."""
+    padded = F.pad(field, (1,) * 6, mode="replicate")
+    total = -6 * field
+    for axis, size in zip((2, 3, 4), field.shape[2:], strict=True):
+        inside = [slice(None), slice(None), *(slice(1, -1),) * 3]
+        for start in (0, 2):
+            inside[axis] = slice(start, start + size)
+            total = total + padded[tuple(inside)]
+    return total
+
+
+def _smooth(image: Tensor) -> Tensor:
+    """An image (B, 1, X, Y, Z) convolved with a Gaussian along each axis."""
+    radius = round(3 * BLUR)
+    kernel = torch.exp(-0.5 * (torch.arange(-radius, radius + 1, device=image.device) / BLUR) ** 2)
     kernel = kernel / kernel.sum()
     for axis in range(3):
         shape, padding = [1] * 5, [0] * 6
         shape[2 + axis] = -1
         padding[2 * (2 - axis)] = padding[2 * (2 - axis) + 1] = radius
-        weight = kernel.view(shape).expand(3, 1, *shape[2:]).contiguous()
-        field = F.conv3d(F.pad(field, padding, mode="replicate"), weight, groups=3)
-    return field
+        image = F.conv3d(F.pad(image, padding, mode="replicate"), kernel.view(shape))
+    return image
 
 
 def _bounding_box(fractions: Sequence[Tensor]) -> tuple[slice, ...]:
