@@ -18,22 +18,20 @@ from ldae.models.volume_cnn import VolumeCNN
 from ldae.stages.frozen_encoder import KnownEmbeddings
 from ldae.stages.repr import ReprStage
 from ldae.training.checkpoint import Checkpoints, Progress
-from small_stages import SHAPE, MadeUpCohort, batch, workspace_with_latents
+from small_stages import SHAPE, FinishedWorkspace, MadeUpCohort, batch, workspace_with_latents
 
 VIEW = (1, *SHAPE)
 
 
-def components_stage(folder, residual: bool = False, cohort=None, fresh: bool = True, **options) -> ReprStage:
+def components_stage(folder, residual: bool = False, cohort=None, **options) -> ReprStage:
     """Stage 3 whose encoder has three components of the four training scans, without or with a residual."""
     cohort = cohort or MadeUpCohort()
     torch.manual_seed(0)
     extra = {"residual": VolumeCNN(VIEW, (4, 8), 16), "residual_share": 0.25} if residual else {}
     folder.mkdir(exist_ok=True)
-    workspace = workspace_with_latents(folder, cohort) if fresh else None
-    if workspace is None:
-        from small_stages import FinishedWorkspace
-
-        workspace = FinishedWorkspace(folder)
+    workspace = FinishedWorkspace(folder)
+    if not workspace.latents.exists():
+        workspace_with_latents(folder, cohort)
     return ReprStage(
         encoder=ComponentsEncoder(VIEW, 3, 32, **extra), estimator=OmegaConf.create({"modes": 2}),
         sampler=DDIM(steps=2), time_power=1.0, other_visit=0.0, aekl=None, pretrain=None, latents=None,
@@ -130,7 +128,7 @@ def test_a_resumed_training_continues_to_the_bit_with_the_stored_components(tmp_
         raise AssertionError("fitted again")
 
     monkeypatch.setattr("ldae.stages.fit_encoder.ComponentsFit", refused)
-    second = prepared(components_stage(tmp_path / "parts", residual, fresh=False))
+    second = prepared(components_stage(tmp_path / "parts", residual))
     checkpoints.restore(checkpoints.newest(), second, None, {})
     steps(second, range(2, 4))
     for name, module in whole.modules.items():
@@ -196,3 +194,13 @@ def test_an_untrained_encoder_has_the_components_and_nothing_random(tmp_path):
         y = build_initial_encoder(run, 0, trained)(stage.cohort.x)
         torch.testing.assert_close(y, trained(stage.cohort.x))
         assert y.square().mean() > 0.1
+
+
+def test_the_evaluation_of_attention_says_in_one_line_that_there_is_none():
+    from ldae.evaluation.images.attention import Attention
+
+    said = []
+    model = SimpleNamespace(encoder=ComponentsEncoder(VIEW, 3, 32))
+    context = SimpleNamespace(model=model, sample_rows=lambda *_: [0], skip=said.append)
+    assert list(Attention()(context)) == []
+    assert ["does not weigh slices" in line for line in said] == [True]
