@@ -39,6 +39,9 @@ class Attention:
         rows = context.sample_rows("test", self.scans)
         if not len(rows):
             return
+        if not hasattr(context.model.encoder, "axis"):
+            context.skip("attention is skipped: this encoder does not weigh slices")
+            return
         attention, mean_scan = self._collect(context, rows)
         slices, axis = attention.shape[1], int(context.model.encoder.axis)
         positions = (np.arange(slices) - (slices - 1) / 2) * _view_spacing(context)[axis]
