@@ -16,7 +16,7 @@ from ldae.data.splits import plan_split, subjects_of_fold
 from ldae.editing.linear_model import LinearModel
 from ldae.evaluation.context import Context
 from ldae.evaluation.html_report import write_report
-from ldae.evaluation.probes.baselines import Features, downsample
+from ldae.evaluation.probes.baselines import downsample
 from ldae.evaluation.probes.cross_validation import CrossValidation, PooledFolds
 from ldae.evaluation.probes.evaluator import Probes
 from ldae.evaluation.probes.fitting import fit

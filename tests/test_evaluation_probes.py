@@ -25,8 +25,8 @@ from ldae.evaluation.embeddings import (
     load_or_compute_embeddings,
     parts_folder,
 )
-from ldae.evaluation.probes.evaluator import ExternalCohort, Probes, find_first_visits
 from ldae.evaluation.probes.blocks import Block
+from ldae.evaluation.probes.evaluator import ExternalCohort, Probes, find_first_visits
 from ldae.evaluation.probes.fitting import choose_settings, fit
 from ldae.evaluation.probes.scaling import OneScale, PerFeature
 from ldae.evaluation.probes.targets import Classification, Regression
@@ -56,8 +56,9 @@ def cohort(out, subjects=120, seed=0, shift=2.0, splits=(0.7, 0.3)):
     latents = torch.from_numpy(rng.standard_normal((len(table), 2, 3, 3, 3)).astype(np.float32))
     volumes = torch.from_numpy(rng.random((len(table), 1, 4, 4, 4)).astype(np.float32))
     return Context(
-        model=None, table=table, volumes=lambda r: volumes[list(r)], posterior=lambda r: (latents[r], latents[r]), embeddings=y,
-        untrained=lambda draw: np.roll(noise, draw, axis=0), out=out, spacing=(4.5,) * 3, seed=0, weights="abc",
+        model=None, table=table, volumes=lambda r: volumes[list(r)], posterior=lambda r: (latents[r], latents[r]),
+        embeddings=y, untrained=lambda draw: np.roll(noise, draw, axis=0), out=out, spacing=(4.5,) * 3, seed=0,
+        weights="abc",
     )  # fmt: skip
 
 

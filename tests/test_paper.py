@@ -29,6 +29,10 @@ ALL_STAGES = {
     "data.shape": [128, 160, 128],
     "data.spacing": 1.5,
     "data.transform.intensity._target_": "ldae.data.transforms.MinMax",  # to [0, 1]
+    "data.view._target_": "ldae.data.view.T1View",  # the encoder sees what the autoencoder sees
+    "data.view.shape": [128, 160, 128],
+    "data.view.spacing": 1.5,
+    "model.encoder._target_": "ldae.models.semantic_encoder.SemanticEncoder",
     "data.diagnoses": ["AD", "CN", "MCI"],
     "data.split.test": 0.10,
     "data.split.val": 0.0045,  # 0.5 % of what test leaves
@@ -44,6 +48,7 @@ ALL_STAGES = {
     "sampler.guidance.form._target_": "ldae.diffusion.guidance.Score",
     "sampler.guidance.strength": 1.0,
     "sampler.guidance.stop": 0.0,
+    "probe_scaling._target_": "ldae.evaluation.probes.scaling.PerFeature",
     "alpha._target_": "ldae.editing.units.PublishedStep",
 }
 TABLE = {
@@ -136,6 +141,7 @@ ADDITIONS = {
     "model.encoder.slice_dropout": 0.0,
     "model.encoder.mean_volume_shape": None,
     "model.encoder.position_gate": False,
+    "model.encoder.channels": 1,
     "model.estimator.modes": 0,
     "model.estimator.start_from_unet": False,
 }
@@ -181,7 +187,7 @@ def test_every_setting_of_a_stage_is_in_the_table_or_a_listed_addition(stage):
     neutral = {
         "stage.aekl", "stage.pretrain", "stage.latents",  # where the predecessors are
         "stage.perceptual.backbone", "stage.perceptual.heads", "stage.encoder.backbone.weights",  # files: see below
-        "stage.initial_weights",
+        "stage.initial_weights", "stage.keep_components",  # of an encoder with principal components, which is ours
         "stage.encoder.backbone.init_std",  # ConvNeXt's own, replaced by ImageNet's weights
         "stage.discriminator.spatial_dims", "stage.discriminator.in_channels", "stage.discriminator.padding",
         "stage.unet.in_channels",  # that of the latents

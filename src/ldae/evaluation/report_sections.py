@@ -118,6 +118,17 @@ SECTIONS = (
         terms=PREDICTION,
     ),
     Section(
+        "Several seeds",
+        "What do runs with different seeds say together? The mean over the runs, with its interval over subjects.",
+        ("seeds",),
+        terms={
+            **PREDICTION,
+            "runs": "number of runs",
+            "<metric>_lowest": "of the run with the lowest value",
+            "<metric>_highest": "of the run with the highest value",
+        },
+    ),
+    Section(
         "Does the decoder use the embedding?",
         "A probe cannot tell: y may predict a diagnosis although the decoder ignores it. Here the same noisy latents "
         "are denoised with the scan's own y, with another subject's y and without y, and scans are decoded from y "

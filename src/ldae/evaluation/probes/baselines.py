@@ -184,7 +184,7 @@ class Features:
     def reason_unreadable(self, name: str, columns: Sequence[str], rows: np.ndarray) -> str | None:
         """Reason why a predictor that reads these columns of the table cannot be applied to these scans, or None."""
         name = RENAMED.get(name, name)
-        if not all(source in self._compute for source in _sources_of(name)) or name in TABLE_FEATURES and not columns:
+        if not all(source in self._compute for source in _sources_of(name)) or (name in TABLE_FEATURES and not columns):
             return "it was fitted by an earlier version of this project: run evaluation=[probes] again"
         if name in PARTS and not self._has_parts():
             return "the encoder has no such part"

@@ -76,10 +76,7 @@ def prepare(block: Block, width: int | None, scaling: Scaling, seed: int) -> Pre
     if width is None:
         divisors = scaling.divide_columns(filled) if block.are_columns else scaling.divide_features(filled)
         return Preparation(mean, None, divisors)
-    if block.are_components:
-        axes = np.eye(values.shape[1], width)
-    else:
-        axes = principal_axes(filled - mean, width, seed)
+    axes = np.eye(values.shape[1], width) if block.are_components else principal_axes(filled - mean, width, seed)
     return Preparation(mean, axes, scaling.divide_features((filled - mean) @ axes))
 
 

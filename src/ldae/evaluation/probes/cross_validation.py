@@ -40,6 +40,7 @@ from ldae.utils.results_record import read_record
 log = logging.getLogger(__name__)
 
 REGIMES = {"transductive": ("train", "val"), "inductive": ("test",)}  # with the splits that are divided into folds
+SCAN_COLUMNS = ("subject", "session", "age", "truth", "repeat")  # of predictions; the others are predictors
 SEEN_BY_ENCODER = ("transductive",)
 REGIME_TEXT = {
     "transductive": "the encoder saw these scans, without labels",
@@ -141,11 +142,11 @@ class PooledFolds:
         path = run / "evaluation" / f"{name}_predictions.csv"
         if not path.exists():
             raise UserError(f"no {path}: run `python evaluate.py evaluation=[probes] name={run.name} ...` first")
-        _refuse_outdated(run)
+        refuse_outdated(run)
         return pd.read_csv(path, dtype={"subject": str, "session": str})
 
 
-def _refuse_outdated(run: Path) -> None:
+def refuse_outdated(run: Path) -> None:
     """Refuse predictions of other weights than `run` has now.
 
     Raises:
@@ -168,16 +169,25 @@ def score_folds(
         predictions: columns subject, session, age, truth, repeat; one per predictor, named after it; with a bias
             correction also `<predictor>:unbiased`.
     """
-    others = ("subject", "session", "age", "truth", "repeat")
-    keys = [column for column in predictions if column not in others and not column.endswith(UNBIASED)]
     repeats = [part.sort_values(["subject", "session"]) for _, part in predictions.groupby("repeat")]
-    scores = {key: _mean_scores(context, probe, key, repeats, resamples) for key in keys}
+    scores = average_scores(context, probe, list(predictions), repeats, resamples)
     prefix, stem = f"cv/{regime}/", f"cv_{regime}_{name}"
     yield from metrics_by_name(scores, name, probe, repeats[0], prefix)
     yield f"{prefix}probe/{name}/repeats", float(len(repeats))
     context.write_csv(f"{stem}_predictions.csv", predictions)
-    first = {key: repeats[0][key].to_numpy() for key in keys}
+    first = {key: repeats[0][key].to_numpy() for key in scores}
     draw_predictions(context.out, stem, probe, repeats[0]["truth"].to_numpy(), first)
+
+
+def average_scores(
+    context: Context, probe: Probe, columns: Sequence[str], repeats: Sequence[pd.DataFrame], resamples: int
+) -> dict[str, dict[str, np.ndarray]]:
+    """Metrics of every predictor among the `columns` of tables of predictions (see `score_folds`), (1 + R,) each.
+
+    They are averaged over the tables, which have the same scans in the same order.
+    """
+    keys = [column for column in columns if column not in SCAN_COLUMNS and not column.endswith(UNBIASED)]
+    return {key: _mean_scores(context, probe, key, repeats, resamples) for key in keys}
 
 
 def _mean_scores(

@@ -15,8 +15,8 @@ from ldae.evaluation.context import Context
 from ldae.evaluation.other_cohort import file_prefix
 from ldae.evaluation.probes.baselines import STACKED, UNTRAINED, VIEW, Features, is_draw
 from ldae.evaluation.probes.bootstrap import draw_subject_weights, summarise
-from ldae.evaluation.probes.scores import pearson
 from ldae.evaluation.probes.fitted_predictors import FittedPredictor, Predictor
+from ldae.evaluation.probes.scores import pearson
 from ldae.evaluation.probes.table_features import read_numbers
 from ldae.evaluation.probes.targets import Probe
 
