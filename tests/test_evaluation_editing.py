@@ -202,7 +202,9 @@ def test_difference_maps_correlate_with_those_of_a_true_counterfactual(context, 
     template = context.model.templates[:1]
 
     def render(row, factor, change):
-        return Counterfactual(context.volumes([row])[0] + sign * change * template, 1000.0 * (1 + change))
+        return Counterfactual(
+            context.volumes([row])[0] + sign * change * template, {"ventricle": 1000.0 * (1 + change)}
+        )
 
     scans = invert_scans(context, editor, anatomy, context.rows("test")[:3])
     sweep = run_sweep(context, editor, anatomy, direction, scans, [-0.2, 0.0, 0.2])
@@ -235,9 +237,9 @@ def test_counterfactuals_of_a_phantom_are_its_stored_scan_with_another_severity(
     same, worse = renderer.render(0), renderer.render(0, "severity", 0.8)
     stored = transform(table["path"][0])
     assert correlation(np.asarray(same.volume), stored, stored > 0) > 0.98
-    assert same.ventricle == pytest.approx(table["ventricle_mm3"][0], rel=1e-3)
+    assert same.volumes["ventricle"] == pytest.approx(table["ventricle_mm3"][0], rel=1e-3)
     rise = renderer.ventricle_slope([0], "severity")
-    assert worse.ventricle - same.ventricle == pytest.approx(0.8 * rise, rel=0.4)
+    assert worse.volumes["ventricle"] - same.volumes["ventricle"] == pytest.approx(0.8 * rise, rel=0.4)
     others = SimpleNamespace(table=table.drop(columns="severity"), model=SimpleNamespace(transform=transform))
     assert not CounterfactualRenderer(others).available
 
@@ -285,7 +287,7 @@ def test_selection_prefers_the_direction_that_is_true(context, monkeypatch):
     """The true change darkens the rim. The raw difference brightens the region of age too; held fixed, it does not."""
 
     def render(row, factor, change):
-        return Counterfactual(context.volumes([row])[0] + change * context.model.templates[:1], 1000.0 * (1 + change))
+        return Counterfactual(context.volumes([row])[0] + change * context.model.templates[:1], {"ventricle": 1000.0})
 
     renderer = SimpleNamespace(available=True, render=render)
     monkeypatch.setattr(selection, "CounterfactualRenderer", lambda context: renderer)

@@ -203,16 +203,24 @@ SECTIONS = (
     Section(
         "Manipulation",
         "Does an edit along a label's direction change a scan as the label changes a brain? alpha is the length of the "
-        "edit: 1 is as long as a typical standardised y; alpha > 0 goes towards the positive class or larger number. "
+        "edit: 1 is the mean distance between the two classes in the training scans, or one standard deviation of a "
+        "number, unless the figure says otherwise; alpha > 0 goes towards the positive class or larger number. "
         "Difference maps: red = brighter, blue = darker, as a fraction of the intensity range. An edit shows what the "
         "model associates with the label, not what would happen to a person.",
         ("manipulation",),
         ("manipulation",),
         terms={
-            "<structure>_spearman_share": "share of scans whose volume follows alpha (Spearman >= 0.9, expected sign)",
+            "<structure>_spearman_share": "share of scans whose volume follows alpha (Spearman >= 0.9, right sign)",
             "<structure>_spearman_median": "median Spearman correlation of volume and alpha",
             "<structure>_slope": "change of the volume per unit of alpha, mm3",
             "<structure>_slope_percent": "the same as a percentage of the volume",
+            "<structure>_slope_per_10_years": "the same for ten years along the direction of age, mm3",
+            "<structure>_slope_cohort": "slope of the training scans' own volumes on the label, per unit of alpha, mm3",
+            "<structure>_slope_true": "the same of the true counterfactuals (synthetic cohort)",
+            "<structure>_slope_seen": "what the measurement of the edits sees of the true counterfactuals",
+            "<structure>_slope_ratio": "slope of the edits over that of the true counterfactuals (1 = right)",
+            "<structure>_right": "share of scans whose volume changes with the right sign",
+            "<structure>_moves": "1: the direction moves the structure as it should; 0: it cannot move it",
             "identity_ssim_mask": "structural similarity of the edited with the unedited scan, inside the brain",
             "reversibility_ssim_mask": "the same once the edited scan is embedded anew and edited back",
             "outside_share": "share of the change that is outside ventricles and hippocampi",
@@ -224,7 +232,8 @@ SECTIONS = (
             "ventricle_error": "error of the change in ventricle volume, mm3 (synthetic cohort)",
             "ventricle_error_unedited": "the same if the scan is left unchanged",
             "ventricle_change_r": "correlation over scans of decoded and true change of the ventricles",
-            "factor_per_alpha": "true change (severity, or years) that corresponds to alpha = 1",
+            "factor_per_alpha": "true change (severity, or years) that grows the ventricles as alpha = 1 does",
+            "factor_per_alpha_expected": "true change (severity, or years) that alpha = 1 is by its unit",
         },
     ),
     Section(

@@ -18,7 +18,7 @@ from ldae.data.labels import RegionCache
 from ldae.data.latents import METADATA_FILE, LatentSet
 from ldae.data.table import SPLITS
 from ldae.evaluation.context import Context, Evaluator
-from ldae.evaluation.edits.anatomy import STRUCTURES
+from ldae.evaluation.edits.anatomy import REGIONS
 from ldae.evaluation.embeddings import embed_cohort, embed_cohort_in_all_processes, hash_cohort
 from ldae.evaluation.html_report import write_report
 from ldae.evaluation.initial_encoder import build_initial_encoder, count_draws
@@ -213,7 +213,7 @@ def _regions(cohort: Cohort, cache: Path) -> Callable[[Sequence[int], Sequence[i
         missing = int(sum(pd.isna(paths) | (paths == "")))
         log.warning("label maps are not used: labels_path names no file for some scans (%d are empty)", missing)
         return None
-    stored = RegionCache(cache, cohort.transform, STRUCTURES.values())
+    stored = RegionCache(cache, cohort.transform, REGIONS.values())
     return lambda rows, labels: stored.fractions([paths.iloc[row] for row in rows], labels)
 
 

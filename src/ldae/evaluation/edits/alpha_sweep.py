@@ -21,7 +21,7 @@ class AlphaSweep:
 
     Attributes:
         images: (A, B, 1, X, Y, Z).
-        volumes: mm3 by structure, (B, A) each.
+        volumes: mm3 by structure, (B, A) each; see anatomy.py.
         identity: SSIM to alpha = 0 in the brain, (B, A).
     """
 
@@ -57,8 +57,13 @@ def run_sweep(
     direction: Direction,
     scans: InvertedScans,
     alphas: Sequence[float],
+    register: bool = False,
 ) -> AlphaSweep:
-    """Decode the scans at every alpha, 0 among them, and measure the results."""
+    """Decode the scans at every alpha, 0 among them, and measure the results.
+
+    Args:
+        register: also measure the structures that need a registration of every image to that at alpha = 0.
+    """
     alphas = [float(alpha) for alpha in alphas]
     decoded = [editor.decode(context.model, scans.code, direction.edit(scans.y, alpha)) for alpha in alphas]
     images = torch.stack(decoded)
@@ -66,6 +71,9 @@ def run_sweep(
     identity = torch.stack([ssim(image, unedited, scans.mask) for image in images], 1).double().cpu().numpy()
     measured = [anatomy.volumes(image, scans.levels) for image in images]
     volumes = {name: np.stack([values[name] for values in measured], 1) for name in anatomy.measures}
+    if register:
+        grown = [anatomy.grown_volumes(scans.rows, unedited, image) for image in images]
+        volumes |= {name: np.stack([values[name] for values in grown], 1) for name in anatomy.registered}
     return AlphaSweep(alphas, scans, images, volumes, identity)
 
 

@@ -1,6 +1,10 @@
-"""Volumes of ventricles and hippocampi in a decoded scan, in mm3, without segmenting it.
+"""Volumes of structures in a decoded scan, in mm3, without segmenting it.
 
-Each voxel of the structure's region contains the structure to the fraction that its intensity v implies:
+There are two measures. `SoftVolume` reads the volume of ventricles from one image. Structures of little contrast are
+measured by how much they grow between two images of one brain (`Anatomy.grown_volumes`, deformation.py).
+
+For `SoftVolume`, each voxel of the structure's region contains the structure to the fraction that its intensity v
+implies:
 
     fraction = clip((outside - v) / (outside - inside), 0, 1),    volume = voxel volume x sum of the fractions
 
@@ -10,8 +14,9 @@ before any decoded voxel is read.) The two intensity levels are the scan's own: 
 reconstruction to its label map, so that they do not depend on the decoded scan that is measured.
 
 On phantoms at 4.5 mm, the volume measured in a scan correlates with its true ventricle volume at 0.97, with another
-scan's at -0.1. Hippocampi have no contrast to their surroundings at that resolution (-0.2): measure them at fine
-resolution only.
+scan's at -0.1. Hippocampi have no contrast to their surroundings (-0.2), and even at 3 mm the intensities of their true
+counterfactuals change with the wrong sign, because the fluid around them grows: their `SoftVolume` says how variable
+the region is, no more.
 """
 
 import logging
@@ -19,9 +24,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from ldae.evaluation.context import Context, iterate_batches
+from ldae.evaluation.edits.deformation import measure_growth
 from ldae.evaluation.images.image_metrics import BrainMasks, to_arrays
 
 log = logging.getLogger(__name__)
@@ -30,6 +37,9 @@ log = logging.getLogger(__name__)
 VENTRICLES = (49, 50, 51, 52)
 HIPPOCAMPI = (47, 48)
 STRUCTURES = {"ventricle": VENTRICLES, "hippocampus": HIPPOCAMPI}
+# Measured by registration.
+REGISTERED = {"hippocampus": HIPPOCAMPI, "amygdala": (31, 32), "inferior_lateral_ventricle": (49, 50)}
+REGIONS = {**STRUCTURES, **REGISTERED}
 MIN_FREQUENCY, TRAIN_SCANS = 0.05, 200
 BATCH = 16  # label maps that are read at once
 
@@ -87,7 +97,7 @@ def build_soft_volume(context: Context, labels: Sequence[int]) -> SoftVolume | N
 
 
 def read_true_volumes(context: Context, name: str, rows: Sequence[int]) -> np.ndarray:
-    """True volume of a structure ("ventricle", "hippocampus") in each scan, (B,) mm3.
+    """True volume of a structure of `REGIONS` in each scan, (B,) mm3.
 
     From the column `<name>_mm3` of the table if all rows have a value, otherwise from the label maps.
     """
@@ -95,7 +105,7 @@ def read_true_volumes(context: Context, name: str, rows: Sequence[int]) -> np.nd
     if column in context.table and context.table[column].iloc[list(rows)].notna().all():
         return context.table[column].iloc[list(rows)].to_numpy(np.float64)
     batches, voxel_mm3 = iterate_batches(rows, BATCH), float(np.prod(context.spacing))
-    return np.concatenate([context.regions(part, STRUCTURES[name]).sum((1, 2, 3)) * voxel_mm3 for part in batches])
+    return np.concatenate([context.regions(part, REGIONS[name]).sum((1, 2, 3)) * voxel_mm3 for part in batches])
 
 
 class Anatomy:
@@ -103,6 +113,7 @@ class Anatomy:
 
     Attributes:
         measures: by structure; empty without label maps.
+        registered: structures of the label maps that are measured by registration.
         brains: masks of the scans' reconstructions, which every editor and direction needs again.
     """
 
@@ -110,8 +121,18 @@ class Anatomy:
         self.context, self.brains = context, BrainMasks()
         found = {name: build_soft_volume(context, labels) for name, labels in STRUCTURES.items()}
         self.measures: dict[str, SoftVolume] = {name: measure for name, measure in found.items() if measure}
+        self.registered = [name for name in REGISTERED if self._is_labelled(name)]
         if not self.measures:
             log.warning("the table has no usable label maps (labels_path): volumes are not measured")
+
+    def _is_labelled(self, name: str) -> bool:
+        """Whether the label maps have a structure, by those of a few training scans."""
+        rows = self.context.sample_rows("train", BATCH)
+        return (
+            self.context.regions is not None
+            and len(rows) > 0
+            and bool(np.any(self.context.regions(rows.tolist(), REGISTERED[name])))
+        )
 
     @property
     def region(self) -> np.ndarray | None:
@@ -138,6 +159,23 @@ class Anatomy:
         return {
             name: np.array([measure.measure(image, own[name]) for image, own in zip(arrays, levels, strict=True)])
             for name, measure in self.measures.items()
+        }
+
+    def grown_volumes(self, rows: Sequence[int], before: Tensor, after: Tensor) -> dict[str, np.ndarray]:
+        """Volumes of the registered structures in the images after, mm3, (B,) each.
+
+        The images before, (B, 1, X, Y, Z), show the scans `rows` and are taken to have their true volumes.
+        """
+        if not self.registered:
+            return {}
+        rows = [int(row) for row in rows]
+        fractions = {
+            name: torch.from_numpy(np.asarray(self.context.regions(rows, REGISTERED[name]))) for name in self.registered
+        }
+        growth = measure_growth(before, after, fractions)
+        return {
+            name: read_true_volumes(self.context, name, rows) * growth[name].double().cpu().numpy()
+            for name in self.registered
         }
 
 

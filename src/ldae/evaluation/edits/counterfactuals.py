@@ -18,7 +18,7 @@ from ldae.editing.direction import Direction
 from ldae.editing.editor import Editor
 from ldae.evaluation.context import Context, iterate_batches
 from ldae.evaluation.edits.alpha_sweep import AlphaSweep, run_sweep, share_outside
-from ldae.evaluation.edits.anatomy import Anatomy
+from ldae.evaluation.edits.anatomy import REGIONS, Anatomy
 from ldae.evaluation.edits.effects import correlation, slope
 from ldae.evaluation.edits.inverted_scans import invert_scans
 from ldae.evaluation.images.image_metrics import to_arrays
@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 
 PHANTOM_COLUMNS = ("phantom_seed", "severity", "path")
 FACTORS = {"diagnosis": "severity", "severity": "severity", "age": "age"}  # column of a probe -> factor of a phantom
+TRUE, SEEN = "true_", "seen_"  # begin the names of true changes of structures
 MAX_CHANGE = {"severity": 1.2, "age": 25.0}  # larger changes leave the range that phantoms are generated for
 STEPS = {"severity": 0.25, "age": 5.0}  # of the finite difference for the true slope
 # The least change that +-alpha is compared with, so that an edit without effect is not scored as correct.
@@ -39,11 +40,11 @@ class Counterfactual:
 
     Attributes:
         volume: (1, X, Y, Z) in model space.
-        ventricle: volume of the ventricles, mm3.
+        volumes: true volumes of its structures, mm3.
     """
 
     volume: Tensor
-    ventricle: float
+    volumes: Mapping[str, float]
 
 
 class CounterfactualRenderer:
@@ -73,7 +74,7 @@ class CounterfactualRenderer:
         spacing, shape = float(header.get_zooms()[0]), header.get_data_shape()[:3]
         scan = render(entry, noise=False, spacing=spacing, shape=shape, **changed)
         image = nibabel.Nifti1Image(np.rint(scan.image).astype(np.int16), scan.affine)  # rounded as stored scans are
-        return Counterfactual(torch.from_numpy(np.asarray(self.transform(image))), scan.volumes["ventricle"])
+        return Counterfactual(torch.from_numpy(np.asarray(self.transform(image))), scan.volumes)
 
     def ventricle_slope(self, rows: Sequence[int], factor: str) -> float:
         """Mean true change of the ventricle volume per unit of `factor`, mm3; nothing is rendered."""
@@ -110,11 +111,13 @@ class ExchangeRate:
     Attributes:
         renderer: of the counterfactuals.
         per_alpha: severity, or years, that corresponds to alpha = 1.
+        expected: severity, or years, that alpha = 1 is by its unit; None if that is not known.
     """
 
     renderer: CounterfactualRenderer | CachedCounterfactuals
     factor: str
     per_alpha: float
+    expected: float | None = None
 
     def change(self, alpha: float) -> float:
         """The change of the factor that corresponds to `alpha`, within the range of the generator."""
@@ -151,7 +154,22 @@ def calibrate_exchange_rate(
     rate = float(np.nanmean(np.concatenate(slopes))) / renderer.ventricle_slope(rows, factor)
     if rate < 0:
         log.warning("this direction shrinks the ventricles of validation scans (%.3g %s per alpha)", rate, factor)
-    return ExchangeRate(renderer, factor, max(abs(rate), MIN_CHANGE[factor] / alpha))
+    return ExchangeRate(
+        renderer, factor, max(abs(rate), MIN_CHANGE[factor] / alpha), expected_factor(context, direction, factor)
+    )
+
+
+def expected_factor(context: Context, direction: Direction, factor: str) -> float | None:
+    """The severity, or years, that alpha = 1 is by its unit; None without a calibration.
+
+    alpha counts distances between the classes, which differ in severity by as much as the training scans do on average.
+    """
+    calibration, amount = direction.calibration, direction.amount_per_alpha()
+    if calibration is None or calibration.classes is None:
+        return amount
+    train = context.table.iloc[context.rows("train")]
+    negative, positive = (train.loc[train[calibration.column] == name, factor].mean() for name in calibration.classes)
+    return amount * float(positive - negative)
 
 
 @dataclass(frozen=True)
@@ -178,8 +196,11 @@ def compare_with_counterfactuals(
     - `outside_share_true`: share of the true change that is outside the structures' regions.
     - `change_decoded`, `change_true`: growth of the ventricles from -alpha to +alpha, mm3.
     - `ventricle_error`: absolute difference of these two; `ventricle_error_unedited`: if nothing is changed.
+    - `true_<structure>`: true change per unit of the factor, mm3; `seen_<structure>`: what the registration that
+      measures the edits sees of it in the autoencoder's reconstructions of the counterfactuals (only if `ceiling`).
     """
     ends, rows, brain = (-alpha, alpha), sweep.scans.rows, sweep.brain
+    span = rate.change(alpha) - rate.change(-alpha)
     rendered = {a: [rate.renderer.render(row, rate.factor, rate.change(a)) for row in rows] for a in (0.0, *ends)}
     volumes = {a: torch.stack([phantom.volume for phantom in phantoms]) for a, phantoms in rendered.items()}
     true = {end: to_arrays(volumes[end] - volumes[0.0]) for end in ends}
@@ -188,10 +209,14 @@ def compare_with_counterfactuals(
         passed = {a: context.model.decompress(context.model.compress(x)) for a, x in volumes.items()}
         best = {end: to_arrays(passed[end] - passed[0.0]) for end in ends}
         found["difference_r_ceiling"] = _correlations(best, true, brain)
+        grown = [anatomy.grown_volumes(rows, passed[0.0], passed[end]) for end in ends]
+        found |= {f"{SEEN}{name}": (grown[1][name] - grown[0][name]) / span for name in anatomy.registered}
     if anatomy.region is not None:
         found["outside_share_true"] = np.mean([share_outside(true[end], brain, anatomy.region) for end in ends], 0)
-    mm3 = {end: np.array([phantom.ventricle for phantom in rendered[end]]) for end in ends}
-    found["change_true"] = mm3[alpha] - mm3[-alpha]
+    for name in set(REGIONS) & set(rendered[alpha][0].volumes):
+        mm3 = {end: np.array([phantom.volumes[name] for phantom in rendered[end]]) for end in ends}
+        found[f"{TRUE}{name}"] = (mm3[alpha] - mm3[-alpha]) / span
+    found["change_true"] = found[f"{TRUE}ventricle"] * span
     found["change_decoded"] = sweep.volume_change("ventricle", alpha) - sweep.volume_change("ventricle", -alpha)
     found["ventricle_error"] = np.abs(found["change_decoded"] - found["change_true"])
     found["ventricle_error_unedited"] = np.abs(found["change_true"])

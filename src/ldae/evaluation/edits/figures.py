@@ -14,7 +14,12 @@ from ldae.utils.files import replacing
 from ldae.utils.slices import PLANES, slices_to_show
 
 MARKERS = "os^vD<>P"  # one for each curve of a trade-off
-COLOURS = {"ventricle": "tab:blue", "hippocampus": "tab:orange"}
+COLOURS = {
+    "ventricle": "tab:blue",
+    "hippocampus": "tab:orange",
+    "amygdala": "tab:green",
+    "inferior_lateral_ventricle": "tab:cyan",
+}
 FRAME_MS = 180
 IDENTITY = "SSIM to alpha = 0, in the brain"
 
@@ -49,23 +54,33 @@ def draw_strip(
 
 
 def draw_dose_response(
-    path: Path, alphas: Sequence[float], volumes: Mapping[str, np.ndarray], identity: np.ndarray
+    path: Path,
+    alphas: Sequence[float],
+    volumes: Mapping[str, np.ndarray],
+    identity: np.ndarray,
+    title: str = "",
+    still: Sequence[str] = (),
 ) -> None:
     """Change of each structure's volume and of identity with alpha: a thin line per scan, the median in black.
 
     Args:
         volumes: mm3 by structure, (N, A) each.
         identity: SSIM to alpha = 0, (N, A).
+        still: structures that the direction cannot move.
     """
     unedited = list(alphas).index(0.0)
-    with open_figure(path, (4.2 * (len(volumes) + 1), 3.8), 1, len(volumes) + 1) as (_, grid):
+    with open_figure(path, (4.2 * (len(volumes) + 1), 3.8), 1, len(volumes) + 1) as (figure, grid):
+        figure.suptitle(title, fontsize=10)
         for axes, (name, measured) in zip(grid[:-1], volumes.items(), strict=True):
             kept = measured[measured[:, unedited] > 0]  # without contrast to its surroundings it has no volume
             change = 100 * (kept / kept[:, unedited : unedited + 1] - 1)
             axes.plot(alphas, change.T, color=COLOURS.get(name, "0.5"), alpha=0.25, linewidth=0.8)
             axes.plot(alphas, np.median(change, 0) if len(change) else np.full(len(alphas), np.nan), "ko-", linewidth=2)
             axes.axhline(0, color="0.7", linewidth=0.8)
-            axes.set(xlabel="alpha", ylabel=f"change of {name} volume, %", title=f"{name}, {len(change)} scans")
+            words = name.replace("_", " ")
+            axes.set(xlabel="alpha", ylabel=f"change of {words} volume, %", title=f"{words}, {len(change)} scans")
+            if name in still:
+                axes.set_title(f"{words}: not moved by this direction", color="tab:red")
         grid[-1].plot(alphas, identity.T, color="0.6", alpha=0.4, linewidth=0.8)
         grid[-1].plot(alphas, np.median(identity, 0), "ko-", markersize=4, linewidth=2)
         grid[-1].set(xlabel="alpha", ylabel=IDENTITY, title=f"identity, {len(identity)} scans")

@@ -1,15 +1,24 @@
 """Does an edit along a label's direction change a scan as the label changes a brain?
 
-Test scans are inverted, their y is moved along the direction by several values of alpha, and they are decoded. The
-expected changes are those of disease and of ageing: ventricles grow, hippocampi shrink. On phantoms the edits are also
-compared with true counterfactuals (counterfactuals.py).
+Scans are inverted, their y is moved along the direction by several values of alpha, and they are decoded. alpha = 1 is
+the mean distance between the two classes in the training scans, or one standard deviation of a number (`conf/alpha`).
+The changes of structures are compared with those that the label causes or goes along with (dose_response.py), on
+phantoms with true counterfactuals (counterfactuals.py).
 
 Metrics for every probe that has a direction, `manipulation/<probe>/...`, with intervals over subjects:
 
-- `scans`: how many test scans were edited.
+- `scans`: how many scans were edited, test scans unless `splits` says otherwise.
 - `<structure>_spearman_share`: share of the scans whose decoded volume follows alpha with a Spearman correlation of at
-  least 0.9 in the expected direction; `<structure>_spearman_median`: the median correlation;
-  `<structure>_slope`, `<structure>_slope_percent`: change per unit of alpha, in mm3 and in percent.
+  least 0.9 in the right direction; `<structure>_spearman_median`: the median correlation;
+  `<structure>_slope`, `<structure>_slope_percent`: change per unit of alpha, in mm3 and in percent;
+  `<structure>_slope_per_10_years`: of a direction of age. Structures: ventricle, and by registration hippocampus,
+  amygdala and inferior_lateral_ventricle, as far as the label maps have them.
+- `<structure>_right`: share of the scans whose slope has the right sign; `<structure>_moves`: 1 if the mean slope has
+  the right sign with its interval and is at least a tenth of the right slope; otherwise 0: this direction cannot move
+  the structure.
+- `<structure>_slope_cohort`: slope of the training scans' own volumes on the label, per unit of alpha. On phantoms
+  `<structure>_slope_true`: of the true counterfactuals; `<structure>_slope_seen`: what the same measurement sees of
+  them after the autoencoder; `<structure>_slope_ratio`: the edits' slope over the latter, or else over the former.
 - `identity_ssim_mask`: SSIM in the brain of +-shown to alpha = 0.
 - `outside_share`: share of the absolute change in the brain that is outside the structures' regions;
   `outside_share_true`: the same of the true change.
@@ -18,7 +27,8 @@ Metrics for every probe that has a direction, `manipulation/<probe>/...`, with i
   (heldout_probe.py).
 - On phantoms `difference_r`, `difference_r_ceiling`, `ventricle_error`, `ventricle_error_unedited`
   (counterfactuals.py), correlations as medians over scans; `ventricle_change_r`: correlation over scans of decoded and
-  true growth of the ventricles; `factor_per_alpha`: severity, or years, that corresponds to alpha = 1.
+  true growth of the ventricles; `factor_per_alpha`: severity, or years, that corresponds to alpha = 1 by the growth
+  of the ventricles; `factor_per_alpha_expected`: by the unit of alpha.
 
 directions.json contains the directions, for `ldae manipulate`; results.py lists the tables and figures.
 """
@@ -28,6 +38,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
+from ldae.data.subsampling import subsample_by_subject
 from ldae.editing.direction import Direction
 from ldae.editing.directions import TRAINING_DISTANCE, DirectionEstimator, find_direction
 from ldae.editing.editor import Editor
@@ -35,8 +46,21 @@ from ldae.editing.units import AlphaUnit
 from ldae.evaluation.context import Context, iterate_batches
 from ldae.evaluation.edits.alpha_sweep import AlphaSweep, measure_reversibility, run_sweep, share_outside
 from ldae.evaluation.edits.anatomy import Anatomy
-from ldae.evaluation.edits.counterfactuals import FACTORS, calibrate_exchange_rate, compare_with_counterfactuals
-from ldae.evaluation.edits.effects import slope, spearman, weighted_median
+from ldae.evaluation.edits.counterfactuals import (
+    FACTORS,
+    SEEN,
+    TRUE,
+    ExchangeRate,
+    calibrate_exchange_rate,
+    compare_with_counterfactuals,
+)
+from ldae.evaluation.edits.dose_response import (
+    measure_cohort_slopes,
+    moves,
+    right_slopes,
+    summarise_dose_response,
+)
+from ldae.evaluation.edits.effects import slope, weighted_median
 from ldae.evaluation.edits.heldout_probe import HeldOutProbe
 from ldae.evaluation.edits.inverted_scans import invert_scans
 from ldae.evaluation.edits.results import ManipulationResults
@@ -48,9 +72,6 @@ from ldae.utils.files import write_json
 
 log = logging.getLogger(__name__)
 
-EXPECTED_SIGN = {"ventricle": 1, "hippocampus": -1}  # of disease and of age
-MONOTONE = 0.9  # Spearman correlation from which a volume counts as following alpha
-
 
 class Manipulation:
     """The evaluation that the module describes.
@@ -59,10 +80,11 @@ class Manipulation:
         direction: estimates the direction of each probe.
         alphas: values of alpha, 0 and +-shown among them.
         shown: the |alpha| at which identity, difference maps and counterfactuals are measured, and of the pictures.
-        scans: at most this many test scans; None: all of them.
+        scans: at most this many scans; None: all of them.
         calibration_scans: at most this many validation scans, for the exchange rate of alpha.
         pictures: how many scans are drawn.
         unit: of alpha.
+        splits: whose scans are edited; [train] if labels were not used in training and all scans are in train.
     """
 
     def __init__(
@@ -78,6 +100,7 @@ class Manipulation:
         pictures: int = 2,
         resamples: int = 1000,
         unit: AlphaUnit = TRAINING_DISTANCE,
+        splits: Sequence[str] = ("test",),
     ):
         self.alphas = sorted(float(alpha) for alpha in alphas)
         if not {0.0, float(shown), -float(shown)} <= set(self.alphas) or shown <= 0:
@@ -85,11 +108,16 @@ class Manipulation:
         self.probes, self.direction, self.editor = dict(probes or {}), direction, editor
         self.shown, self.scans, self.calibration_scans = float(shown), scans, calibration_scans
         self.batch_size, self.pictures, self.resamples = batch_size, pictures, resamples
-        self.unit = unit
+        self.unit, self.splits = unit, list(splits)
 
     def __call__(self, context: Context) -> Iterator[tuple[str, float]]:
         anatomy, directions = Anatomy(context), {}
-        rows, train = context.sample_rows("test", self.scans), context.rows("train")
+        rows, train = context.rows(*self.splits), context.rows("train")
+        rows = subsample_by_subject(rows, context.table["subject"].tolist(), self.scans, context.seed)
+        if not len(rows):
+            names = " + ".join(self.splits)
+            context.skip(f"manipulation is skipped: {names} has no scans; see evaluation.manipulation.splits")
+            return
         for name, probe in self.probes.items():
             try:
                 found = find_direction(
@@ -116,7 +144,7 @@ class Manipulation:
         results = ManipulationResults(context, name, self.alphas, self.shown, self.pictures)
         for part in tqdm(list(iterate_batches(rows, self.batch_size)), f"manipulation of {name}"):
             scans = invert_scans(context, self.editor, anatomy, part)
-            sweep = run_sweep(context, self.editor, anatomy, direction, scans, self.alphas)
+            sweep = run_sweep(context, self.editor, anatomy, direction, scans, self.alphas, register=True)
             metrics, true_difference = self._measure(context, anatomy, direction, sweep), None
             if rate is not None:
                 comparison = compare_with_counterfactuals(context, anatomy, rate, sweep, self.shown)
@@ -124,14 +152,34 @@ class Manipulation:
             if held_out is not None:
                 metrics |= held_out.measure(context, self.editor, scans)
             results.add(sweep, metrics, true_difference, anatomy.region)
+        yield from self._summarise(context, name, probe, direction, rate, rows, results)
+
+    def _summarise(
+        self,
+        context: Context,
+        name: str,
+        probe: Probe,
+        direction: Direction,
+        rate: ExchangeRate | None,
+        rows: np.ndarray,
+        results: ManipulationResults,
+    ) -> Iterator[tuple[str, float]]:
         weights = draw_subject_weights(context.subjects(rows), self.resamples, context.seed)
-        stem = f"manipulation/{name}"
+        volumes, metrics, stem = results.volumes(), results.metrics(), f"manipulation/{name}"
         yield f"{stem}/scans", float(len(rows))
         if rate is not None:
             yield f"{stem}/factor_per_alpha", rate.per_alpha
-        yield from summarise_dose_response(stem, self.alphas, results.volumes(), weights)
-        yield from summarise_scans(stem, results.metrics(), weights)
-        results.write(rows)
+            if rate.expected is not None:
+                yield f"{stem}/factor_per_alpha_expected", rate.expected
+        cohort = measure_cohort_slopes(context, probe, direction, list(volumes), self.resamples)
+        right = right_slopes(metrics, None if rate is None else rate.expected, cohort, list(volumes))
+        yield from summarise_dose_response(stem, self.alphas, volumes, weights, right, direction)
+        yield from summarise_scans(stem, metrics, weights)
+        slopes = {key: slope(np.array(self.alphas), measured) for key, measured in volumes.items()}
+        still = [key for key, found in slopes.items() if not moves(found, weights, right[key], key)]
+        if still:
+            log.warning("edits along %s cannot move: %s", name, ", ".join(still))
+        results.write(rows, direction.alpha_scale.meaning, still)
 
     def _measure(
         self, context: Context, anatomy: Anatomy, direction: Direction, sweep: AlphaSweep
@@ -146,27 +194,12 @@ class Manipulation:
         return metrics
 
 
-def summarise_dose_response(
-    stem: str, alphas: Sequence[float], volumes: Mapping[str, np.ndarray], weights: np.ndarray
-) -> Iterator[tuple[str, float]]:
-    """How each structure's volume (N, A) follows alpha."""
-    alphas = np.asarray(alphas)
-    for name, measured in volumes.items():
-        sign, slopes = EXPECTED_SIGN[name], slope(alphas, measured)
-        correlations = spearman(alphas, measured)
-        yield from summarise_mean(f"{stem}/{name}_spearman_share", sign * correlations >= MONOTONE, weights)
-        yield f"{stem}/{name}_spearman_median", float(np.median(correlations))
-        yield from summarise_mean(f"{stem}/{name}_slope", slopes, weights)
-        unedited = measured[:, alphas.tolist().index(0.0)]
-        yield f"{stem}/{name}_slope_percent", float(100 * slopes.mean() / unedited.mean())
-
-
 def summarise_scans(stem: str, values: Mapping[str, np.ndarray], weights: np.ndarray) -> Iterator[tuple[str, float]]:
     """Metrics per scan (N,) as means, those of difference maps as medians."""
     for name, value in values.items():
         if name.startswith("difference_r"):
             yield from summarise(f"{stem}/{name}", weighted_median(value, weights))
-        elif not name.startswith("change_"):
+        elif not name.startswith(("change_", TRUE, SEEN)):
             yield from summarise_mean(f"{stem}/{name}", value, weights)
     if "change_true" in values:
         agreement = scores.pearson(values["change_true"], values["change_decoded"], weights)

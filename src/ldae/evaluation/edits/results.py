@@ -1,5 +1,6 @@
 """Collects the edits of a manipulation batch by batch and writes its tables, figures and animations."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -62,8 +63,12 @@ class ManipulationResults:
         """Metrics per scan, (N,) each."""
         return {name: np.concatenate([part[name] for part in self._metrics]) for name in self._metrics[0]}
 
-    def write(self, rows: np.ndarray) -> None:
+    def write(self, rows: np.ndarray, unit: str, still: Sequence[str] = ()) -> None:
         """Write the tables of the scans `rows`, and the figure of the dose-response.
+
+        Args:
+            unit: meaning of alpha = 1.
+            still: structures that the direction cannot move.
 
         `manipulation_<label>.csv` has one row per scan and alpha, `manipulation_<label>_scans.csv` one row per scan.
         """
@@ -80,7 +85,8 @@ class ManipulationResults:
         self.context.write_csv(f"{self._stem}.csv", pd.concat(curves))
         self.context.write_csv(f"{self._stem}_scans.csv", scans.assign(**self.metrics()))
         if volumes:
-            figures.draw_dose_response(self.context.out / f"{self._stem}_dose.png", self.alphas, volumes, identity)
+            path = self.context.out / f"{self._stem}_dose.png"
+            figures.draw_dose_response(path, self.alphas, volumes, identity, f"{self.label}; alpha = 1: {unit}", still)
 
     @property
     def _stem(self) -> str:
