@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from ldae.data.tissues import Mixture, Ramps, TissuesNotFound, fit_gaussians
+from ldae.data.tissue_mixture import Divisions, TissuesNotFound, fit_tissues
+from ldae.data.tissues import Mixture, PartialVolume, Ramps
 
 MEANS, SDS, SHARES = np.array([30.0, 70.0, 100.0]), np.array([8.0, 6.0, 4.0]), np.array([0.15, 0.5, 0.35])
 
@@ -23,15 +24,40 @@ def brain(values: np.ndarray) -> np.ndarray:
 
 
 def test_the_mixture_of_known_gaussians_is_found():
-    found = fit_gaussians(draw()[0])
+    found = fit_tissues(draw()[0], Divisions.pure())
     np.testing.assert_allclose(found.means, MEANS, atol=0.6)
     np.testing.assert_allclose(found.sds, SDS, atol=0.5)
     np.testing.assert_allclose(found.shares, SHARES, atol=0.02)
 
 
 @pytest.mark.parametrize("shares", [(0.04, 0.56, 0.4), (0.4, 0.4, 0.2), (0.1, 0.2, 0.7)])
-def test_it_is_found_whatever_the_shares(shares):
-    np.testing.assert_allclose(fit_gaussians(draw(shares=np.array(shares))[0]).means, MEANS, atol=2)
+@pytest.mark.parametrize("divisions", [Divisions.pure(), Divisions.shared(3)])
+def test_it_is_found_whatever_the_shares(shares, divisions):
+    np.testing.assert_allclose(fit_tissues(draw(shares=np.array(shares))[0], divisions).means, MEANS, atol=5)
+
+
+def draw_partial_volumes(count: int = 60_000) -> tuple[np.ndarray, np.ndarray]:
+    """Intensities of voxels of which two thirds are shared by two neighbouring tissues, and fractions (3, N)."""
+    generator = np.random.default_rng(0)
+    kind, part = generator.choice(5, count, p=[0.05, 0.1, 0.15, 0.3, 0.4]), generator.uniform(size=count)
+    fractions = np.zeros((3, count))
+    for tissue in range(3):
+        fractions[tissue, kind == tissue] = 1
+    for pair in range(2):
+        shared = kind == 3 + pair
+        fractions[pair, shared], fractions[pair + 1, shared] = 1 - part[shared], part[shared]
+    return MEANS @ fractions + generator.normal(0, 4, count), fractions
+
+
+def test_pure_tissues_are_found_where_most_voxels_are_shared():
+    values, fractions = draw_partial_volumes()
+    found, plain = (fit_tissues(values, divisions) for divisions in (Divisions.shared(3), Divisions.pure()))
+    np.testing.assert_allclose(found.means, MEANS, atol=3)
+    np.testing.assert_allclose(found.sds, 4, atol=1.5)
+    np.testing.assert_allclose(found.shares, fractions.mean(1), atol=0.03)
+    errors = [np.abs(mixture.fractions_at(values) - fractions).mean() for mixture in (found, plain)]
+    assert errors[0] < 0.07
+    assert errors[1] > 1.5 * errors[0]
 
 
 @pytest.mark.parametrize(
@@ -43,16 +69,18 @@ def test_it_is_found_whatever_the_shares(shares):
         (lambda values: np.append(values, [1e5] * 20), 0.01),  # a few voxels of fat
     ],
 )
-def test_the_maps_do_not_depend_on_the_scale_quantisation_or_outliers(change, tolerance):
+@pytest.mark.parametrize("maker", [PartialVolume(), Mixture()])
+def test_the_maps_do_not_depend_on_the_scale_quantisation_or_outliers(change, tolerance, maker):
     values, _ = draw()
-    plain, changed = Mixture()(brain(values)), Mixture()(brain(change(values)))
+    plain, changed = maker(brain(values)), maker(brain(change(values)))
     inside = plain.values.sum(0) > 0
     assert np.abs(plain.values - changed.values)[:, inside][:, : len(values)].mean() < tolerance
 
 
-def test_probabilities_sum_to_one_in_the_brain_and_name_the_tissue():
+@pytest.mark.parametrize("maker", [PartialVolume(), Mixture()])
+def test_fractions_sum_to_one_in_the_brain_and_name_the_tissue(maker):
     values, tissue = draw()
-    maps = Mixture()(brain(values))
+    maps = maker(brain(values))
     inside = maps.values.reshape(3, -1)[:, 5000 : 5000 + len(values)]
     np.testing.assert_allclose(inside.sum(0), 1, atol=1e-5)
     assert (inside.argmax(0) == tissue).mean() > 0.95
@@ -60,17 +88,18 @@ def test_probabilities_sum_to_one_in_the_brain_and_name_the_tissue():
     assert not maps.notes
 
 
-def test_the_brightest_and_darkest_voxels_belong_to_the_outer_tissues():
+@pytest.mark.parametrize("maker", [PartialVolume(), Mixture()])
+def test_the_brightest_and_darkest_voxels_belong_to_the_outer_tissues(maker):
     values = np.concatenate([draw()[0], [2.0, 130.0, 400.0]])
-    maps = Mixture()(brain(values)).values.reshape(3, -1)[:, 5000 + len(values) - 3 : 5000 + len(values)]
-    assert maps[0, 0] > 0.99
-    assert (maps[2, 1:] > 0.99).all()
+    maps = maker(brain(values)).values.reshape(3, -1)[:, 5000 + len(values) - 3 : 5000 + len(values)]
+    assert maps[0, 0] > 0.95
+    assert (maps[2, 1:] > 0.95).all()
 
 
 def test_ramps_rise_between_the_means_of_the_tissues():
     values = np.concatenate([draw()[0], MEANS, [85.0, 3.0]])
     ramps = Ramps()(brain(values)).values.reshape(2, -1)[:, 5000 + len(values) - 5 : 5000 + len(values)]
-    np.testing.assert_allclose(ramps, [[0, 1, 1, 1, 0], [0, 0, 1, 0.5, 0]], atol=0.04)
+    np.testing.assert_allclose(ramps, [[0, 1, 1, 1, 0], [0, 0, 1, 0.5, 0]], atol=0.08)
 
 
 @pytest.mark.parametrize(
@@ -83,12 +112,16 @@ def test_ramps_rise_between_the_means_of_the_tissues():
         (np.append(np.full(5000, 7.0), [8.0, 9.0]), "one intensity"),
     ],
 )
-def test_a_scan_without_three_tissues_is_refused(values, reason):
+@pytest.mark.parametrize("maker", [PartialVolume(), Mixture(), Ramps()])
+def test_a_scan_without_three_tissues_is_refused(values, reason, maker):
     with pytest.raises(TissuesNotFound, match=reason):
-        Mixture()(brain(values))
+        maker(brain(values))
 
 
-def test_tissues_that_are_hardly_distinct_are_noted():
-    values = np.random.default_rng(0).normal(70, 10, 60_000).clip(1)
-    notes = Mixture()(brain(values)).notes
+def test_tissues_that_are_hardly_distinct_are_noted_and_two_instead_of_three_refused():
+    generator = np.random.default_rng(0)
+    notes = PartialVolume()(brain(generator.normal(70, 10, 60_000).clip(1))).notes
     assert any("hardly distinct" in note for note in notes)
+    two = np.append(generator.normal(30, 5, 30_000), generator.normal(80, 5, 30_000))
+    with pytest.raises(TissuesNotFound, match="two are 0"):
+        PartialVolume()(brain(two))

@@ -17,7 +17,8 @@ import pandas as pd
 
 from ldae.data.nifti import BadScan, LoadedScan, load_scan
 from ldae.data.table import read_table
-from ldae.data.tissues import Gaussians, Mixture, Ramps, TissuesNotFound, fit_gaussians
+from ldae.data.tissue_mixture import Divisions, TissueMixture, TissuesNotFound, fit_tissues
+from ldae.data.tissues import Mixture, PartialVolume, Ramps
 from ldae.data.transforms import Transform
 from ldae.utils.errors import UserError
 
@@ -29,7 +30,7 @@ PENALTIES = 10.0 ** np.arange(-5, 2.1, 0.5)  # over the mean squared length of a
 
 def over_white_matter(scan: LoadedScan) -> np.ndarray:
     """The intensities over those of white matter."""
-    return np.clip(scan.data / fit_gaussians(_brain(scan)).means[2] / 1.5, 0, 1)[None]
+    return np.clip(scan.data / fit_tissues(_brain(scan), Divisions.shared(3)).means[2] / 1.5, 0, 1)[None]
 
 
 def mixture(scan: LoadedScan) -> np.ndarray:
@@ -42,26 +43,30 @@ def ramps(scan: LoadedScan) -> np.ndarray:
     return Ramps()(scan.data).values
 
 
-def fractions(scan: LoadedScan) -> np.ndarray:
-    """Fractions of CSF, grey and white matter if the intensity is their mean: the two ramps in other words."""
-    first, second = Ramps()(scan.data).values
-    return np.stack([(1 - first) * (scan.data > 0), first - second, second])
+def partial_volume(scan: LoadedScan) -> np.ndarray:
+    """Fractions of CSF, grey and white matter."""
+    return PartialVolume()(scan.data).values
+
+
+def grey(scan: LoadedScan) -> np.ndarray:
+    """The fraction of grey matter alone."""
+    return PartialVolume()(scan.data).values[1:2]
 
 
 def mixture_with_priors(scan: LoadedScan) -> np.ndarray:
     """Probabilities with the ICBM 152 maps as the shares of the tissues at each voxel; for scans in that space."""
     brain, values = scan.data > 0, _brain(scan)
     prior = _icbm_priors(scan.affine, scan.data.shape)[:, brain]
-    gaussians = fit_gaussians(values)
+    found = fit_tissues(values, Divisions.pure())
     some = slice(None, None, max(1, len(values) // 50_000))
     for _ in range(30):
-        posterior = _posterior(gaussians, values[some], prior[:, some])
+        posterior = _posterior(found, values[some], prior[:, some])
         shares = posterior.sum(1)
         means = posterior @ values[some] / shares
         spread = (posterior * (values[some] - means[:, None]) ** 2).sum(1) / shares
-        gaussians = Gaussians(means, np.sqrt(spread), shares / shares.sum())
+        found = TissueMixture(found.divisions, means, np.sqrt(spread), found.weights)
     maps = np.zeros((3, *scan.data.shape), np.float32)
-    maps[:, brain] = _posterior(gaussians, values, prior)
+    maps[:, brain] = _posterior(found, values, prior)
     return maps
 
 
@@ -75,8 +80,8 @@ def atropos(scan: LoadedScan) -> np.ndarray:
 
 
 MAKERS: dict[str, Maker | None] = {
-    "t1": None, "t1_over_white": over_white_matter, "ramps": ramps, "fractions": fractions, "mixture": mixture,
-    "mixture_priors": mixture_with_priors, "atropos": atropos,
+    "t1": None, "t1_over_white": over_white_matter, "ramps": ramps, "partial_volume": partial_volume,
+    "grey": grey, "mixture": mixture, "mixture_priors": mixture_with_priors, "atropos": atropos,
 }  # fmt: skip
 
 
@@ -84,10 +89,11 @@ def _brain(scan: LoadedScan) -> np.ndarray:
     return scan.data[scan.data > 0].astype(np.float64)
 
 
-def _posterior(gaussians: Gaussians, values: np.ndarray, prior: np.ndarray) -> np.ndarray:
-    inside = np.clip(values, gaussians.means[0], gaussians.means[2])
-    scaled = (inside - gaussians.means[:, None]) / gaussians.sds[:, None]
-    likelihood = np.exp(-(scaled**2) / 2) / gaussians.sds[:, None] * prior
+def _posterior(mixture: TissueMixture, values: np.ndarray, prior: np.ndarray) -> np.ndarray:
+    """Probabilities of the tissues at voxels with the intensities `values` (N,) and the shares `prior` (3, N)."""
+    inside = np.clip(values, mixture.means[0], mixture.means[2])
+    scaled = (inside - mixture.means[:, None]) / mixture.sds[:, None]
+    likelihood = np.exp(-(scaled**2) / 2) / mixture.sds[:, None] * prior
     return likelihood / likelihood.sum(0)
 
 
@@ -176,8 +182,10 @@ def _ridge(kernel: np.ndarray, target: np.ndarray, train: np.ndarray, test: np.n
 
 def auc(positive: np.ndarray, score: np.ndarray) -> float:
     """Area under the ROC curve: how often a positive has a higher score than a negative."""
-    high, low = score[positive], score[~positive]
-    return float((high[:, None] > low).mean() + (high[:, None] == low).mean() / 2)
+    values, counts = np.unique(score, return_counts=True)
+    rank = (np.cumsum(counts) - (counts - 1) / 2)[np.searchsorted(values, score)]
+    number = int(positive.sum())
+    return float((rank[positive].sum() - number * (number + 1) / 2) / (number * (len(score) - number)))
 
 
 def targets(table: pd.DataFrame) -> dict[str, np.ndarray]:
@@ -222,7 +230,7 @@ def format_row(name: str, candidate: Candidate, scores: Mapping[str, tuple[float
 @click.argument("table", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--spacing", default=4.75, show_default=True, help="Voxel size of the view in mm.")
 @click.option("--shape", default="32,40,32", show_default=True, help="Voxels of the view.")
-@click.option("--makers", default="t1,ramps,mixture", show_default=True, help=f"Of {', '.join(MAKERS)}.")
+@click.option("--makers", default="t1,ramps,mixture,partial_volume", show_default=True, help=f"Of {', '.join(MAKERS)}.")
 def main(table: Path, spacing: float, shape: str, makers: str) -> None:
     """Compare views of the scans of TABLE by ridge regression: MAE of age, AUC of sex and of AD against CN."""
     names = makers.split(",")
