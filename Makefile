@@ -41,7 +41,7 @@ ixi: $(STAMP) ## 149 real scans of IXI: DATA=../shared/data/ixi_hh; ends in runs
 	$(BIN)/ldae cohort "$(DATA)" --name ixi --experiment ixi --derivatives derivatives/ixi_hh $(ARGS)
 
 cohort: $(STAMP) ## the same for raw scans of your own: DATA=MY_BIDS NAME=mine
-	$(BIN)/ldae cohort "$(DATA)" --name $(NAME) $(ARGS)
+	$(BIN)/ldae cohort "$(DATA)" --name "$(NAME)" $(ARGS)
 
 train-aekl: $(STAMP) ## stage 1: the autoencoder
 	$(BIN)/python train.py stage=aekl $(ARGS)

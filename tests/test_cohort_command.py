@@ -40,7 +40,13 @@ def test_the_healthy_are_the_negative_class():
 
 @pytest.mark.parametrize(
     ("arguments", "says"),
-    [(["nowhere", "--name", "mine"], "nowhere"), (["few", "--name", "mine", *WITHOUT_ANTS], "3 subjects")],
+    [
+        (["nowhere", "--name", "mine"], "nowhere"),
+        (["few", "--name", "mine", *WITHOUT_ANTS], "3 subjects"),
+        (["few", "--name", "demo", *WITHOUT_ANTS], "--name demo"),
+        (["few", "--name", "a/b", *WITHOUT_ANTS], "--name a/b"),
+        (["few", "--name", "mine", "--labels", "nothing", *WITHOUT_ANTS], "nothing"),
+    ],
 )
 def test_what_cannot_be_used_is_refused_before_anything_is_made(tmp_path, caplog, arguments, says):
     dataset(tmp_path / "few", 3)
@@ -50,11 +56,12 @@ def test_what_cannot_be_used_is_refused_before_anything_is_made(tmp_path, caplog
     assert {path.name for path in tmp_path.iterdir()} == {"few"}
 
 
-def test_a_mistyped_override_is_refused_before_anything_is_made(tmp_path, caplog):
+@pytest.mark.parametrize("wrong", ["trainer.max_stepz=3", "--experiment=unknown"])
+def test_a_mistyped_override_is_refused_before_anything_is_made(tmp_path, caplog, wrong):
     dataset(tmp_path / "raw")
-    result = run(tmp_path, "raw", "--name", "mine", *WITHOUT_ANTS, "trainer.max_stepz=3")
+    result = run(tmp_path, "raw", "--name", "mine", *WITHOUT_ANTS, wrong)
     assert result.exit_code == 2
-    assert "max_stepz" in caplog.text + result.output
+    assert wrong.split("=")[0].split(".")[-1].strip("-") in caplog.text + result.output
     assert {path.name for path in tmp_path.iterdir()} == {"raw"}
 
 
@@ -78,4 +85,4 @@ def test_make_calls_the_command(tmp_path):
         ["make", "-n", "cohort", f"DATA={tmp_path}", "NAME=mine", "ARGS=--start none"],
         cwd=ROOT, capture_output=True, text=True, check=True,
     )  # fmt: skip
-    assert f'ldae cohort "{tmp_path}" --name mine --start none' in result.stdout
+    assert f'ldae cohort "{tmp_path}" --name "mine" --start none' in result.stdout

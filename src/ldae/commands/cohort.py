@@ -3,6 +3,7 @@
 import hashlib
 import logging
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -65,6 +66,7 @@ def cohort(
     from ldae.utils.overrides import quote_overrides
 
     with one_line_errors():
+        check_names(name, start, labels)
         derivatives = derivatives or Path("derivatives") / name
         if labels is None and (source / LABELS).is_dir():
             labels = source / LABELS
@@ -77,6 +79,20 @@ def cohort(
         shared = quote_overrides([text for text in overrides if text.startswith(SHARED)])
         weights = {} if start == "none" else prepare_start(start, config.paths.runs, shared)
         train_and_evaluate(given, weights)
+
+
+def check_names(name: str, start: str, labels: Path | None) -> None:
+    """Refuse names and folders that cannot be right.
+
+    Raises:
+        UserError: says which.
+    """
+    if not re.fullmatch(r"\w[\w.-]*", name):
+        raise UserError(f"--name {name}: give a name of letters, digits, '_', '.' and '-'")
+    if name == start:
+        raise UserError(f"--name {name} is the run on phantoms that training starts from: choose another name")
+    if labels is not None and not labels.is_dir():
+        raise UserError(f"--labels {labels}: there is no such folder")
 
 
 def survey(source: Path, out: Path, settings: Sequence[str]) -> list[Target]:
