@@ -1,6 +1,7 @@
 """A direction in y along which a label increases, and the edit along it.
 
-With s(y) = (y - mean) / std, mean and std those of the fitting rows, and a unit vector u, an edit by alpha is
+With s(y) = (y - mean) / std, the scaling of the probe on the fitting rows (per feature as published, or one number for
+all features; `conf/probe_scaling`), and a unit vector u, an edit by alpha is
 
     y' = mean + std (s(y) + alpha L u).
 
@@ -33,7 +34,7 @@ class Direction:
     """A unit vector in standardised y.
 
     Attributes:
-        mean, std: (dim,) float64, of y in the fitting rows.
+        mean, std: (dim,) float64, of y in the fitting rows; std as the probe scales y.
         unit: (dim,) float64, u above.
         scale: length of alpha = 1; None: the published step, which directions have that an earlier version stored.
         calibration: how far apart the fitting rows lie along u; None if it was not measured.

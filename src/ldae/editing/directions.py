@@ -24,10 +24,19 @@ TRAINING_DISTANCE = TrainingDistance()
 NEGLIGIBLE = 1e-12
 
 
+class FeatureScaling(Protocol):
+    """How a probe scales y; `conf/probe_scaling` names the implementations."""
+
+    def divide_features(self, features: np.ndarray) -> np.ndarray:
+        """(D,) divisors of features (N, D)."""
+        ...
+
+
 class Probe(Protocol):
     """What a direction needs of a linear probe; `conf/probe` names the implementations."""
 
     column: str
+    scaling: FeatureScaling
 
     def target(self, table: pd.DataFrame) -> np.ndarray:
         """The label of every row, (N,): 0/1 or a number, NaN where it is unknown."""
@@ -213,8 +222,7 @@ def find_direction(
     if reason:
         raise UserError(f"no direction of {probe.column}: the train split has {reason}")
     y = embeddings[rows].astype(np.float64)
-    mean, std = y.mean(0), y.std(0)
-    std = np.where(std > 0, std, 1.0)
+    mean, std = y.mean(0), probe.scaling.divide_features(y)
     sample = FittingRows((y - mean) / std, truth, chosen, probe, seed)
     vector = estimator.estimate(sample)
     length = float(np.linalg.norm(vector))
