@@ -16,8 +16,10 @@ from torch import nn
 from ldae.editing import frozen_probes
 from ldae.editing.frozen_probes import read_frozen_probes
 from ldae.evaluation.context import Context
+from ldae.evaluation.html_report import write_report
 from ldae.evaluation.probes import sources
 from ldae.evaluation.probes.baselines import Features
+from ldae.evaluation.probes.blocks import Block
 from ldae.evaluation.probes.cross_validation import CrossValidation
 from ldae.evaluation.probes.evaluator import ExternalCohort, Probes
 from ldae.evaluation.probes.principal_components import ExactComponents, LeadingComponents, ScanMatrix
@@ -257,3 +259,31 @@ def test_seeds_are_averaged_with_an_interval_over_subjects_and_their_range(tmp_p
     pd.read_csv(file).iloc[1:].to_csv(file, index=False)
     with pytest.raises(UserError, match="different scans"):
         dict(Seeds(AGE, runs)(context))
+
+
+def test_the_components_that_y_starts_from_predict_what_a_rotation_of_them_does():
+    """Also where a fold has fewer scans than there are components: y and its components are the same model."""
+    rng = np.random.default_rng(6)
+    scores = rng.standard_normal((60, 50)) * np.logspace(0, -1, 50)
+    y = 3 * scores @ np.linalg.qr(rng.standard_normal((80, 80)))[0][:50]
+    truth, subjects = 50 + 10 * scores[:, 0] + rng.standard_normal(60), np.arange(60).astype(str)
+    of_components = AGE["age"].fit([Block(scores, [50], are_components=True)], truth, subjects, 0)
+    of_y = AGE["age"].fit(y, truth, subjects, 0)
+    np.testing.assert_allclose(of_y.predict(y), of_components.predict(scores), rtol=1e-9)
+
+
+def test_the_report_says_in_words_where_y_is_worse(tmp_path):
+    metrics = {
+        "cv/transductive/probe/age/mae": 7.5, "cv/transductive/probe/age/mae_low": 7.0,
+        "cv/transductive/probe/age/mae_high": 8.0,
+    }  # fmt: skip
+    for name, value, ends in (("pca_view", 7.0, (-0.9, -0.1)), ("volumes", 7.4, (-0.4, 0.2)), ("pca", 8, (0.2, 0.9))):
+        stem = f"cv/transductive/baseline/{name}/age/mae"
+        found = {"": value, "_difference": value - 7.5, "_difference_low": ends[0], "_difference_high": ends[1]}
+        metrics |= {f"{stem}{end}": number for end, number in found.items()}
+    text = write_report(tmp_path, "x", metrics).read_text()
+    assert "age: mean absolute error, years" in text
+    assert "<td>PCA of the encoder&#x27;s view</td><td>7</td><td>y is worse by 0.5 [0.1, 0.9]</td>" in text
+    assert "<td>region volumes</td><td>7.4</td><td>no difference is shown: -0.1 [-0.4, 0.2]</td>" in text
+    assert "<td>PCA of latents</td><td>8</td><td>y is better by 0.5 [0.2, 0.9]</td>" in text
+    assert text.index("encoder&#x27;s view</td>") < text.index("<td>y</td>") < text.index("<td>PCA of latents</td>")

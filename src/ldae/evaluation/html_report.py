@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 
+from ldae.evaluation.comparisons import Comparison, compare_in_words
 from ldae.evaluation.report_sections import OTHER, SECTIONS, Section
 from ldae.utils.files import write_text
 from ldae.utils.metric_table import format_with_intervals
@@ -54,7 +55,7 @@ def write_report(
         f"<p>{escape(INTRODUCTION)}</p>",
         _describe_sources(record or {}),
         f"<nav>{links}</nav>",
-        *(_section(section, rows[section.title], files[section.title]) for section in shown),
+        *(_section(section, rows[section.title], files[section.title], metrics) for section in shown),
     ]
     head = f'<meta charset="utf-8"><title>{escape(title)}</title><style>{STYLE}</style>'
     path = folder / REPORT
@@ -101,8 +102,11 @@ def _anchor(section: Section) -> str:
     return "".join(letter if letter.isalnum() else "-" for letter in section.title.lower())
 
 
-def _section(section: Section, rows: Sequence[tuple[str, str]], files: Sequence[Path]) -> str:
+def _section(
+    section: Section, rows: Sequence[tuple[str, str]], files: Sequence[Path], metrics: Mapping[str, float]
+) -> str:
     parts = [f'<h2 id="{_anchor(section)}">{escape(section.title)}</h2>', f"<p>{escape(section.text)}</p>"]
+    parts += [_comparison(one) for one in compare_in_words({n: v for n, v in metrics.items() if section.has_metric(n)})]
     parts += [_figure(path) for path in files if path.suffix in MEDIA_TYPES]
     parts += [_viewer(path) for path in files if path.suffix == ".html"]
     if rows:
@@ -110,6 +114,13 @@ def _section(section: Section, rows: Sequence[tuple[str, str]], files: Sequence[
         tables = _table(rows, "value") + _table(list(section.terms_in([name for name, _ in rows]).items()), "meaning")
         parts.append(f"<details{is_open}><summary>{len(rows)} metrics</summary>{tables}</details>")
     return "\n".join(parts)
+
+
+def _comparison(comparison: Comparison) -> str:
+    """Predictors of one label, the best first, and how y compares with each."""
+    cells = "".join(f"<tr>{''.join(f'<td>{escape(text)}</td>' for text in row)}</tr>" for row in comparison.rows)
+    heading = f"{comparison.title}{f' ({comparison.prefix})' if comparison.prefix else ''}"
+    return f"<h3>{escape(heading)}</h3><table>{cells}</table>"
 
 
 def _table(rows: Sequence[tuple[str, str]], kind: str) -> str:

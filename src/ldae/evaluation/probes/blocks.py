@@ -36,7 +36,8 @@ class Block:
 
     def usable_widths(self) -> list[int]:
         """The widths that this many rows and features allow, ascending; empty without widths."""
-        limit = min(len(self.values) - 1, self.values.shape[1])
+        count = self.values.shape[1]
+        limit = count if self.are_components else min(len(self.values) - 1, count)
         return sorted({min(width, limit) for width in self.widths or ()})
 
 
