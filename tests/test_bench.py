@@ -30,7 +30,7 @@ from small_run import random_weights
 
 UNET = {"base": 8, "multipliers": (1, 2), "residual_blocks": 1, "attention_at": (2,), "groups": 4}
 TINY = [
-    "data.shape=[8,8,8]", "model.autoencoder.channels=[8,8]", "model.autoencoder.groups=4",
+    "model/encoder=base", "data.shape=[8,8,8]", "model.autoencoder.channels=[8,8]", "model.autoencoder.groups=4",
     "model.autoencoder.residual_blocks=1", "model.autoencoder.latent_channels=3", "model.unet.base=8",
     "model.unet.multipliers=[1,2]", "model.unet.attention_at=[2]", "model.unet.groups=4", "model.encoder.dim=16",
     "model.encoder.backbone.widths=[8,8]", "model.encoder.backbone.depths=[1,1]", "model.discriminator.num_layers_d=1",

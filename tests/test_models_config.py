@@ -16,7 +16,8 @@ PUBLISHED = {"autoencoder": 13_766_248, "unet": 486_927_363, "estimator": 378_41
 def compose_model(name: str, *overrides: str):
     """The resolved config of model=`name`, for volumes of 128x160x128."""
     predicts = "+diffusion.parameterisation._target_=ldae.diffusion.process.Velocity"
-    around = [predicts, "+diffusion.schedule.timesteps=1000", "+data.shape=[128,160,128]"]
+    view = "+data.view={channels: 1, shape: [128,160,128], spacing: 1.5}"
+    around = [predicts, "+diffusion.schedule.timesteps=1000", "+data.shape=[128,160,128]", view]
     config = compose_config(f"model/{name}", [*around, *overrides])
     OmegaConf.resolve(config)
     check_constructor_arguments(config.model, "model")
