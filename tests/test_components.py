@@ -125,7 +125,8 @@ def test_components_that_do_not_exist_are_zero():
 
 @pytest.mark.parametrize("dim", [768, 16, 15, 50])
 def test_the_rotation_is_orthonormal_and_spreads_its_first_columns_evenly(dim):
-    matrix = spreading_rotation(dim)
+    matrix = spreading_rotation(dim, dim)
+    assert torch.equal(spreading_rotation(dim, 5), matrix[:, :5])
     torch.testing.assert_close(matrix.T @ matrix, torch.eye(dim), atol=1e-5, rtol=0)
     even = matrix[:, : dim & -dim].abs()
     torch.testing.assert_close(even, torch.full_like(even, dim**-0.5), atol=1e-6, rtol=0)

@@ -76,7 +76,7 @@ class ComponentsEncoder(nn.Module):
         self.register_buffer("components", torch.zeros(components, *grid, dtype=torch.float16))
         self.register_buffer("scale", torch.ones(()))
         # On the CPU even if the network is built on the meta device, because no file of weights contains it.
-        self.register_buffer("rotation", spreading_rotation(dim)[:, : components + width], persistent=False)
+        self.register_buffer("rotation", spreading_rotation(dim, components + width), persistent=False)
 
     fitted = ("mean", "components", "scale")  # buffers that are measured before training, see models/fitted.py
 

@@ -8,22 +8,25 @@ import torch
 from torch import Tensor
 
 
-def spreading_rotation(dim: int) -> Tensor:
-    """An orthonormal matrix (dim, dim) float32 whose first columns have elements of equal size, +-1/sqrt(dim).
+def spreading_rotation(dim: int, columns: int) -> Tensor:
+    """The first columns of an orthonormal matrix (dim, dim), whose elements are of about equal size: float32.
 
-    It is R = D (H x T): H is a Hadamard matrix (of the size of the largest power of 2 that divides `dim`), T the matrix
-    of the discrete Hartley transform (of the size of the rest), and D has signs without pattern on its diagonal. The
-    columns of equal size come first. It is computed from these formulas alone, so that it is the same on every machine
-    and in every version, up to the last digit of cosines.
+    The matrix is D (H x T): H is a Hadamard matrix (of the size of the largest power of 2 that divides `dim`), T the
+    matrix of the discrete Hartley transform (of the size of the rest), and D has signs without pattern on its diagonal.
+    The columns whose elements are all +-1/sqrt(dim) come first; there are 256 of them for 768. It is computed from these
+    formulas alone, so that it is the same on every machine and in every version, up to the last digit of cosines.
+
+    Returns:
+        (dim, columns).
     """
     power = dim & -dim
-    hadamard = np.ones((1, 1))
-    while len(hadamard) < power:
-        hadamard = np.block([[hadamard, hadamard], [hadamard, -hadamard]])
-    odd = np.arange(dim // power)
-    angles = 2 * math.pi * np.outer(odd, odd) / len(odd)
-    matrix = np.kron(hadamard / math.sqrt(power), (np.cos(angles) + np.sin(angles)) / math.sqrt(len(odd)))
-    order = np.arange(dim).reshape(power, len(odd)).T.ravel()  # first the columns of the constant Hartley mode
-    digest = hashlib.shake_256(b"signs of the spreading rotation").digest(dim)
-    signs = 1 - 2 * (np.frombuffer(digest, np.uint8)[:, None] & 1).astype(np.float64)
-    return torch.from_numpy((signs * matrix[:, order]).astype(np.float32))
+    rest = dim // power
+    row, column = np.arange(dim)[:, None], np.arange(columns)
+    odd_bits = (row // rest) & (column % power)  # H is 1 where an even number of bits is set in both numbers, else -1
+    for shift in (16, 8, 4, 2, 1):
+        odd_bits ^= odd_bits >> shift
+    angles = (2 * math.pi / rest) * ((row % rest) * (column // power))
+    digest = np.frombuffer(hashlib.shake_256(b"signs of the spreading rotation").digest(dim), np.uint8)
+    negative = (odd_bits ^ digest[:, None]) & 1
+    matrix = np.where(negative, -1.0, 1.0) * (np.cos(angles) + np.sin(angles)) / math.sqrt(dim)
+    return torch.from_numpy(matrix.astype(np.float32))
