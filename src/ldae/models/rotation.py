@@ -13,8 +13,8 @@ def spreading_rotation(dim: int, columns: int) -> Tensor:
 
     The matrix is D (H x T): H is a Hadamard matrix (of the size of the largest power of 2 that divides `dim`), T the
     matrix of the discrete Hartley transform (of the size of the rest), and D has signs without pattern on its diagonal.
-    The columns whose elements are all +-1/sqrt(dim) come first; there are 256 of them for 768. It is computed from these
-    formulas alone, so that it is the same on every machine and in every version, up to the last digit of cosines.
+    The columns whose elements are all +-1/sqrt(dim) come first; there are 256 of them for 768. It is computed from
+    these formulas alone, so that it is the same on every machine and in every version, up to the last digit of cosines.
 
     Returns:
         (dim, columns).
