@@ -6,8 +6,8 @@ of the predicted scans, which are either one run's test split (`CrossValidation`
 each trained without its fold (`PooledFolds`). In both, no probe sees the labels of the fold that it predicts.
 
 Baselines know as much as the encoder. Transductive: principal components (of the view, the scans, the latents) are
-those of all scans of the regime, without labels, because the encoder saw these too. Inductive: they are fitted on the
-scans that the probe is fitted on. Scaling, penalty and slopes are fitted on each fold's own fitting rows in both.
+those of the training scans, without labels, as the encoder's own are. Inductive: they are fitted on the scans that the
+probe is fitted on. Scaling, penalty and slopes are fitted on each fold's own fitting rows in both.
 
 Metrics: `cv/<regime>/probe/<probe>/<metric>` and `cv/<regime>/baseline/<baseline>/<probe>/<metric>`, with intervals and
 paired differences as in evaluator.py, and `cv/<regime>/probe/<probe>/repeats`. A metric is computed from all held-out
@@ -72,8 +72,8 @@ class CrossValidation:
     def __call__(self, context: Context) -> Iterator[tuple[str, float]]:
         splits = REGIMES[self.regime]
         rows_of_regime = context.rows(*splits)
-        # What the encoder has seen, principal components have seen as well, likewise without labels.
-        known_rows = rows_of_regime if self.regime in SEEN_BY_ENCODER else None
+        # What the encoder was trained on, principal components are fitted on as well, likewise without labels.
+        known_rows = context.rows("train") if self.regime in SEEN_BY_ENCODER else None
         features = Features(context, self.pca_widths, self.head_size, known_rows)
         log.info("cross-validation, %s: %s (%d)", self.regime, REGIME_TEXT[self.regime], len(rows_of_regime))
         for name, probe in self.probes.items():
