@@ -117,7 +117,7 @@ def context(tmp_path):
         "diagnosis": np.where(ill, "AD", "CN"), "age": age, "severity": 0.1 + 0.9 * ill,
         "hippocampus_mm3": 9000 - 20 * age, "ventricle_mm3": 30000 + 400 * ill,
     })  # fmt: skip
-    ball = soft_ball(6.0)[0, 0].numpy() > 0.5
+    ball = soft_ball(6.0)[0, 0].numpy() > 0.7
     regions = {47: ball, 51: np.roll(ball, 4, 0)}
 
     def read_regions(rows, labels):
@@ -130,10 +130,13 @@ def context(tmp_path):
     )  # fmt: skip
 
 
-def soft_ball(radius, size=28):
+def soft_ball(radius, size=36):
+    """A bright ball in the middle of a head that stays the same."""
     axes = torch.arange(size) - (size - 1) / 2
     x, y, z = torch.meshgrid(axes, axes, axes, indexing="ij")
-    return torch.sigmoid(radius - (x**2 + y**2 + z**2).sqrt())[None, None]
+    distance = (x**2 + y**2 + z**2).sqrt()
+    head = torch.sigmoid(14 - distance) * (0.5 + 0.1 * torch.sin(x) * torch.sin(y) * torch.sin(z))
+    return (head + 0.4 * torch.sigmoid(radius - distance))[None, None]
 
 
 def test_slopes_of_the_cohort_are_per_unit_of_alpha(context):
@@ -159,7 +162,7 @@ def test_growth_between_two_images_becomes_a_volume(context):
     assert anatomy.registered == ["hippocampus"]
     before, after = (torch.cat([soft_ball(radius)] * 2) for radius in (6.0, 6.6))
     found = anatomy.grown_volumes([0, 1], before, after)["hippocampus"] / context.table["hippocampus_mm3"][:2]
-    np.testing.assert_allclose(found, 1.1**3, rtol=0.08)
+    np.testing.assert_allclose(found, 1.1**3, rtol=0.1)
     same = anatomy.grown_volumes([0, 1], before, before)["hippocampus"]
     np.testing.assert_allclose(same, context.table["hippocampus_mm3"][:2], rtol=1e-3)
 

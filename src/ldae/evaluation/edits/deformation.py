@@ -7,10 +7,12 @@ volume of a structure changes by the mean determinant of the deformation over it
 
 The registration minimises sum (fixed - moving(x + u))^2 + STIFFNESS |du/dx|^2 over the displacement u by Gauss-Newton
 steps, the linear equations of each solved by conjugate gradients (Horn and Schunck 1981, doi
-10.1016/0004-3702(81)90024-2, with warping). On true counterfactuals of 20 phantoms at 3 mm (severity changed by half a
-unit, or age by ten years, as they are or blurred as decoded images are), it finds 0.8 to 1.5 of the true change of the
-hippocampi and 0.94 to 1.10 of that of the ventricles, with the right sign in every scan; on six at 4.75 mm 0.7 to 1.1
-and 0.93 to 1.14.
+10.1016/0004-3702(81)90024-2, with warping), after brightness and contrast of the two images are matched. On true
+counterfactuals of phantoms at 3 mm, blurred as decoded images are (severity changed by half a unit, age by ten years),
+it finds 0.83 to 1.04 of the true change of the hippocampi and 0.68 to 0.87 of that of the ventricles, with the right
+sign in every scan. On real scans whose hippocampi were shrunken by 17 %, with and without larger ventricles, it finds 9
+to 10 %. So compare with a true counterfactual measured likewise. Fluid that replaces parts of the rim of a hippocampus,
+with nothing moved, is not recognised as a loss.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,6 +25,7 @@ STEPS, SOLVER_STEPS = 2, 20  # Gauss-Newton steps, and steps of conjugate gradie
 STIFFNESS = 1e-3  # of the displacement in voxels, for intensities in [0, 1]
 BLUR = 0.8  # voxels, standard deviation of the Gaussian that smooths both images first
 MARGIN = 5  # voxels around the structures that take part in the registration
+TRIMMED = 0.8  # share of the voxels that the intensities are matched by
 TINY = 1e-30  # keeps 0 / 0 of equal images at 0
 
 
@@ -36,6 +39,7 @@ def measure_growth(before: Tensor, after: Tensor, fractions: Mapping[str, Tensor
     """
     if not fractions:
         return {}
+    after = _match_intensities(after, before)
     box = _bounding_box([part.to(before.device) for part in fractions.values()])
     before, after = (image[(slice(None), slice(None), *box)].float() for image in (before, after))
     expansion = jacobian_determinant(register(before, after))  # (B, x, y, z)
@@ -61,6 +65,25 @@ def register(fixed: Tensor, moving: Tensor) -> Tensor:
         force = gradient * (fixed - warped) + STIFFNESS * _laplacian(displacement)
         displacement = displacement + _solve(gradient, force)
     return displacement
+
+
+def _match_intensities(images: Tensor, targets: Tensor) -> Tensor:
+    """Each image times a factor plus an offset, closest to its target: brightness and contrast are no growth.
+
+    A least-squares fit that leaves out the voxels of the largest residuals, where structures grow (trimmed twice).
+    """
+    x, target = images.flatten(1), targets.flatten(1)
+    kept, matched = torch.ones_like(x), x
+    for _ in range(3):
+        total = kept.sum(1, keepdim=True)
+        mean, wanted = ((kept * part).sum(1, keepdim=True) / total for part in (x, target))
+        centred = x - mean
+        variance = (kept * centred.square()).sum(1, keepdim=True) + TINY
+        matched = (kept * centred * (target - wanted)).sum(1, keepdim=True) / variance * centred + wanted
+        residual = (matched - target).abs()
+        most = max(int(TRIMMED * x.shape[1]), 1)
+        kept = (residual <= residual.kthvalue(most, dim=1, keepdim=True).values).float()
+    return matched.view_as(images)
 
 
 def _solve(gradient: Tensor, force: Tensor) -> Tensor:
