@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.utils.flop_counter
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from ldae.models.cuda_graph import MOST_GRAPHS, GraphCache, RecordedWork
 from ldae.training.optimizer_step import Updater
@@ -43,7 +44,7 @@ class Graph:
 
 
 def leaves(result):
-    return [tensor for tensor in torch.utils._pytree.tree_leaves(result) if isinstance(tensor, torch.Tensor)]
+    return [tensor for tensor in pytree.tree_leaves(result) if isinstance(tensor, torch.Tensor)]
 
 
 @pytest.fixture(autouse=True)
@@ -60,7 +61,7 @@ def cuda(monkeypatch):
 
     def remember(self, work):
         record(self, work)
-        self._graph.work, self._graph.result = work, self._result
+        self.graph.work, self.graph.result = work, self.result
 
     monkeypatch.setattr(RecordedWork, "record", remember)
 
@@ -94,7 +95,7 @@ def test_a_recorded_step_trains_as_one_that_is_not():
             optimizer.step()
             if not record:
                 optimizer.zero_grad()
-        assert updater.graph is None or updater.graph._work.recorded
+        assert updater.graph is None or updater.graph.work.recorded
         results.append((torch.stack(losses), *(p.detach().clone() for p in network.parameters())))
     for found, expected in zip(results[1], results[0], strict=True):
         torch.testing.assert_close(found, expected)
@@ -147,7 +148,7 @@ def test_evaluations_are_replayed_from_their_current_inputs():
         assert torch.equal(kept[-1][0], 2 * x + y)
     assert torch.equal(kept[2][0], torch.full((2,), 5.0)), "a result was overwritten by a later evaluation"
     assert torch.equal(cache(double, torch.ones(3), torch.ones(3))[0], torch.full((3,), 3.0))
-    assert len(cache._cached) == 2
+    assert len(cache.cached) == 2
 
 
 @torch.no_grad()
@@ -156,7 +157,7 @@ def test_the_number_of_graphs_is_bounded():
     for size in range(1, 2 * MOST_GRAPHS):
         for _ in range(2):
             cache(double, torch.ones(size), torch.ones(size))
-    assert len(cache._cached) == MOST_GRAPHS
+    assert len(cache.cached) == MOST_GRAPHS
 
 
 def test_evaluations_with_gradients_or_counted_ones_are_not_recorded():
@@ -165,4 +166,4 @@ def test_evaluations_with_gradients_or_counted_ones_are_not_recorded():
     assert cache(double, x, torch.ones(2))[0].requires_grad
     with torch.no_grad(), torch.utils.flop_counter.FlopCounterMode(display=False):
         cache(double, x, torch.ones(2))
-    assert not cache._cached
+    assert not cache.cached

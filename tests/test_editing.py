@@ -29,7 +29,7 @@ from ldae.editing.editor import Editor
 from ldae.editing.frozen_probes import EMBEDDING, FrozenProbe, write_frozen_probes
 from ldae.editing.linear_model import LinearModel
 from ldae.editing.readouts import Readouts
-from ldae.editing.units import AlphaScale, Calibration, PublishedStep, TrainingDistance
+from ldae.editing.units import AlphaScale, Calibration, PublishedStep
 from ldae.evaluation.probes.targets import Classification, Regression
 from ldae.utils.errors import UserError
 

@@ -9,8 +9,8 @@ from torch import nn
 
 from ldae.models.autoencoder import AutoencoderKL
 from ldae.models.cpu_kernels import CPU_KERNELS, FEWEST_VOXELS, LARGEST_IM2COL, SmallVolumeConv3d
-from ldae.models.gradient_estimator import GradientEstimator
 from ldae.models.gpu_kernels import CHANNELS_LAST_KERNELS, GpuGroupNorm
+from ldae.models.gradient_estimator import GradientEstimator
 from ldae.models.placement import place_module, remove_kernels
 from ldae.models.semantic_encoder import SemanticEncoder
 from ldae.models.slice_cnn import SliceCNN

@@ -24,14 +24,15 @@ class RecordedWork(Generic[Result]):
     Attributes:
         recorded: whether `replay` is possible.
         failed: whether recording has been tried in vain; it is then not tried again.
+        graph, result: the recorded kernels, and the tensors that they write.
     """
 
     def __init__(self, device: torch.device, what: str) -> None:
         self.recorded = self.failed = False
         self._what = what
-        self._graph = torch.cuda.CUDAGraph()
+        self.graph = torch.cuda.CUDAGraph()
         self._stream = torch.cuda.Stream(device)
-        self._result: Result | None = None
+        self.result: Result | None = None
 
     def run(self, work: Callable[[], Result]) -> Result:
         """Run the work on the stream of the recording, so that libraries set up their workspaces for it."""
@@ -44,8 +45,8 @@ class RecordedWork(Generic[Result]):
     def record(self, work: Callable[[], Result]) -> None:
         """Record the work without computing it. It must not read values back. Failure is logged."""
         try:
-            with torch.cuda.graph(self._graph, stream=self._stream, capture_error_mode="thread_local"):
-                self._result = work()
+            with torch.cuda.graph(self.graph, stream=self._stream, capture_error_mode="thread_local"):
+                self.result = work()
             self.recorded = True
         except RuntimeError as error:
             self.failed = True
@@ -55,8 +56,8 @@ class RecordedWork(Generic[Result]):
 
     def replay(self) -> Result:
         """Compute the recorded work from what its inputs contain now."""
-        self._graph.replay()
-        return self._result
+        self.graph.replay()
+        return self.result
 
 
 Function = Callable[..., tuple[Tensor, ...]]  # of tensors on the device
@@ -72,7 +73,7 @@ class GraphCache:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._cached: dict[tuple[object, ...], tuple[RecordedWork[tuple[Tensor, ...]], list[Tensor]]] = {}
+        self.cached: dict[tuple[object, ...], tuple[RecordedWork[tuple[Tensor, ...]], list[Tensor]]] = {}
 
     def __call__(self, function: Function, *inputs: Tensor) -> tuple[Tensor, ...]:
         """function(*inputs). It must depend on its inputs and on module weights alone, and be the same object again."""
@@ -82,13 +83,13 @@ class GraphCache:
             return function(*inputs)
         precision = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
         key = (function, precision, *((value.shape, value.dtype) for value in inputs))
-        if key not in self._cached:
-            if len(self._cached) >= MOST_GRAPHS:
-                self._cached.pop(next(iter(self._cached)))
+        if key not in self.cached:
+            if len(self.cached) >= MOST_GRAPHS:
+                self.cached.pop(next(iter(self.cached)))
             work: RecordedWork[tuple[Tensor, ...]] = RecordedWork(self.device, "an evaluation of the networks")
-            self._cached[key] = work, []
+            self.cached[key] = work, []
             return work.run(lambda: function(*inputs))
-        work, static = self._cached[key]
+        work, static = self.cached[key]
         if not (work.recorded or work.failed):
             static += [value.clone() for value in inputs]
             work.record(lambda: self._without_weight_cache(function, static))

@@ -37,7 +37,7 @@ class StepGraph:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.calls = 0
-        self._work: RecordedWork[Losses] = RecordedWork(device, "the training step")
+        self.work: RecordedWork[Losses] = RecordedWork(device, "the training step")
         self._inputs: list[Batch] = []
 
     def __call__(self, passes: Passes, micro_batches: Sequence[Batch], clear: Callable[[], None]) -> Losses:
@@ -47,7 +47,7 @@ class StepGraph:
             passes: must not read values back; its shapes and Python branches must be the same in all calls.
             clear: sets the gradients to None.
         """
-        work = self._work
+        work = self.work
         if self.calls == WARM_UP:
             self._inputs = self._to_device(micro_batches)
             clear()
