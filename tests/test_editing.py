@@ -198,7 +198,7 @@ def test_damaged_units_are_refused(length):
 
 
 def test_a_label_that_does_not_change_along_a_direction_cannot_be_calibrated():
-    y, table, axes = gaussian_cohort()
+    y, table, _axes = gaussian_cohort()
     fixed = SimpleNamespace(estimate=lambda sample: np.eye(25)[24])
     y = np.column_stack([y, np.tile([1.0, -1.0, -1.0, 1.0], 100)])  # the same in both classes
     with pytest.raises(UserError, match="cannot be calibrated"):
