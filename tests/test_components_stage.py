@@ -80,11 +80,11 @@ def test_the_loss_is_that_of_an_encoder_that_is_called_in_every_step(tmp_path):
     stage = prepared(components_stage(tmp_path))
     first = batch(stage, [0, 1, 2])
     assert "x" in first
-    embedded = stage.embed_views(first)
+    embedded = stage.embed_batch(first)
     torch.testing.assert_close(embedded["y"], stage.modules["encoder"](stage.cohort.x[:3]))
     again = batch(stage, [0, 2])
     assert "x" not in again, "y of these scans is known, so that they are not read"
-    assert torch.equal(stage.embed_views(again)["y"], embedded["y"][[0, 2]])
+    assert torch.equal(stage.embed_batch(again)["y"], embedded["y"][[0, 2]])
 
 
 def test_augmented_views_are_read_and_embedded_anew(tmp_path):
@@ -95,7 +95,7 @@ def test_augmented_views_are_read_and_embedded_anew(tmp_path):
     for positions in ([0, 1], [5, 7]):
         fetched = {"index": np.array([0, 1]), **stage.fetch(np.array([0, 1]), np.array(positions), 0)}
         shifted = cohort.x[:2] + 0.1 * torch.tensor(positions).view(-1, 1, 1, 1, 1)
-        torch.testing.assert_close(stage.embed_views(fetched)["y"], stage.modules["encoder"](shifted))
+        torch.testing.assert_close(stage.embed_batch(fetched)["y"], stage.modules["encoder"](shifted))
 
 
 def test_y_of_a_scan_is_the_same_to_the_bit_in_whatever_batch_it_is_first_needed():

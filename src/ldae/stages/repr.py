@@ -231,11 +231,11 @@ class ReprStage(Stage):
     def run_step(self, micro_batches: Sequence[Batch], step: int) -> StepResult:
         """Update encoder and estimator, and their moving averages."""
         if self.embeddings is not None:
-            micro_batches = [self.embed_views(batch) for batch in micro_batches]
+            micro_batches = [self.embed_batch(batch) for batch in micro_batches]
         return self.take_step(step, (self.update, self.update.accumulate(micro_batches, self._loss)))
 
     @torch.no_grad()
-    def embed_views(self, batch: Batch) -> Batch:
+    def embed_batch(self, batch: Batch) -> Batch:
         """The micro-batch with y by the frozen encoder, (B, dim), instead of the views; on the device."""
         batch = batch_to_device(batch, self.accelerator.device)
         x = self._views(batch) if "x" in batch else None
