@@ -17,7 +17,7 @@ from ldae.config import compose_config
 from ldae.data.augmentation import Augmentation
 from ldae.data.cohort import load_cohort
 from ldae.data.nifti import BadScan
-from ldae.data.tissues import Mixture, Ramps, TissueMaker
+from ldae.data.tissues import Mixture, PartialVolume, Ramps, SoftSegmentation, TissueMaker
 from ldae.data.transforms import Transform
 from ldae.data.view import T1View, TissueView
 from ldae.data.volumes import VolumeCache
@@ -125,7 +125,7 @@ def test_the_config_of_a_view_follows_the_volumes_unless_it_is_given_a_grid():
 
 
 def tissue_view(maker: TissueMaker | None = None, **grid) -> TissueView:
-    maker = maker or Mixture()
+    maker = maker or SoftSegmentation()
     return TissueView(transform(), maker=maker, channels=maker.channels, **grid)
 
 
@@ -146,8 +146,9 @@ def test_tissues_are_found_at_the_resolution_of_the_scan_and_then_resampled(tmp_
 
 def test_the_same_scan_has_the_same_bytes_and_another_maker_or_grid_another_cache(tmp_path):
     path = str(write_brain(tmp_path / "a.nii.gz", 0))
-    views = [tissue_view(), tissue_view(Mixture(bins=256)), tissue_view(Ramps()), tissue_view(shape=(9, 10, 8))]
-    views += [T1View(transform()), tissue_view(spacing=3.0)]
+    makers = [SoftSegmentation(), SoftSegmentation(boundary=0.7), PartialVolume(), Mixture(), Mixture(bins=256)]
+    views = [tissue_view(maker) for maker in makers] + [tissue_view(shape=(9, 10, 8)), tissue_view(spacing=3.0)]
+    views += [T1View(transform()), TissueView(transform(), maker=Ramps(), channels=2)]
     assert len({view.key() for view in views}) == len(views)
     stored = [VolumeCache(tmp_path / name, views[0]).build([path], progress=False)[0] for name in "ab"]
     assert stored[0].files[0].read_bytes() == stored[1].files[0].read_bytes()

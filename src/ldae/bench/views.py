@@ -18,7 +18,7 @@ import pandas as pd
 from ldae.data.nifti import BadScan, LoadedScan, load_scan
 from ldae.data.table import read_table
 from ldae.data.tissue_mixture import Divisions, TissueMixture, TissuesNotFound, fit_tissues
-from ldae.data.tissues import Mixture, PartialVolume, Ramps
+from ldae.data.tissues import Mixture, PartialVolume, Ramps, SoftSegmentation
 from ldae.data.transforms import Transform
 from ldae.utils.errors import UserError
 
@@ -48,9 +48,14 @@ def partial_volume(scan: LoadedScan) -> np.ndarray:
     return PartialVolume()(scan.data).values
 
 
+def soft(scan: LoadedScan) -> np.ndarray:
+    """The soft segmentation of `data/view=tissues`."""
+    return SoftSegmentation()(scan.data).values
+
+
 def grey(scan: LoadedScan) -> np.ndarray:
-    """The fraction of grey matter alone."""
-    return PartialVolume()(scan.data).values[1:2]
+    """Grey matter of the soft segmentation alone."""
+    return SoftSegmentation()(scan.data).values[1:2]
 
 
 def mixture_with_priors(scan: LoadedScan) -> np.ndarray:
@@ -80,7 +85,7 @@ def atropos(scan: LoadedScan) -> np.ndarray:
 
 
 MAKERS: dict[str, Maker | None] = {
-    "t1": None, "t1_over_white": over_white_matter, "ramps": ramps, "partial_volume": partial_volume,
+    "t1": None, "t1_over_white": over_white_matter, "ramps": ramps, "partial_volume": partial_volume, "soft": soft,
     "grey": grey, "mixture": mixture, "mixture_priors": mixture_with_priors, "atropos": atropos,
 }  # fmt: skip
 
@@ -230,7 +235,9 @@ def format_row(name: str, candidate: Candidate, scores: Mapping[str, tuple[float
 @click.argument("table", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--spacing", default=4.75, show_default=True, help="Voxel size of the view in mm.")
 @click.option("--shape", default="32,40,32", show_default=True, help="Voxels of the view.")
-@click.option("--makers", default="t1,ramps,mixture,partial_volume", show_default=True, help=f"Of {', '.join(MAKERS)}.")
+@click.option(
+    "--makers", default="t1,ramps,partial_volume,mixture,soft", show_default=True, help=f"Of {', '.join(MAKERS)}."
+)
 def main(table: Path, spacing: float, shape: str, makers: str) -> None:
     """Compare views of the scans of TABLE by ridge regression: MAE of age, AUC of sex and of AD against CN."""
     names = makers.split(",")

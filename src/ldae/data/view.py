@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ldae.data.nifti import BadScan, Source, load_scan
-from ldae.data.tissues import Mixture, TissueMaker, TissuesNotFound
+from ldae.data.tissues import SoftSegmentation, TissueMaker, TissuesNotFound
 from ldae.data.transforms import Transform
 from ldae.utils.errors import UserError
 
@@ -159,7 +159,7 @@ class TissueView:
     Args:
         transform: brings scans to the volumes' model space.
         shape, spacing: as for T1View.
-        maker: makes the maps; by default `Mixture`.
+        maker: makes the maps; by default `SoftSegmentation`.
         channels: number of maps of the maker. Networks' configs refer to it, so it is part of the config.
 
     Raises:
@@ -176,7 +176,7 @@ class TissueView:
         maker: TissueMaker | None = None,
         channels: int = 3,
     ) -> None:
-        self.maker = maker or Mixture()
+        self.maker = maker or SoftSegmentation()
         refuse_other_channels(channels, self.maker.channels)
         self.channels = channels
         self.volumes = transform
