@@ -178,9 +178,23 @@ def test_the_maps_of_a_volume_in_model_space_are_those_of_its_scan(tmp_path):
     x = torch.from_numpy(view.volumes(path))[None]
     difference = view.of_volumes(x) - torch.from_numpy(view(path))
     assert difference.abs().mean() < 0.005
+    coarse = TissueView(Transform((18, 18, 18), 4.0), scan_spacing=2.0)
+    x_coarse, own = torch.from_numpy(coarse.volumes(path))[None], torch.from_numpy(coarse(path))
+    sharp = TissueView(Transform((18, 18, 18), 4.0))
+    assert sharp.key() == coarse.key()
+    errors = [(other.of_volumes(x_coarse) - own).square().mean() for other in (coarse, sharp)]
+    assert errors[0] < 0.9 * errors[1]
     finer = TissueView(Transform((18, 18, 18), 4.0), shape=(36, 36, 36), spacing=2.0)
     assert finer.of_volumes(x[..., ::2, ::2, ::2]).shape == (1, 3, 36, 36, 36)
     assert not view.of_volumes(torch.zeros(2, 1, 36, 36, 36)).any()
+
+
+def test_the_spacing_of_the_scans_is_that_of_the_phantoms_or_of_preprocessed_scans():
+    spacings = {}
+    for data in ("phantom", "ixi", "table"):
+        config = compose_config("train", ["stage=repr", f"data={data}", "data.table=x.csv", "data/view=tissues"])
+        spacings[data] = instantiate(config.data.view).scan_spacing
+    assert spacings == {"phantom": 4.75, "ixi": 1.5, "table": 1.5}
 
 
 def test_augmentation_changes_only_the_geometry_of_tissues(tmp_path, table, scans):

@@ -28,7 +28,8 @@ from ldae.utils.errors import UserError
 Spacing = tuple[float, float, float]
 
 VERSION = 1  # to be raised when the same parameters give other values, so that caches are not reused
-BACKGROUND = 0.05  # intensity in [0, 1] up to which a decoded volume is background
+BACKGROUND = 0.05  # intensity in [0, 1] up to which a decoded volume is background, unless it is enclosed by the brain
+DARKEST = 1e-3  # intensity of the darkest voxel of a brain in such a volume, because 0 is the background
 
 
 @dataclass(frozen=True)
@@ -161,6 +162,8 @@ class TissueView:
         shape, spacing: as for T1View.
         maker: makes the maps; by default `SoftSegmentation`.
         channels: number of maps of the maker. Networks' configs refer to it, so it is part of the config.
+        scan_spacing: voxel size of the scans in mm, for `of_volumes`: in volumes of larger voxels than the scans', the
+            boundaries of tissues are less sharp. None: that of the volumes. It does not change the views of scans.
 
     Raises:
         UserError: another number of channels, or an impossible grid.
@@ -175,11 +178,12 @@ class TissueView:
         spacing: float | Sequence[float] | None = None,
         maker: TissueMaker | None = None,
         channels: int = 3,
+        scan_spacing: float | None = None,
     ) -> None:
         self.maker = maker or SoftSegmentation()
         refuse_other_channels(channels, self.maker.channels)
         self.channels = channels
-        self.volumes = transform
+        self.volumes, self.scan_spacing = transform, scan_spacing
         self.transform = with_grid(transform, shape, spacing)
         self.shape, self.spacing = self.transform.shape, self.transform.spacing
         self.assume_orientation = self.transform.assume_orientation
@@ -198,7 +202,8 @@ class TissueView:
         """See View."""
         if orientation == self.assume_orientation:
             return self
-        return TissueView(self.volumes.assuming(orientation), self.shape, self.spacing, self.maker, self.channels)
+        transform, settings = self.volumes.assuming(orientation), (self.maker, self.channels, self.scan_spacing)
+        return TissueView(transform, self.shape, self.spacing, *settings)
 
     def __call__(self, source: Source) -> np.ndarray:
         """See View."""
@@ -218,16 +223,24 @@ class TissueView:
 
     def of_volumes(self, x: Tensor) -> Tensor:
         """See View. The tissues are found at the resolution of the volumes; the maps are 0 where there are none."""
-        maps = [self._maps_of_volume(volume) for volume in x[:, 0].detach().float().cpu().numpy()]
+        ratio = 1.0
+        if self.scan_spacing is not None and self.volumes.spacing is not None:
+            ratio = max(1.0, min(self.volumes.spacing) / self.scan_spacing)
+        maker = self.maker.for_larger_voxels(ratio)
+        maps = [_map_volume(volume, maker) for volume in x[:, 0].detach().float().cpu().numpy()]
         views = resample_centred(torch.from_numpy(np.stack(maps)), self.volumes.spacing, self.shape, self.spacing)
         return views.to(x.device)
 
-    def _maps_of_volume(self, volume: np.ndarray) -> np.ndarray:
-        """Maps (channels, X, Y, Z) of a volume (X, Y, Z), whose background need not be exactly 0."""
-        try:
-            return self.maker(np.where(volume > BACKGROUND, volume, 0)).values
-        except TissuesNotFound:
-            return np.zeros((self.channels, *volume.shape), np.float32)
+
+def _map_volume(volume: np.ndarray, maker: TissueMaker) -> np.ndarray:
+    """Maps (channels, X, Y, Z) of a volume (X, Y, Z), whose background need not be exactly 0."""
+    from scipy.ndimage import binary_fill_holes
+
+    brain = binary_fill_holes(volume > BACKGROUND)  # CSF in the ventricles can be as dark as the background
+    try:
+        return maker(np.where(brain, np.maximum(volume, DARKEST), 0).astype(np.float32)).values
+    except TissuesNotFound:
+        return np.zeros((maker.channels, *volume.shape), np.float32)
 
 
 def is_default_view(node: Mapping[str, Any]) -> bool:
