@@ -52,7 +52,7 @@ GRID = ("data.shape=[24,24,24]", "data.spacing=9.0")
 WITHOUT_ANTS = ("--bias", "none", "--brain", "stripped", "--registration", "none", "-j", "1")
 WITHOUT_ANTS += ("--spacing", "4", "--set", 'preprocess.columns.age=["Age (years)"]')
 PLACEHOLDERS = re.compile(r"NAME|=\.\.\.")
-OUTPUTS = ("-o", "--out", "--output")
+OUTPUTS = ("-o", "--out", "--output", "--name")
 
 
 @dataclass
@@ -288,16 +288,18 @@ def test_the_walk_has_the_commands_of_the_pages():
 
 
 @pytest.mark.parametrize("command", all_commands().values(), ids=str)
-def test_a_mistyped_argument_changes_no_byte_and_is_named(command, place, monkeypatch, tmp_path):
+def test_a_mistyped_argument_changes_no_byte_and_is_named(command, place, monkeypatch, tmp_path, caplog):
     monkeypatch.chdir(place)
     monkeypatch.setenv("TMPDIR", str(tmp_path))  # in which Hydra makes the folder of a sweep
     before, problems = checksums(place), []
     for wrong in mistyped(command):
+        caplog.clear()
         status, printed = outcome(wrong)
+        printed += "".join(caplog.messages)
         after = checksums(place)
         changed = sorted(path for path in {*before, *after} if before.get(path) != after.get(path))
-        # A package that is not installed is said before anything else.
-        named = any(word in printed for word in (*wrong.mistyped, "pip install"))
+        # A package that is not installed is said before anything else, and so is what the model lacks.
+        named = any(word in printed for word in (*wrong.mistyped, "pip install", "without a calibration"))
         if status == 0 or changed or "Traceback" in printed or not named:
             problems.append(f"{wrong}\n  status {status}, changed {changed[:5]}, printed:\n{printed[-1500:]}")
         before = after
