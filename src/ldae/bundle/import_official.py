@@ -101,7 +101,8 @@ def _write_networks(folder: Path, configs: Mapping[str, dict[str, Any]], files: 
 def published_configs() -> dict[str, dict[str, Any]]:
     """Configs of the four networks of conf/model/published.yaml, by name."""
     shape = ",".join(map(str, SHAPE))
-    model = _compose("model/published", f"+data.shape=[{shape}]").model
+    view = (f"+data.view.shape=[{shape}]", "+data.view.channels=1")  # the released encoder sees T1 intensities
+    model = _compose("model/published", f"+data.shape=[{shape}]", *view).model
     configs = {name: to_container(model[name]) for name in ("autoencoder", "encoder", "unet")}
     return {**configs, "estimator": to_container(estimator_node(model.unet, model.encoder.dim))}
 
