@@ -16,7 +16,8 @@ HARMLESS = {
     "trainer.cuda_graph",
     "trainer.workers", "trainer.max_skipped", "trainer.accept_changes", "accelerator.cpu", "accelerator.timeout",
     "accelerator._target_", "stage.estimator.start_from_unet", "stage.aekl", "stage.pretrain", "stage.latents",
-    "stage.initial_weights", "stage.keep_components", "data.table", "data.workers", "data.on_bad_scan", "data.diagnoses",
+    "stage.initial_weights", "stage.keep_components",
+    "data.table", "data.workers", "data.on_bad_scan", "data.diagnoses",
     "data.phantom.subjects", "data.phantom.seed", "data.phantom.spacing", "data.phantom.shape", "data.split.train",
     "data.split.val", "data.split.test", "data.split.seed", "data.split.fold", "data.split.folds", "data.split.extend",
 }  # fmt: skip

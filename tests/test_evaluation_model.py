@@ -126,8 +126,9 @@ def test_attention_is_reported_at_its_position(tmp_path, axis):
     weights[12] = 1 - 0.15
     given = context(tmp_path, subjects=8)
     given.model = SimpleNamespace(
-        encoder=SimpleNamespace(axis=axis), attention_of_views=lambda x: weights.expand(len(x), -1)
-    )
+        encoder=SimpleNamespace(axis=axis), attention_of_views=lambda x: weights.expand(len(x), -1),
+        view=None,
+    )  # fmt: skip
     found = dict(Attention(resamples=20)(given))
     assert found["attention/peak_mm"] == found["attention/peak_mm_low"] == (12 - 7.5) * 2
     assert found["attention/own_share"] == pytest.approx(0, abs=1e-9)
