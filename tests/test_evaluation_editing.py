@@ -29,6 +29,7 @@ from ldae.evaluation.edits.counterfactuals import (
     ExchangeRate,
     compare_with_counterfactuals,
 )
+from ldae.evaluation.edits.edited_scans import embed_edited_scans
 from ldae.evaluation.edits.effects import correlation, slope, spearman, weighted_median
 from ldae.evaluation.edits.heldout_probe import split_subjects_in_halves
 from ldae.evaluation.edits.interpolation import Interpolation
@@ -178,6 +179,47 @@ def test_manipulation_of_a_planted_effect(context):
     assert {f"{stem}.csv", f"{stem}_scans.csv", f"{stem}_dose.png", f"{stem}_1.png", f"{stem}_2.gif"} <= names
     stored = json.loads((context.out / "directions.json").read_text())["directions"]
     assert set(stored) == {"diagnosis", "age"}
+
+
+def test_training_scans_are_edited_along_a_direction_that_was_fitted_without_them(context):
+    seen = []
+
+    class Recorded:
+        def estimate(self, sample):
+            seen.append(set(sample.table["subject"]))
+            return MeanDifference().estimate(sample)
+
+    evaluator = Manipulation(
+        {"diagnosis": DIAGNOSIS},
+        Recorded(),
+        Editor(),
+        [-0.3, 0, 0.3],
+        0.3,
+        4,
+        pictures=0,
+        resamples=5,
+        splits=["train"],
+    )
+    metrics = dict(evaluator(context))
+    edited = set(pd.read_csv(context.out / "manipulation_diagnosis.csv")["subject"])
+    assert metrics["manipulation/diagnosis/ventricle_spearman_share"] == 1
+    assert len(edited) == 4
+    assert seen[0] == set(context.table["subject"][context.table["split"] == "train"])  # stored, for `ldae manipulate`
+    assert seen[1] == seen[0] - edited
+
+
+def test_scans_on_their_own_grid_are_embedded_with_the_change_added(context):
+    """What is embedded is the scan plus the change, and not the decoded image."""
+    added = []
+
+    def open_scan(row):
+        return SimpleNamespace(edited=lambda after, before: added.append(after - before) or torch.full((1, 1), row))
+
+    context.open_scan = open_scan
+    context.model = SimpleNamespace(open=lambda image, check, preprocess: image, embed=lambda image: 10.0 * image)
+    edited, unedited = torch.full((2, 1, *SHAPE), 0.7), torch.full((2, 1, *SHAPE), 0.5)
+    assert embed_edited_scans(context, [3, 5], edited, unedited).tolist() == [[30.0], [50.0]]
+    torch.testing.assert_close(added[0], torch.full((1, *SHAPE), 0.2))
 
 
 def test_the_reversed_direction_has_no_spearman_share(context):

@@ -57,6 +57,18 @@ def test_a_change_is_at_the_same_place_in_the_scans_own_units():
     assert np.count_nonzero(np.abs(change) > 1) < 8 * (9 / 4) ** 3 * 4
 
 
+def test_an_edit_neither_changes_the_background_nor_makes_a_brain_voxel_part_of_it():
+    """A brain without skull stays without skull, and a ventricle that grows does not become background."""
+    image = brain(empty=3)
+    original = image.get_fdata()
+    scan = open_scan(image, Transform((8, 8, 8), 9.0))
+    for change in (-1.0, 1.0):
+        edited = scan.edited(scan.volume + change, scan.volume).get_fdata()
+        np.testing.assert_array_equal(edited > 0, original > 0)
+        assert edited[original > 0].min() >= original[original > 0].min()
+    assert edited.max() > original.max()
+
+
 def test_paths_images_and_lists_are_transformed_and_tensors_are_not(model, tmp_path):
     nib.save(brain(), tmp_path / "sub-01_T1w.nii.gz")
     scan = model.open(tmp_path / "sub-01_T1w.nii.gz")

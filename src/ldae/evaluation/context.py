@@ -21,6 +21,7 @@ from ldae.utils.results_record import Source
 
 if TYPE_CHECKING:
     from ldae.pipeline import LDAE
+    from ldae.scans.scan import Scan
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +50,7 @@ class Context:
         prefix: what the names of metrics of another cohort begin with, such as "external/"; empty for the model's own.
         skipped: what was not computed, each with the reason; see `skip`.
         seen: reads what the encoder sees of the scans of some rows; None: the volumes. See `views`.
+        open_scan: opens the scan of a row on its own grid; None if only volumes are at hand.
     """
 
     model: "LDAE"
@@ -68,6 +70,7 @@ class Context:
     prefix: str = ""
     skipped: list[str] = field(default_factory=list)
     seen: Callable[[Sequence[int]], Tensor] | None = None
+    open_scan: Callable[[int], "Scan"] | None = None
 
     def views(self, rows: Sequence[int]) -> Tensor:
         """What the encoder sees of the scans of these rows, (B, channels, X, Y, Z) float32 in [0, 1]."""

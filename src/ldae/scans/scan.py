@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ldae.data.intensities import constant_background
 from ldae.data.nifti import BadScan, Source, load_image, nifti_like
 from ldae.data.transforms import ModelSpaceScan, Transform
 from ldae.data.view import View
@@ -76,12 +77,25 @@ class Scan:
     def edited(self, volume: Tensor, reconstruction: Tensor) -> nib.Nifti1Image:
         """The scan plus the change from `reconstruction` to `volume`; without a change, the scan voxel by voxel.
 
+        A constant background, as around a brain without skull, is kept, and no voxel becomes darker than the darkest
+        of the scan outside of it: a ventricle that grows would otherwise be taken for background.
+
         Args:
             volume, reconstruction: as in `restored`.
         """
         change = self.to_scan_grid(_one_channel(volume) - _one_channel(reconstruction))
         original = np.asarray(self.image.dataobj, dtype=np.float32).reshape(change.shape)
-        return nifti_like(original + change * (self.prepared.high - self.prepared.low) * self.gain, self.image)
+        edited = original + change * (self.prepared.high - self.prepared.low) * self.gain
+        return nifti_like(_keep_background(edited, original), self.image)
+
+
+def _keep_background(edited: np.ndarray, original: np.ndarray) -> np.ndarray:
+    """Edited intensities (X, Y, Z), those of the original's background unchanged and the others not below it."""
+    background = constant_background(original)
+    inside = np.isfinite(original) if background is None else np.isfinite(original) & (original != background)
+    if not inside.any():
+        return edited
+    return np.where(inside, np.maximum(edited, original[inside].min()), original)
 
 
 def _one_channel(volume: Tensor) -> np.ndarray:

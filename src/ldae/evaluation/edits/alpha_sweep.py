@@ -11,6 +11,7 @@ from ldae.editing.direction import Direction
 from ldae.editing.editor import Editor
 from ldae.evaluation.context import Context
 from ldae.evaluation.edits.anatomy import Anatomy
+from ldae.evaluation.edits.edited_scans import embed_edited_scans
 from ldae.evaluation.edits.inverted_scans import InvertedScans
 from ldae.evaluation.images.image_metrics import ssim, to_arrays
 
@@ -96,7 +97,7 @@ def measure_reversibility(
 ) -> np.ndarray:
     """SSIM in the brain to alpha = 0 once the edited scans are treated as real scans and edited by -alpha, (B,)."""
     model, edited = context.model, sweep.images_at(alpha)
-    y = model.embed(edited)
+    y = embed_edited_scans(context, sweep.scans.rows, edited, sweep.images_at(0.0))
     code = editor.invert(model, model.compress(edited), y, context.seed, sweep.scans.rows)
     back = editor.decode(model, code, direction.edit(y, -alpha))
     return ssim(back, sweep.images_at(0.0), sweep.scans.mask).double().cpu().numpy()

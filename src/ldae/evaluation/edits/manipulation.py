@@ -30,7 +30,9 @@ Metrics for every probe that has a direction, `manipulation/<probe>/...`, with i
   true growth of the ventricles; `factor_per_alpha`: severity, or years, that corresponds to alpha = 1 by the growth
   of the ventricles; `factor_per_alpha_expected`: by the unit of alpha.
 
-directions.json contains the directions, for `ldae manipulate`; results.py lists the tables and figures.
+Training scans can be edited, too (`splits`). The direction that is evaluated is then fitted without their subjects, so
+that no scan is edited along a direction that it has helped to find. directions.json contains the directions of all
+training scans, for `ldae manipulate`; results.py lists the tables and figures.
 """
 
 import logging
@@ -118,18 +120,21 @@ class Manipulation:
             names = " + ".join(self.splits)
             context.skip(f"manipulation is skipped: {names} has no scans; see evaluation.manipulation.splits")
             return
+        others = train[~np.isin(context.subjects(train), context.subjects(rows))]
         for name, probe in self.probes.items():
             try:
-                found = find_direction(
-                    self.direction, probe, context.table, context.embeddings, train, context.seed, self.unit
-                )
+                found = self._find(context, probe, train)
+                evaluated = found if len(others) == len(train) else self._find(context, probe, others)
             except UserError as error:
                 context.skip(f"manipulation of {name} is skipped: {error}")
                 continue
             directions[name] = found.to_dict()
-            yield from self._evaluate_direction(context, anatomy, name, probe, found, rows)
+            yield from self._evaluate_direction(context, anatomy, name, probe, evaluated, rows)
         stored = {"weights": context.weights, "editor": vars(self.editor), "directions": directions}
         write_json(context.out / "directions.json", stored)
+
+    def _find(self, context: Context, probe: Probe, rows: np.ndarray) -> Direction:
+        return find_direction(self.direction, probe, context.table, context.embeddings, rows, context.seed, self.unit)
 
     def _evaluate_direction(
         self, context: Context, anatomy: Anatomy, name: str, probe: Probe, direction: Direction, rows: np.ndarray
