@@ -158,6 +158,9 @@ def build_context(model: "LDAE", cohort: Cohort, space: Workspace, config: DictC
         perceptual=_perceptual(config, model.device),
         source=_find_source(cohort, space, config),
         prefix=prefix,
+        open_scan=lambda row: model.open(
+            cohort.table["path"].iloc[row], False, "never", cohort.transform.assume_orientation
+        ),
     )
 
 
