@@ -45,6 +45,22 @@ def test_the_table_agrees_with_the_scans_and_with_the_drawn_labels(cohort):
     assert table.iloc[-1].ventricle_mm3 == pytest.approx(again.volumes["ventricle"], abs=0.06)
 
 
+def test_visits_at_chosen_months_are_of_the_same_subjects(cohort, tmp_path):
+    """The first visit is the same scan, whatever the months; later ones are those that `render` makes of their rows."""
+    months = make_cohort(tmp_path / "a", **{**SIZE, "subjects": 1}, workers=1, progress=False, months=[0, 36, 72])
+    table, first = pd.read_csv(months), pd.read_csv(cohort).iloc[0]
+    assert table["session"].tolist() == ["ses-M000", "ses-M036", "ses-M072"]
+    assert (table["age"] - first.age).tolist() == pytest.approx([0, 3, 6], abs=0.01)
+    assert (months.parent / table["path"][0]).read_bytes() == (cohort.parent / first.path).read_bytes()
+    assert table["ventricle_mm3"].is_monotonic_increasing
+    again = render(table.iloc[2], spacing=9.0, shape=(24, 24, 24)).volumes["ventricle"]
+    assert table["ventricle_mm3"][2] == pytest.approx(again, abs=0.06)
+    with pytest.raises(UserError, match=r"another phantom cohort.*months"):
+        make_cohort(tmp_path / "a", **{**SIZE, "subjects": 1}, workers=1, progress=False, months=[0, 12])
+    with pytest.raises(UserError, match="must increase"):
+        make_cohort(tmp_path / "b", **SIZE, workers=1, progress=False, months=[12, 0])
+
+
 def test_two_processes_make_the_same_files_from_a_script_without_main_guard(cohort, tmp_path):
     # The script has no `if __name__ == "__main__"`, and the workers must not run it again.
     script = tmp_path / "script.py"

@@ -119,6 +119,18 @@ class Split:
 
 
 @dataclass
+class Longitudinal:
+    """The synthetic cohort of later visits that evaluations of change over time use; it is made when they need it.
+
+    Its seed differs from that of the training cohort, so that none of its subjects was trained on.
+    """
+
+    subjects: int = 40
+    seed: int = 1007
+    months: list[int] = field(default_factory=lambda: [0, 12, 36, 72])  # of every subject's visits
+
+
+@dataclass
 class Phantom:
     """Size of the synthetic cohort."""
 
@@ -126,6 +138,7 @@ class Phantom:
     seed: int = 7
     spacing: float = SPACING  # mm
     shape: list[int] = field(default_factory=lambda: list(SHAPE))  # voxels
+    longitudinal: Longitudinal = field(default_factory=Longitudinal)
 
 
 @dataclass
@@ -163,6 +176,18 @@ class EstimatorSettings:
 
 
 @dataclass
+class PriorSettings:
+    """The semantic prior, apart from what the encoder and the table give; see ldae.prior.semantic_prior."""
+
+    components: int = 64
+    hidden: int = 0
+    width: int = 256
+    dropout: float = 0.1
+    guidance: float = 1.0
+    steps: int = 20
+
+
+@dataclass
 class Model:
     """One of each network; a file of conf/model chooses them together."""
 
@@ -171,6 +196,7 @@ class Model:
     encoder: Any = MISSING
     estimator: EstimatorSettings = field(default_factory=EstimatorSettings)
     discriminator: Any = MISSING
+    prior: PriorSettings = field(default_factory=PriorSettings)
 
 
 @dataclass
@@ -204,6 +230,7 @@ class Config:
     perceptual: Any = field(default=None, metadata=HARMLESS)
     accelerator: Any = MISSING
     stage: Any = MISSING
+    task: Any = field(default=None, metadata=HARMLESS)  # the label of stage=supervised
     probe: dict[str, Any] = field(default_factory=dict, metadata=HARMLESS)
     probe_scaling: Any = field(default=None, metadata=HARMLESS)
     alpha: Any = field(default=MISSING, metadata=HARMLESS)  # what alpha = 1 means in edits

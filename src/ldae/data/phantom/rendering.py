@@ -53,16 +53,17 @@ Key = Factors | Mapping | tuple[int, int | str, int | str]  # or a row of the ta
 def find_factors(key: Key) -> Factors:
     """The factors of a row of the table (with `phantom_seed`), or of (seed, subject, session).
 
+    A row may be of any month, because the sessions of a cohort can be chosen (`make_cohort`).
+
     Raises:
-        KeyError: the subject has no such session.
+        KeyError: (seed, subject, session) is none of the sessions that are drawn for this subject.
     """
     if isinstance(key, Factors):
         return key
-    if not isinstance(key, tuple):
-        key = (int(key["phantom_seed"]), key["subject"], key["session"])
-    seed, subject, session = key
+    is_row = not isinstance(key, tuple)
+    seed, subject, session = (int(key["phantom_seed"]), key["subject"], key["session"]) if is_row else key
     number, months = int(str(subject).removeprefix("sub-")), int(str(session).removeprefix("ses-").removeprefix("M"))
-    for factors in draw_subject(seed, number):
+    for factors in draw_subject(seed, number, (months,) if is_row else None):
         if factors.months == months:
             return factors
     raise KeyError(f"phantom subject {number} of seed {seed} has no session at {months} months")

@@ -97,8 +97,13 @@ def _draw_bounded(rng: np.random.Generator, mean: float, sd: float, low: float, 
 
 
 @lru_cache(maxsize=4096)
-def draw_subject(seed: int, subject: int) -> tuple[Factors, ...]:
-    """Draw the one to four sessions of a subject; `subject` counts from 1."""
+def draw_subject(seed: int, subject: int, months: tuple[int, ...] | None = None) -> tuple[Factors, ...]:
+    """Draw the sessions of a subject; `subject` counts from 1.
+
+    Args:
+        months: of the sessions, counted from the first visit; None: 0 and up to three later ones, drawn at random. The
+            subject is the same whichever months are asked for.
+    """
     rng = np.random.default_rng(derive_seed(seed, "phantom", subject, "labels"))
     baseline = str(rng.choice(DIAGNOSES, p=SHARES))
     sex, scanner = str(rng.choice(["F", "M"])), str(rng.choice(SCANNERS))
@@ -109,13 +114,13 @@ def draw_subject(seed: int, subject: int) -> tuple[Factors, ...]:
     head, ventricle, hippocampus, sulci, posterior = rng.standard_normal(5).clip(-2.4, 2.4).tolist()
     head = HEAD[sex] * float(np.exp(HEAD_SD * head))
     sessions = []
-    for months in (0, *later):
-        now = round(severity + PROGRESSION[baseline] * months / 12, 4)
+    for month in (0, *later) if months is None else months:
+        now = round(severity + PROGRESSION[baseline] * month / 12, 4)
         diagnosis = baseline
-        if months and now > CONVERSION.get(baseline, np.inf):
+        if month and now > CONVERSION.get(baseline, np.inf):
             diagnosis = DIAGNOSES[DIAGNOSES.index(baseline) + 1]
         sessions.append(Factors(
-            seed, subject, months, sex, scanner, round(age + months / 12, 2), now, diagnosis,
+            seed, subject, month, sex, scanner, round(age + month / 12, 2), now, diagnosis,
             head, ventricle, hippocampus, sulci, posterior,
         ))  # fmt: skip
     return tuple(sessions)

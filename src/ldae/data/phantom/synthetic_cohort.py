@@ -4,6 +4,7 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +34,7 @@ def make_cohort(
     shape: tuple[int, int, int] = SHAPE,
     workers: int | None = None,
     progress: bool = True,
+    months: Sequence[int] | None = None,
 ) -> Path:
     """Render a cohort into the folder `out` and return the path of its table, `out/scans.csv`.
 
@@ -44,26 +46,33 @@ def make_cohort(
         spacing: voxel size in mm.
         shape: number of voxels along each axis.
         workers: number of processes; None: one for each core.
+        months: of every subject's sessions; None: those that are drawn for the subject.
 
     Raises:
-        UserError: `out` contains another cohort, or the sizes are impossible.
+        UserError: `out` contains another cohort, the months do not increase from 0 or later, or the sizes are
+            impossible.
     """
     out, shape = Path(out), tuple(int(n) for n in shape)
     _check_sizes(subjects, spacing, shape)
+    visits = None if months is None else _check_months(months)
     size = {"subjects": int(subjects), "spacing": float(spacing), "shape": list(shape)}
+    size |= {} if visits is None else {"months": list(visits)}
     parameters = {"version": VERSION, "seed": int(seed), **size}
     table = out / "scans.csv"
     if _claim(out, parameters) and table.exists():
         return table
     todo = [subject for subject in range(1, subjects + 1) if not _sidecar(out, subject).exists()]
-    _render_all(todo, out, seed, float(spacing), shape, workers, progress)
+    _render_all(todo, out, seed, float(spacing), shape, workers, progress, visits)
     _write_table(table, [scan for subject in range(1, subjects + 1) for scan in read_json(_sidecar(out, subject))])
     return table
 
 
-def cohort_folder(data: Path | str, subjects: int, seed: int, spacing: float, shape: Sequence[int]) -> Path:
+def cohort_folder(
+    data: Path | str, subjects: int, seed: int, spacing: float, shape: Sequence[int], months: Sequence[int] = ()
+) -> Path:
     """The folder below `data` that conf/data/phantom.yaml derives from the parameters of a synthetic cohort."""
-    return Path(data) / f"phantom_n{subjects}_seed{seed}_{spacing}mm_{'x'.join(map(str, shape))}"
+    visits = f"_months{'-'.join(map(str, months))}" if len(months) else ""
+    return Path(data) / f"phantom_n{subjects}_seed{seed}_{spacing}mm_{'x'.join(map(str, shape))}{visits}"
 
 
 def wait_for_cohort(table: Path, patience: float = 10.0) -> None:
@@ -101,6 +110,13 @@ def _check_sizes(subjects: int, spacing: float, shape: tuple[int, ...]) -> None:
         )
 
 
+def _check_months(months: Sequence[int]) -> tuple[int, ...]:
+    visits = tuple(int(month) for month in months)
+    if not visits or visits[0] < 0 or any(a >= b for a, b in pairwise(visits)):
+        raise UserError(f"phantom months {list(months)}: must increase, from 0 or later")
+    return visits
+
+
 def _claim(out: Path, parameters: dict) -> bool:
     """Write which cohort `out` is for; whether that was already written. Another cohort is refused."""
     path = out / "phantom.json"
@@ -122,10 +138,17 @@ def _sidecar(out: Path, subject: int) -> Path:
 
 
 def _render_all(
-    todo: list[int], out: Path, seed: int, spacing: float, shape: tuple[int, ...], workers: int | None, progress: bool
+    todo: list[int],
+    out: Path,
+    seed: int,
+    spacing: float,
+    shape: tuple[int, ...],
+    workers: int | None,
+    progress: bool,
+    months: tuple[int, ...] | None,
 ) -> None:
     workers = min(workers or available_cores(), -(-len(todo) // 4))  # starting a process takes seconds
-    items = [(out, seed, subject, spacing, shape) for subject in todo]
+    items = [(out, seed, subject, spacing, shape, months) for subject in todo]
     results = run_in_processes(
         _render_subject, items, workers if workers > 1 else 0, label="phantoms", unit="subject", progress=progress
     )
@@ -149,13 +172,15 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _render_subject(out: Path, seed: int, subject: int, spacing: float, shape: tuple[int, ...]) -> None:
+def _render_subject(
+    out: Path, seed: int, subject: int, spacing: float, shape: tuple[int, ...], months: tuple[int, ...] | None
+) -> None:
     """Write all sessions of one subject, and its sidecar last."""
     from ldae.data.phantom.rendering import render
 
     rows = []
     with _one_thread():
-        for factors in draw_subject(seed, subject):
+        for factors in draw_subject(seed, subject, months):
             scan = render(factors, spacing=spacing, shape=shape)
             row = table_row(factors, scan.volumes)
             name = f"{row['subject']}/{row['session']}"
