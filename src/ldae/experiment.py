@@ -38,7 +38,7 @@ def train(config: DictConfig) -> None:
         refuse_missing_table(config)
     accelerator = instantiate(config.accelerator)
     space = open_workspace(config)
-    run = space.stage(stage.name)
+    run = space.stage(stage.folder(config.stage))
     _check_predecessors(config, space)
     check_changes(run, config)
     with lock_folder(run.path, accelerator.is_main_process):
@@ -228,7 +228,7 @@ def _check(config: DictConfig) -> None:
 
 def _check_predecessors(config: DictConfig, space: Workspace) -> None:
     """Refuse a stage whose predecessors are missing before any data is read."""
-    for key in ("aekl", "pretrain"):
+    for key in ("aekl", "pretrain", "repr"):
         if key in config.stage:
             space.predecessor(key, config.stage[key])
     if "latents" in config.stage:

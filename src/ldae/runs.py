@@ -9,6 +9,7 @@ weights/*.safetensors, metadata.json    what is published: the weights for later
 import errno
 import hashlib
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,11 @@ class Workspace:
                 f"or give its path with stage.{name}=PATH"
             )
         return run
+
+
+def supervised_folder(task: str) -> str:
+    """Folder below `runs/<name>` of the supervised network of a task."""
+    return f"supervised/{task}"
 
 
 def open_workspace(config: DictConfig) -> Workspace:
@@ -253,6 +259,12 @@ def estimator_node(unet: DictConfig, semantic_dim: int, options: DictConfig | No
     node = {**OmegaConf.to_container(unet, resolve=True), **(options or {})}
     target = "ldae.models.gradient_estimator.GradientEstimator"
     return {**node, "_target_": target, "semantic_dim": semantic_dim}
+
+
+def prior_node(settings: DictConfig, semantic_dim: int, columns: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Config of the semantic prior: `settings`, and what depends on the encoder and the table (ldae.prior.columns)."""
+    node = to_container(settings)
+    return {**node, "_target_": "ldae.prior.semantic_prior.SemanticPrior", "dim": semantic_dim, "columns": [*columns]}
 
 
 def to_container(node: Node) -> dict[str, Any]:

@@ -108,6 +108,13 @@ class ComponentsEncoder(nn.Module):
         self.components.copy_(directions * math.sqrt(self.mean.numel()))
         self.scale.copy_((self.dim / variances.sum().clamp(min=1e-12)).sqrt())
 
+    def make_trainable(self) -> None:
+        """Turn mean and components into parameters of 32 bits: the encoder of a supervised network, which trains all."""
+        for name in ("mean", "components"):
+            value = getattr(self, name).float()
+            delattr(self, name)
+            self.register_parameter(name, nn.Parameter(value))
+
     def pool(self, x: Tensor) -> Tensor:
         """Averages over blocks of voxels, of which there are components: (B, C, X, Y, Z) -> (B, C, X', Y', Z').
 

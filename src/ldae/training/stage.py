@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from accelerate import Accelerator
+from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from ldae.config import Optim, TrainerSettings
@@ -68,6 +69,11 @@ class Stage(ABC):
     averages: dict[str, Ema]
     num_samples: int
     sample_names: Sequence[str] = ()
+
+    @classmethod
+    def folder(cls, node: DictConfig) -> str:
+        """Folder of the run below `runs/<name>`, of a stage with the config `node`."""
+        return cls.name
 
     @abstractmethod
     def prepare(self, accelerator: Accelerator, trainer: TrainerSettings, optim: Optim, seed: int) -> None:
