@@ -27,8 +27,11 @@ from ldae.diffusion.guidance import GuidedEps
 from ldae.diffusion.samplers import Sampler
 from ldae.editing.direction import Direction, EditDirection
 from ldae.editing.editor import EditSettings
+from ldae.editing.forecast_file import read_forecaster
+from ldae.editing.forecaster import Forecaster
 from ldae.editing.linear_model import LinearModel
 from ldae.editing.readouts import Readouts
+from ldae.editing.scan_forecast import ScanForecast, check_years, forecast_scan, parse_row
 from ldae.models.cuda_graph import GraphCache
 from ldae.models.placement import computes_channels_last, place_module
 from ldae.models.sizes import latent_sizes
@@ -414,6 +417,32 @@ class LDAE:
 
     ladder = manipulate_each  # its former name
 
+    def forecast_each(
+        self,
+        x: Scans,
+        years: Sequence[float],
+        known: Mapping[str, str | float] | None = None,
+        draws: int = 8,
+        seed: int = 0,
+        steps: int | None = None,
+    ) -> Iterator[ScanForecast]:
+        """The change of one scan that is expected after each of `years`, as it was learned from pairs of visits.
+
+        Args:
+            known: columns about the scan, {"age": 71, "diagnosis": "MCI"}; one that is missing counts as its mean.
+            draws: random draws for the standard deviation of each voxel; 0: none.
+            seed: of the draws.
+
+        Raises:
+            UserError: the model has no forecaster, a time is not positive, a column cannot be read, or the age is
+                needed and missing.
+        """
+        check_years(years)
+        forecaster, row = self.forecaster, parse_row(self.forecaster, known or {})
+        forecaster = replace(forecaster, editor=forecaster.editor.with_settings(steps=steps))
+        x = self.opened(x)
+        return forecast_scan(self, forecaster, self.compress(x), self.embed(x), row, years, draws, seed)
+
     def sample(self, count: int, seed: int = 0, steps: int | None = None) -> Tensor:
         """`count` unconditional volumes, (count, 1, X, Y, Z); volume i depends on (seed, i) only."""
         return self.sample_from(self.noise(count, seed), steps)
@@ -444,6 +473,21 @@ class LDAE:
             UserError: the model has neither a direction nor a probe of this name.
         """
         return self.readouts.direction(name)
+
+    @cached_property
+    def forecaster(self) -> Forecaster:
+        """How y moves over the years, which evaluation=[forecast] stored with the model.
+
+        Raises:
+            UserError: it has stored nothing, or the file is damaged or of other networks.
+        """
+        bundle = self.bundle
+        if bundle is None or bundle.forecast is None:
+            raise UserError(
+                "this model has no forecast: run `python evaluate.py evaluation=[forecast] name=NAME`, which needs "
+                "training subjects with several visits, and export the bundle again if it is one"
+            )
+        return read_forecaster(bundle.forecast, bundle.weights_hash)
 
     # Primitives
 

@@ -7,6 +7,7 @@ It is read from a run, `runs/<name>`, or from a bundle, a folder that can be mov
     <network>.safetensors    autoencoder, encoder, unet, estimator
     probes.json              optional: frozen probes of y (ldae.editing.frozen_probes)
     directions.json          optional: directions of edits and their settings (ldae.editing.readouts)
+    forecast.safetensors     optional: how y moves over the years (ldae.editing.forecast_file)
     README.md                the model card (ldae.bundle.model_card)
 
 A bundle may come from anyone; ldae.bundle.allowlist lists what is checked before it is used.
@@ -27,6 +28,7 @@ from ldae.bundle.description import (
     BUILT,
     DESCRIPTION,
     DIRECTIONS,
+    FORECAST,
     FORMAT,
     MEASURED,
     OPTIONAL_FILES,
@@ -64,6 +66,7 @@ class Bundle:
         transform, schedule, parameterisation, sampler: configs with `_target_`; the sampler includes the guidance.
         probes: file of frozen probes, or None.
         directions: file of directions found by evaluation=manipulation, or None.
+        forecast: file of the forecaster fitted by evaluation=forecast, or None.
         ood_check: the out-of-distribution check of the training scans (ldae.scans.ood_check), or None.
         preprocess: parameters of the training scans' preprocessing (ldae.preprocessing.steps), or None.
         affine: voxel to mm, 4x4, of model space if all training scans share one grid, or None.
@@ -84,6 +87,7 @@ class Bundle:
     affine: list[list[float]] | None = None
     sources: dict[str, Any] = field(default_factory=dict)
     view: dict[str, Any] | None = None
+    forecast: Path | None = None
 
     @property
     def weights_hash(self) -> str:
@@ -131,7 +135,7 @@ class Bundle:
             name: StoredNetwork(to_container(node), run.weights_file(name), run.sha256(name))
             for name, (run, node) in configs.items()
         }
-        probes, directions = space.evaluation / PROBES, space.evaluation / DIRECTIONS
+        probes, directions, forecast = (space.evaluation / name for name in (PROBES, DIRECTIONS, FORECAST))
         return cls(
             networks=networks,
             scale=[float(value) for value in second.metadata["scale"]],
@@ -141,6 +145,7 @@ class Bundle:
             sampler=to_container(third.config.sampler),
             probes=probes if probes.is_file() else None,
             directions=directions if directions.is_file() else None,
+            forecast=forecast if forecast.is_file() else None,
             **_read_measured(space, first),
             sources=describe_provenance(space, runs),
             view=_read_view(third),
@@ -195,6 +200,7 @@ class Bundle:
             **{key: getattr(self, attribute) for attribute, key in MEASURED.items()},
             **{key: getattr(self, key) for key in (*BUILT, "sources", "scale")},
             **({VIEW: self.view} if self.view else {}),
+            **({"forecast": _copy(self.forecast, folder / FORECAST)} if self.forecast else {}),
         }
         write_text(folder / CARD, render_model_card(description))
         write_json(folder / DESCRIPTION, description)

@@ -12,11 +12,12 @@ from ldae.utils.renamed import with_present_names
 FORMAT = 1
 MAX_BYTES = 2**20  # of bundle.json
 DESCRIPTION, PROBES, DIRECTIONS = "bundle.json", "probes.json", "directions.json"
+FORECAST = "forecast.safetensors"
 NETWORKS = ("autoencoder", "encoder", "unet", "estimator")
 BUILT = ("transform", "schedule", "parameterisation", "sampler")  # keys of configs with `_target_`
 # Measured on the training scans: attribute of a Bundle -> key in bundle.json and latents.json. Older bundles lack some.
 MEASURED = {"ood_check": "likeness", "preprocess": "preprocess", "affine": "affine"}
-OPTIONAL_FILES = ("probes", "directions")
+OPTIONAL_FILES = ("probes", "directions", "forecast")
 VIEW = "view"  # config of the semantic encoder's view (ldae.data.view); absent where it is the T1 volume
 
 

@@ -88,6 +88,15 @@ class Scan:
         edited = original + change * (self.prepared.high - self.prepared.low) * self.gain
         return nifti_like(_keep_background(edited, original), self.image)
 
+    def in_its_intensities(self, difference: Tensor) -> nib.Nifti1Image:
+        """A difference of volumes, or its standard deviation, on the scan's grid and in units of its intensities.
+
+        Args:
+            difference: as in `restored`.
+        """
+        values = self.to_scan_grid(_one_channel(difference)) * (self.prepared.high - self.prepared.low) * self.gain
+        return nifti_like(values, self.image)
+
 
 def _keep_background(edited: np.ndarray, original: np.ndarray) -> np.ndarray:
     """Edited intensities (X, Y, Z), those of the original's background unchanged and the others not below it."""
