@@ -12,7 +12,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "ldae"
 FLOORS = (
     {"utils"},
     {"data", "diffusion", "models"},
-    {"config", "denoiser", "losses", "preprocessing", "runs"},
+    {"config", "denoiser", "losses", "preprocessing", "prior", "runs"},
     {"editing", "scans", "training"},
     {"bundle"},
     {"pipeline"},

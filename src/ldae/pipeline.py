@@ -35,6 +35,8 @@ from ldae.editing.scan_forecast import ScanForecast, check_years, forecast_scan,
 from ldae.models.cuda_graph import GraphCache
 from ldae.models.placement import computes_channels_last, place_module
 from ldae.models.sizes import latent_sizes
+from ldae.prior.draws import SemanticDraws, draw_semantics
+from ldae.prior.semantic_prior import SemanticPrior
 from ldae.scans.ood_check import OodCheck
 from ldae.scans.raw_scan import TrainingPreprocessing
 from ldae.scans.scan import Scan, open_scan
@@ -80,6 +82,7 @@ class LDAE:
         batch_size: largest number of volumes that the encoder and the autoencoder process at a time.
         preprocess: preprocessing for scans that fail the out-of-distribution check; None rejects such scans.
         view: what the encoder sees of a scan; None: the volumes.
+        prior: the distribution of y, for samples; None: samples are of the U-Net alone.
 
     Raises:
         UserError: `dtype` is none of the three, or `device` is mps.
@@ -100,6 +103,7 @@ class LDAE:
         batch_size: int = 8,
         preprocess: TrainingPreprocessing | None = None,
         view: View | None = None,
+        prior: SemanticPrior | None = None,
     ) -> None:
         if dtype not in DTYPES:
             raise UserError(f"dtype={dtype}: choose one of {', '.join(map(str, DTYPES))}")
@@ -119,6 +123,9 @@ class LDAE:
         self.bundle = bundle
         self.dtype, self.batch_size, self.preprocess = dtype, batch_size, preprocess
         self.view = view
+        self.prior = prior
+        if prior is not None:
+            prior.to(self.device).eval().requires_grad_(False)
 
     @classmethod
     def load(
@@ -161,6 +168,7 @@ class LDAE:
             batch_size=batch_size,
             preprocess=TrainingPreprocessing(transform, bundle.preprocess, bundle.affine) if preprocess else None,
             view=None if bundle.view is None else instantiate(bundle.view),
+            prior=networks.get("prior"),
         )
 
     def export(self, folder: str | Path) -> Path:
@@ -443,9 +451,55 @@ class LDAE:
         x = self.opened(x)
         return forecast_scan(self, forecaster, self.compress(x), self.embed(x), row, years, draws, seed)
 
-    def sample(self, count: int, seed: int = 0, steps: int | None = None) -> Tensor:
-        """`count` unconditional volumes, (count, 1, X, Y, Z); volume i depends on (seed, i) only."""
-        return self.sample_from(self.noise(count, seed), steps)
+    def sample(
+        self,
+        count: int,
+        seed: int = 0,
+        steps: int | None = None,
+        where: Mapping[str, object] | None = None,
+        use_prior: bool | None = None,
+    ) -> Tensor:
+        """`count` synthetic volumes, (count, 1, X, Y, Z); volume i depends on (seed, i) and `where` only.
+
+        y is drawn from the prior (`draw_semantics` with the same arguments also gives the labels), then the scan by the
+        latent diffusion with that y.
+
+        Args:
+            where: values of the prior's columns, such as {"diagnosis": "AD", "age": 75}; others are drawn.
+            use_prior: False: from the U-Net alone, without any y. None: with the prior if the model has one.
+
+        Raises:
+            UserError: the model has no prior although it is needed, or `where` asks for what the prior does not know.
+        """
+        if use_prior is None:
+            use_prior = self.prior is not None or bool(where)
+        noise = self.noise(count, seed)
+        if use_prior:
+            return self.decode(noise, self.draw_semantics(range(count), seed, where).y, steps)
+        if where:
+            raise UserError("where: without the prior, samples cannot be asked for by their labels")
+        return self.sample_from(noise, steps)
+
+    def draw_semantics(
+        self, keys: Sequence[int], seed: int = 0, where: Mapping[str, object] | None = None
+    ) -> SemanticDraws:
+        """y and labels of people who do not exist, one for each key; see `sample`."""
+        return draw_semantics(self.semantic_prior, keys, seed, where)
+
+    @property
+    def semantic_prior(self) -> SemanticPrior:
+        """The distribution of y.
+
+        Raises:
+            UserError: the model has none.
+        """
+        if self.prior is None:
+            name = self.bundle.sources.get("run", "NAME") if self.bundle is not None else "NAME"
+            raise UserError(
+                f"this model has no prior of y: train it with `python train.py stage=prior name={name}` and the other "
+                "settings of its run (and export the bundle again)"
+            )
+        return self.prior
 
     @_inference
     def sample_from(self, noise: Tensor, steps: int | None = None) -> Tensor:
@@ -493,8 +547,12 @@ class LDAE:
 
     def noise(self, count: int, seed: int = 0) -> Tensor:
         """z_T ~ N(0, I), (count, C, X', Y', Z'); sample i depends on (seed, i) only."""
+        return self.noise_of(range(count), seed)
+
+    def noise_of(self, keys: Sequence[int], seed: int = 0) -> Tensor:
+        """z_T of the samples with these numbers, (B, C, X', Y', Z')."""
         shape = (self.autoencoder.latent_channels, *latent_sizes(self.shape, self.autoencoder.strides))
-        return draw_normal(shape, seed, range(count), "sample").to(self.device)
+        return draw_normal(shape, seed, keys, "sample").to(self.device)
 
     @_inference
     def predict_noise(self, z_t: Tensor, t: Tensor) -> Tensor:

@@ -26,7 +26,9 @@ from ldae.utils.errors import UserError
 from ldae.utils.files import file_sha256
 
 # Modules whose classes may be built.
-ALLOWED_MODULES = ("ldae.models.", "ldae.data.transforms.", "ldae.data.view.", "ldae.data.tissues.", "ldae.diffusion.")
+ALLOWED_MODULES = (
+    "ldae.models.", "ldae.prior.", "ldae.data.transforms.", "ldae.data.view.", "ldae.data.tissues.", "ldae.diffusion.",
+)  # fmt: skip
 ALLOWED_FUNCTIONS = ("ldae.diffusion.schedule.",)  # whose functions may be called as well
 FORBIDDEN_KEYS = {"_args_", "_partial_", "_recursive_", "_convert_"}  # change how Hydra builds a config
 MAX_NUMBER = 10_000  # far above any width, depth or number of steps

@@ -4,7 +4,7 @@ It is read from a run, `runs/<name>`, or from a bundle, a folder that can be mov
 
     bundle.json              format, config and weights' hash of each network, latent scale, transform, diffusion,
                              sampler, provenance; written last, so that an incomplete folder is not taken for a bundle
-    <network>.safetensors    autoencoder, encoder, unet, estimator
+    <network>.safetensors    autoencoder, encoder, unet, estimator, and optionally prior
     probes.json              optional: frozen probes of y (ldae.editing.frozen_probes)
     directions.json          optional: directions of edits and their settings (ldae.editing.readouts)
     forecast.safetensors     optional: how y moves over the years (ldae.editing.forecast_file)
@@ -14,6 +14,7 @@ A bundle may come from anyone; ldae.bundle.allowlist lists what is checked befor
 """
 
 import hashlib
+import logging
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -38,9 +39,11 @@ from ldae.bundle.description import (
 )
 from ldae.bundle.model_card import CARD, describe_provenance, render_model_card
 from ldae.data.latents import METADATA_FILE
-from ldae.runs import Run, Workspace, build_stored, estimator_node, load_module, to_container
+from ldae.runs import Run, Workspace, build_stored, estimator_node, load_module, prior_node, to_container
 from ldae.utils.errors import UserError
 from ldae.utils.files import file_sha256, read_json, replacing, write_json, write_text
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,7 @@ class Bundle:
     """Everything that `LDAE` is built from.
 
     Attributes:
-        networks: the four networks by name.
+        networks: the four networks by name, and the semantic prior if there is one.
         scale: 1 / standard deviation of each latent channel.
         transform, schedule, parameterisation, sampler: configs with `_target_`; the sampler includes the guidance.
         probes: file of frozen probes, or None.
@@ -134,7 +137,7 @@ class Bundle:
         networks = {
             name: StoredNetwork(to_container(node), run.weights_file(name), run.sha256(name))
             for name, (run, node) in configs.items()
-        }
+        } | _read_prior(space, third)
         probes, directions, forecast = (space.evaluation / name for name in (PROBES, DIRECTIONS, FORECAST))
         return cls(
             networks=networks,
@@ -217,6 +220,18 @@ def _check_stages(runs: dict[str, Run]) -> None:
             raise UserError(
                 f"{third.path} was trained on other weights than {runs[stage].path} has now: train it again"
             )
+
+
+def _read_prior(space: Workspace, third: Run) -> dict[str, StoredNetwork]:
+    """The semantic prior of a run by its name; none if it was not trained, or on y of another encoder."""
+    if not space.has("prior"):
+        return {}
+    run = space.predecessor("prior")
+    if run.metadata["encoder_sha256"] != third.sha256("encoder"):
+        log.warning("%s is left out: it was trained with another encoder than %s; train it again", run.path, third.path)
+        return {}
+    node = prior_node(run.config.model.prior, third.config.model.encoder.dim, run.metadata["columns"])
+    return {"prior": StoredNetwork(node, run.weights_file("prior"), run.sha256("prior"))}
 
 
 def _read_view(run: Run) -> dict[str, Any] | None:

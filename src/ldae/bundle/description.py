@@ -14,6 +14,7 @@ MAX_BYTES = 2**20  # of bundle.json
 DESCRIPTION, PROBES, DIRECTIONS = "bundle.json", "probes.json", "directions.json"
 FORECAST = "forecast.safetensors"
 NETWORKS = ("autoencoder", "encoder", "unet", "estimator")
+OPTIONAL_NETWORKS = ("prior",)  # the semantic prior; format 1 of earlier versions had none
 BUILT = ("transform", "schedule", "parameterisation", "sampler")  # keys of configs with `_target_`
 # Measured on the training scans: attribute of a Bundle -> key in bundle.json and latents.json. Older bundles lack some.
 MEASURED = {"ood_check": "likeness", "preprocess": "preprocess", "affine": "affine"}
@@ -47,7 +48,8 @@ def _check_kinds(description: dict[str, Any], path: Path) -> None:
     """Refuse a description with a missing key or a value of the wrong kind."""
     missing = {"modules", "scale", "probes", "sources", *BUILT} - set(description)
     modules = description.get("modules")
-    missing |= set(NETWORKS) ^ set(modules if isinstance(modules, dict) else ())
+    present = set(modules if isinstance(modules, dict) else ())
+    missing |= set(NETWORKS) - present | present - {*NETWORKS, *OPTIONAL_NETWORKS}
     if missing:
         raise UserError(f"{path}: '{sorted(missing)[0]}' is missing or unknown; export or import the bundle again")
     files = [*modules.values(), *(description[name] for name in OPTIONAL_FILES if description.get(name))]

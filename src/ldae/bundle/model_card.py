@@ -104,6 +104,10 @@ def _render_data(description: Mapping[str, Any]) -> str:
             lines.append(f"preprocessed by `ldae preprocess`: {steps}; raw scans go through the same steps")
     else:
         lines += [f"{role}: {value}" for role, value in sources.items()]
+    if prior := description["modules"].get("prior"):
+        columns = ", ".join(column["name"] for column in prior["config"]["columns"]) or "no column"
+        kind = "diffusion model" if prior["config"].get("hidden") else "Gaussian"
+        lines.append(f"synthetic scans: `y` is drawn from a {kind} of the training subjects' y, given {columns}")
     if sources.get("steps"):
         lines.append("training steps: " + ", ".join(f"{stage} {step}" for stage, step in sources["steps"].items()))
     return "\n".join(f"- {line}" for line in lines)
