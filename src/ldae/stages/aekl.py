@@ -22,11 +22,11 @@ from ldae.data.table import scan_names
 from ldae.evaluation.images.image_metrics import BrainMasks, ssim_whole_and_masked
 from ldae.losses import autoencoder as losses
 from ldae.losses.structural import structural_dissimilarity
-from ldae.models.placement import to_memory_format
+from ldae.models.placement import place_module, to_memory_format
 from ldae.models.sizes import latent_sizes
 from ldae.models.state import load_weights
 from ldae.runs import Workspace
-from ldae.training.device import batch_to_device, load_volumes, module_to_device, uses_channels_last
+from ldae.training.device import batch_to_device, load_volumes, uses_channels_last
 from ldae.training.optimizer_step import StepResult, Updater, build_adam
 from ldae.training.stage import Monitor, Stage
 from ldae.training.validation import mean_over_scans, shard_rows
@@ -94,7 +94,7 @@ class AutoencoderStage(Stage):
         self.masks = BrainMasks()  # of the validation scans
         self.channels_last = uses_channels_last(trainer, accelerator, latents=False)
         autoencoder, discriminator = (
-            module_to_device(m, accelerator.device, self.channels_last) for m in self.modules.values()
+            place_module(m, accelerator.device, self.channels_last) for m in self.modules.values()
         )
         if trainer.checkpointing:
             autoencoder.enable_checkpointing()

@@ -21,12 +21,12 @@ from ldae.data.table import scan_names
 from ldae.diffusion.process import Parameterisation, add_noise
 from ldae.diffusion.schedule import Schedule
 from ldae.losses.denoising import denoising_loss
-from ldae.models.placement import to_memory_format
+from ldae.models.placement import place_module, to_memory_format
 from ldae.models.state import load_weights
 from ldae.models.unet import UNet
 from ldae.runs import Workspace
 from ldae.stages.predecessors import open_latents
-from ldae.training.device import batch_to_device, module_to_device, uses_channels_last
+from ldae.training.device import batch_to_device, uses_channels_last
 from ldae.training.ema import Ema
 from ldae.training.optimizer_step import StepResult, Updater, build_adam
 from ldae.training.stage import Monitor, Stage
@@ -83,7 +83,7 @@ class PretrainStage(Stage):
         self.latents = self.latents.to(accelerator.device)
         self.schedule.to(accelerator.device)
         self.channels_last = uses_channels_last(trainer, accelerator)
-        unet = module_to_device(self.modules["unet"], accelerator.device, self.channels_last)
+        unet = place_module(self.modules["unet"], accelerator.device, self.channels_last)
         unet.checkpointing = trainer.checkpointing
         if unet.prior is not None:
             unet.prior.fit(*self.latents.moments(self.train_rows), self.schedule)

@@ -30,14 +30,14 @@ from ldae.evaluation.images.image_metrics import BrainMasks, ssim_whole_and_mask
 from ldae.evaluation.images.semantics import measure_z0_errors_of_scan, pair_with_other_subjects
 from ldae.losses.denoising import gap_filling_loss
 from ldae.models.gradient_estimator import GradientEstimator
-from ldae.models.placement import to_memory_format
+from ldae.models.placement import place_module, to_memory_format
 from ldae.models.state import load_weights
 from ldae.models.unet import Features, UNet
 from ldae.runs import Workspace, estimator_node
 from ldae.stages.fit_encoder import fit_encoder
 from ldae.stages.frozen_encoder import KnownEmbeddings, is_frozen
 from ldae.stages.predecessors import match_latents, open_latents, refuse_other_split
-from ldae.training.device import batch_to_device, load_volumes, module_to_device, uses_channels_last
+from ldae.training.device import batch_to_device, load_volumes, uses_channels_last
 from ldae.training.ema import Ema
 from ldae.training.optimizer_step import StepResult, Updater, build_adam
 from ldae.training.stage import Monitor, Stage
@@ -174,9 +174,9 @@ class ReprStage(Stage):
         self.latents = self.latents.to(accelerator.device)
         self.channels_last = uses_channels_last(trainer, accelerator)
         for module in (self.autoencoder, self.unet):
-            module_to_device(module, accelerator.device, self.channels_last)
+            place_module(module, accelerator.device, self.channels_last)
         encoder, estimator = self.modules["encoder"], self.modules["estimator"]
-        module_to_device(encoder, accelerator.device, self.channels_last)
+        place_module(encoder, accelerator.device, self.channels_last)
         if not any(self.checkpoints.glob("step_*.json")):  # a checkpoint contains what was measured at the start
             fit_encoder(encoder, self.cohort.views, self.train_rows, accelerator, self.seed, self.fits_components)
         encoder.checkpointing = estimator.checkpointing = trainer.checkpointing
@@ -190,7 +190,7 @@ class ReprStage(Stage):
         if is_frozen(encoder):
             self.embeddings = KnownEmbeddings(encoder, encoder.dim, self.num_samples, self.accelerator.device)
         trunk, conditioner = Trunk(self.unet), Conditioner(None if self.embeddings else encoder, estimator)
-        conditioner = module_to_device(conditioner, self.accelerator.device, self.channels_last)
+        conditioner = place_module(conditioner, self.accelerator.device, self.channels_last)
         rates = {encoder: optim.lr if optim.encoder_lr is None else optim.encoder_lr, estimator: optim.lr}
         trained = {name: module for name, module in self.modules.items() if not is_frozen(module)}
         groups = [{"params": list(module.parameters()), "lr": rates[module]} for module in trained.values()]

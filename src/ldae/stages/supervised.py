@@ -26,12 +26,13 @@ from ldae.data.cohort import Cohort
 from ldae.data.stream import Batch
 from ldae.data.subsampling import subsample_by_subject
 from ldae.data.table import scan_names
+from ldae.models.placement import place_module
 from ldae.models.state import load_weights
 from ldae.models.supervised_network import SupervisedNetwork
 from ldae.runs import Workspace, supervised_folder
 from ldae.stages.fit_encoder import fit_encoder
 from ldae.stages.tasks import Task
-from ldae.training.device import batch_to_device, load_volumes, module_to_device, uses_channels_last
+from ldae.training.device import batch_to_device, load_volumes, uses_channels_last
 from ldae.training.ema import Ema
 from ldae.training.optimizer_step import StepResult, Updater, build_adam
 from ldae.training.stage import Monitor, Stage
@@ -111,7 +112,7 @@ class SupervisedStage(Stage):
         subjects = self.cohort.table["subject"].tolist()
         self.validation_rows = subsample_by_subject(self.all_validation_rows, subjects, trainer.validation_scans, seed)
         network = self.modules["network"]
-        module_to_device(network, accelerator.device, uses_channels_last(trainer, accelerator))
+        place_module(network, accelerator.device, uses_channels_last(trainer, accelerator))
         self.task.fit(network, self.truth[self.train_rows])
         # A checkpoint contains what was measured at the start.
         if not self.is_fitted and not any(self.checkpoints.glob("step_*.json")):

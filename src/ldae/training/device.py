@@ -1,14 +1,14 @@
-"""Moving data and networks to the device: copies that do not block the host, and the memory format of convolutions."""
+"""Moving data to the device without blocking the host, and the memory format of convolutions."""
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
 
 from ldae.config import TrainerSettings
 from ldae.data.stream import Batch
 from ldae.data.volumes import Volumes
-from ldae.models.placement import computes_channels_last, place_module
+from ldae.models.placement import computes_channels_last
 from ldae.training.precision import DTYPES
 
 
@@ -39,8 +39,3 @@ def uses_channels_last(trainer: TrainerSettings, accelerator: Accelerator, laten
     default = on_cpu or computes_channels_last(accelerator.device, DTYPES[accelerator.mixed_precision])
     wanted = default if trainer.channels_last is None else trainer.channels_last
     return wanted and not (latents and on_cpu)
-
-
-def module_to_device(module: nn.Module, device: torch.device, channels_last: bool) -> nn.Module:
-    """The module on `device` in this memory format, see place_module."""
-    return place_module(module, device, channels_last)
