@@ -21,7 +21,10 @@ from ldae.evaluation import html_report as page
 from ldae.evaluation.context import Context
 from ldae.evaluation.images import generation
 from ldae.evaluation.images.attention import Attention
+from ldae.evaluation.images.feature_distances import weighted_cubic_mmd
+from ldae.evaluation.images.memorisation import measure_memorisation
 from ldae.evaluation.images.posterior_gap import PosteriorMeanGap
+from ldae.evaluation.images.random_features import RandomFeatures
 from ldae.evaluation.images.reconstruction import Reconstruction
 from ldae.evaluation.images.semantics import (
     Semantics,
@@ -29,6 +32,9 @@ from ldae.evaluation.images.semantics import (
     measure_z0_errors_of_scan,
     pair_with_other_subjects,
 )
+from ldae.evaluation.probes.targets import Classification
+from ldae.prior.columns import encode_table, find_columns
+from ldae.prior.semantic_prior import SemanticPrior
 from ldae.utils.metric_table import format_console_table
 
 SIZE = 16
@@ -71,6 +77,7 @@ class Model:
 
     denoiser: Denoiser
     sampler: object
+    prior: object = None
     device = torch.device("cpu")
 
     @staticmethod
@@ -228,6 +235,60 @@ def test_generation_measures_distance_and_diversity(tmp_path):
     assert metrics["generation/ms_ssim"] > 0.97
     assert metrics["generation/ms_ssim_real"] < metrics["generation/ms_ssim"] - 0.01
     assert {"generation/own_encoder/fid", "generation/own_encoder/mmd_real"} <= set(metrics)
+
+
+def test_samples_with_a_prior_are_nearer_to_real_scans_than_those_of_the_unet_alone(tmp_path):
+    """Without y, all samples have the mean radius; the prior knows the distribution of radii, given a diagnosis."""
+    cohort = context(tmp_path)
+    cohort.table["diagnosis"] = np.where(cohort.embeddings[:, 0] > 3.5, "AD", "CN")
+    train = cohort.rows("train")
+    columns = find_columns(cohort.table.iloc[train], ["diagnosis"])
+    prior = SemanticPrior(1, [column.to_dict() for column in columns], components=1)
+    labels, weights = encode_table(columns, cohort.table.iloc[train]), torch.full((len(train),), 1 / len(train))
+    prior.fit(torch.from_numpy(cohort.embeddings[train]), labels, weights, len(train))
+    cohort.model.prior = prior
+    cohort.model.embed = lambda x: x[:, 0].mean((1, 2, 3))[:, None] * 100
+    cohort.embeddings = cohort.model.embed(cohort.volumes(np.arange(40))).numpy()
+    evaluation = generation.Generation(
+        samples=12, pairs=10, seeds=2, resamples=20, more_features=[RandomFeatures((4, 8))],
+        probes={"diagnosis": Classification("diagnosis", "AD", "CN")},
+    )  # fmt: skip
+    metrics = dict(evaluation(cohort))
+    for space in ("own_encoder", "random"):
+        for metric in ("fid", "mmd"):
+            stem = f"generation/gaussian/{space}/{metric}"
+            assert metrics[stem] < metrics[f"generation/{space}/{metric}"]
+            assert metrics[f"{stem}_below_unet_seeds"] == 2
+            below = metrics[f"generation/{space}/{metric}"] - metrics[stem]
+            assert metrics[f"{stem}_below_unet"] == pytest.approx(below)
+            assert metrics[f"{stem}_below_unet_low"] > 0
+    assert metrics["generation/gaussian/ms_ssim"] < metrics["generation/ms_ssim"]
+    real = metrics["generation/real/ventricle_wasserstein"]
+    assert real < 3 * metrics["generation/gaussian/ventricle_wasserstein"] < metrics["generation/ventricle_wasserstein"]
+    assert metrics["generation/gaussian/probe/diagnosis/auc"] > 0.95
+    assert metrics["generation/gaussian/probe/diagnosis/auc_real"] > 0.95
+    assert "generation/prior/own_encoder/fid" not in metrics  # it is the Gaussian
+
+
+def test_copies_of_training_scans_are_found():
+    rng = np.random.default_rng(0)
+    train, test, new = (rng.standard_normal((count, 30)) for count in (60, 30, 50))
+    copies = train[rng.integers(60, size=50)] + 0.1 * rng.standard_normal((50, 30))
+    found, honest = (dict(measure_memorisation(samples, train, test, 0)) for samples in (copies, new))
+    assert found["share_nearer"] == 1
+    assert found["distance"] < 0.3
+    assert found["distance_ratio"] < 0.9
+    assert honest["share_nearer"] < 0.3
+    assert honest["distance"] == pytest.approx(1, abs=0.1)
+    assert honest["distance_ratio_low"] < 1 < honest["distance_ratio_high"]
+
+
+def test_weights_of_scans_count_as_copies_of_them():
+    rng = np.random.default_rng(0)
+    a, b = rng.standard_normal((20, 4)), rng.standard_normal((3, 4))
+    found = weighted_cubic_mmd(a, b, np.array([[1.0, 1.0, 0.0], [2.0, 2.0, 0.0]]))
+    assert found[0] == pytest.approx(generation.cubic_mmd(a, b[:2]))
+    assert generation.frechet_distance(a, b) == pytest.approx(generation.frechet_distance(b, a))
 
 
 def test_feature_distances_by_hand():

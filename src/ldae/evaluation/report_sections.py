@@ -144,7 +144,7 @@ SECTIONS = (
     ),
     Section(
         "Generation",
-        "How close are unconditional samples to real scans, and how different from each other?",
+        "How close are synthetic scans to real ones, how different from each other, and are they copies?",
         ("generation",),
         ("generation",),
         terms=GENERATION,

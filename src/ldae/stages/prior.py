@@ -93,11 +93,11 @@ class PriorStage(Stage):
         device = accelerator.device
         prior: SemanticPrior = self.modules["prior"].to(device)
         self.y = self._embed(np.concatenate([self.train_rows, self.validation_rows])).to(device)  # (N, dim)
-        self.weights = self._subject_weights(self.train_rows).to(device)
+        self.sample_weights = self._subject_weights(self.train_rows).to(device)
         y = self.y[: self.num_samples]
         subjects = self.cohort.table["subject"].iloc[self.train_rows].nunique()
         labels = self.labels[self.train_rows].to(device)
-        self.kept_variance = prior.fit(y, labels, self.weights, subjects)
+        self.kept_variance = prior.fit(y, labels, self.sample_weights, subjects)
         self.u = prior.whitening.whiten(self.y)  # (N, components)
         self.exists = prior.whitening.exists
         log.info(
@@ -163,7 +163,7 @@ class PriorStage(Stage):
     def _loss(self, batch: Batch) -> dict[str, Tensor]:
         batch = batch_to_device(batch, self.accelerator.device)
         errors = self._errors(self.trained, self.u[batch["sample"]], batch)
-        weights = self.weights[batch["sample"]] * self.num_samples  # 1 on average
+        weights = self.sample_weights[batch["sample"]] * self.num_samples  # 1 on average
         return {"loss": (weights * errors).mean()}
 
     def _errors(self, network: nn.Module, u: Tensor, batch: Batch) -> Tensor:

@@ -2,8 +2,8 @@
 
 Samples come from up to three sources (sample_sources.py): the U-Net alone, whose metrics are `generation/...`; the
 Gaussian of y, `generation/gaussian/...`; and the semantic prior, `generation/prior/...`, unless it is that Gaussian.
-The sources share their noise. Everything is measured for several seeds; values are means over them, and intervals are
-over test subjects. For each source `<s>` and feature space:
+The sources share their noise. Everything is measured for several seeds; values are means over them, and intervals, of
+differences between sources and of volumes and probes, are over test subjects. For each source `<s>` and feature space:
 
 - `<s>/<space>/fid`, `<s>/<space>/mmd`: distance to the test scans (feature_distances.py); `..._real`: that of as many
   training scans, about what a perfect generator would reach.
@@ -191,7 +191,8 @@ class Generation:
         found = _measure_distances(by_seed, test, real.weights)
         for metric, values in found.items():
             for name in samples:
-                yield from summarise(f"{stem_of(name)}/{title}/{metric}", values[name].mean(0))
+                # Without an interval: in a resample, scans that are drawn twice raise every distance alike.
+                yield f"{stem_of(name)}/{title}/{metric}", float(values[name][:, 0].mean())
             yield f"generation/{title}/{metric}_real", float(values["real"][0, 0])
             for name, other in ((GAUSSIAN, UNET), (PRIOR, UNET), (PRIOR, GAUSSIAN)):
                 if name in samples and other in samples:

@@ -41,7 +41,7 @@ class Samples:
 
 def source_names(context: Context) -> list[str]:
     """The sources that this model has. A prior without a network is the Gaussian."""
-    prior = getattr(context.model, "prior", None)
+    prior = context.model.prior
     if prior is None:
         return [UNET]
     return [UNET, GAUSSIAN, *([PRIOR] if prior.network is not None else [])]
