@@ -18,7 +18,7 @@ $(if $(NAME),,$(error give the cohort a name, NAME=mine))
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo ixi cohort test test-faults lint train-aekl train-pretrain train-repr encode evaluate bench gpu-check pictures
+.PHONY: help setup demo ixi cohort test test-faults lint train-aekl train-pretrain train-repr encode evaluate bench gpu-check tables pictures
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -65,6 +65,9 @@ BUDGET ?= 480
 
 gpu-check: ## right and fast on this GPU? runs/gpu_check/gpu_check.md in BUDGET=480 seconds; ARGS="--parts steps,profile"
 	PYTHONPATH=src $(or $(wildcard $(BIN)/python),$(PYTHON)) -m ldae.bench.gpu_check --budget $(BUDGET) $(ARGS)
+
+tables: $(STAMP) ## the paper's tables of a finished run, beside the paper's figures: NAME=demo; Markdown, LaTeX, CSV
+	$(BIN)/ldae tables "$(or $(NAME),$(error give the name of a run, NAME=demo))" $(ARGS)
 
 PICTURES := manipulation_diagnosis_1 reconstruction_scan
 

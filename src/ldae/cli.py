@@ -9,6 +9,7 @@ import click
 from ldae.commands.cohort import cohort
 from ldae.commands.embed import embed
 from ldae.commands.export import export
+from ldae.commands.forecast import forecast
 from ldae.commands.import_official import import_official
 from ldae.commands.interpolate import interpolate
 from ldae.commands.manipulate import manipulate
@@ -16,12 +17,14 @@ from ldae.commands.phantom import phantom
 from ldae.commands.preprocess import preprocess
 from ldae.commands.reconstruct import reconstruct
 from ldae.commands.sample import sample
+from ldae.commands.tables import tables
 from ldae.commands.vary import vary
 from ldae.utils.errors import UserError
 
 SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 COMMANDS = (
-    preprocess, cohort, embed, reconstruct, vary, interpolate, manipulate, sample, export, phantom, import_official,
+    preprocess, cohort, embed, reconstruct, vary, interpolate, manipulate, forecast, sample, tables, export, phantom,
+    import_official,
 )  # fmt: skip
 
 

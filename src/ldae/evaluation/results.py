@@ -15,6 +15,7 @@ from pathlib import Path
 
 from ldae.evaluation.context import Context, Evaluator
 from ldae.evaluation.other_cohort import EXTERNAL
+from ldae.utils.entrypoint import describe_command
 from ldae.utils.files import write_json
 from ldae.utils.locks import lock_of, wait_for_lock
 from ldae.utils.results_record import (
@@ -108,7 +109,7 @@ class ResultsFolder:
         }
         remaining, stored = self.metrics(), read_metrics(self.folder)
         self._move_outdated(outdated_files, {name: stored[name] for name in stored.keys() & outdated_metrics})
-        self.record[entry] = Results(self.source, list(finite), files, skipped)
+        self.record[entry] = Results(self.source, list(finite), files, skipped, describe_command())
         for file in files:
             os.replace(unfinished / file, self.folder / file)
         write_json(self.folder / METRICS, remaining | finite)

@@ -4,6 +4,7 @@ import errno
 import logging
 import os
 import re
+import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -19,6 +20,7 @@ from ldae.utils.shards import shard_override
 
 log = logging.getLogger("ldae")
 
+SCRIPTS, CONSOLE = ("train.py", "encode_latents.py", "evaluate.py"), "ldae"
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 STORAGE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
 
@@ -81,6 +83,13 @@ def run_script(main: Callable[[], None]) -> None:
         # Otherwise Hydra prints errors of composing itself, in several lines with links.
         os.environ["HYDRA_FULL_ERROR"] = "1"
         main()
+
+
+def describe_command() -> str:
+    """The command line of this process, to be run again; "" if neither a script nor the console tool was started."""
+    program = os.path.basename(sys.argv[0]) if sys.argv else ""
+    words = ["python", program] if program in SCRIPTS else [program] if program == CONSOLE else []
+    return shlex.join([*words, *sys.argv[1:]]) if words else ""
 
 
 @contextmanager

@@ -56,12 +56,14 @@ class Results:
         metrics: names in metrics.json.
         files: names in the folder.
         skipped: what was not computed, each with the reason.
+        command: the command line that computed it; "" if it is not known.
     """
 
     source: Source
     metrics: list[str]
     files: list[str]
     skipped: list[str]
+    command: str = ""
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> Self:
@@ -69,7 +71,7 @@ class Results:
         lists = {name: [str(item) for item in value[name]] for name in ("metrics", "files", "skipped")}
         if any(Path(name).name != name for name in lists["files"]):
             raise ValueError("a file outside of its folder")
-        return cls(Source(**value["source"]), **lists)
+        return cls(Source(**value["source"]), **lists, command=str(value.get("command", "")))
 
 
 def read_record(folder: Path) -> dict[str, Results]:
