@@ -7,6 +7,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HYDRA_FULL_ERROR", "0")
 os.environ.setdefault("MPLBACKEND", "Agg")  # set before matplotlib is imported
 
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -60,6 +61,23 @@ def smoke(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run_script("train", "experiment=smoke", "stage=repr", cwd=folder)
     run_script("evaluate", "experiment=smoke", cwd=folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def no_worker_processes() -> Iterator[None]:
+    """What would run in worker processes runs in this one, which need not start three seconds for each command.
+
+    tests/test_process_pool.py tests the workers, and tests/test_shards.py starts whole commands.
+    """
+
+    def run_here(
+        function: Callable[..., object], items: Sequence[tuple[object, ...]], *_: object
+    ) -> Iterator[tuple[int, object]]:
+        yield from ((index, function(*item)) for index, item in enumerate(items))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ldae.utils.process_pool._run_in_pools", run_here)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -22,6 +22,8 @@ from ldae.utils.locks import lock_file
 from ldae.utils.resumable_csv import ResumableCsv
 from small_scans import brain, reoriented
 
+pytestmark = pytest.mark.usefixtures("no_worker_processes")
+
 
 @pytest.fixture(scope="module")
 def place(run, tmp_path_factory):
@@ -194,7 +196,7 @@ def test_the_viewer_is_self_contained(ldae, place):
 
 
 def test_samples_are_images_in_model_space(ldae, place):
-    assert ldae("sample", "-n", 2, "-o", "samples").exit_code == 0
+    assert ldae("sample", "-n", 2, "--without-prior", "-o", "samples").exit_code == 0
     images = [nib.load(place / f"samples/sample0{n}.nii.gz") for n in (1, 2)]
     assert {image.shape for image in images} == {(8, 8, 8)}
     assert np.abs(images[0].get_fdata() - images[1].get_fdata()).max() > 0

@@ -21,6 +21,8 @@ from ldae.preprocessing.volume import Volume
 from ldae.utils.files import read_json
 from small_datasets import bids, brain
 
+pytestmark = pytest.mark.usefixtures("no_worker_processes")
+
 OPTIONS = ("--bias", "none", "--brain", "stripped", "--registration", "none", "--spacing", "4", "-j", "1")
 COLUMNS = ["subject", "months", "age", "sex", "diagnosis"]
 

@@ -38,6 +38,8 @@ from ldae.utils import entrypoint
 from pages import PAGES, ROOT, STAGE_OF, commands
 from small_datasets import brain
 
+pytestmark = pytest.mark.usefixtures("no_worker_processes")
+
 SCRIPTS = ("train", "encode_latents", "evaluate")
 RUNS = ("demo", "mine")  # names that the pages give to runs
 # In place of the pages' sizes and cohorts those of the finished run, with which the correct command works.

@@ -18,6 +18,8 @@ from ldae.scans.scan import open_scan
 from ldae.utils.files import read_json, write_json
 from small_datasets import run
 
+pytestmark = pytest.mark.usefixtures("no_worker_processes")
+
 STEPS = PreprocessingSteps(bias=None, brain=Stripped(), registration=None, spacing=5.0)
 QUICK = ("--bias", "none", "--brain", "stripped", "--registration", "none", "--spacing", "5", "-j", "1")
 

@@ -27,6 +27,8 @@ from ldae.utils.errors import UserError
 from ldae.utils.files import read_json
 from small_datasets import WITHOUT_ANTS, bids, brain, run
 
+pytestmark = pytest.mark.usefixtures("no_worker_processes")
+
 OPTIONS = ("--bias", "none", "--brain", "stripped", "--registration", "none", "--spacing", "4", "-j", "1")
 
 

@@ -36,6 +36,8 @@ from ldae.utils.errors import UserError
 from small_run import small_run
 from small_scans import brain
 
+pytestmark = pytest.mark.usefixtures("no_worker_processes")
+
 SHARED = Path(os.environ.get("LDAE_SHARED", Path(__file__).parents[2] / "shared"))
 HEAD = SHARED / "data" / "ds000011" / "sub-01" / "anat" / "sub-01_T1w.nii.gz"
 SHIFT = 12.0  # mm from the scan to the "template"

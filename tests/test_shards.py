@@ -19,6 +19,8 @@ from ldae.utils.files import read_json, write_json
 from ldae.utils.shards import Shard, remove_marks, shard_override
 from small_datasets import bids, brain
 
+pytestmark = pytest.mark.usefixtures("no_worker_processes")
+
 ROOT = Path(__file__).parents[1]
 OPTIONS = ("--bias", "none", "--brain", "stripped", "--registration", "none", "--spacing", "4", "-j", "1")
 TABLES = ("scans.csv", "rejected.csv", "qc.html")
