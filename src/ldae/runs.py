@@ -3,6 +3,7 @@
 config.yaml                             the resolved config
 metrics.jsonl, tensorboard/             scalars and pictures
 state/                                  checkpoints to resume from
+progress.json                           step, seconds of training, and whether it is finished
 weights/*.safetensors, metadata.json    what is published: the weights for later stages and users
 """
 
@@ -30,6 +31,7 @@ from ldae.utils.files import file_sha256, read_json, replacing, write_json, writ
 from ldae.utils.renamed import with_present_names
 
 MAX_NAME = 200  # of a folder; file systems allow 255 bytes
+PROGRESS = "progress.json"
 
 Node = DictConfig | dict[str, Any]  # a config that describes an object by its `_target_`
 
@@ -177,6 +179,18 @@ class Run:
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path} is damaged ({error}): run the stage's training command again") from error
         return found
+
+    @property
+    def progress(self) -> dict[str, Any]:
+        """How far training is: `step`, `seconds` of the wall clock over all resumptions, and `finished`.
+
+        Empty if an earlier version of this project trained the stage, or if the file is damaged.
+        """
+        try:
+            found = read_json(self.path / PROGRESS)
+            return {"step": int(found["step"]), "seconds": float(found["seconds"]), "finished": bool(found["finished"])}
+        except (OSError, ValueError, KeyError, TypeError):
+            return {}
 
     def write_config(self, config: DictConfig) -> None:
         """Store the resolved config."""

@@ -20,6 +20,7 @@ from ldae.utils.files import replacing
 from ldae.utils.results_record import Source
 
 if TYPE_CHECKING:
+    from ldae.evaluation.supervised import SupervisedTwins
     from ldae.pipeline import LDAE
     from ldae.scans.scan import Scan
 
@@ -51,6 +52,9 @@ class Context:
         skipped: what was not computed, each with the reason; see `skip`.
         seen: reads what the encoder sees of the scans of some rows; None: the volumes. See `views`.
         open_scan: opens the scan of a row on its own grid; None if only volumes are at hand.
+        supervised: the supervised networks of the run; None if the context does not belong to a run.
+        longitudinal: makes the context in which fresh subjects with visits over years are the test split; None if the
+            cohort is not synthetic.
     """
 
     model: "LDAE"
@@ -71,6 +75,8 @@ class Context:
     skipped: list[str] = field(default_factory=list)
     seen: Callable[[Sequence[int]], Tensor] | None = None
     open_scan: Callable[[int], "Scan"] | None = None
+    supervised: "SupervisedTwins | None" = None
+    longitudinal: "Callable[[], Context] | None" = None
 
     def views(self, rows: Sequence[int]) -> Tensor:
         """What the encoder sees of the scans of these rows, (B, channels, X, Y, Z) float32 in [0, 1]."""

@@ -29,6 +29,7 @@ PREDICTORS = {
     "components": "components of y alone",
     "residual": "residual of y alone",
     "untrained_0": "untrained encoder",
+    "supervised": "supervised, same encoder",
     "volumes": "region volumes",
     "volumes_head": "region volumes and head size",
 }

@@ -13,6 +13,7 @@ PREDICTION = {
     "components": "the part of y that is principal components, without the learned residual",
     "residual": "the learned residual of y alone",
     "untrained": "y of the same encoder before training, mean over draws of its initial weights",
+    "supervised": "the same encoder with a linear head, trained on the label itself (stage=supervised)",
     "volumes": "volumes of brain regions, relative to the head where its volume is known",
     "volumes_head": "volumes of brain regions and the size of the head",
     "auc": "area under the ROC curve (0.5 = chance, 1 = perfect)",
@@ -156,4 +157,16 @@ GENERATION = {
     "mmd": "maximum mean discrepancy between samples and test scans (lower is better)",
     "ms_ssim": "multi-scale structural similarity between samples (lower is more diverse)",
     "<metric>_real": "the same for real training scans against test scans, or between real scans",
+    "gaussian, prior": "samples whose y is drawn from the Gaussian of y, or from the diffusion prior; without either "
+    "word, samples of the U-Net alone",
+    "random": "in the feature space of a convolutional network with fixed random weights",
+    "image": "between the images themselves",
+    "<metric>_below_<source>": "by how much the distance is below that of samples of another source (above 0 is "
+    "better), paired over seeds",
+    "<metric>_seeds": "number of seeds in which it is below",
+    "share_nearer": "share of samples nearer to a training scan than any test scan is",
+    "distance": "median distance to the nearest training scan, over that of test scans (far below 1: copies)",
+    "distance_ratio": "median ratio of the distances to the nearest of as many training and test scans (1: no copies)",
+    "ventricle_wasserstein": "Wasserstein distance of ventricle volumes to those of test scans, cm3",
+    "probe": "a probe trained on samples and their labels, tested on real scans; `_real`: trained on real scans",
 }

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from torch import Tensor
 
+from ldae.config import is_synthetic
 from ldae.data.cohort import Cohort
 from ldae.data.labels import RegionCache
 from ldae.data.latents import METADATA_FILE, LatentSet
@@ -22,9 +24,11 @@ from ldae.evaluation.edits.anatomy import REGIONS
 from ldae.evaluation.embeddings import embed_cohort, embed_cohort_in_all_processes, hash_cohort
 from ldae.evaluation.html_report import write_report
 from ldae.evaluation.initial_encoder import build_initial_encoder, count_draws
+from ldae.evaluation.longitudinal import load_longitudinal_cohort, replace_test_split
 from ldae.evaluation.other_cohort import EXTERNAL, file_prefix, find_prefix
-from ldae.evaluation.probes.evaluator import ExternalCohort
+from ldae.evaluation.probes.evaluator import ExternalCohort, find_scored_probes
 from ldae.evaluation.results import ResultsFolder, start_record
+from ldae.evaluation.supervised import SupervisedTwins
 from ldae.runs import Workspace
 from ldae.utils.errors import UserError
 from ldae.utils.metric_table import format_console_table, select_headline
@@ -44,13 +48,15 @@ def run_evaluations(
     Raises:
         UserError: `external` is combined with other evaluations (they need this model's test split, which another
             cohort does not have) or has no frozen probes of this model, or the model was trained on another split or
-            transform.
+            transform, or a supervised network on another split, transform or view.
     """
     _check(model, cohort, evaluators, space)
     prefix = find_prefix(evaluators, space, config)
+    twins = SupervisedTwins(space, cohort, prefix, model.device, int(config.trainer.batch_size))
+    twins.refuse_unfit(find_scored_probes(evaluators, model.bundle.weights_hash))
     cohort.write_rejected(space.evaluation / f"{file_prefix(prefix)}rejected.csv")
     start_record(space.evaluation, space.predecessor("repr").sha256("encoder"))
-    context = build_context(model, cohort, space, config, prefix)
+    context = replace(build_context(model, cohort, space, config, prefix), supervised=twins)
     metrics = run_in_context(context, evaluators, f"{config.name}: evaluation")
     if headline := select_headline(metrics):
         log.info("%d metrics, among them\n%s", len(metrics), format_console_table(headline))
@@ -141,7 +147,7 @@ def build_context(model: "LDAE", cohort: Cohort, space: Workspace, config: DictC
         encoder_fn = build_initial_encoder(repr_run, draw, model.encoder)
         return embed_cohort(file, weights, lambda view: encoder_fn(view.to(model.device)), cohort, size)
 
-    return Context(
+    own = Context(
         model=model,
         table=cohort.table,
         volumes=cohort.volumes.batch,
@@ -162,6 +168,16 @@ def build_context(model: "LDAE", cohort: Cohort, space: Workspace, config: DictC
             cohort.table["path"].iloc[row], False, "never", cohort.transform.assume_orientation
         ),
     )
+    if prefix or not is_synthetic(config):
+        return own
+
+    def longitudinal() -> Context:
+        later = load_longitudinal_cohort(config, cohort)
+        file = _embeddings_file(space, prefix, "embeddings_longitudinal")
+        y = embed_cohort(file, _encoder_id(model, space), _encoder_of(model), later, size)
+        return replace_test_split(own, later, y, _regions(later, Path(config.paths.cache)))
+
+    return replace(own, longitudinal=longitudinal)
 
 
 def _find_source(cohort: Cohort, space: Workspace, config: DictConfig) -> Source:

@@ -109,7 +109,7 @@ class ComponentsEncoder(nn.Module):
         self.scale.copy_((self.dim / variances.sum().clamp(min=1e-12)).sqrt())
 
     def make_trainable(self) -> None:
-        """Turn mean and components into parameters of 32 bits: the encoder of a supervised network, which trains all."""
+        """Turn mean and components into parameters of 32 bits, for a supervised network, which trains all."""
         for name in ("mean", "components"):
             value = getattr(self, name).float()
             delattr(self, name)

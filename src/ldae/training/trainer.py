@@ -23,6 +23,7 @@ from ldae.training.checkpoint import Checkpoints, Progress
 from ldae.training.guard import StepGuard
 from ldae.training.health import refuse_non_finite
 from ldae.training.learning_rate import LearningRates
+from ldae.training.run_clock import RunClock
 from ldae.training.signals import StopSignals
 from ldae.training.stage import Stage
 from ldae.training.tracking import Tracker
@@ -47,6 +48,7 @@ class Trainer:
     progress: Progress
     tracker: Tracker | None  # main process only
     guard: StepGuard
+    clock: RunClock
     train_loss: MeanTrainLoss | None  # only if early stopping depends on it
 
     def __init__(self, accelerator: Accelerator, run: Run, settings: TrainerSettings, optim: Optim, seed: int) -> None:
@@ -94,7 +96,8 @@ class Trainer:
         """
         self.stage, self.metadata = stage, metadata
         stage.prepare(self.accelerator, self.settings, self.optim, self.seed)
-        self.total = self.total_steps(stage.num_samples)
+        # What a stage without optimisers publishes is measured in `prepare`.
+        self.total = self.total_steps(stage.num_samples) if stage.optimizers else 0
         self.learning_rates = LearningRates(stage.optimizers, self.total, self.optim)
         self.progress = self._resume()
         on_accepted()
@@ -110,6 +113,7 @@ class Trainer:
             self.accelerator, stage, self.progress, self.settings.max_skipped, self.checkpoints.describe_newest,
             stop_requested=lambda: self.signals.received is not None,
         )  # fmt: skip
+        self.clock = RunClock(self.run, self.progress.step)
         batches = self._batches()
         with self.signals:
             try:
@@ -118,6 +122,8 @@ class Trainer:
                 batches.close()
                 if self.tracker:
                     self.tracker.close()
+        if main:
+            self.clock.store(self.progress.step, finished=True)
         log.info("%s ended at step %d; weights in %s", stage.name, self.progress.step, self.run.weights)
         return self.progress
 
@@ -231,6 +237,7 @@ class Trainer:
             if stage.monitor is None or stage.publishes_last or progress.best is None:
                 self._publish({})
             self.checkpoints.save(stage, progress, self.accelerator.scaler, self.identity)
+            self.clock.store(progress.step, finished=False)
         except OSError as error:
             raise UserError(
                 f"cannot save step {progress.step} ({error.strerror or error}: {error.filename or self.run.path}); "

@@ -10,6 +10,8 @@ components      y without its learned residual, for an encoder that starts from 
 residual        the learned residual of y alone, likewise
 untrained       y of the same semantic encoder before training: `untrained_0` with the weights that this training
                 started from, `untrained_1`, ... with further draws of them
+supervised      the same encoder with a linear head, trained on the labels of the training split (stage=supervised); it
+                predicts itself (ldae.evaluation.supervised)
 volumes         the table's region volumes (columns *_mm3), relative to the head's volume if the table has it
 volumes_head    the same and the head's size
 
@@ -40,12 +42,24 @@ from ldae.evaluation.probes.table_features import (
 from ldae.utils.errors import UserError
 
 PARTS = ("components", "residual")  # of y, see ldae.models.components_encoder
-UNTRAINED, STACKED, VIEW = "untrained", "pca_view_and_y", "pca_view"
-BASELINES = ("mean", "age_sex", VIEW, "pca_images", "pca", STACKED, *PARTS, UNTRAINED, "volumes", "volumes_head")
+UNTRAINED, SUPERVISED, STACKED, VIEW = "untrained", "supervised", "pca_view_and_y", "pca_view"
+BASELINES = (
+    "mean",
+    "age_sex",
+    VIEW,
+    "pca_images",
+    "pca",
+    STACKED,
+    *PARTS,
+    UNTRAINED,
+    SUPERVISED,
+    "volumes",
+    "volumes_head",
+)
 RENAMED = {"images": "pca_images"}  # names that an earlier version of this project stored
 SOURCES = {  # the sources of predictors that have another than the one of their own name
     EMBEDDING: ("y",), "mean": (), VIEW: ("view",), "pca_images": ("images",), "pca": ("latents",),
-    STACKED: ("view", "y"),
+    STACKED: ("view", "y"), SUPERVISED: (),
 }  # fmt: skip
 WIDTHS = (64,)  # numbers of principal components: that of the encoder that starts from components
 IMAGES_MM = 4.0
@@ -136,11 +150,12 @@ class Features:
     def select_applicable(self, names: Sequence[str], target: str, rows: np.ndarray) -> list[str]:
         """The predictors of the baselines that make sense for predicting the column `target` of the scans `rows`.
 
-        The others are reported with the reason, except for parts that this encoder does not have.
+        The others are reported with the reason, except for parts that this encoder does not have. `supervised`, which
+        has no features, is none of them.
         """
         kept = []
         for name in (RENAMED.get(name, name) for name in names):
-            if name in PARTS and not self._has_parts():
+            if name == SUPERVISED or (name in PARTS and not self._has_parts()):
                 continue
             reason = self.reason_inapplicable(name, target, rows)
             if reason:

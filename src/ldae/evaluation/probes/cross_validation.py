@@ -22,7 +22,7 @@ import numpy as np
 import pandas as pd
 
 from ldae.evaluation.context import Context
-from ldae.evaluation.probes.baselines import BASELINES, WIDTHS, Features, check_baselines
+from ldae.evaluation.probes.baselines import BASELINES, SUPERVISED, WIDTHS, Features, check_baselines
 from ldae.evaluation.probes.bootstrap import draw_subject_weights
 from ldae.evaluation.probes.predictors import (
     UNBIASED,
@@ -75,6 +75,11 @@ class CrossValidation:
         # What the encoder was trained on, principal components are fitted on as well, likewise without labels.
         known_rows = context.rows("train") if self.regime in SEEN_BY_ENCODER else None
         features = Features(context, self.pca_widths, self.head_size, known_rows)
+        if SUPERVISED in self.baselines:
+            context.skip(
+                f"baseline {SUPERVISED} is not computed in cross-validation: each fold needs a network of "
+                "its own; evaluation=[folds] pools runs that each have one"
+            )
         log.info("cross-validation, %s: %s (%d)", self.regime, REGIME_TEXT[self.regime], len(rows_of_regime))
         for name, probe in self.probes.items():
             truth = probe.target(context.table)

@@ -18,6 +18,8 @@ Metrics, each with `_low` and `_high`, the 95 % interval of a bootstrap over sub
 - `baseline/untrained/<probe>/<metric>` is the mean over draws of the encoder's initial weights, the first of which
   started this training; `<metric>_spread` is the standard deviation over them.
 
+- `baseline/supervised/<probe>/...`: predictions of the same encoder trained on the label itself (`stage=supervised`).
+
 `ExternalCohort` prepends `external/`, or `external/<name>/`.
 """
 
@@ -31,10 +33,10 @@ import pandas as pd
 from ldae.data.table import scan_names
 from ldae.editing.frozen_probes import EMBEDDING, FrozenProbe, read_frozen_probes, write_frozen_probes
 from ldae.editing.linear_model import LinearModel
-from ldae.evaluation.context import Context
+from ldae.evaluation.context import Context, Evaluator
 from ldae.evaluation.other_cohort import EXTERNAL, file_prefix
-from ldae.evaluation.probes.baselines import BASELINES, WIDTHS, Features, check_baselines
-from ldae.evaluation.probes.fitted_predictors import apply_frozen
+from ldae.evaluation.probes.baselines import BASELINES, SUPERVISED, WIDTHS, Features, check_baselines
+from ldae.evaluation.probes.fitted_predictors import Predictor, apply_frozen
 from ldae.evaluation.probes.predictors import fit_predictors, score_predictors
 from ldae.evaluation.probes.table_features import describe_values
 from ldae.evaluation.probes.targets import Classification, Probe, Regression
@@ -83,7 +85,8 @@ class Probes:
             baselines = features.select_applicable(self.baselines, probe.column, fit_rows)
             predictors = fit_predictors(context, probe, features, truth, fit_rows, baselines, context.seed)
             frozen[name] = predictors
-            yield from score_predictors(context, name, probe, predictors, features, truth, test_rows, self.resamples)
+            scored = predictors | (find_supervised(context, name, probe) if SUPERVISED in self.baselines else {})
+            yield from score_predictors(context, name, probe, scored, features, truth, test_rows, self.resamples)
         if self.head_size:
             context.skip("probes.json is not written: a probe that reads the head's size is none of y alone")
             return
@@ -140,7 +143,7 @@ class ExternalCohort:
                 context.skip(f"external probe {name} is skipped: the cohort has {reason}; {remedy}")
                 continue
             scored += 1
-            predictors = apply_frozen(frozen, features)
+            predictors = apply_frozen(frozen, features) | find_supervised(context, name, probe)
             yield from score_predictors(context, name, probe, predictors, features, truth, rows, self.resamples, prefix)
         if not scored:
             reasons = "; ".join(context.skipped) or f"{self.frozen} has no probe"
@@ -165,6 +168,32 @@ class ExternalCohort:
         context.write_csv(f"{file_prefix(prefix)}ood.csv", listed)
         yield f"{prefix}ood/scans", float(len(table))
         yield f"{prefix}ood/failed", float(len(rejected))
+
+
+def find_scored_probes(evaluators: Mapping[str, Evaluator], weights: str) -> list[str]:
+    """The names of the probes beside which supervised networks will be scored.
+
+    Args:
+        weights: of the model, see `read_frozen_probes`.
+    """
+    names: list[str] = []
+    for evaluator in evaluators.values():
+        if isinstance(evaluator, Probes) and SUPERVISED in evaluator.baselines:
+            names += evaluator.probes
+        elif isinstance(evaluator, ExternalCohort):
+            names += evaluator.read_probes(weights)
+    return names
+
+
+def find_supervised(context: Context, name: str, probe: Probe) -> dict[str, Predictor]:
+    """The supervised network for a probe, by the name of the baseline; empty, with a line in the log, without one."""
+    if context.supervised is None:
+        return {}
+    reason = context.supervised.reason_absent(name, probe)
+    if reason:
+        context.skip(f"baseline {SUPERVISED} is not computed for {name}: {reason}")
+        return {}
+    return {SUPERVISED: context.supervised.predictor(name, probe)}
 
 
 def build_probe(model: LinearModel) -> Probe:

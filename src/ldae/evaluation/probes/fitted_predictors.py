@@ -1,7 +1,7 @@
 """Predictors that are ready to predict: one fitted in this cohort, or one that was stored and comes from another."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -95,6 +95,27 @@ class FrozenPredictor:
     def unbiased(self, prediction: np.ndarray) -> np.ndarray:
         """See `Predictor`."""
         return self.model.unbiased(prediction)
+
+
+@dataclass(frozen=True)
+class KnownPredictions:
+    """Predictions that something else has made of every scan, such as a network with its own head.
+
+    Attributes:
+        values: (N,), probabilities of the positive class, or numbers.
+        columns: none.
+    """
+
+    values: np.ndarray
+    columns: list[str] = field(default_factory=list)
+
+    def predict(self, rows: np.ndarray) -> np.ndarray:
+        """See `Predictor`."""
+        return self.values[rows]
+
+    def unbiased(self, prediction: np.ndarray) -> np.ndarray:
+        """The predictions themselves: a correction would have to be fitted on scans that were not trained on."""
+        return prediction
 
 
 def apply_frozen(frozen: Mapping[str, FrozenProbe], features: Features) -> dict[str, Predictor]:
