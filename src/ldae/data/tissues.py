@@ -5,7 +5,7 @@ is counted as that. Makers of maps are compared by `python -m ldae.bench.views`.
 """
 
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import numpy as np
 
@@ -61,7 +61,20 @@ class TissueMaker(Protocol):
 
 
 @dataclass(frozen=True)
-class SoftSegmentation:
+class FixedMaker:
+    """What makers have in common: their arguments say everything, and suit voxels of any size."""
+
+    def parameters(self) -> dict[str, Any]:
+        """Kind and arguments, and a version to be raised when they give other maps."""
+        return {"kind": type(self).__qualname__, "version": 2, **asdict(self)}
+
+    def for_larger_voxels(self, ratio: float) -> Self:
+        """See TissueMaker."""
+        return self
+
+
+@dataclass(frozen=True)
+class SoftSegmentation(FixedMaker):
     """CSF, grey and white matter with soft boundaries at fixed places between their means: three maps, sum 1.
 
     The default boundary counts a voxel that two tissues share to the darker one, unless nearly all of it is the other.
@@ -89,10 +102,6 @@ class SoftSegmentation:
                 f"boundary {self.boundary}, width {self.width}: 0 < boundary < 1, 0 < width <= 1 are needed"
             )
 
-    def parameters(self) -> dict[str, Any]:
-        """See TissueMaker."""
-        return _parameters(self)
-
     def for_larger_voxels(self, ratio: float) -> "SoftSegmentation":
         """See TissueMaker. Voxels of 4.75 mm average many of 1.5 mm on both sides of a boundary."""
         return replace(self, width=min(1.0, self.width * ratio))
@@ -112,7 +121,7 @@ class SoftSegmentation:
 
 
 @dataclass(frozen=True)
-class PartialVolume:
+class PartialVolume(FixedMaker):
     """Fractions of CSF, grey and white matter in each voxel: three maps, which sum to 1 in the brain.
 
     The mixture has pure voxels and such that two tissues share, and one standard deviation.
@@ -129,14 +138,6 @@ class PartialVolume:
 
     channels = 3
 
-    def parameters(self) -> dict[str, Any]:
-        """See TissueMaker."""
-        return _parameters(self)
-
-    def for_larger_voxels(self, ratio: float) -> "PartialVolume":
-        """See TissueMaker."""
-        return self
-
     def __call__(self, data: np.ndarray) -> TissueMaps:
         """See TissueMaker."""
         mixture = fit_tissues(_brain(data), Divisions.shared(self.steps), self.bins, self.rounds)
@@ -144,7 +145,7 @@ class PartialVolume:
 
 
 @dataclass(frozen=True)
-class Mixture:
+class Mixture(FixedMaker):
     """Probabilities of CSF, grey and white matter from three Gaussians: three maps, which sum to 1 in the brain.
 
     Args:
@@ -156,21 +157,13 @@ class Mixture:
 
     channels = 3
 
-    def parameters(self) -> dict[str, Any]:
-        """See TissueMaker."""
-        return _parameters(self)
-
-    def for_larger_voxels(self, ratio: float) -> "Mixture":
-        """See TissueMaker."""
-        return self
-
     def __call__(self, data: np.ndarray) -> TissueMaps:
         """See TissueMaker."""
         return _map_fractions(data, fit_tissues(_brain(data), Divisions.pure(), self.bins, self.rounds))
 
 
 @dataclass(frozen=True)
-class Ramps:
+class Ramps(FixedMaker):
     """Two maps that grow linearly, from 0 at the mean of CSF to 1 at that of grey matter, and from there to white.
 
     Args:
@@ -183,25 +176,12 @@ class Ramps:
 
     channels = 2
 
-    def parameters(self) -> dict[str, Any]:
-        """See TissueMaker."""
-        return _parameters(self)
-
-    def for_larger_voxels(self, ratio: float) -> "Ramps":
-        """See TissueMaker."""
-        return self
-
     def __call__(self, data: np.ndarray) -> TissueMaps:
         """See TissueMaker."""
         mixture = fit_tissues(_brain(data), Divisions.shared(self.steps), self.bins, self.rounds)
         steps = zip(mixture.means[:-1], mixture.means[1:], strict=True)
         maps = [np.clip((data - low) / (high - low), 0, 1) for low, high in steps]
         return TissueMaps(np.stack(maps).astype(np.float32), mixture.describe())
-
-
-def _parameters(maker: "SoftSegmentation | PartialVolume | Mixture | Ramps") -> dict[str, Any]:
-    """Kind and arguments of a maker, and a version to be raised when they give other maps."""
-    return {"kind": type(maker).__qualname__, "version": 2, **asdict(maker)}
 
 
 def _brain(data: np.ndarray) -> np.ndarray:

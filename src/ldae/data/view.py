@@ -11,21 +11,20 @@ from there at inference.
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from ldae.data.nifti import BadScan, Source, load_scan
 from ldae.data.tissues import SoftSegmentation, TissueMaker, TissuesNotFound
 from ldae.data.transforms import Transform
+from ldae.data.view_grid import Spacing, resample_centred, with_grid
 from ldae.utils.errors import UserError
-
-Spacing = tuple[float, float, float]
 
 VERSION = 1  # to be raised when the same parameters give other values, so that caches are not reused
 BACKGROUND = 0.05  # intensity in [0, 1] up to which a decoded volume is background, unless it is enclosed by the brain
@@ -95,7 +94,36 @@ class View(Protocol):
         ...
 
 
-class T1View:
+class GridView:
+    """What views have in common: the grid that they bring scans to.
+
+    Args:
+        transform: brings scans to the volumes' model space.
+        shape: voxels (X, Y, Z); None: the volumes'.
+        spacing: voxel size in mm; None: the volumes'.
+
+    Raises:
+        UserError: an impossible grid.
+    """
+
+    def __init__(
+        self, transform: Transform, shape: Sequence[int] | None, spacing: float | Sequence[float] | None
+    ) -> None:
+        self.volumes = transform
+        self.transform = with_grid(transform, shape, spacing)
+        self.shape, self.spacing = self.transform.shape, self.transform.spacing
+        self.assume_orientation = self.transform.assume_orientation
+
+    def assuming(self, orientation: str | None) -> Self:
+        """See View."""
+        if orientation == self.assume_orientation:
+            return self
+        view = copy(self)
+        GridView.__init__(view, self.volumes.assuming(orientation), self.shape, self.spacing)
+        return view
+
+
+class T1View(GridView):
     """The intensities of the scan, as published.
 
     Args:
@@ -117,12 +145,9 @@ class T1View:
         spacing: float | Sequence[float] | None = None,
         channels: int = 1,
     ) -> None:
+        super().__init__(transform, shape, spacing)
         refuse_other_channels(channels, 1)
         self.channels = 1
-        self.volumes = transform
-        self.transform = with_grid(transform, shape, spacing)
-        self.shape, self.spacing = self.transform.shape, self.transform.spacing
-        self.assume_orientation = self.transform.assume_orientation
 
     def key(self) -> str:
         """See View."""
@@ -131,12 +156,6 @@ class T1View:
     def is_volume(self, transform: Transform) -> bool:
         """See View."""
         return self.key() == transform.key()
-
-    def assuming(self, orientation: str | None) -> "T1View":
-        """See View."""
-        if orientation == self.assume_orientation:
-            return self
-        return T1View(self.volumes.assuming(orientation), self.shape, self.spacing)
 
     def __call__(self, source: Source) -> np.ndarray:
         """See View."""
@@ -151,7 +170,7 @@ class T1View:
         return resample_centred(x, self.volumes.spacing, self.shape, self.spacing)
 
 
-class TissueView:
+class TissueView(GridView):
     """Maps of CSF, grey and white matter, made at the resolution of the scan and then brought to the grid.
 
     On 149 real scans they tell age and sex better than the intensities do (docs/method.md): they hold anatomy without
@@ -180,13 +199,10 @@ class TissueView:
         channels: int = 3,
         scan_spacing: float | None = None,
     ) -> None:
+        super().__init__(transform, shape, spacing)
         self.maker = maker or SoftSegmentation()
         refuse_other_channels(channels, self.maker.channels)
-        self.channels = channels
-        self.volumes, self.scan_spacing = transform, scan_spacing
-        self.transform = with_grid(transform, shape, spacing)
-        self.shape, self.spacing = self.transform.shape, self.transform.spacing
-        self.assume_orientation = self.transform.assume_orientation
+        self.channels, self.scan_spacing = channels, scan_spacing
 
     def key(self) -> str:
         """See View."""
@@ -197,13 +213,6 @@ class TissueView:
     def is_volume(self, transform: Transform) -> bool:
         """See View."""
         return False
-
-    def assuming(self, orientation: str | None) -> "TissueView":
-        """See View."""
-        if orientation == self.assume_orientation:
-            return self
-        transform, settings = self.volumes.assuming(orientation), (self.maker, self.channels, self.scan_spacing)
-        return TissueView(transform, self.shape, self.spacing, *settings)
 
     def __call__(self, source: Source) -> np.ndarray:
         """See View."""
@@ -256,44 +265,3 @@ def refuse_other_channels(stated: int, channels: int) -> None:
     """
     if stated != channels:
         raise UserError(f"data.view.channels={stated}: this view has {channels}, which cannot be chosen")
-
-
-def with_grid(transform: Transform, shape: Sequence[int] | None, spacing: float | Sequence[float] | None) -> Transform:
-    """`transform` with another grid; None keeps its own.
-
-    Raises:
-        UserError: a voxel size is asked for, but the volumes keep that of each scan.
-    """
-    if spacing is not None and transform.spacing is None:
-        raise UserError(f"data.view.spacing={spacing}: the volumes keep each scan's voxel size, so the view must, too")
-    return Transform(
-        transform.shape if shape is None else shape,
-        transform.spacing if spacing is None else spacing,
-        transform.intensity,
-        transform.orientation,
-        transform.assume_orientation,
-    )
-
-
-def resample_centred(x: Tensor, spacing: Spacing | None, shape: Sequence[int], new_spacing: Spacing | None) -> Tensor:
-    """Maps (B, C, X, Y, Z) on another grid with the same centre, by linear interpolation; 0 outside of `x`.
-
-    Args:
-        spacing: voxel size of `x` in mm; None: that of the result.
-        shape: voxels (X', Y', Z') of the result.
-        new_spacing: voxel size of the result in mm.
-
-    Returns:
-        (B, C, X', Y', Z'); `x` itself if the grid is the same.
-    """
-    ratio = [1.0] * 3 if spacing is None or new_spacing is None else np.divide(new_spacing, spacing).tolist()
-    if tuple(shape) == tuple(x.shape[2:]) and all(value == 1 for value in ratio):
-        return x
-    # grid_sample counts each axis of `x` from -1 to 1, the last axis first.
-    axes = [
-        (torch.arange(new, dtype=torch.float32, device=x.device) - (new - 1) / 2) * (2 * step / old)
-        for new, step, old in zip(shape, ratio, x.shape[2:], strict=True)
-    ]
-    grid = torch.stack(torch.meshgrid(*axes, indexing="ij")[::-1], dim=-1)
-    grid = grid.expand(len(x), *grid.shape)
-    return functional.grid_sample(x.float(), grid, mode="bilinear", padding_mode="zeros", align_corners=False)
