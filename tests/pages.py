@@ -9,7 +9,8 @@ LINKED = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/**/*.md"))]
 # Without docs/history and CHANGELOG.md, which also name what no longer exists.
 PAGES = [page for page in LINKED if page.name != "CHANGELOG.md" and page.parent.name != "history"]
 PROGRAMS = re.compile(r"(python|ldae|make|accelerate launch|torchrun|sbatch|evaluate\.py|[A-Z]=)(?=\s|$)")
-STAGE_OF = {"train-aekl": "aekl", "train-pretrain": "pretrain", "train-repr": "repr"}  # by target of the Makefile
+# By target of the Makefile.
+STAGE_OF = {f"train-{stage}": stage for stage in ("aekl", "pretrain", "repr", "prior")}
 
 
 def code_spans(page: Path) -> list[str]:

@@ -9,7 +9,7 @@ from faults.scripts import run_script
 from ldae.config import check_constructor_arguments, compose_config, conf_dir
 from ldae.utils.errors import UserError
 
-STAGES = ("aekl", "pretrain", "repr")
+STAGES = ("aekl", "pretrain", "repr", "prior")
 
 
 def group(name):
@@ -37,7 +37,7 @@ def test_every_experiment_composes_for_the_other_scripts(primary, experiment):
 @pytest.mark.parametrize(
     "choice",
     [f"{name}={option}" for name in ("model", "diffusion", "sampler", "optim", "loss", "trainer", "accelerator", "data",
-     "perceptual", "evaluation", "probe", "stage_settings", "+data/augmentation", "data/view")
+     "perceptual", "evaluation", "probe", "stage_settings", "+data/augmentation", "data/view", "model/prior")
      for option in group(name.removeprefix("+"))],
 )  # fmt: skip
 def test_every_group_option_composes_and_its_arguments_exist(choice):

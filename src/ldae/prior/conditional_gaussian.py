@@ -12,7 +12,7 @@ only in what the distribution of y is not Gaussian.
 import torch
 from torch import Tensor, nn
 
-RIDGE = 1.0  # penalty on the slopes of standardised features, in scans
+RIDGE = 1.0  # penalty on the slopes of standardised features, in subjects
 
 
 class ConditionalGaussian(nn.Module):
@@ -30,21 +30,26 @@ class ConditionalGaussian(nn.Module):
         self.register_buffer("variances", torch.ones(components))
 
     @torch.no_grad()
-    def fit(self, features: Tensor, u: Tensor, weights: Tensor) -> None:
+    def fit(self, features: Tensor, u: Tensor, weights: Tensor, subjects: int) -> None:
         """Weighted ridge regression of u (N, k) on features (N, F), and the covariance of what it leaves.
 
+        Labels tell of few directions. In all others the slopes are chance, which explains a share of rank / subjects of
+        the variance. Slopes are shrunk by what is expected of chance (positive-part James and Stein 1961).
+
         Args:
-            weights: (N,), which add up to 1. Their effective number of scans is 1 / sum of squares.
+            weights: (N,), which add up to 1.
+            subjects: number of subjects; scans of one subject tell little more than one of them.
         """
         if not len(self.slopes):
             return
         x, u, w = (value.double().cpu() for value in (features, u, weights))
-        effective = 1 / w.square().sum()
-        gram = x.T @ (w[:, None] * x) + RIDGE / effective * torch.eye(x.shape[1], dtype=x.dtype)
-        slopes = torch.linalg.solve(gram, x.T @ (w[:, None] * u))
+        gram = x.T @ (w[:, None] * x)
+        penalty = RIDGE / subjects * torch.eye(x.shape[1], dtype=x.dtype)
+        slopes = torch.linalg.solve(gram + penalty, x.T @ (w[:, None] * u))
+        chance = torch.linalg.matrix_rank(gram, hermitian=True) / subjects
+        slopes = slopes * (1 - chance / (w @ (x @ slopes).square()).clamp(min=1e-12)).clamp(min=0)
         rest = u - x @ slopes
-        freedom = (1 - x.shape[1] / effective).clamp(min=0.5)  # the slopes have taken some of the variance
-        variances, directions = torch.linalg.eigh(rest.T @ (w[:, None] * rest) / freedom)
+        variances, directions = torch.linalg.eigh(rest.T @ (w[:, None] * rest))
         self.slopes.copy_(slopes)
         self.directions.copy_(directions)
         self.variances.copy_(variances.clamp(min=1e-4))

@@ -83,7 +83,7 @@ class SemanticPrior(nn.Module):
         share = self.whitening.fit(y, weights)
         self.coding.fit(labels, weights)
         self.labels.fit(labels, weights, subjects)
-        self.gaussian.fit(self.coding(labels).features, self.whitening.whiten(y), weights)
+        self.gaussian.fit(self.coding(labels).features, self.whitening.whiten(y), weights, subjects)
         return share
 
     def forward(self, u_t: Tensor, t: Tensor, labels: Tensor) -> Tensor:

@@ -236,7 +236,8 @@ class Trainer:
                 self.tracker.flush()
             if stage.monitor is None or stage.publishes_last or progress.best is None:
                 self._publish({})
-            self.checkpoints.save(stage, progress, self.accelerator.scaler, self.identity)
+            if stage.optimizers:  # otherwise there is nothing to resume
+                self.checkpoints.save(stage, progress, self.accelerator.scaler, self.identity)
             self.clock.store(progress.step, finished=False)
         except OSError as error:
             raise UserError(

@@ -205,7 +205,10 @@ class Generation:
                 yield f"{stem_of(name)}/{title}/{metric}", value
             labels = samples[name].labels
             if space is None and labels is not None:
-                yield from compare_probes(context, self.probes, stem_of(name), labels, values, self.resamples)
+                yield from compare_probes(
+                    context, self.probes, stem_of(name), labels, values,
+                    lambda rows: self._real_features(context, None, rows), self.resamples,
+                )  # fmt: skip
 
     def _compare_images(
         self, context: Context, samples: Mapping[str, Samples], real: RealScans

@@ -5,7 +5,7 @@ embedded like any other scan.
 """
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 import pandas as pd
@@ -18,13 +18,20 @@ log = logging.getLogger(__name__)
 
 
 def compare_probes(
-    context: Context, probes: Mapping[str, Probe], stem: str, labels: pd.DataFrame, features: np.ndarray, resamples: int
+    context: Context,
+    probes: Mapping[str, Probe],
+    stem: str,
+    labels: pd.DataFrame,
+    features: np.ndarray,
+    real_features: Callable[[np.ndarray], np.ndarray],
+    resamples: int,
 ) -> Iterator[tuple[str, float]]:
     """`<stem>/probe/<name>/{auc,mae}` of probes trained on samples, `..._real` on real scans, and their difference.
 
     Args:
         labels: of the samples, one row each.
         features: y of the samples' images, (N, dim).
+        real_features: y of real scans by their rows, made as that of the samples is.
     """
     train, test = context.rows("train"), context.rows("test")
     people = np.arange(len(labels)).astype(str)
@@ -43,13 +50,13 @@ def compare_probes(
         metric = "auc" if probe.classes else "mae"
         weights = draw_subject_weights(context.subjects(known), resamples, context.seed)
         age = np.full(len(known), np.nan)
-        found = {}
+        found, tested = {}, real_features(known)
         for suffix, x, truth, subjects in (
             ("", features[fit], synthetic[fit], people[fit]),
-            ("_real", context.embeddings[used].astype(np.float64), real[used], context.subjects(used)),
+            ("_real", real_features(used), real[used], context.subjects(used)),
         ):
             model = probe.fit(x, truth, subjects, context.seed)
-            predicted = model.predict(context.embeddings[known])
+            predicted = model.predict(tested)
             found[suffix] = probe.scores(real[known], predicted, age, weights)[metric]
             yield from summarise(f"{stem}/probe/{name}/{metric}{suffix}", found[suffix])
         yield from summarise(f"{stem}/probe/{name}/{metric}_difference", found[""] - found["_real"])
