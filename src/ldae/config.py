@@ -305,6 +305,17 @@ def check_constructor_arguments(node: Any, key: str = "") -> None:
             check_constructor_arguments(node[name], f"{key}.{name}" if key else str(name))
 
 
+def is_synthetic(config: DictConfig) -> bool:
+    """Whether the table is the one that `data=phantom` derives from its parameters, and not a file of the user's."""
+    from ldae.data.phantom.synthetic_cohort import cohort_folder
+
+    phantom = config.data.phantom
+    if phantom is None:
+        return False
+    folder = cohort_folder(config.paths.data, phantom.subjects, phantom.seed, phantom.spacing, phantom.shape)
+    return Path(config.data.table) == folder / "scans.csv"
+
+
 def refuse_missing_values(node: Any) -> None:
     """Refuse a node in which a required value (`???`) was not given, before any data is read.
 

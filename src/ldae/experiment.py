@@ -10,7 +10,7 @@ from accelerate.utils import gather_object, set_seed
 from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from ldae.config import check_constructor_arguments, refuse_missing_values
+from ldae.config import check_constructor_arguments, is_synthetic, refuse_missing_values
 from ldae.data.cohort import Cohort, load_cohort
 from ldae.runs import Run, Workspace, open_workspace
 from ldae.utils.errors import UserError
@@ -42,8 +42,20 @@ def train(config: DictConfig) -> None:
     _check_predecessors(config, space)
     check_changes(run, config)
     with lock_folder(run.path, accelerator.is_main_process):
-        _train(config, accelerator, space, run)
+        if "discriminator" in config.stage and not _has_weights(config.stage.autoencoder):
+            _finish_untrained(config, accelerator, space, run)
+        else:
+            _train(config, accelerator, space, run)
     accelerator.end_training()
+
+
+def _finish_untrained(config: DictConfig, accelerator: Accelerator, space: Workspace, run: Run) -> None:
+    """Stage 1 of an autoencoder that has nothing to train: it is published at once."""
+    cohort = open_cohort(config, accelerator, space)
+    if accelerator.is_main_process:
+        _publish_untrained(config, run, cohort)
+        cohort.split.store()
+        log.info("%s has nothing to train: stage 1 is done", config.stage.autoencoder._target_)
 
 
 def _train(config: DictConfig, accelerator: Accelerator, space: Workspace, run: Run) -> None:
@@ -187,24 +199,13 @@ def refuse_missing_table(config: DictConfig) -> None:
     Raises:
         UserError: there is no such table.
     """
-    if not Path(config.data.table).is_file() and not _is_synthetic(config):
+    if not Path(config.data.table).is_file() and not is_synthetic(config):
         raise UserError(f"no such table: {config.data.table}")
-
-
-def _is_synthetic(config: DictConfig) -> bool:
-    """Whether the table is the one that `data=phantom` derives from its parameters, and not a file of the user's."""
-    from ldae.data.phantom.synthetic_cohort import cohort_folder
-
-    phantom = config.data.phantom
-    if phantom is None:
-        return False
-    folder = cohort_folder(config.paths.data, phantom.subjects, phantom.seed, phantom.spacing, phantom.shape)
-    return Path(config.data.table) == folder / "scans.csv"
 
 
 def make_synthetic_cohort(config: DictConfig, accelerator: Accelerator) -> None:
     """Make the scans of `data=phantom` if their table does not exist; the main process does so, the others wait."""
-    if Path(config.data.table).exists() or not _is_synthetic(config):
+    if Path(config.data.table).exists() or not is_synthetic(config):
         return
     from ldae.data.phantom.synthetic_cohort import make_cohort, wait_for_cohort
 
@@ -235,7 +236,7 @@ def _check_predecessors(config: DictConfig, space: Workspace) -> None:
         from ldae.data.latents import check_latents, refuse_other_table
 
         check_latents(_latents_folder(config, space))
-        if not _is_synthetic(config):
+        if not is_synthetic(config):
             refuse_other_table(_latents_folder(config, space), Path(config.data.table))
 
 

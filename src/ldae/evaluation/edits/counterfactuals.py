@@ -64,13 +64,19 @@ class CounterfactualRenderer:
         Args:
             factor: "severity" (1 = a typical patient) or "age" (years).
         """
+        return self._render(row, {factor: float(self.table.iloc[row][factor]) + change})
+
+    def render_later(self, row: int, later: int) -> Counterfactual:
+        """Scan `row` without noise, its scanner and contrast kept, with the anatomy of another visit of the subject."""
+        return self._render(row, {factor: float(self.table.iloc[later][factor]) for factor in ("severity", "age")})
+
+    def _render(self, row: int, changed: Mapping[str, float]) -> Counterfactual:
         import nibabel
 
         from ldae.data.phantom import render
 
         entry = self.table.iloc[row]
         header = nibabel.load(entry["path"]).header
-        changed = {factor: float(entry[factor]) + change}
         spacing, shape = float(header.get_zooms()[0]), header.get_data_shape()[:3]
         scan = render(entry, noise=False, spacing=spacing, shape=shape, **changed)
         image = nibabel.Nifti1Image(np.rint(scan.image).astype(np.int16), scan.affine)  # rounded as stored scans are
