@@ -205,6 +205,17 @@ def test_the_memory_of_a_step_has_its_parameters_grows_with_the_batch_and_shrink
         assert compute_footprint(config, stage, 1, checkpointing=True, reduced=True, ema=False).peak > 0
 
 
+def test_the_memory_of_stage_3_is_that_of_the_encoders_view():
+    """Maps of tissues, three channels on a finer grid, take more than the intensities do."""
+    encoder = ["model=tiny", "model/encoder=components_cnn", "data.shape=[32,32,32]", "data.spacing=4"]
+    encoder += ["data.view.shape=[64,64,64]", "data.view.spacing=2"]
+    found = [
+        compute_footprint(composer("bench", *encoder, f"data/view={view}")(), "repr", 8, False, False, False)
+        for view in ("t1", "tissues")
+    ]
+    assert found[1].passes > found[0].passes
+
+
 @pytest.mark.parametrize(("stage", "batch"), [("pretrain", 32), ("repr", 4)])
 def test_the_computed_memory_of_a_step_is_within_5_percent_of_what_a_real_one_allocates(stage, batch):
     config = composer("bench", "bench=smoke", "data.shape=[32,32,32]")()

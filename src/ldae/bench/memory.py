@@ -100,7 +100,7 @@ def compute_footprint(
     """Memory of one optimiser step.
 
     Args:
-        config: a composed config, of which model and data.shape matter.
+        config: a composed config, of which model, data.shape and data.view matter.
         stage: aekl, pretrain or repr.
         batch: samples in a micro-batch.
         checkpointing: whether activations are computed again in the backward pass.
@@ -182,7 +182,8 @@ def _repr(config: DictConfig, batch: int, checkpointing: bool) -> Passes:
     encoder.checkpointing = estimator.checkpointing = checkpointing
 
     def passes(autocast: Autocast) -> None:
-        x, z = torch.empty(batch, 1, *config.data.shape), _latent(config, autoencoder, batch)
+        view = config.data.view
+        x, z = torch.empty(batch, view.channels, *view.shape), _latent(config, autoencoder, batch)
         with torch.no_grad(), autocast():
             features = unet.features(z, torch.empty(batch))
             unet.head(features)
