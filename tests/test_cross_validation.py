@@ -5,6 +5,7 @@ several runs are scored together; region volumes are relative to the head, and b
 the mean.
 """
 
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -193,6 +194,14 @@ def test_folds_are_disjoint_cover_all_subjects_and_are_stored(tmp_path):
         subjects_of_fold(table, 5, 5, 0)
 
 
+def copy_with_split_seed(run, seed):
+    """A run with the same predictions, whose folds were drawn with another seed."""
+    other = run.with_name(f"{run.name}_{seed}")
+    shutil.copytree(run, other)
+    write_json(other / "repr/config.yaml", {"model": {}, "data": {"split": {"seed": seed}}})
+    return other
+
+
 def test_the_test_folds_of_several_runs_are_scored_together(tmp_path):
     context = cohort(tmp_path / "out")
     context.out.mkdir()
@@ -211,6 +220,12 @@ def test_the_test_folds_of_several_runs_are_scored_together(tmp_path):
     assert abs(metrics["cv/inductive/probe/age/unbiased_gap_pearson"]) < 0.3
     with pytest.raises(UserError, match="two runs"):
         dict(PooledFolds(tasks, [runs[0], runs[0]])(context))
+    again = [copy_with_split_seed(run, 1) for run in runs]
+    both = dict(PooledFolds(tasks, [*runs, *again], resamples=50)(context))
+    assert both["cv/inductive/probe/age/repeats"] == 2
+    assert both["cv/inductive/probe/age/mae"] == pytest.approx(metrics["cv/inductive/probe/age/mae"])
+    with pytest.raises(UserError, match=r"no test fold of some data\.split\.seed"):
+        dict(PooledFolds(tasks, [*runs, *again[:2]])(context))
     source = Source(weights={"encoder": "of then"})
     write_record(runs[1] / "evaluation", {"probes": Results(source, [], [], [])})
     assert dict(PooledFolds(tasks, runs, resamples=5)(context))["cv/inductive/probe/age/scans"] == len(context.table)

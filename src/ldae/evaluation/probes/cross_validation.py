@@ -124,24 +124,38 @@ class CrossValidation:
 class PooledFolds:
     """The test predictions of several runs, each trained without its fold (`data.split.fold`), scored together.
 
-    Each run must have been through `evaluation=[probes]`, which fitted its baselines on the same training scans.
+    Each run must have been through `evaluation=[probes]`, which fitted its baselines on the same training scans. Folds
+    that were drawn several times (`data.split.seed`) are averaged over the draws, each of which must be complete.
     """
 
     def __init__(self, probes: Mapping[str, Probe], runs: Sequence[str | Path], resamples: int = 1000):
-        """`runs`: folders runs/<name>, one per fold."""
+        """`runs`: folders runs/<name>, one per fold and draw."""
         self.probes, self.runs, self.resamples = dict(probes or {}), [Path(run) for run in runs], resamples
 
     def __call__(self, context: Context) -> Iterator[tuple[str, float]]:
         log.info("test folds of %d runs, inductive: %s", len(self.runs), REGIME_TEXT["inductive"])
+        draws = [_draw_of_folds(run) for run in self.runs]
         for name, probe in self.probes.items():
-            predictions = pd.concat([self._read(run, name) for run in self.runs], join="inner")
-            repeated = predictions.duplicated(["subject", "session"])
-            if repeated.any():
-                raise UserError(
-                    f"evaluation.folds.runs: {predictions[repeated]['subject'].iloc[0]} is in the test fold of two "
-                    "runs; give each run another data.split.fold"
-                )
-            yield from score_folds(context, name, probe, predictions.assign(repeat=0), "inductive", self.resamples)
+            parts = [self._read(run, name).assign(repeat=draw) for run, draw in zip(self.runs, draws, strict=True)]
+            predictions = pd.concat(parts, join="inner")
+            self._check(predictions)
+            yield from score_folds(context, name, probe, predictions, "inductive", self.resamples)
+
+    def _check(self, predictions: pd.DataFrame) -> None:
+        """Refuse subjects that are in two folds of a draw, and draws of different subjects."""
+        repeated = predictions.duplicated(["subject", "session", "repeat"])
+        if repeated.any():
+            raise UserError(
+                f"evaluation.folds.runs: {predictions[repeated]['subject'].iloc[0]} is in the test fold of two "
+                "runs; give each run another data.split.fold, or another data.split.seed"
+            )
+        counts = predictions.groupby(["subject", "session"])["repeat"].nunique()
+        incomplete = counts[counts < predictions["repeat"].nunique()]
+        if len(incomplete):
+            raise UserError(
+                f"evaluation.folds.runs: {incomplete.index[0][0]} and {len(incomplete) - 1} other scans are in no test "
+                "fold of some data.split.seed: give all folds of each"
+            )
 
     def _read(self, run: Path, name: str) -> pd.DataFrame:
         path = run / "evaluation" / f"{name}_predictions.csv"
@@ -149,6 +163,12 @@ class PooledFolds:
             raise UserError(f"no {path}: run `python evaluate.py evaluation=[probes] name={run.name} ...` first")
         refuse_outdated(run)
         return pd.read_csv(path, dtype={"subject": str, "session": str})
+
+
+def _draw_of_folds(run: Path) -> int:
+    """`data.split.seed` of a run, which says in which draw of the folds its fold is; 0 without a config."""
+    stage = Run(run / "repr")
+    return int(stage.config.data.split.seed) if (stage.path / "config.yaml").exists() else 0
 
 
 def refuse_outdated(run: Path) -> None:
