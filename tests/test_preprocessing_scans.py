@@ -145,6 +145,8 @@ def test_a_real_scan_goes_through_every_step(whole):
     table = read_table(whole / "scans.csv")
     row = table.iloc[0]
     assert (row["subject"], row["session"], row["age"], row["sex"]) == ("sub-IXI012", "ses-M000", 38.78, "M")
+    sidecar = read_json(next(Path(row["path"]).parent.glob("*desc-preproc_T1w.json")))
+    assert row["affine_determinant"] == pytest.approx(np.linalg.det(np.array(sidecar["TemplateToNative"])[:3, :3]))
     assert row["template_correlation"] > 0.8  # 0.84 with five iterations of N4 at 3 mm; 0.89 to 0.93 by default
     assert row["ventricle_mm3"] < row["brain_mm3"] < 1.15 * row["head_mm3"]
     scan, grid = Volume.read(row["path"]), template_at_spacing(Icbm152(), 3.0)

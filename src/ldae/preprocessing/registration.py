@@ -42,6 +42,14 @@ class Transforms:
         )
         return cls(forward, inverse, tuple(path.suffix == ".mat" for path in inverse))
 
+    def affine_determinant(self) -> float:
+        """Volume of a piece of the scan over that of the same piece in template space, by the affine alone.
+
+        It is the part of a head's size that registration takes out of the image.
+        """
+        (affine,) = (read_affine(path) for path in self.forward if path.suffix == ".mat")
+        return float(np.linalg.det(affine[:3, :3]))
+
     def to_template(self, scan: Volume, grid: Volume, interpolator: str) -> Volume:
         """Resample a volume in the scan's space onto `grid` in the template's space, blurred against aliasing."""
         return _apply(blur_for_spacing(scan, grid.spacing.min()), grid, self.forward, None, interpolator)

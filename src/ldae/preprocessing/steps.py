@@ -195,6 +195,7 @@ class PreprocessingSteps:
             mask = self._move(native.with_data(native_mask), grid, transforms, "linear").data >= 0.5
             scan = unmasked.with_data(unmasked.data * mask)
         if self.registration:
+            measures["affine_determinant"] = transforms.affine_determinant()
             measures["template_correlation"] = correlate_with_template(scan, grid)
             self.limits.check_correlation(measures["template_correlation"], self.registration.transform == "Rigid")
         return PreprocessedScan(
