@@ -102,7 +102,7 @@ def test_a_forecaster_reads_back_as_it_was_written(fitted, tmp_path):
     assert (back.change(y, table, years) == one.change(y, table, years)).all()
     features = one.features(y, table)
     assert (back.volumes["ventricle"].ratio(features, years) == one.volumes["ventricle"].ratio(features, years)).all()
-    assert (vars(back.editor), back.years, back.gain) == (vars(one.editor), one.years, one.gain)
+    assert (vars(back.editor), back.years, back.pairs) == (vars(one.editor), one.years, one.pairs)
     with pytest.raises(UserError, match="another encoder"):
         read_forecaster(path, "other")
     save_file({"basis": torch.zeros(2, 2)}, path)

@@ -145,13 +145,11 @@ class FittedForecast:
 
     Attributes:
         pairs: the training pairs.
-        held_out: (N, D), the change of y of each, forecast without its subject's fold.
         penalties: of y, columns and regression to the mean; inf is a part that was left out.
     """
 
     forecaster: Forecaster
     pairs: VisitPairs
-    held_out: np.ndarray
     penalties: tuple[float, float, float]
 
 
@@ -204,7 +202,7 @@ def fit_forecaster(
         centre, basis, unit, covariates, fit.rate, (residuals / spread(pairs.years)[:, None])[kept], spread,
         forecaster.years, changes, pairs=len(pairs), subjects=subjects,
     )  # fmt: skip
-    return FittedForecast(whole, pairs, unit * fit.held_out @ basis.T, fit.penalties)
+    return FittedForecast(whole, pairs, fit.penalties)
 
 
 def find_coordinates(y: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:

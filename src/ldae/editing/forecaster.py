@@ -77,7 +77,6 @@ class Forecaster:
         spread: that deviation.
         volumes: forecasts by structure.
         years: the shortest and the longest time between two visits of the training pairs.
-        gain: factor of the decoded change, by which it was closest to the real changes of training pairs.
         editor: inverts and decodes.
         pairs, subjects: how many it was fitted on.
     """
@@ -91,8 +90,7 @@ class Forecaster:
     spread: Spread
     years: tuple[float, float]
     volumes: Mapping[str, VolumeForecast] = field(default_factory=dict)
-    gain: float = 1.0
-    editor: Editor = field(default_factory=lambda: Editor(depth=0.5))
+    editor: Editor = field(default_factory=lambda: Editor(depth=1.0))
     pairs: int = 0
     subjects: int = 0
 

@@ -84,7 +84,7 @@ def forecast_scan(
     start = editor.decode(model, code, y)
 
     def decoded(moved: np.ndarray) -> Tensor:
-        return forecaster.gain * (editor.decode(model, code, y + y.new_tensor(moved)) - start)
+        return editor.decode(model, code, y + y.new_tensor(moved)) - start
 
     for time in years:
         ahead = np.array([float(time)])

@@ -7,6 +7,7 @@ from fnmatch import fnmatchcase
 from ldae.evaluation.report_terms import (
     ATTENTION,
     DECODER,
+    FORECAST,
     GENERATION,
     INTERPOLATION,
     MANIPULATION,
@@ -137,10 +138,20 @@ SECTIONS = (
     ),
     Section(
         "Interpolation through time",
-        "Can the visit between two visits be predicted from them, by their position in time?",
+        "Can the visit between two visits be predicted from them, by their position in time? On synthetic cohorts "
+        "evaluation=[interpolation] uses fresh subjects with visits over years, of which no training has seen one.",
         ("interpolation",),
         ("interpolation",),
         terms=INTERPOLATION,
+    ),
+    Section(
+        "Forecast",
+        "Is a later visit foretold better than by the last one? How y moves a year was learned from pairs of visits of "
+        "training subjects. The map of the standard deviation shows where the forecast is uncertain, by residuals of "
+        "training pairs that it was not fitted on. It is what is expected of persons like this one, not a prognosis.",
+        ("forecast",),
+        ("forecast",),
+        terms=FORECAST,
     ),
     Section(
         "Generation",

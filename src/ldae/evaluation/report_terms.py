@@ -139,7 +139,8 @@ SELECTION = {
     "difference_r": "correlation of the decoded with the true difference map",
 }
 INTERPOLATION = {
-    "ldae": "y on a straight line, codes z_T on an arc, decoded",
+    "ldae": "the nearer visit plus the change to the decoded image, as the console tool writes it",
+    "decoded": "that image: y on a straight line, codes z_T on an arc, decoded",
     "latent": "latents of the autoencoder on a straight line",
     "voxel": "scans averaged voxel by voxel",
     "nearest": "the visit nearer in time",
@@ -150,6 +151,29 @@ INTERPOLATION = {
     **IMAGES,
     "ventricle_error": "absolute error of the ventricle volume, mm3",
     "<metric>_gap<months>": "for visits that many months apart",
+}
+FORECAST = {
+    "ldae": "the scan plus the change that the forecast decodes, as `ldae forecast` writes it",
+    "decoded": "the decoded forecast alone",
+    "last": "the scan itself: the last visit unchanged",
+    "mean_change": "the scan plus the mean change of each voxel a year in the training subjects",
+    "latent": "the scan plus the change of the autoencoder's latents, learned as that of y is",
+    "extrapolated": "the scan plus the change of its latents since the visit before, continued",
+    "interpolated": "the blend with a visit after the predicted one, which knows the future",
+    "real": "compared with the real later visit",
+    "truth": "compared with the later anatomy, without noise, in the contrast of the scan (synthetic cohort)",
+    "gain": "improvement over another method, paired; positive = the forecast is better",
+    "verdict": "1: better than the last visit, with an interval that excludes 0; 0: as good as it; -1: worse",
+    **IMAGES,
+    "ventricle_error": "absolute error of the ventricle volume, mm3",
+    "hippocampus_error": "absolute error of the volume of the hippocampi, measured by registration, mm3",
+    "<metric>_gap<months>": "for visits that many months apart",
+    "coverage": "share of true volumes within the 95 % interval of the forecast (0.95 = right)",
+    "width_percent": "width of the interval, percent of the volume in the scan",
+    "error_percent": "error of the middle of the interval, percent of the volume in the scan",
+    "unchanged_percent": "error if the volume does not change, percent",
+    "deviation_r": "correlation of the map of the standard deviation with the absolute error, inside the brain",
+    "training_pairs": "pairs of visits of training subjects that the forecast was learned from",
 }
 GENERATION = {
     "own_encoder": "in the feature space of the model's own encoder, which was trained on this cohort",

@@ -1,4 +1,4 @@
-"""The semantic vectors of edited scans, as whoever opens the result of `ldae manipulate` would compute them."""
+"""Edited scans, as `ldae manipulate` writes them: the scan plus the change; and their semantic vectors."""
 
 from collections.abc import Sequence
 
@@ -6,6 +6,11 @@ import torch
 from torch import Tensor
 
 from ldae.evaluation.context import Context
+
+
+def add_change(x: Tensor, change: Tensor) -> Tensor:
+    """Scans (B, 1, X, Y, Z) in model space plus a change, in [0, 1]; their background stays, as in `Scan.edited`."""
+    return torch.where(x > 0, (x + change).clamp(0, 1), x)
 
 
 @torch.no_grad()

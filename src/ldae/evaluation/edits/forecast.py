@@ -19,7 +19,7 @@ Metrics, with intervals over subjects; the parts `_gap12`, `_gap24`, ... are of 
 - `forecast/interval/<structure>/{coverage,width_percent,error_percent,unchanged_percent}`: share of true volumes within
   the 95 % interval, its width, and the error of its middle and of no change, in percent of the earlier volume.
 - `forecast/deviation_r`: correlation, within brains, of the map of the standard deviation and the absolute error.
-- `forecast/{gain_of_change,pairs,subjects,training_pairs,training_subjects}`.
+- `forecast/{pairs,subjects,training_pairs,training_subjects}`.
 
 forecast.csv has one row per pair of visits, method and target, forecast_volumes.csv one per pair and structure.
 """
@@ -45,7 +45,6 @@ from ldae.evaluation.edits.forecast_predictions import (
     LearnedBaselines,
     Visits,
     decode_forecasts,
-    fit_gain,
     list_visits,
     predict_visits,
 )
@@ -72,7 +71,6 @@ class Forecast:
         editor: inverts and decodes scans; it is stored with the forecast.
         columns: of the table that the forecast reads beside y.
         longitudinal: whether test subjects are those of the longitudinal cohort, where the cohort has one.
-        gain_pairs: training pairs, at most, that the gain of decoded changes is fitted to; 0: it is 1.
         scans: at most this many earlier visits, from as many subjects as possible; None: all.
         draws: random draws for each map of the standard deviation.
         maps: scans, at most, of which such a map is compared with the error.
@@ -84,7 +82,6 @@ class Forecast:
         editor: Editor,
         columns: Sequence[str] = ("age", "diagnosis"),
         longitudinal: bool = True,
-        gain_pairs: int = 60,
         scans: int | None = None,
         draws: int = 8,
         maps: int = 10,
@@ -92,7 +89,7 @@ class Forecast:
         resamples: int = 1000,
     ) -> None:
         self.editor, self.columns, self.longitudinal = editor, list(columns), longitudinal
-        self.gain_pairs, self.scans, self.resamples = gain_pairs, scans, resamples
+        self.scans, self.resamples = scans, resamples
         self.draws, self.maps, self.pictures = draws, max(maps, pictures), pictures
 
     def __call__(self, context: Context) -> Iterator[tuple[str, float]]:
@@ -103,7 +100,6 @@ class Forecast:
         except UserError as error:
             context.skip(f"forecast is skipped: {error}")
             return
-        yield "forecast/gain_of_change", fitted.forecaster.gain
         yield "forecast/training_pairs", float(len(fitted.pairs))
         yield "forecast/training_subjects", float(fitted.forecaster.subjects)
         test = self._choose_visits(context)
@@ -117,13 +113,9 @@ class Forecast:
         volumes = {name: _known_volumes(context, name, train) for name in STRUCTURES}
         fitted = fit_forecaster(context.table, context.embeddings, train, self.columns, volumes, context.seed)
         fitted = replace(fitted, forecaster=replace(fitted.forecaster, editor=self.editor))
-        if self.gain_pairs:
-            gain = fit_gain(context, fitted, self.gain_pairs)
-            fitted = replace(fitted, forecaster=replace(fitted.forecaster, gain=gain))
         one = fitted.forecaster
         log.info("forecast: learned from %d pairs of visits of %d subjects", one.pairs, one.subjects)
         log.info("penalties of y, columns and regression to the mean (inf: left out): %s", fitted.penalties)
-        log.info("decoded changes times %.2f", one.gain)
         write_forecaster(context.out / FILE, fitted.forecaster, context.weights)
         return fitted
 
@@ -171,7 +163,7 @@ class Forecast:
         z, years = context.model.compress(context.volumes([visits.row])), float(visits.years[place])
         drawn = fitted.forecaster.draw(years, self.draws, context.seed)
         _, change = decode_forecasts(context, fitted, visits.row, z, np.full(self.draws, years), drawn)
-        return fitted.forecaster.gain * change.std(0, keepdim=True)
+        return change.std(0, keepdim=True)
 
     def _draw(
         self,

@@ -11,7 +11,6 @@
 Everything is learned from training subjects.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,49 +19,9 @@ from torch import Tensor
 
 from ldae.editing.forecast_fit import FittedForecast, VisitPairs, find_coordinates, fit_rates
 from ldae.evaluation.context import Context, iterate_batches
-from ldae.evaluation.images.image_metrics import brain_mask
+from ldae.evaluation.edits.edited_scans import add_change
 
 BATCH = 16
-MAX_GAIN = 3.0
-
-
-def add_change(x: Tensor, change: Tensor) -> Tensor:
-    """Scans (B, 1, X, Y, Z) plus a change, in [0, 1]; their background stays what it is, as in `Scan.edited`."""
-    return torch.where(x > 0, (x + change).clamp(0, 1), x)
-
-
-@torch.no_grad()
-def fit_gain(context: Context, fitted: FittedForecast, count: int) -> float:
-    """The factor by which decoded changes are closest to real ones, in the brains of training pairs.
-
-    The change of y of each pair is forecast without its subject. A factor above 1 makes up for what the scan's code
-    resists; one below 1 shrinks changes that are not found in real scans.
-
-    Args:
-        count: at most this many pairs, the longest of as many subjects.
-    """
-    pairs, editor, model = fitted.pairs, fitted.forecaster.editor, context.model
-    products = squares = 0.0
-    for chosen in iterate_batches(choose_pairs(pairs, count, context.seed), 8):
-        rows = pairs.first[chosen]
-        x, y = context.volumes(rows.tolist()).to(model.device), context.y(rows)
-        code = editor.invert(model, model.compress(x), y, context.seed, rows.tolist())
-        moved = torch.from_numpy(fitted.held_out[chosen]).to(y)
-        decoded = editor.decode(model, code, y + moved) - editor.decode(model, code, y)
-        real = context.volumes(pairs.second[chosen].tolist()).to(x) - x
-        inside = brain_mask(x).to(x.dtype)
-        products += float((inside * decoded * real).sum())
-        squares += float((inside * decoded.square()).sum())
-    return float(np.clip(products / squares, 0.0, MAX_GAIN)) if squares > 0 else 1.0
-
-
-def choose_pairs(pairs: VisitPairs, count: int, seed: int) -> list[int]:
-    """The longest pair of each of at most `count` subjects."""
-    longest: dict[str, int] = {}
-    for number in np.argsort(pairs.years, kind="stable"):
-        longest[pairs.subjects[number]] = int(number)
-    order = np.random.default_rng(seed).permutation(len(longest))[:count]
-    return sorted(np.array(list(longest.values()))[order].tolist())
 
 
 @dataclass(frozen=True)
@@ -72,7 +31,7 @@ class LearnedBaselines:
     Attributes:
         mean_change: of a voxel a year, (1, 1, X, Y, Z).
         centre, basis, unit, rate: of the latents, as in Forecaster.
-        covariates: the features beside the coordinates are those of this forecast.
+        fitted: the forecast, whose pairs and columns are used.
     """
 
     mean_change: Tensor
@@ -138,7 +97,7 @@ class Visits:
     after: tuple[int, float] | None
 
 
-def list_visits(pairs: VisitPairs, subjects: Sequence[str] | None = None) -> list[Visits]:
+def list_visits(pairs: VisitPairs) -> list[Visits]:
     """Every scan that has later visits, in the order of the pairs."""
     found = []
     for row in dict.fromkeys(pairs.first.tolist()):
@@ -159,7 +118,7 @@ def predict_visits(
     context: Context, fitted: FittedForecast, baselines: LearnedBaselines, visits: Visits
 ) -> list[dict[str, Tensor]]:
     """The predictions of each target by method, (1, 1, X, Y, Z) each."""
-    model, forecaster = context.model, fitted.forecaster
+    model = context.model
     x = context.volumes([visits.row]).to(model.device)
     z, years = model.compress(x), visits.years
     reconstructed = model.decompress(z)
@@ -170,7 +129,7 @@ def predict_visits(
     decoded, change = decode_forecasts(context, fitted, visits.row, z, years)
     ahead = torch.from_numpy(years).to(x).view(-1, 1, 1, 1, 1)
     images = {
-        "ldae": add_change(x, forecaster.gain * change),
+        "ldae": add_change(x, change),
         "decoded": decoded,
         "last": x.expand(len(years), -1, -1, -1, -1),
         "mean_change": add_change(x, ahead * baselines.mean_change),

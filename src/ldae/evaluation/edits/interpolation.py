@@ -1,9 +1,11 @@
 """Can the visit between two visits of a subject be predicted from them?
 
-All triples start < target < end of a test subject's visits, with t = (target - start) / (end - start) in months. The
-prediction is compared with what was really scanned, for several methods:
+All triples start < target < end of a test subject's visits, with t = (target - start) / (end - start) in months.
+Synthetic cohorts have fresh subjects with visits over years for that (ldae.evaluation.longitudinal). The prediction is
+compared with what was really scanned, for several methods:
 
-    ldae     y on a straight line, codes on an arc (inverted to the editor's depth), decoded
+    ldae     the nearer visit plus the change to the decoded image at t, as the console tool writes it
+    decoded  that image: y on a straight line, codes on an arc (inverted to the editor's depth), decoded
     latent   the autoencoder's latents on a straight line, decompressed
     voxel    the scans themselves on a straight line
     nearest  the visit nearer in time; the earlier one if both are equally near
@@ -41,18 +43,26 @@ from ldae.editing.editor import Editor
 from ldae.evaluation.context import Context
 from ldae.evaluation.edits.anatomy import Anatomy, Levels, interpolate_levels
 from ldae.evaluation.edits.counterfactuals import CounterfactualRenderer
+from ldae.evaluation.edits.edited_scans import add_change
 from ldae.evaluation.edits.figures import draw_strip, write_animation
 from ldae.evaluation.edits.visits import Triple, find_triples
 from ldae.evaluation.figures import draw_curves
 from ldae.evaluation.images.image_metrics import BrainMasks, copy_to_host, mse, ssim_whole_and_masked, to_arrays
+from ldae.evaluation.longitudinal import use_longitudinal_cohort
 from ldae.evaluation.probes.bootstrap import draw_subject_weights, summarise_mean
 from ldae.utils.slices import voxel_to_show
 
 log = logging.getLogger(__name__)
 
-OURS, BASELINES = "ldae", ("nearest", "voxel", "latent")
+OURS, DECODED, BASELINES = "ldae", "decoded", ("nearest", "voxel", "latent")
 SIGNS = {"mse": -1, "mse_mask": -1, "ssim": 1, "ssim_mask": 1, "ventricle_error": -1}  # 1: higher is better
-LABELS = {"ldae": "LDAE", "latent": "blend of latents", "voxel": "blend of scans", "nearest": "nearest visit"}
+LABELS = {
+    "ldae": "nearest visit + change by LDAE",
+    "decoded": "LDAE, decoded",
+    "latent": "blend of latents",
+    "voxel": "blend of scans",
+    "nearest": "nearest visit",
+}
 FRAMES = 9
 Measured = tuple[Tensor, dict[str, Levels]]  # a volume (1, 1, X, Y, Z), and the levels that its anatomy is read with
 
@@ -63,14 +73,24 @@ class Interpolation:
     Args:
         most: at most this many triples, in table order; None: all of them.
         pictures: how many triples are drawn.
+        longitudinal: whether test subjects are those of the longitudinal cohort, where the cohort has one.
     """
 
-    def __init__(self, editor: Editor, most: int | None = None, pictures: int = 1, resamples: int = 1000):
+    def __init__(
+        self,
+        editor: Editor,
+        most: int | None = None,
+        pictures: int = 1,
+        resamples: int = 1000,
+        longitudinal: bool = True,
+    ) -> None:
         self.editor, self.most, self.pictures, self.resamples = editor, most, pictures, resamples
+        self.longitudinal = longitudinal
 
     def __call__(self, context: Context) -> Iterator[tuple[str, float]]:
         from tqdm import tqdm
 
+        context = use_longitudinal_cohort(context, self.longitudinal)
         triples = find_triples(context.table, context.rows("test"))[: self.most]
         if not triples:
             context.skip("interpolation is skipped: no test subject has three visits")
@@ -99,11 +119,15 @@ class Interpolation:
         raw, soft = anatomy.levels(triple.rows, scans), anatomy.levels(triple.rows, reconstructed)
         between = interpolate_levels(soft[0], soft[2], triple.t)
         ends = model.compress(x[[0, 2]])
+        between_raw, is_start = interpolate_levels(raw[0], raw[2], triple.t), triple.nearest == triple.start
+        near, own = (x[:1], raw[0]) if is_start else (x[2:], raw[2])
+        decoded = self.predict(context, triple, [triple.t, 0.0 if is_start else 1.0])
         predictions: dict[str, Measured] = {
-            OURS: (self.predict(context, triple, [triple.t]), between),
+            OURS: (add_change(near, decoded[:1] - decoded[1:]), between_raw),
+            DECODED: (decoded[:1], between),
             "latent": (model.decompress(torch.lerp(ends[:1], ends[1:], triple.t)), between),
-            "voxel": (torch.lerp(x[:1], x[2:], triple.t), interpolate_levels(raw[0], raw[2], triple.t)),
-            "nearest": (x[:1], raw[0]) if triple.nearest == triple.start else (x[2:], raw[2]),
+            "voxel": (torch.lerp(x[:1], x[2:], triple.t), between_raw),
+            "nearest": (near, own),
         }
         targets: dict[str, Measured] = {"real": (x[1:2], raw[1]), "autoencoded": (reconstructed[1:2], soft[1])}
         if renderer.available:
@@ -118,7 +142,7 @@ class Interpolation:
 
     @torch.no_grad()
     def predict(self, context: Context, triple: Triple, ts: list[float]) -> Tensor:
-        """Our volumes at each t between the first and the last visit, (len(ts), 1, X, Y, Z)."""
+        """Our decoded volumes at each t between the first and the last visit, (len(ts), 1, X, Y, Z)."""
         model, ends = context.model, [triple.start, triple.end]
         y = context.y(ends)
         z = model.compress(context.volumes(ends).to(model.device))
@@ -134,12 +158,15 @@ class Interpolation:
         """Real and predicted visits as slices, and an animation from the first visit to the last."""
         x = to_arrays(context.volumes(triple.rows))
         ts = np.linspace(0, 1, FRAMES).tolist()
+        is_start = triple.nearest == triple.start
         frames = to_arrays(self.predict(context, triple, [*ts, triple.t]))
+        nearest = context.volumes([triple.nearest])
+        change = torch.from_numpy(frames[-1] - frames[0 if is_start else FRAMES - 1])[None, None]
+        ours, nearest = (to_arrays(image)[0] for image in (add_change(nearest, change), nearest))
         months = [int(context.table["months"].iloc[row]) for row in triple.rows]
         volumes = [(f"month {month}", volume) for month, volume in zip(months, x, strict=True)]
-        volumes.insert(2, (f"month {months[1]}, LDAE", frames[-1]))
-        nearest = x[0] if triple.nearest == triple.start else x[2]
-        changes = [("LDAE - real", frames[-1] - x[1]), ("nearest - real", nearest - x[1])]
+        volumes.insert(2, (f"month {months[1]}, LDAE", ours))
+        changes = [("LDAE - real", ours - x[1]), ("nearest - real", nearest - x[1])]
         cut = voxel_to_show(None, x.shape[1:])
         subject = context.table["subject"].iloc[triple.target]
         title = f"{subject}: visit at month {months[1]} predicted from months {months[0]} and {months[2]}"
@@ -183,8 +210,8 @@ def summarise_interpolation(table: pd.DataFrame, resamples: int, seed: int) -> I
                 stem = f"interpolation/{method}/{against}/{metric}"
                 yield from summarise_mean(stem, rows[metric].to_numpy(), weights)
                 for months, values in rows.groupby("gap")[metric] if against == "real" else ():
-                    yield f"{stem}_gap{months:02d}", float(values.mean())
-            for method in BASELINES:
+                    yield from summarise_mean(f"{stem}_gap{months:02d}", values.to_numpy(), weights[:, values.index])
+            for method in (*BASELINES, DECODED):
                 gain = SIGNS[metric] * (ours[metric] - by_method[method][metric]).to_numpy()
                 yield from summarise_mean(f"interpolation/gain/{against}/{metric}_over_{method}", gain, weights)
 
