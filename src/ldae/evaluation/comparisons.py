@@ -43,9 +43,9 @@ def _compare(metrics: Mapping[str, float], prefix: str, probe: str, metric: str,
     found = [(metrics[ours], OURS, _interval(metrics, ours), "")]
     for baseline in baselines:
         stem = f"{prefix}baseline/{baseline}/{probe}/{metric}"
-        words = _describe_difference(metrics, f"{stem}_difference", "y is better", "y is worse")
+        words = describe_difference(metrics, f"{stem}_difference", "y is better", "y is worse")
         if f"{stem}_gain" in metrics:
-            added = _describe_difference(metrics, f"{stem}_gain", "y adds to the components", "y takes away from them")
+            added = describe_difference(metrics, f"{stem}_gain", "y adds to the components", "y takes away from them")
             words = f"{words}; {added}"
         found.append((metrics[stem], NAMES.get(baseline, baseline), _interval(metrics, stem), words))
     found.sort(key=lambda row: row[0], reverse=metric == "auc")
@@ -54,7 +54,7 @@ def _compare(metrics: Mapping[str, float], prefix: str, probe: str, metric: str,
     return Comparison(prefix, title, [row[1:] for row in found])
 
 
-def _describe_difference(metrics: Mapping[str, float], name: str, better: str, worse: str) -> str:
+def describe_difference(metrics: Mapping[str, float], name: str, better: str, worse: str) -> str:
     """The difference with its interval; without a word of better or worse if the interval has 0 in it."""
     if name not in metrics:
         return ""

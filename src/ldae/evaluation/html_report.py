@@ -1,7 +1,7 @@
 """report.html: all evaluations of a run in one self-contained file.
 
-Each section (report_sections.py) shows its question, its figures, animations and viewers, and its metrics with what
-their names mean.
+The first screen (first_screen/) says what was trained on whom, what it can and what not to trust. Each section below it
+(report_sections.py) shows its question, its figures, animations and viewers, and its metrics with their names in words.
 """
 
 import base64
@@ -10,6 +10,9 @@ from html import escape
 from pathlib import Path
 
 from ldae.evaluation.comparisons import Comparison, compare_in_words
+from ldae.evaluation.first_screen.facts import TrainingFacts
+from ldae.evaluation.first_screen.screen import render_first_screen
+from ldae.evaluation.metric_words import describe_metric
 from ldae.evaluation.report_sections import OTHER, SECTIONS, Section
 from ldae.utils.files import write_text
 from ldae.utils.metric_table import format_with_intervals
@@ -25,23 +28,21 @@ INTRODUCTION = (
     "length of an edit of y. In brackets: 95 % intervals of a bootstrap over subjects. In all pictures the subject's "
     "left is on the left and marked L. For research only: nothing here is a statement about a person's health."
 )
-STYLE = """
-body{font:15px/1.45 sans-serif;max-width:72em;margin:2em auto;padding:0 1em;color:#222}
-nav a{margin-right:1.2em}h2{border-top:1px solid #ccc;padding-top:.8em;margin-top:1.6em}
-td{padding:1px 1em 1px 0;font-size:13px;vertical-align:top}td:first-child,.value{font-family:monospace}
-img{max-width:100%}table+table{margin-top:1em}
-figure{display:inline-block;margin:1em 1em 0 0;vertical-align:top}figcaption{color:#666;font-size:12px}
-iframe{width:100%;height:36em;border:0}summary{cursor:pointer;margin:.6em 0}
-"""
+STYLE = Path(__file__).with_name("report.css")
 
 
 def write_report(
-    folder: Path, title: str, metrics: Mapping[str, float], record: Mapping[str, Results] | None = None
+    folder: Path,
+    title: str,
+    metrics: Mapping[str, float],
+    record: Mapping[str, Results] | None = None,
+    facts: TrainingFacts | None = None,
 ) -> Path:
     """Write `folder`/report.html from `metrics` and the figures and viewers in `folder`; returns its path.
 
     Args:
         record: which files are shown, what they were computed from and what was skipped; None shows all files.
+        facts: what was trained on whom; None: not known.
     """
     paths = sorted(folder.iterdir())
     if record is not None:
@@ -50,17 +51,26 @@ def write_report(
     rows, files = _sort_into_sections(metrics, paths)
     shown = [section for section in (*SECTIONS, OTHER) if rows[section.title] or files[section.title]]
     links = "".join(f'<a href="#{_anchor(section)}">{escape(section.title)}</a>' for section in shown)
+    names = [path.name for path in paths]
     parts = [
-        f"<h1>{escape(title)}</h1>",
-        f"<p>{escape(INTRODUCTION)}</p>",
-        _describe_sources(record or {}),
+        render_first_screen(folder, title, metrics, names, record or {}, facts),
         f"<nav>{links}</nav>",
+        f'<p class="note">{escape(INTRODUCTION)}</p>',
         *(_section(section, rows[section.title], files[section.title], metrics) for section in shown),
+        _describe_sources(record or {}),
     ]
-    head = f'<meta charset="utf-8"><title>{escape(title)}</title><style>{STYLE}</style>'
     path = folder / REPORT
-    write_text(path, f"<!doctype html>\n<html><head>{head}</head><body>\n" + "\n".join(parts) + "\n</body></html>\n")
+    write_text(path, _page(title, "\n".join(parts)))
     return path
+
+
+def _page(title: str, body: str) -> str:
+    style = STYLE.read_text(encoding="utf-8")
+    head = (
+        '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{escape(title)}</title><style>{style}</style>"
+    )
+    return f'<!doctype html>\n<html lang="en"><head>{head}</head><body>\n{body}\n</body></html>\n'
 
 
 def _describe_sources(record: Mapping[str, Results]) -> str:
@@ -105,33 +115,39 @@ def _anchor(section: Section) -> str:
 def _section(
     section: Section, rows: Sequence[tuple[str, str]], files: Sequence[Path], metrics: Mapping[str, float]
 ) -> str:
-    parts = [f'<h2 id="{_anchor(section)}">{escape(section.title)}</h2>', f"<p>{escape(section.text)}</p>"]
+    heading = f'<h2 id="{_anchor(section)}">{escape(section.title)}</h2>'
+    parts = ['<section class="part">', heading, f"<p>{escape(section.text)}</p>"]
     parts += [_comparison(one) for one in compare_in_words({n: v for n, v in metrics.items() if section.has_metric(n)})]
     parts += [_figure(path) for path in files if path.suffix in MEDIA_TYPES]
     parts += [_viewer(path) for path in files if path.suffix == ".html"]
     if rows:
         is_open = " open" if len(rows) <= MAX_OPEN else ""
-        tables = _table(rows, "value") + _table(list(section.terms_in([name for name, _ in rows]).items()), "meaning")
-        parts.append(f"<details{is_open}><summary>{len(rows)} metrics</summary>{tables}</details>")
-    return "\n".join(parts)
+        parts.append(f"<details{is_open}><summary>{len(rows)} metrics</summary>{_table(rows, section)}</details>")
+    return "\n".join([*parts, "</section>"])
 
 
 def _comparison(comparison: Comparison) -> str:
     """Predictors of one label, the best first, and how y compares with each."""
     cells = "".join(f"<tr>{''.join(f'<td>{escape(text)}</td>' for text in row)}</tr>" for row in comparison.rows)
     heading = f"{comparison.title}{f' ({comparison.prefix})' if comparison.prefix else ''}"
-    return f"<h3>{escape(heading)}</h3><table>{cells}</table>"
+    return f'<h3>{escape(heading)}</h3><div class="wide"><table>{cells}</table></div>'
 
 
-def _table(rows: Sequence[tuple[str, str]], kind: str) -> str:
-    cells = "".join(f'<tr><td>{escape(name)}</td><td class="{kind}">{escape(text)}</td></tr>' for name, text in rows)
-    return f"<table>{cells}</table>" if rows else ""
+def _table(rows: Sequence[tuple[str, str]], section: Section) -> str:
+    """Every metric in words, its value, and its name in metrics.json."""
+    cells = "".join(
+        f'<tr><td>{escape(describe_metric(name, section.terms))}</td><td class="value">{escape(text)}</td>'
+        f"<td><code>{escape(name)}</code></td></tr>"
+        for name, text in rows
+    )
+    head = "<thead><tr><th scope=col>what</th><th scope=col>value</th><th scope=col>name</th></tr></thead>"
+    return f'<div class="wide"><table>{head}<tbody>{cells}</tbody></table></div>'
 
 
 def _figure(path: Path) -> str:
-    data, name = base64.b64encode(path.read_bytes()).decode("ascii"), escape(path.stem)
+    data, words = base64.b64encode(path.read_bytes()).decode("ascii"), escape(path.stem.replace("_", " "))
     source = f"data:{MEDIA_TYPES[path.suffix]};base64,{data}"
-    return f'<figure><img alt="{name}" src="{source}"><figcaption>{escape(path.name)}</figcaption></figure>'
+    return f'<figure><img alt="Figure: {words}" src="{source}"><figcaption>{escape(path.name)}</figcaption></figure>'
 
 
 def _viewer(path: Path) -> str:

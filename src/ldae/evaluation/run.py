@@ -22,6 +22,7 @@ from ldae.data.table import SPLITS
 from ldae.evaluation.context import Context, Evaluator
 from ldae.evaluation.edits.anatomy import REGIONS
 from ldae.evaluation.embeddings import embed_cohort, embed_cohort_in_all_processes, hash_cohort
+from ldae.evaluation.first_screen.facts import TrainingFacts
 from ldae.evaluation.html_report import write_report
 from ldae.evaluation.initial_encoder import build_initial_encoder, count_draws
 from ldae.evaluation.longitudinal import load_longitudinal_cohort, replace_test_split
@@ -57,13 +58,15 @@ def run_evaluations(
     cohort.write_rejected(space.evaluation / f"{file_prefix(prefix)}rejected.csv")
     start_record(space.evaluation, space.predecessor("repr").sha256("encoder"))
     context = replace(build_context(model, cohort, space, config, prefix), supervised=twins)
-    metrics = run_in_context(context, evaluators, f"{config.name}: evaluation")
+    metrics = run_in_context(context, evaluators, f"{config.name}: evaluation", TrainingFacts.of(space))
     if headline := select_headline(metrics):
         log.info("%d metrics, among them\n%s", len(metrics), format_console_table(headline))
     return metrics
 
 
-def run_in_context(context: Context, evaluators: Mapping[str, Evaluator], title: str) -> dict[str, float]:
+def run_in_context(
+    context: Context, evaluators: Mapping[str, Evaluator], title: str, facts: TrainingFacts | None = None
+) -> dict[str, float]:
     """Run `evaluators` in their order; returns their metrics.
 
     metrics.json is saved after every evaluator. The report is written once, at the end or when an evaluator fails, and
@@ -76,7 +79,7 @@ def run_in_context(context: Context, evaluators: Mapping[str, Evaluator], title:
             metrics |= results.run(name, evaluator)
     finally:
         if results.record:
-            log.info("report: %s", write_report(context.out, title, results.metrics(), results.record))
+            log.info("report: %s", write_report(context.out, title, results.metrics(), results.record, facts))
     return metrics
 
 

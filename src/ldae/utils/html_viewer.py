@@ -3,14 +3,47 @@
 import base64
 import html
 import json
+import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from ldae.utils.files import write_text
 
+START, END = "const data = ", ";\n"  # of the data in a viewer
 MAX_BYTES = 3_000_000  # of all volumes; larger ones are subsampled
+
+
+@dataclass(frozen=True)
+class StoredViewer:
+    """What a viewer shows.
+
+    Attributes:
+        frames: volumes (X, Y, Z) in RAS, float32 in [0, 1], by label in the order of the slider; larger ones were
+            subsampled when they were stored.
+        reference: label of the volume that the others are compared with.
+    """
+
+    title: str
+    frames: dict[str, np.ndarray]
+    reference: str
+
+
+def read_viewer(path: Path) -> StoredViewer | None:
+    """What `write_viewer` has stored in `path`; None if it is another page."""
+    page = path.read_text(encoding="utf-8")
+    title = re.search(r"<title>(.*?)</title>", page, re.DOTALL)
+    start = page.find(START) + len(START)
+    try:
+        data = json.loads(page[start : page.index(END, start)])
+        shape, labels = tuple(data["shape"]), list(data["labels"])
+        stored = [np.frombuffer(base64.b64decode(text), np.uint8).reshape(shape, order="F") for text in data["frames"]]
+        frames = {str(name): frame.astype(np.float32) / 255 for name, frame in zip(labels, stored, strict=True)}
+        return StoredViewer(html.unescape(title[1] if title else ""), frames, str(labels[data["reference"]]))
+    except (ValueError, KeyError, TypeError, IndexError):
+        return None
 
 
 def write_viewer(
