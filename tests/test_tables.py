@@ -14,6 +14,7 @@ from click.testing import CliRunner
 from torch.utils.tensorboard import SummaryWriter
 
 from ldae.cli import main as console
+from ldae.evaluation.edits.interpolation import LABELS
 from ldae.evaluation.tables.layout import PAPER, Cell, Column, Row, Table
 from ldae.evaluation.tables.render import escape, to_csv, to_latex, to_latex_document, to_markdown
 from ldae.evaluation.tables.sources import Measured, find_training_seconds, read_bench
@@ -74,16 +75,23 @@ def test_own_rows_have_intervals_and_the_papers_are_marked(evaluated):
     ]  # fmt: skip
     assert reconstruction["*SSIM; encoded z_T and y; DDIM*", f"*{PAPER}*"][0] == "*0.953*"
     interpolation = rows_of(page, "Interpolation through time, by months between the visits")
-    assert interpolation["SSIM; ours", "mine"] == ["–", "0.910", "–", "–"]
+    label = f"SSIM; {LABELS['ldae']}"
+    assert interpolation[label, "mine"] == ["–", "0.910", "–", "–"]
     assert interpolation["*SSIM; LDAE*", f"*{PAPER}*"] == ["*0.969*", "*–*", "*> 0.930*", "*–*"]
 
 
 def test_what_is_missing_comes_with_the_command_that_measures_it(evaluated):
     page = write_tables(evaluated).read_text()
-    missing = rows_of(page, "Unconditional generation")["samples", "mine"][0]
+    missing = rows_of(page, "Unconditional generation")["samples of the U-Net alone, and 3 more rows", "mine"][0]
     evaluate = "python evaluate.py data=table data.table=my.csv name=mine"
     assert missing == f"not measured: `{evaluate} 'evaluation=[generation]'`"
-    assert rows_of(page, "Speed")["embed it, y", "bench"][0] == "not measured: `make bench`"
+    assert rows_of(page, "Speed")["bench: compress a scan, and 7 more rows", "bench"][0] == "not measured: `make bench`"
+    probes = rows_of(page, "What y predicts: test split")
+    assert probes["supervised, same encoder", "mine"][0] == (
+        "not measured: `python train.py stage=supervised task=diagnosis data=table data.table=my.csv name=mine`, then "
+        f"`{evaluate} 'evaluation=[probes]'`"
+    )
+    assert probes["y, the same in voxel space", "voxels"][0] == "not measured: `make voxel-twin`"
     record = evaluated / "evaluation" / "evaluations.json"
     write_json(record, {"probes": {**read_json(record)["probes"], "command": "ldae cohort x --name mine"}})
     assert "python evaluate.py name=mine 'evaluation=[generation]'" in write_tables(evaluated).read_text()

@@ -7,7 +7,8 @@ on a few of them, at several numbers of steps. Metrics:
 - `reconstruction/<sampler>_<steps>/encoded/...`: the same for scans decoded from their inverted code and y;
   `ssim_drop`, SSIM below the autoencoder's on the same scans; `latent_error`, root mean square error of the latent.
 - `reconstruction/<sampler>_<steps>/semantic/...`: the same for scans decoded from fixed noise and y.
-- Both with `evaluations` of the network and `seconds` per scan.
+- Metrics of images have intervals over the subjects of these scans. Both with `evaluations` of the network and
+  `seconds` per scan.
 - `reconstruction/<sampler>_<steps>/code/{mean,std,kurtosis,norm_ratio,norm_ks}`: how far the code is from standard
   normal noise (diffusion/diagnostics.py).
 - `code/error` of z_T and `semantic/error` of z_0: root mean square difference from a reference sampler of many steps,
@@ -87,12 +88,23 @@ class Reconstruction:
         for name, sampler in self.samplers.items():
             for steps in self.steps:
                 for source, metrics in benchmark.run(sampler.with_steps(steps), reference).items():
-                    table.append({"method": name, "steps": steps, "source": source} | metrics)
-                    for metric, value in metrics.items():
-                        yield f"{STEM}/{name}_{steps}/{source}/{metric}", value
+                    means = {metric: float(np.mean(value)) for metric, value in metrics.items()}
+                    table.append({"method": name, "steps": steps, "source": source} | means)
+                    yield from self._summarise(f"{STEM}/{name}_{steps}/{source}", context, benchmark.rows, metrics)
         context.write_csv(f"{STEM}.csv", pd.DataFrame(table))
         _draw_quality(context, pd.DataFrame(table), benchmark.autoencoder["ssim_mask"])
         _draw_scan(context, benchmark)
+
+    def _summarise(
+        self, stem: str, context: Context, rows: Sequence[int], metrics: Mapping[str, np.ndarray | float]
+    ) -> Iterator[tuple[str, float]]:
+        """Metrics of one sampler; those of every scan (B,) with intervals."""
+        weights = draw_subject_weights(context.subjects(rows), self.resamples, context.seed)
+        for metric, value in metrics.items():
+            if isinstance(value, np.ndarray):
+                yield from summarise_mean(f"{stem}/{metric}", value, weights)
+            else:
+                yield f"{stem}/{metric}", value
 
     def _measure_autoencoder(self, context: Context, rows: np.ndarray) -> dict[str, np.ndarray]:
         """Every metric of scans that are compressed and decompressed, (N,) each."""
@@ -116,18 +128,19 @@ class SamplerBenchmark:
     """
 
     def __init__(self, context: Context, rows: list[int]):
-        self.context, self.model = context, context.model
+        self.context, self.model, self.rows = context, context.model, rows
         scans = context.volumes(rows)
         self.x, self.mask = scans.to(self.model.device), brain_mask(scans).to(self.model.device)
         self.z, self.y = self.model.compress(self.x), context.y(rows)
         self.noise = draw_normal(self.z.shape[1:], context.seed, rows, STEM).to(self.z)
         self.decompressed = self.model.decompress(self.z)
-        self.autoencoder = _to_numbers(self._quality(self.decompressed, "latent"))["latent"]
+        measured = _by_source(self._quality(self.decompressed, "latent"))["latent"]
+        self.autoencoder = {name: float(values.mean()) for name, values in measured.items()}
 
     def _quality(self, volumes: Tensor, source: str) -> dict[tuple[str, str], Tensor]:
-        """The mean of every metric over the scans, by (source, metric)."""
+        """Every metric of every scan (B,), by (source, metric)."""
         found = compare_images(volumes, self.x, self.mask, self.context.perceptual)
-        return {(source, name): values.mean() for name, values in found.items()}
+        return {(source, name): values for name, values in found.items()}
 
     def _time(self, work: Callable[[], T]) -> tuple[T, float]:
         """The result, and the seconds that it took per scan."""
@@ -146,22 +159,24 @@ class SamplerBenchmark:
         log.info("reference sampler: %d steps each way for %d scans", sampler.steps, len(z))
         return self.model.invert(z, y, sampler=sampler).z, self.model.generate(noise, y, sampler=sampler)
 
-    def run(self, sampler: Sampler, reference: tuple[Tensor, Tensor] | None) -> dict[str, dict[str, float]]:
-        """Metrics of one sampler, by source: `encoded`, `semantic` and `code`."""
+    def run(
+        self, sampler: Sampler, reference: tuple[Tensor, Tensor] | None
+    ) -> dict[str, dict[str, np.ndarray | float]]:
+        """Metrics of one sampler, by source: `encoded`, `semantic` and `code`; those of images for every scan (B,)."""
         model, z, y = self.model, self.z, self.y
         code, inversion_seconds = self._time(lambda: model.invert(z, y, sampler=sampler))
         encoded, encoded_seconds = self._time(lambda: model.generate(code, y, sampler=sampler))
         semantic, semantic_seconds = self._time(lambda: model.generate(self.noise, y, sampler=sampler))
         measured = self._quality(model.decompress(encoded), "encoded")
         measured |= self._quality(model.decompress(semantic), "semantic")
-        measured["encoded", "latent_error"] = _rms(encoded - z)
+        found: dict[str, dict[str, np.ndarray | float]] = {"code": {}} | _by_source(measured)
+        found["encoded"]["latent_error"] = _rms(encoded - z)
         if reference is not None:
             z_t, z_0 = reference
-            measured["code", "error"] = _rms(code.z[: len(z_t)] - z_t)
-            measured["semantic", "error"] = _rms(semantic[: len(z_0)] - z_0)
-        found = {"code": {}} | _to_numbers(measured)
+            found["code"]["error"] = _rms(code.z[: len(z_t)] - z_t)
+            found["semantic"]["error"] = _rms(semantic[: len(z_0)] - z_0)
         found["encoded"] |= {
-            "ssim_drop": self.autoencoder["ssim"] - found["encoded"]["ssim"],
+            "ssim_drop": self.autoencoder["ssim"] - float(np.mean(found["encoded"]["ssim"])),
             "evaluations": 2.0 * sampler.evaluations,
             "seconds": inversion_seconds + encoded_seconds,
         }
@@ -170,15 +185,15 @@ class SamplerBenchmark:
         return found
 
 
-def _rms(difference: Tensor) -> Tensor:
-    return difference.double().square().mean().sqrt()
+def _rms(difference: Tensor) -> float:
+    return float(difference.double().square().mean().sqrt())
 
 
-def _to_numbers(measured: Mapping[tuple[str, str], Tensor]) -> dict[str, dict[str, float]]:
-    """Scalar tensors by (source, metric) as numbers by source and metric."""
-    found: dict[str, dict[str, float]] = {}
-    for (source, name), value in copy_to_host(measured).items():
-        found.setdefault(source, {})[name] = float(value)
+def _by_source(measured: Mapping[tuple[str, str], Tensor]) -> dict[str, dict[str, np.ndarray]]:
+    """Metrics of every scan (B,) by (source, metric) as arrays by source and metric."""
+    found: dict[str, dict[str, np.ndarray]] = {}
+    for (source, name), values in copy_to_host(measured).items():
+        found.setdefault(source, {})[name] = values
     return found
 
 

@@ -34,5 +34,6 @@ def summarise(name: str, values: np.ndarray) -> list[tuple[str, float]]:
 
 
 def summarise_mean(name: str, values: np.ndarray, weights: np.ndarray) -> list[tuple[str, float]]:
-    """The same of the mean of values (N,), one per scan, under weights (1 + R, N)."""
-    return summarise(name, weights @ values / weights.sum(1))
+    """The same of the mean of values (N,), one per scan, under weights (1 + R, N), of which some may be all 0."""
+    with np.errstate(invalid="ignore"):
+        return summarise(name, weights @ values / weights.sum(1))

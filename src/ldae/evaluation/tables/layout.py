@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Self
 
+THEN = ", then "  # between two commands
 PAPER = "paper, ADNI"  # the mark of every row that is not of this run's cohort
 
 
@@ -27,12 +28,12 @@ class Cell:
             return None
         return cls(metrics[name], metrics.get(f"{name}_low"), metrics.get(f"{name}_high"))
 
-    def format(self, digits: int, minus: str = "-") -> str:
+    def format(self, digits: int) -> str:
         """`0.931 [0.896, 0.961]` with so many digits after the point."""
         text = f"{'> ' if self.at_least else ''}{self.value:.{digits}f}"
         if self.low is not None and self.high is not None:
             text += f" [{self.low:.{digits}f}, {self.high:.{digits}f}]"
-        return text.replace("-", minus)
+        return text
 
 
 @dataclass(frozen=True)
@@ -51,12 +52,21 @@ class Row:
         cells: one for each column; None where nothing was measured.
         origin: what the numbers are of, such as this run's name, or `PAPER`.
         command: what measures the row; shown if it has no cell at all.
+        digits: after the point, in place of those of the columns.
     """
 
     label: str
     cells: Sequence[Cell | None]
     origin: str
     command: str = ""
+    digits: int | None = None
+
+    def texts(self, columns: Sequence[Column]) -> list[str | None]:
+        """The cells as text; None where nothing was measured."""
+        return [
+            None if cell is None else cell.format(column.digits if self.digits is None else self.digits)
+            for cell, column in zip(self.cells, columns, strict=True)
+        ]
 
     @property
     def is_missing(self) -> bool:

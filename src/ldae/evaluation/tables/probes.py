@@ -4,16 +4,17 @@ import re
 from collections.abc import Mapping, Sequence
 
 from ldae.evaluation.comparisons import NAMES
+from ldae.evaluation.first_screen.names import PREFIX, PROBE
 from ldae.evaluation.tables import published
-from ldae.evaluation.tables.layout import Cell, Column, Row, Table
+from ldae.evaluation.tables.layout import THEN, Cell, Column, Row, Table
 from ldae.evaluation.tables.sources import Measured, Sources
 
-PROBE = re.compile(r"(?P<prefix>.*?)probe/(?P<probe>[^/]+)/(?P<metric>auc|mae)")
-BASELINE = re.compile(r"(?P<prefix>.*?)baseline/(?P<baseline>[^/]+)/[^/]+/(?:auc|mae)")
+BASELINE = re.compile(PREFIX + r"baseline/(?P<baseline>[^/]+)/[^/]+/(?:auc|mae)")
 METRICS = {"auc": ("auc", "accuracy"), "mae": ("mae", "rmse")}  # main metric -> those that are shown
 TITLES = {"auc": "AUC", "accuracy": "accuracy", "mae": "mean absolute error", "rmse": "RMSE"}
 SUPERVISED, VOXEL = "supervised", "the same in voxel space"
 OURS = "y"
+VOXEL_COMMAND = "make voxel-twin"
 REGIMES = {
     "": "test split",
     "cv/inductive/": "cross-validated, the encoder saw none of these scans",
@@ -106,9 +107,9 @@ def _missing(sources: Sources, found: set[str], width: int) -> list[Row]:
     run, nothing = sources.run, [None] * width
     rows = []
     if SUPERVISED not in found:
-        rows.append(Row(NAMES.get(SUPERVISED, "supervised, same encoder"), nothing, run.name, _supervise(run)))
-    if not sources.run.in_voxel_space and not any(_has_probes(twin) for twin in sources.voxel_twins):
-        rows.append(Row(f"{OURS}, {VOXEL}", nothing, f"{run.name}_voxels", _train_in_voxels(run)))
+        rows.append(Row(NAMES.get(SUPERVISED, SUPERVISED), nothing, run.name, supervise_command(run)))
+    if not run.in_voxel_space and not any(_has_probes(twin) for twin in sources.voxel_twins):
+        rows.append(Row(f"{OURS}, {VOXEL}", nothing, "voxels", VOXEL_COMMAND))
     return rows
 
 
@@ -116,9 +117,6 @@ def _has_probes(run: Measured) -> bool:
     return any(name.startswith("probe/") for name in run.metrics)
 
 
-def _supervise(run: Measured) -> str:
-    return run.command("probes")
-
-
-def _train_in_voxels(run: Measured) -> str:
-    return run.command("probes")
+def supervise_command(run: Measured) -> str:
+    """The commands that train the supervised twin of y and score it."""
+    return f"{run.train_command('stage=supervised', 'task=diagnosis')}{THEN}{run.command('probes')}"

@@ -16,7 +16,8 @@ QUALITIES = {
 }
 PAPERS = "ddim"  # the sampler of the paper
 NOTES = (
-    "The last column is the autoencoder alone, the best that decoding can be expected to reach.",
+    "The last column is the autoencoder alone, the best that decoding can be expected to reach. It is measured on all "
+    "test scans, the samplers on a few of them.",
     "SSIM with the paper's window is over the whole volume, background included, which raises it; compare methods by "
     "SSIM in the brain. The paper's LPIPS is the sum over three planes of random slices, ours the mean of all slices.",
 )

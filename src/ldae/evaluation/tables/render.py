@@ -4,7 +4,7 @@ import csv
 import io
 from collections.abc import Sequence
 
-from ldae.evaluation.tables.layout import Cell, Column, Row, Table
+from ldae.evaluation.tables.layout import THEN, Column, Row, Table
 
 NOTHING = "–"
 ESCAPES = {
@@ -35,21 +35,18 @@ def _markdown_table(table: Table) -> str:
 
     lines = [line(["", "of", *(column.title for column in table.columns)]), "|---|---|" + "---|" * len(table.columns)]
     for row in table.rows:
-        shown = [_text(cell, column) for cell, column in zip(row.cells, table.columns, strict=True)]
+        shown = [text or NOTHING for text in row.texts(table.columns)]
         if row.is_missing:
-            shown = [_missing(row, "`"), *[""] * (len(table.columns) - 1)]
+            shown = [_missing(row), *[""] * (len(table.columns) - 1)]
         mark = "*" if row.is_published else ""
         lines.append(line([f"{mark}{text}{mark}" if text else "" for text in (row.label, row.origin, *shown)]))
     notes = "".join(f"\n\n{note}" for note in table.notes)
     return f"## {table.title}\n\n" + "\n".join(lines) + notes
 
 
-def _text(cell: Cell | None, column: Column) -> str:
-    return NOTHING if cell is None else cell.format(column.digits)
-
-
-def _missing(row: Row, quote: str) -> str:
-    return f"not measured: {quote}{row.command}{quote}" if row.command else "not measured"
+def _missing(row: Row) -> str:
+    commands = THEN.join(f"`{command}`" for command in row.command.split(THEN))
+    return f"not measured: {commands}" if row.command else "not measured"
 
 
 def to_latex(table: Table, source: str) -> str:
@@ -83,10 +80,7 @@ def _latex_row(row: Row, columns: Sequence[Column]) -> str:
     if row.is_missing:
         command = rf"not measured: \texttt{{{escape(row.command)}}}" if row.command else "not measured"
         return " & ".join([*start, rf"\multicolumn{{{len(columns)}}}{{l}}{{{command}}}"])
-    cells = [
-        "--" if cell is None else f"${_math(cell.format(column.digits))}$"
-        for cell, column in zip(row.cells, columns, strict=True)
-    ]
+    cells = ["--" if text is None else f"${_math(text)}$" for text in row.texts(columns)]
     return " & ".join([*start, *(rf"\textit{{{cell}}}" if row.is_published else cell for cell in cells)])
 
 

@@ -63,6 +63,10 @@ class Measured:
         """The command that runs these evaluations of this run."""
         return shlex.join(["python", "evaluate.py", *self.arguments, f"evaluation=[{','.join(evaluations)}]"])
 
+    def train_command(self, *choices: str) -> str:
+        """The command that trains a stage of this run, given what chooses it."""
+        return shlex.join(["python", "train.py", *choices, *self.arguments])
+
 
 @dataclass(frozen=True)
 class Sources:
@@ -144,10 +148,13 @@ def read_bench(runs: Path) -> dict[str, float]:
 
 
 def find_training_seconds(run: Run) -> float | None:
-    """Wall seconds of a stage's training loop, from the times in its TensorBoard files; None without any.
+    """Wall seconds of a stage's training loop over all its starts; None if they are not known.
 
-    Each start of the training has written a file; the time between two starts does not count.
+    From its record of progress; of a run of an earlier version, which has none, from the times in its TensorBoard
+    files, of which each start has written one.
     """
+    if run.progress:
+        return run.progress["seconds"]
     from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
     total, files = 0.0, sorted((run.path / "tensorboard").glob("events.out.tfevents.*"))

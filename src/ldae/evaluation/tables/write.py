@@ -1,9 +1,11 @@
 """Writes all tables of a run to runs/NAME/evaluation/tables."""
 
 from collections.abc import Sequence
+from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 
-from ldae.evaluation.tables.layout import PAPER, Table
+from ldae.evaluation.tables.layout import PAPER, Row, Table
 from ldae.evaluation.tables.other import build_forecast, build_generation, build_interpolation, build_speed
 from ldae.evaluation.tables.probes import build_probes
 from ldae.evaluation.tables.reconstruction import build_reconstruction
@@ -16,7 +18,7 @@ FOLDER = "tables"  # in runs/NAME/evaluation
 
 def build_tables(sources: Sources) -> list[Table]:
     """The tables in the paper's order."""
-    return [
+    tables = [
         build_reconstruction(sources),
         *build_probes(sources),
         build_interpolation(sources),
@@ -24,6 +26,18 @@ def build_tables(sources: Sources) -> list[Table]:
         build_generation(sources),
         build_speed(sources),
     ]
+    return [replace(table, rows=merge_missing(table.rows)) for table in tables]
+
+
+def merge_missing(rows: Sequence[Row]) -> list[Row]:
+    """The rows, with those one after the other that one command measures as one."""
+    merged = []
+    for (is_missing, origin, command), group in groupby(rows, lambda row: (row.is_missing, row.origin, row.command)):
+        same = list(group)
+        if is_missing and len(same) > 1:
+            same = [Row(f"{same[0].label}, and {len(same) - 1} more rows", same[0].cells, origin, command)]
+        merged += same
+    return merged
 
 
 def write_tables(folder: Path) -> Path:
