@@ -176,7 +176,8 @@ def test_manipulation_of_a_planted_effect(context):
     assert not any(name.startswith("manipulation/nothing") for name in metrics)
     names = {path.name for path in context.out.iterdir()}
     stem = "manipulation_diagnosis"
-    assert {f"{stem}.csv", f"{stem}_scans.csv", f"{stem}_dose.png", f"{stem}_1.png", f"{stem}_2.gif"} <= names
+    pictures = {f"{stem}_{name}" for name in ("dose.png", "mean.png", "1.png", "2.gif")}
+    assert {f"{stem}.csv", f"{stem}_scans.csv", *pictures} <= names
     stored = json.loads((context.out / "directions.json").read_text())["directions"]
     assert set(stored) == {"diagnosis", "age"}
 
