@@ -36,6 +36,7 @@ CONTEXTS = (
     ("train", "stage=aekl", "experiment=paper", "data.table=x", "perceptual=lpips"),
     ("train", "stage=aekl", "data=table", "data.table=x", "perceptual=medicalnet"),
     ("train", "stage=repr", "experiment=ixi"),
+    ("train", "stage=prior"),
     ("bench",),
     ("bench", "bench=full"),
     ("preprocess",),

@@ -71,7 +71,7 @@ def test_the_network_learns_what_is_not_gaussian(data):
     prior = fitted(data, hidden=2, width=64, dropout=0.0)
     _, labels, y, _ = data
     optimizer = torch.optim.Adam(prior.network.parameters(), 3e-3)
-    for _ in range(400):
+    for _ in range(250):
         t = torch.randint(0, 1000, (PEOPLE,))
         u, noise = prior.whitening.whiten(y), torch.randn(PEOPLE, 6)
         alpha, sigma = (f(t).float()[:, None] for f in (prior.schedule.alpha, prior.schedule.sigma))

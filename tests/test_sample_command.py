@@ -59,17 +59,17 @@ def test_one_command_makes_a_cohort_with_its_table(ldae, place):
 
 
 def test_the_same_command_continues_and_more_samples_leave_the_first_as_they_are(ldae, place):
-    assert ldae("sample", "-n", 2, "-o", "grown", "--run", "small").exit_code == 0
+    assert ldae("sample", "-n", 2, "--steps", 2, "-o", "grown", "--run", "small").exit_code == 0
     first, stamp = read("grown/sample01.nii.gz"), (place / "grown/sample01.nii.gz").stat().st_mtime_ns
     (place / "grown/sample02.nii.gz").unlink()
-    assert ldae("sample", "-n", 3, "-o", "grown", "--run", "small").exit_code == 0
+    assert ldae("sample", "-n", 3, "--steps", 2, "-o", "grown", "--run", "small").exit_code == 0
     assert (place / "grown/sample01.nii.gz").stat().st_mtime_ns == stamp
     assert len(read_table(place / "grown/scans.csv")) == 3
     model = LDAE.load("runs/small", device="cpu")
-    together = model.sample(3, seed=0)[:, 0].numpy()
+    together = model.sample(3, seed=0, steps=2)[:, 0].numpy()
     np.testing.assert_allclose(together[0], first, atol=1e-4)
     np.testing.assert_allclose(together[1], read("grown/sample02.nii.gz"), atol=1e-4)
-    result = ldae("sample", "-n", 3, "-o", "grown", "--run", "small", "--seed", 1)
+    result = ldae("sample", "-n", 3, "--steps", 2, "-o", "grown", "--run", "small", "--seed", 1)
     assert result.exit_code == 2
     assert "samples of another seed" in result.output
 

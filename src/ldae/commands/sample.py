@@ -18,7 +18,7 @@ from ldae.commands.options import (
 from ldae.utils.errors import UserError
 
 if TYPE_CHECKING:
-    from ldae import LDAE
+    from ldae.pipeline import LDAE
 
 RECORD = "sample.json"  # what the images of a folder were drawn from
 TABLE = "scans.csv"
