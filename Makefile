@@ -4,6 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 DEMO := experiment=demo name=demo
+VOXELS := experiment=voxels name=voxels
 # A mistyped ARGS would start a command without its arguments.
 GIVEN := $(foreach name,$(.VARIABLES),$(if $(filter command,$(firstword $(origin $(name)))),$(name)))
 UNKNOWN := $(filter-out ARGS BUDGET DATA NAME PYTHON PICTURES,$(GIVEN))
@@ -18,7 +19,7 @@ $(if $(NAME),,$(error give the cohort a name, NAME=mine))
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo ixi cohort test test-faults lint train-aekl train-pretrain train-repr encode evaluate bench gpu-check tables pictures
+.PHONY: help setup demo ixi cohort test test-faults lint train-aekl train-pretrain train-repr train-prior train-supervised voxel-twin encode evaluate bench gpu-check tables pictures
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -46,6 +47,16 @@ cohort: $(STAMP) ## the same for raw scans of your own: DATA=MY_BIDS NAME=mine
 train-aekl: $(STAMP) ## stage 1: the autoencoder
 	$(BIN)/python train.py stage=aekl $(ARGS)
 
+train-supervised: $(STAMP) ## the supervised twin of y, a baseline of the probes: ARGS="task=age ..."
+	$(BIN)/python train.py stage=supervised $(ARGS)
+
+voxel-twin: $(STAMP) ## the demo's method in voxel space, a baseline: trained and evaluated, runs/voxels
+	$(BIN)/python train.py stage=aekl $(VOXELS) $(ARGS)
+	$(BIN)/python encode_latents.py $(VOXELS) $(ARGS)
+	$(BIN)/python train.py stage=pretrain $(VOXELS) $(ARGS)
+	$(BIN)/python train.py stage=repr $(VOXELS) $(ARGS)
+	$(BIN)/python evaluate.py $(VOXELS) $(ARGS)
+
 encode: $(STAMP) ## compress every scan once
 	$(BIN)/python encode_latents.py $(ARGS)
 
@@ -54,6 +65,9 @@ train-pretrain: $(STAMP) ## stage 2: the latent diffusion model
 
 train-repr: $(STAMP) ## stage 3: semantic encoder and gradient estimator
 	$(BIN)/python train.py stage=repr $(ARGS)
+
+train-prior: $(STAMP) ## the distribution of y, from which `ldae sample` makes synthetic cohorts
+	$(BIN)/python train.py stage=prior $(ARGS)
 
 evaluate: $(STAMP) ## embeddings, probes, and the chosen evaluations
 	$(BIN)/python evaluate.py $(ARGS)

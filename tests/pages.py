@@ -10,7 +10,7 @@ LINKED = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/**/*.md"))]
 PAGES = [page for page in LINKED if page.name != "CHANGELOG.md" and page.parent.name != "history"]
 PROGRAMS = re.compile(r"(python|ldae|make|accelerate launch|torchrun|sbatch|evaluate\.py|[A-Z]=)(?=\s|$)")
 # By target of the Makefile.
-STAGE_OF = {f"train-{stage}": stage for stage in ("aekl", "pretrain", "repr", "prior")}
+STAGE_OF = {f"train-{stage}": stage for stage in ("aekl", "pretrain", "repr", "prior", "supervised")}
 
 
 def code_spans(page: Path) -> list[str]:

@@ -53,7 +53,8 @@ def small_run(
     nodes = {**config.model, "estimator": estimator_node(config.model.unet, 16, config.model.estimator)}
     names = ("autoencoder", "unet", "encoder", "estimator")
     networks = {name: random_weights(instantiate(nodes[name])) for name in names}
-    weights = {"split_hash": "0", "scale": [1.5, 2.0, 0.5], "step": 1}
+    scale = [1.5, 2.0, 0.5][: config.model.autoencoder.latent_channels]
+    weights = {"split_hash": "0", "scale": scale, "step": 1}
 
     def publish(stage: str, *names: str) -> None:
         run = space.stage(stage)

@@ -9,7 +9,7 @@ from faults.scripts import run_script
 from ldae.config import check_constructor_arguments, compose_config, conf_dir
 from ldae.utils.errors import UserError
 
-STAGES = ("aekl", "pretrain", "repr", "prior")
+STAGES = ("aekl", "pretrain", "repr", "prior", "supervised")
 
 
 def group(name):
@@ -37,7 +37,7 @@ def test_every_experiment_composes_for_the_other_scripts(primary, experiment):
 @pytest.mark.parametrize(
     "choice",
     [f"{name}={option}" for name in ("model", "diffusion", "sampler", "optim", "loss", "trainer", "accelerator", "data",
-     "perceptual", "evaluation", "probe", "stage_settings", "+data/augmentation", "data/view", "model/prior")
+     "perceptual", "evaluation", "probe", "stage_settings", "+data/augmentation", "data/view", "model/prior", "task")
      for option in group(name.removeprefix("+"))],
 )  # fmt: skip
 def test_every_group_option_composes_and_its_arguments_exist(choice):
@@ -46,6 +46,8 @@ def test_every_group_option_composes_and_its_arguments_exist(choice):
         "perceptual=published": ["perceptual.backbone=a", "perceptual.heads=b"],
         "perceptual=medicalnet": ["perceptual.weights=c"],
         "data=table": ["data.table=scans.csv"],
+        "task=number": ["task.column=height"],
+        "task=classes": ["task.column=group", "task.positive=patient", "task.negative=control"],
     }
     name, option = choice.split("=")
     override = f"{name}=[{option}]" if name in ("evaluation", "probe") else choice

@@ -149,8 +149,8 @@ def is_free(command: Command, index: int) -> bool:
         return True
     if command.program == "ldae" and words[0] == "preprocess" and index == 2:
         return True
-    begins = "stage=aekl" in words or (command.program == "encode_latents" and "model/autoencoder=identity" in words)
-    return (words[index].startswith("name=") and begins) or words[index - 1] in OUTPUTS
+    begins = {"stage=aekl", "stage=supervised"} & set(words) or (command.program == "encode_latents" and "model/autoencoder=identity" in words)
+    return bool(words[index].startswith("name=") and begins) or words[index - 1] in OUTPUTS
 
 
 @cache
