@@ -348,7 +348,7 @@ def test_the_report_is_one_escaped_file(tmp_path):
     assert "<script>" not in text
     assert "&lt;b&gt;" in text
     assert "1.5 [1, 2]" in text
-    sections = dict(part.split("</h2>", 1) for part in text.split("<h2 ")[1:])
+    sections = dict(part.split("</h2>", 1) for part in text.split("<nav>")[1].split("<h2 ")[1:])
     assert [name.split(">")[1] for name in sections] == [
         "What the embedding predicts",
         "Manipulation",

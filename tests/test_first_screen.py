@@ -51,7 +51,7 @@ EDITS = {
     "manipulation/diagnosis/outside_share_true": 0.4, "manipulation/diagnosis/independent_right_low": 0.4,
 }  # fmt: skip
 RULES = {
-    "synthetic": ({}, {}, "The scans are synthetic"),
+    "synthetic": ({}, {}, "The training scans are synthetic"),
     "unused y": ({"semantics/z0_error_ratio_low": 1.05}, {"semantics/z0_error_ratio_low": 1.2}, "hardly uses y"),
     "worse": (AUC, MAE, "y is worse than region volumes"),
     "within": (AUC, MAE, "not shown to be better than PCA of scans."),
@@ -206,7 +206,7 @@ def test_the_first_screen_is_whole_and_works_offline(tmp_path):
     assert text.index("What not to trust") < text.index("<nav>")
     first = text[: text.index("<nav>")]
     for said in (
-        "Trained without labels on 500 people", "voxels of 1.5 mm (128 × 160 × 128)", "100 for the tests below",
+        "Trained without labels on 500 people", "voxels of 1.5 mm (128 × 160 × 128)", "100 for tests",
         "+20.0 %", "36.0", "Move from CN to AD", "python evaluate.py name=mine data.table=…/scans.csv",
     ):  # fmt: skip
         assert said in first

@@ -160,7 +160,7 @@ def test_latex_has_no_character_that_is_not_escaped():
     assert r"$-0.500\;[-1.000,\,0.000]$" in body[1]
     assert all(line.count("{") - line.count(r"\{") == line.count("}") - line.count(r"\}") for line in body)
     missing = to_latex(table("x", None, None, command="python evaluate.py 'evaluation=[a_b]'"), "")
-    assert r"\multicolumn{2}{l}{not measured: \texttt{python evaluate.py" in missing
+    assert r"\multicolumn{2}{p{0.6\linewidth}}{\raggedright not measured: \texttt{python evaluate.py" in missing
     assert r"{[}a\_b{]}" in missing
 
 
@@ -171,6 +171,11 @@ def test_the_latex_compiles(tmp_path):
     (tmp_path / "tables.tex").write_text(to_latex_document([one], "x"))
     command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "tables.tex"]
     subprocess.run(command, cwd=tmp_path, check=True, timeout=60, capture_output=True)
+
+
+def test_numbers_are_rounded_without_a_negative_zero():
+    assert Cell(-0.001, -0.004, 0.004).format(2) == "0.00 [0.00, 0.00]"
+    assert Cell(0.93, at_least=True).format(2) == "> 0.93"
 
 
 def test_a_pipe_does_not_end_a_cell_in_markdown():

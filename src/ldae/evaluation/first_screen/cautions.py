@@ -54,7 +54,7 @@ def find_cautions(evidence: Evidence) -> list[str]:
 
 def _synthetic(evidence: Evidence) -> Iterator[str]:
     if evidence.facts is not None and evidence.facts.is_synthetic:
-        yield "The scans are synthetic. Nothing here says how well the method does on real brains."
+        yield "The training scans are synthetic. Nothing here says how the method does when trained on real brains."
 
 
 def _unused_y(evidence: Evidence) -> Iterator[str]:

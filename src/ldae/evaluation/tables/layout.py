@@ -30,9 +30,13 @@ class Cell:
 
     def format(self, digits: int) -> str:
         """`0.931 [0.896, 0.961]` with so many digits after the point."""
-        text = f"{'> ' if self.at_least else ''}{self.value:.{digits}f}"
+
+        def rounded(number: float) -> str:
+            return f"{round(number, digits) + 0.0:.{digits}f}"  # no -0.00
+
+        text = f"{'> ' if self.at_least else ''}{rounded(self.value)}"
         if self.low is not None and self.high is not None:
-            text += f" [{self.low:.{digits}f}, {self.high:.{digits}f}]"
+            text += f" [{rounded(self.low)}, {rounded(self.high)}]"
         return text
 
 

@@ -78,8 +78,9 @@ def _escaped_column(column: Column) -> Column:
 def _latex_row(row: Row, columns: Sequence[Column]) -> str:
     start = [rf"\textit{{{escape(text)}}}" if row.is_published else escape(text) for text in (row.label, row.origin)]
     if row.is_missing:
-        command = rf"not measured: \texttt{{{escape(row.command)}}}" if row.command else "not measured"
-        return " & ".join([*start, rf"\multicolumn{{{len(columns)}}}{{l}}{{{command}}}"])
+        commands = THEN.join(rf"\texttt{{{escape(command)}}}" for command in row.command.split(THEN))
+        words = rf"not measured: {commands}" if row.command else "not measured"
+        return " & ".join([*start, rf"\multicolumn{{{len(columns)}}}{{p{{0.6\linewidth}}}}{{\raggedright {words}}}"])
     cells = ["--" if text is None else f"${_math(text)}$" for text in row.texts(columns)]
     return " & ".join([*start, *(rf"\textit{{{cell}}}" if row.is_published else cell for cell in cells)])
 
