@@ -35,7 +35,7 @@ from ldae.evaluation.edits.heldout_probe import split_subjects_in_halves
 from ldae.evaluation.edits.interpolation import Interpolation
 from ldae.evaluation.edits.inverted_scans import invert_scans
 from ldae.evaluation.edits.manipulation import Manipulation
-from ldae.evaluation.edits.visits import find_triples
+from ldae.evaluation.edits.visits import find_triples, spread_over_subjects
 from ldae.evaluation.images.variation import Variation
 from ldae.evaluation.probes.targets import Classification, Regression
 from ldae.utils.errors import UserError
@@ -294,6 +294,16 @@ def test_triples_and_nearest_visit():
     assert [triple.t for triple in found] == [0.5, 0.25, 0.5, pytest.approx(1 / 3)]
     assert [t.nearest for t in found] == [2, 2, 2, 3]
     assert [triple.months for triple in found] == [12, 24, 24, 18]
+
+
+def test_few_triples_are_of_many_subjects_and_of_different_gaps():
+    table = pd.DataFrame({"subject": np.repeat(list("abc"), 4), "months": [0, 12, 36, 72] * 3})
+    triples = find_triples(table, np.arange(12))
+    subjects = table["subject"].to_numpy()[[triple.target for triple in triples]]
+    assert spread_over_subjects(triples, subjects, None) == triples
+    few = spread_over_subjects(triples, subjects, 3)
+    assert [table["subject"][triple.target] for triple in few] == ["a", "b", "c"]
+    assert len({triple.rows[0] % 4 + 10 * triple.months for triple in few}) > 1
 
 
 def test_interpolation_numbers_by_hand(context):

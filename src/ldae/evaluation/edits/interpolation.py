@@ -45,7 +45,7 @@ from ldae.evaluation.edits.anatomy import Anatomy, Levels, interpolate_levels
 from ldae.evaluation.edits.counterfactuals import CounterfactualRenderer
 from ldae.evaluation.edits.edited_scans import add_change
 from ldae.evaluation.edits.figures import draw_strip, write_animation
-from ldae.evaluation.edits.visits import Triple, find_triples
+from ldae.evaluation.edits.visits import Triple, find_triples, spread_over_subjects
 from ldae.evaluation.figures import draw_curves
 from ldae.evaluation.images.image_metrics import BrainMasks, copy_to_host, mse, ssim_whole_and_masked, to_arrays
 from ldae.evaluation.longitudinal import use_longitudinal_cohort
@@ -71,7 +71,7 @@ class Interpolation:
     """The evaluation that the module describes.
 
     Args:
-        most: at most this many triples, in table order; None: all of them.
+        most: at most this many triples, of as many subjects as possible; None: all of them.
         pictures: how many triples are drawn.
         longitudinal: whether test subjects are those of the longitudinal cohort, where the cohort has one.
     """
@@ -91,7 +91,8 @@ class Interpolation:
         from tqdm import tqdm
 
         context = use_longitudinal_cohort(context, self.longitudinal)
-        triples = find_triples(context.table, context.rows("test"))[: self.most]
+        triples = find_triples(context.table, context.rows("test"))
+        triples = spread_over_subjects(triples, context.subjects([triple.target for triple in triples]), self.most)
         if not triples:
             context.skip("interpolation is skipped: no test subject has three visits")
             return

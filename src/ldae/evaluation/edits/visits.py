@@ -1,5 +1,6 @@
 """Triples of visits of one subject, of which the middle one is to be predicted."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -47,3 +48,23 @@ def find_triples(table: pd.DataFrame, rows: np.ndarray) -> list[Triple]:
                         t = (months[j] - months[i]) / apart
                         found.append(Triple(numbers[i], numbers[j], numbers[k], t, apart))
     return found
+
+
+def spread_over_subjects(triples: Sequence[Triple], subjects: Sequence[str], most: int | None) -> list[Triple]:
+    """At most `most` of the triples, in their order: one of each subject, then a second one, and so on.
+
+    Which of its triples a subject begins with depends on its place, so that few triples have different gaps.
+
+    Args:
+        subjects: of each triple.
+        most: None: all of them.
+    """
+    of_subject: dict[str, list[int]] = {}
+    for number, subject in enumerate(subjects):
+        of_subject.setdefault(str(subject), []).append(number)
+    ranked = [
+        (round_, place, numbers[(place + round_) % len(numbers)])
+        for place, numbers in enumerate(of_subject.values())
+        for round_ in range(len(numbers))
+    ]
+    return [triples[number] for number in sorted(number for *_, number in sorted(ranked)[:most])]
