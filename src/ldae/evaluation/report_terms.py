@@ -181,6 +181,7 @@ GENERATION = {
     "mmd": "maximum mean discrepancy between samples and test scans (lower is better)",
     "ms_ssim": "multi-scale structural similarity between samples (lower is more diverse)",
     "<metric>_real": "the same for real training scans against test scans, or between real scans",
+    "<metric>_autoencoder": "the same for real training scans through the autoencoder, whose blur all samples have",
     "gaussian, prior": "samples whose y is drawn from the Gaussian of y, or from the diffusion prior; without either "
     "word, samples of the U-Net alone",
     "random": "in the feature space of a convolutional network with fixed random weights",

@@ -6,7 +6,8 @@ The sources share their noise. Everything is measured for several seeds; values 
 differences between sources and of volumes and probes, are over test subjects. For each source `<s>` and feature space:
 
 - `<s>/<space>/fid`, `<s>/<space>/mmd`: distance to the test scans (feature_distances.py); `..._real`: that of as many
-  training scans, about what a perfect generator would reach.
+  training scans, about what a perfect generator would reach; `..._autoencoder`: of the same scans through the
+  autoencoder, which no sample of the latent diffusion can be expected to surpass.
 - `<s>/<space>/fid_below_unet`, `.../mmd_below_unet`: by how much it is below that of the U-Net alone, paired over
   seeds; `..._seeds`: the number of seeds in which it is. Of the prior also `..._below_gaussian`.
 - `<s>/ms_ssim`: mean MS-SSIM between samples, lower = more diverse; `generation/ms_ssim_real`: between test scans.
@@ -26,6 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ldae.data.subsampling import subsample_by_subject
 from ldae.evaluation import figures
 from ldae.evaluation.context import Context, iterate_batches
 from ldae.evaluation.images.feature_distances import (
@@ -186,14 +188,18 @@ class Generation:
         test, train = (self._real_features(context, space, rows) for rows in (real.test, real.train))
         features = {name: self._features(context, space, found.volumes) for name, found in samples.items()}
         by_seed = {name: samples[name].by_seed(values) for name, values in features.items()}
-        reference = context.sample_rows("train", self.samples)
+        subjects = context.table["subject"].tolist()
+        reference = subsample_by_subject(real.train, subjects, self.samples, context.seed)
+        decoded = real.images["train"][np.searchsorted(real.train, reference)]
         by_seed["real"] = [self._real_features(context, space, reference)]
+        by_seed["autoencoder"] = [self._features(context, space, decoded)]
         found = _measure_distances(by_seed, test, real.weights)
         for metric, values in found.items():
             for name in samples:
                 # Without an interval: in a resample, scans that are drawn twice raise every distance alike.
                 yield f"{stem_of(name)}/{title}/{metric}", float(values[name][:, 0].mean())
-            yield f"generation/{title}/{metric}_real", float(values["real"][0, 0])
+            for name in ("real", "autoencoder"):
+                yield f"generation/{title}/{metric}_{name}", float(values[name][0, 0])
             for name, other in ((GAUSSIAN, UNET), (PRIOR, UNET), (PRIOR, GAUSSIAN)):
                 if name in samples and other in samples:
                     below = values[other] - values[name]
