@@ -29,6 +29,7 @@ import pytest
 from accelerate.state import AcceleratorState
 from click.testing import CliRunner
 
+from faults.scripts import run_script as start_script
 from ldae.bench.__main__ import hydra_arguments
 from ldae.bench.__main__ import main as bench
 from ldae.bench.gpu_check.__main__ import main as gpu_check
@@ -149,7 +150,9 @@ def is_free(command: Command, index: int) -> bool:
         return True
     if command.program == "ldae" and words[0] == "preprocess" and index == 2:
         return True
-    begins = {"stage=aekl", "stage=supervised"} & set(words) or (command.program == "encode_latents" and "model/autoencoder=identity" in words)
+    begins = {"stage=aekl", "stage=supervised"} & set(words) or (
+        command.program == "encode_latents" and "model/autoencoder=identity" in words
+    )
     return bool(words[index].startswith("name=") and begins) or words[index - 1] in OUTPUTS
 
 
@@ -249,8 +252,10 @@ def place(smoke: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder as a user has it: tables, scans, finished runs, a bundle and files of other programs."""
     folder = tmp_path_factory.mktemp("user")
     shutil.copytree(smoke / "data", folder / "data")
-    for name in RUNS:
-        shutil.copytree(smoke / "runs" / "smoke", folder / "runs" / name)
+    shutil.copytree(smoke / "runs" / "smoke", folder / "runs" / RUNS[0])
+    start_script("train", "experiment=smoke", "stage=prior", f"name={RUNS[0]}", cwd=folder)
+    for name in RUNS[1:]:
+        shutil.copytree(folder / "runs" / RUNS[0], folder / "runs" / name)
     table = next((folder / "data").glob("phantom_*/scans.csv"))
     for name in ("scans.csv", "other.csv", "fresh/scans.csv"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
