@@ -7,21 +7,13 @@ import torch
 
 from ldae.data.phantom import render
 from ldae.evaluation.edits.deformation import jacobian_determinant, measure_growth, register
+from small_images import soft_ball
 
 SHAPE = (56, 64, 56)
 
 
-def ball(radius, size=36):
-    """A bright ball in the middle of a head that stays the same."""
-    axes = torch.arange(size) - (size - 1) / 2
-    x, y, z = torch.meshgrid(axes, axes, axes, indexing="ij")
-    distance = (x**2 + y**2 + z**2).sqrt()
-    head = torch.sigmoid(14 - distance) * (0.5 + 0.1 * torch.sin(x) * torch.sin(y) * torch.sin(z))
-    return (head + 0.4 * torch.sigmoid(radius - distance))[None, None]
-
-
 def test_a_ball_that_grows_is_found_and_an_image_without_change_has_growth_1():
-    small, large = ball(6.0), ball(6.6)
+    small, large = soft_ball(6.0), soft_ball(6.6)
     fraction = {"ball": (small[:, 0] > 0.7).float()}
     assert measure_growth(small, small, fraction)["ball"] == pytest.approx(1, abs=1e-3)
     assert measure_growth(small, large, fraction)["ball"].item() == pytest.approx(1.1**3, rel=0.1)
@@ -29,13 +21,13 @@ def test_a_ball_that_grows_is_found_and_an_image_without_change_has_growth_1():
 
 
 def test_brightness_and_contrast_are_no_growth():
-    image = ball(6.0)
+    image = soft_ball(6.0)
     fraction = {"ball": (image[:, 0] > 0.7).float()}
     assert measure_growth(image, 0.9 * image + 0.05, fraction)["ball"].item() == pytest.approx(1, abs=1e-3)
 
 
 def test_each_image_of_a_batch_is_measured_on_its_own_and_an_absent_structure_is_nan():
-    before, after = torch.cat([ball(6.0), ball(5.0)]), torch.cat([ball(6.6), ball(5.0)])
+    before, after = torch.cat([soft_ball(6.0), soft_ball(5.0)]), torch.cat([soft_ball(6.6), soft_ball(5.0)])
     fractions = {"ball": (before[:, 0] > 0.7).float(), "none": torch.zeros(2, 36, 36, 36)}
     growth = measure_growth(before, after, fractions)
     alone = measure_growth(before[:1], after[:1], {"ball": fractions["ball"][:1]})["ball"]
@@ -50,7 +42,7 @@ def test_a_displacement_that_enlarges_has_the_determinant_of_the_enlargement():
 
 
 def test_the_registered_image_resembles_the_fixed_one():
-    displacement = register(ball(6.0), ball(6.6))
+    displacement = register(soft_ball(6.0), soft_ball(6.6))
     assert displacement.shape == (1, 3, 36, 36, 36)
     assert displacement.isfinite().all()
 

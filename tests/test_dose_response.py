@@ -29,6 +29,7 @@ from ldae.evaluation.edits.dose_response import (
 from ldae.evaluation.edits.manipulation import Manipulation
 from ldae.evaluation.probes.bootstrap import draw_subject_weights
 from ldae.evaluation.probes.targets import Classification, Regression
+from small_images import soft_ball
 
 ALPHAS = [-1.0, -0.5, 0.0, 0.5, 1.0]
 SUBJECTS = [f"s{number}" for number in range(20)]
@@ -128,15 +129,6 @@ def context(tmp_path):
         model=SimpleNamespace(), table=table, volumes=None, posterior=None, embeddings=rng.standard_normal((40, 4)),
         untrained=None, out=tmp_path, spacing=(2.0, 2.0, 2.0), regions=read_regions,
     )  # fmt: skip
-
-
-def soft_ball(radius, size=36):
-    """A bright ball in the middle of a head that stays the same."""
-    axes = torch.arange(size) - (size - 1) / 2
-    x, y, z = torch.meshgrid(axes, axes, axes, indexing="ij")
-    distance = (x**2 + y**2 + z**2).sqrt()
-    head = torch.sigmoid(14 - distance) * (0.5 + 0.1 * torch.sin(x) * torch.sin(y) * torch.sin(z))
-    return (head + 0.4 * torch.sigmoid(radius - distance))[None, None]
 
 
 def test_slopes_of_the_cohort_are_per_unit_of_alpha(context):
