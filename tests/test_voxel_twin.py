@@ -62,7 +62,7 @@ def test_seconds_are_those_of_the_runs_and_of_a_scan(voxels, x, tmp_path):
     shutil.copytree(voxels, root)
     context = context_of(root, x)
     unknown = dict(Seconds(root)(context))
-    assert unknown.keys() == {"seconds/embed", "seconds/reconstruct"}
+    assert unknown.keys() == {f"seconds/{name}{end}" for name in ("embed", "reconstruct") for end in ("", "_cpu")}
     assert len(context.skipped) == 3
     metadata = root / "aekl/weights/metadata.json"
     metadata.write_text(json.dumps({**json.loads(metadata.read_text()), "step": 0}))  # nothing to train

@@ -5,7 +5,8 @@
   an earlier version of this project trained is not known, and then there is no total.
 - `seconds/embed`: of a scan, from its view to y.
 - `seconds/reconstruct`: of a scan, to its latent, its code and y, and back by the model's own sampler. In both the
-  median over single scans after one that is not counted.
+  median over single scans after one that is not counted. `seconds/embed_cpu`, `seconds/reconstruct_cpu`: processor
+  seconds of the same, which other programs on the machine hardly change.
 """
 
 import logging
@@ -41,8 +42,10 @@ class Seconds:
         if len(rows) < 2:
             context.skip("seconds of a scan are not measured: fewer than two test scans")
             return
-        yield "seconds/embed", _median_seconds(context, rows, lambda row: _embed(context, row))
-        yield "seconds/reconstruct", _median_seconds(context, rows, lambda row: _reconstruct(context, row))
+        for name, work in (("embed", _embed), ("reconstruct", _reconstruct)):
+            wall, processor = _median_seconds(context, rows, work)
+            yield f"seconds/{name}", wall
+            yield f"seconds/{name}_cpu", processor
 
     def _training(self, context: Context) -> Iterator[tuple[str, float]]:
         found: dict[str, float] = {}
@@ -72,11 +75,12 @@ def _reconstruct(context: Context, row: int) -> None:
     model.decompress(model.generate(model.invert(z, y), y)).cpu()
 
 
-def _median_seconds(context: Context, rows: np.ndarray, work: Callable[[int], None]) -> float:
-    """Median seconds of `work` over the rows but the first, which also warms up."""
+def _median_seconds(context: Context, rows: np.ndarray, work: Callable[[Context, int], None]) -> tuple[float, float]:
+    """Median seconds of the wall clock and of the processor over the rows but the first, which also warms up."""
     seconds = []
     for row in rows:
-        start = time.perf_counter()
-        work(int(row))
-        seconds.append(time.perf_counter() - start)
-    return float(np.median(seconds[1:]))
+        start = time.perf_counter(), time.process_time()
+        work(context, int(row))
+        seconds.append((time.perf_counter() - start[0], time.process_time() - start[1]))
+    wall, processor = np.median(seconds[1:], axis=0)
+    return float(wall), float(processor)
