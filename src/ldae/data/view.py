@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ldae.data.nifti import BadScan, Source, load_scan
-from ldae.data.tissues import SoftSegmentation, TissueMaker, TissuesNotFound
+from ldae.data.tissues import Mixture, TissueMaker, TissuesNotFound
 from ldae.data.transforms import Transform
 from ldae.data.view_grid import Spacing, resample_centred, with_grid
 from ldae.utils.errors import UserError
@@ -179,7 +179,7 @@ class TissueView(GridView):
     Args:
         transform: brings scans to the volumes' model space.
         shape, spacing: as for T1View.
-        maker: makes the maps; by default `SoftSegmentation`.
+        maker: makes the maps; by default `Mixture`, as in conf/data/view.
         channels: number of maps of the maker. Networks' configs refer to it, so it is part of the config.
         scan_spacing: voxel size of the scans in mm, for `of_volumes`: in volumes of larger voxels than the scans', the
             boundaries of tissues are less sharp. None: that of the volumes. It does not change the views of scans.
@@ -200,7 +200,7 @@ class TissueView(GridView):
         scan_spacing: float | None = None,
     ) -> None:
         super().__init__(transform, shape, spacing)
-        self.maker = maker or SoftSegmentation()
+        self.maker = maker or Mixture()
         refuse_other_channels(channels, self.maker.channels)
         self.channels, self.scan_spacing = channels, scan_spacing
 
