@@ -32,11 +32,12 @@ import numpy as np
 import pandas as pd
 from torch import Tensor
 
+from ldae.data.subsampling import subsample_by_subject
 from ldae.editing.editor import Editor
 from ldae.editing.forecast_file import write_forecaster
 from ldae.editing.forecast_fit import FittedForecast, find_pairs, fit_forecaster
-from ldae.evaluation.context import Context, iterate_batches
-from ldae.evaluation.edits.anatomy import REGIONS, STRUCTURES, Anatomy
+from ldae.evaluation.context import Context
+from ldae.evaluation.edits.anatomy import STRUCTURES, Anatomy
 from ldae.evaluation.edits.counterfactuals import CounterfactualRenderer
 from ldae.evaluation.edits.effects import correlation
 from ldae.evaluation.edits.forecast_figures import draw_forecast, draw_forecast_curves
@@ -49,6 +50,7 @@ from ldae.evaluation.edits.forecast_predictions import (
     predict_visits,
 )
 from ldae.evaluation.edits.forecast_results import (
+    known_volumes,
     measure_intervals,
     summarise_forecasts,
     summarise_intervals,
@@ -110,7 +112,7 @@ class Forecast:
 
     def _fit(self, context: Context, train: np.ndarray) -> FittedForecast:
         """Fit the forecast on training rows, and store it."""
-        volumes = {name: _known_volumes(context, name, train) for name in STRUCTURES}
+        volumes = {name: known_volumes(context, name, train) for name in STRUCTURES}
         fitted = fit_forecaster(context.table, context.embeddings, train, self.columns, volumes, context.seed)
         fitted = replace(fitted, forecaster=replace(fitted.forecaster, editor=self.editor))
         one = fitted.forecaster
@@ -120,9 +122,10 @@ class Forecast:
         return fitted
 
     def _choose_visits(self, context: Context) -> list[Visits]:
-        found = list_visits(find_pairs(context.table, context.rows("test")))
-        order = np.random.default_rng(context.seed).permutation(len(found))
-        return [found[number] for number in sorted(order[: self.scans].tolist())]
+        found = list_test_visits(context)
+        rows = np.array([visits.row for visits in found], int)
+        chosen = subsample_by_subject(rows, context.table["subject"].tolist(), self.scans, context.seed)
+        return [visits for visits in found if visits.row in set(chosen.tolist())]
 
     def _compare_all(
         self, context: Context, fitted: FittedForecast, baselines: LearnedBaselines, test: list[Visits]
@@ -153,7 +156,7 @@ class Forecast:
         yield from summarise_forecasts(table, self.resamples, context.seed)
         draw_forecast_curves(context.out, table)
         yield "forecast/deviation_r", float(np.nanmean(correlations))
-        volumes = measure_intervals(context, fitted.forecaster, test)
+        volumes = measure_intervals(context, fitted.forecaster, list_test_visits(context))  # nothing is decoded: all
         if len(volumes):
             context.write_csv("forecast_volumes.csv", volumes)
             yield from summarise_intervals(volumes, self.resamples, context.seed)
@@ -195,22 +198,14 @@ class Forecast:
         )
 
 
+def list_test_visits(context: Context) -> list[Visits]:
+    """Every scan of a test subject that has later visits."""
+    return list_visits(find_pairs(context.table, context.rows("test")))
+
+
 def choose_numbers(test: Sequence[Visits], context: Context, count: int) -> list[int]:
     """Numbers of `count` scans of different subjects, those whose last visit is latest first."""
     subjects = context.subjects([visits.row for visits in test])
     order = sorted(range(len(test)), key=lambda number: -test[number].years[-1])
     first = {subjects[number]: number for number in reversed(order)}
     return [number for number in order if first[subjects[number]] == number][:count]
-
-
-def _known_volumes(context: Context, name: str, rows: np.ndarray) -> np.ndarray:
-    """Volume of a structure in the scans of `rows`, mm3, (N,); NaN in the others and where it is not known."""
-    found, column = np.full(len(context.table), np.nan), f"{name}_mm3"
-    if column in context.table:
-        found[rows] = pd.to_numeric(context.table[column].iloc[rows], errors="coerce")
-    elif context.regions is not None:
-        voxel = float(np.prod(context.spacing))
-        for part in iterate_batches(rows, 16):
-            found[part] = context.regions(part, REGIONS[name]).sum((1, 2, 3)) * voxel
-    found[~(found > 0)] = np.nan
-    return found

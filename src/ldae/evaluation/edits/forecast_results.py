@@ -7,14 +7,15 @@ import numpy as np
 import pandas as pd
 
 from ldae.editing.forecaster import Forecaster
-from ldae.evaluation.context import Context
-from ldae.evaluation.edits.anatomy import read_true_volumes
+from ldae.evaluation.context import Context, iterate_batches
+from ldae.evaluation.edits.anatomy import REGIONS
 from ldae.evaluation.edits.forecast_predictions import Visits
 from ldae.evaluation.probes.bootstrap import draw_subject_weights, summarise_mean
 
 log = logging.getLogger(__name__)
 
 OURS, LAST = "ldae", "last"
+BATCH = 16  # label maps that are read at once
 SIGNS = {"mse": -1, "mse_mask": -1, "ssim": 1, "ssim_mask": 1, "ventricle_error": -1, "hippocampus_error": -1}
 BY_GAP = ("mse_mask", "ssim_mask", "ventricle_error", "hippocampus_error")
 PER_GAP_OVER = ("last", "mean_change", "latent")  # baselines that gains are also given for by gap
@@ -78,18 +79,17 @@ def _verdict(found: Sequence[tuple[str, float]], against: str, metric: str, gap:
 
 
 def measure_intervals(context: Context, forecaster: Forecaster, test: Sequence[Visits]) -> pd.DataFrame:
-    """One row per pair of visits and structure: true ratio of the volumes, its forecast and its interval."""
+    """One row per pair of visits and structure whose volumes are known: true ratio, its forecast and its interval."""
     first = [visits.row for visits in test for _ in visits.targets]
     second = [target for visits in test for target in visits.targets]
     years = np.concatenate([visits.years for visits in test])
-    if not any(f"{name}_mm3" in context.table for name in forecaster.volumes) and context.regions is None:
-        return pd.DataFrame()
     rows = context.table.iloc[first].reset_index(drop=True)
     features = forecaster.features(context.embeddings[first], rows)
     parts = []
     for name, one in forecaster.volumes.items():
         ratio = one.ratio(features, years)
-        true = read_true_volumes(context, name, second) / read_true_volumes(context, name, first)
+        volumes = known_volumes(context, name, np.unique([*first, *second]))
+        true = volumes[second] / volumes[first]
         parts.append(
             pd.DataFrame({
                 "structure": name, "subject": rows["subject"], "session": rows["session"], "years": years,
@@ -97,7 +97,24 @@ def measure_intervals(context: Context, forecaster: Forecaster, test: Sequence[V
                 "high": ratio[:, 2], "true": true,
             })
         )  # fmt: skip
-    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
+    found = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame({"true": []})
+    return found[found["true"].notna()]
+
+
+def known_volumes(context: Context, name: str, rows: np.ndarray) -> np.ndarray:
+    """Volume of a structure in the scans of `rows`, mm3, (N,); NaN in all others and where it is not known.
+
+    From the column `<name>_mm3` of the table, or from the label maps if the table has no such column.
+    """
+    found, column = np.full(len(context.table), np.nan), f"{name}_mm3"
+    if column in context.table:
+        found[rows] = pd.to_numeric(context.table[column].iloc[rows], errors="coerce")
+    elif context.regions is not None:
+        voxel = float(np.prod(context.spacing))
+        for part in iterate_batches(rows, BATCH):
+            found[part] = context.regions(part, REGIONS[name]).sum((1, 2, 3)) * voxel
+    found[~(found > 0)] = np.nan
+    return found
 
 
 def summarise_intervals(table: pd.DataFrame, resamples: int, seed: int) -> Iterator[tuple[str, float]]:
