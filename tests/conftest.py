@@ -1,6 +1,7 @@
 """Command-line options, the order of test files, and the fixtures that several files share."""
 
 import os
+import shutil
 
 # The tests run in as many workers as there are cores, so each works with one thread.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from filelock import FileLock
 
 from faults.scripts import run_script
 
@@ -53,13 +55,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def smoke(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in which the scripts have run `experiment=smoke` from phantoms to evaluation. Read only."""
-    folder = tmp_path_factory.mktemp("smoke")
-    run_script("train", "experiment=smoke", "stage=aekl", cwd=folder)
-    run_script("encode_latents", "experiment=smoke", cwd=folder)
-    run_script("train", "experiment=smoke", "stage=pretrain", cwd=folder)
-    run_script("train", "experiment=smoke", "stage=repr", cwd=folder)
-    run_script("evaluate", "experiment=smoke", cwd=folder)
+    """A folder in which the scripts have run `experiment=smoke` from phantoms to evaluation. Read only.
+
+    It is made once for all workers of pytest-xdist, whose temporary folders have a parent in common.
+    """
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    folder = shared / "smoke"
+    with FileLock(shared / "smoke.lock"):
+        if not (folder / "finished").exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            run_script("train", "experiment=smoke", "stage=aekl", cwd=folder)
+            run_script("encode_latents", "experiment=smoke", cwd=folder)
+            run_script("train", "experiment=smoke", "stage=pretrain", cwd=folder)
+            run_script("train", "experiment=smoke", "stage=repr", cwd=folder)
+            run_script("evaluate", "experiment=smoke", cwd=folder)
+            (folder / "finished").touch()
     return folder
 
 
