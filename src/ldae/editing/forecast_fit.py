@@ -9,7 +9,7 @@ subjects.
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 import numpy as np
@@ -187,21 +187,20 @@ def fit_forecaster(
         (float(pairs.years.min()), float(pairs.years.max())), pairs=len(pairs), subjects=subjects,
     )  # fmt: skip
     features = forecaster.features(y[pairs.first], table.iloc[pairs.first].reset_index(drop=True))
-    coordinates = forecaster.coordinates(y)
+    coordinates, count = forecaster.coordinates(y), basis.shape[1]
     moved = coordinates[pairs.second] - coordinates[pairs.first]
-    fit = fit_rates(moved, pairs, features, basis.shape[1], seed)
+    fit = fit_rates(moved, pairs, features, count, seed)
     residuals = moved - fit.held_out
     spread = Spread.fit(np.mean(residuals**2, 1), pairs.years)
     kept = np.random.default_rng(seed).permutation(len(pairs))[:KEPT]
-    changes = {
-        name: found
-        for name, measured in volumes.items()
-        if (found := _fit_volume(measured, pairs, features, basis.shape[1], seed)) is not None
-    }
-    whole = Forecaster(
-        centre, basis, unit, covariates, fit.rate, (residuals / spread(pairs.years)[:, None])[kept], spread,
-        forecaster.years, changes, pairs=len(pairs), subjects=subjects,
-    )  # fmt: skip
+    changes = {name: _fit_volume(measured, pairs, features, count, seed) for name, measured in volumes.items()}
+    whole = replace(
+        forecaster,
+        rate=fit.rate,
+        residuals=(residuals / spread(pairs.years)[:, None])[kept],
+        spread=spread,
+        volumes={name: found for name, found in changes.items() if found is not None},
+    )
     return FittedForecast(whole, pairs, fit.penalties)
 
 
