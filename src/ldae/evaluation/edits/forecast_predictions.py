@@ -142,7 +142,7 @@ def predict_visits(
     found = [{name: image[i : i + 1] for name, image in images.items()} for i in range(len(years))]
     if visits.after is not None:
         last = context.volumes([visits.after[0]]).to(x)
-        for one, time in zip(found[:-1], years, strict=False):
+        for one, time in zip(found[:-1], years[:-1], strict=True):
             one["interpolated"] = torch.lerp(x, last, float(time / visits.after[1]))
     return found
 
