@@ -97,6 +97,12 @@ def test_few_people_and_large_voxels_are_said():
     assert not any("people only" in one or "Voxels" in one for one in find_cautions(Evidence({}, FACTS)))
 
 
+def test_edits_of_a_cohort_without_test_subjects_are_called_not_held_out():
+    for people, expected in (({"train": 500, "val": 12}, True), (FACTS.people, False)):
+        facts = TrainingFacts("scans.csv", False, people, FACTS.shape, FACTS.spacing_mm)
+        assert any("No test subjects" in one for one in find_cautions(Evidence(EDITS, facts))) == expected
+
+
 def test_a_structure_that_does_not_move_is_not_also_called_too_small():
     said = " ".join(find_cautions(Evidence(EDITS, FACTS)))
     assert "hippocampi 0.10 times" not in said

@@ -104,6 +104,9 @@ def _one_cohort(evidence: Evidence) -> Iterator[str]:
     metrics = evidence.metrics
     if any(name.startswith("cv/transductive/") for name in metrics):
         yield "Numbers that are called transductive are of scans that the encoder was trained on, without labels."
+    people = evidence.facts.people if evidence.facts else {}
+    if people and not people.get("test") and find_edited(metrics):
+        yield "No test subjects: the edited scans are among those that the model and the directions were fitted on."
     for name in sorted(metrics):
         match = re.fullmatch(r"(external/(?:[^/]+/)?)ood/failed", name)
         share = metrics[name] / max(evidence.get(f"{match[1]}ood/scans"), 1.0) if match else 0.0
