@@ -88,7 +88,7 @@ def no_worker_processes() -> Iterator[None]:
         yield from ((index, function(*item)) for index, item in enumerate(items))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ldae.utils.process_pool._run_in_pools", run_here)
+        patch.setattr("ldae.utils.process_pool.run_in_pools", run_here)
         yield
 
 

@@ -55,7 +55,7 @@ def run_in_processes(
     from tqdm import tqdm
 
     if workers:
-        results = _run_in_pools(function, items, workers, threads)
+        results = run_in_pools(function, items, workers, threads)
     else:
         results = ((index, function(*item)) for index, item in enumerate(items))
     with tqdm(total=len(items), desc=label, unit=unit, disable=not progress or not items) as bar:
@@ -64,7 +64,7 @@ def run_in_processes(
             yield index, result
 
 
-def _run_in_pools(
+def run_in_pools(
     function: Callable[..., Any], items: Sequence[tuple[Any, ...]], workers: int, threads: int
 ) -> Iterator[tuple[int, Any]]:
     """Run pool after pool until every item has a result or is reported as `DIED`."""
