@@ -18,6 +18,7 @@ HARMLESS = {
     "accelerator._target_", "stage.estimator.start_from_unet", "stage.aekl", "stage.pretrain", "stage.latents",
     "stage.initial_weights", "stage.keep_components",
     "data.table", "data.workers", "data.on_bad_scan", "data.diagnoses",
+    *(f"data.phantom.longitudinal.{name}" for name in ("subjects", "months", "seed")),
     "data.phantom.subjects", "data.phantom.seed", "data.phantom.spacing", "data.phantom.shape", "data.split.train",
     "data.split.val", "data.split.test", "data.split.seed", "data.split.fold", "data.split.folds", "data.split.extend",
 }  # fmt: skip
