@@ -31,11 +31,14 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/pip install -q --disable-pip-version-check -e '.[dev,preprocess]' -c constraints.txt
 	touch $@
 
-demo: $(STAMP) ## the whole method on a phantom cohort, on a CPU: data, three stages, probes, report
+demo: $(STAMP) ## the whole method on a phantom cohort, on a CPU: data, three stages, prior, baselines, report
 	$(BIN)/python train.py stage=aekl $(DEMO) $(ARGS)
 	$(BIN)/python encode_latents.py $(DEMO) $(ARGS)
 	$(BIN)/python train.py stage=pretrain $(DEMO) $(ARGS)
 	$(BIN)/python train.py stage=repr $(DEMO) $(ARGS)
+	$(BIN)/python train.py stage=prior $(DEMO) $(ARGS)
+	$(BIN)/python train.py stage=supervised task=diagnosis $(DEMO) $(ARGS)
+	$(BIN)/python train.py stage=supervised task=age $(DEMO) $(ARGS)
 	$(BIN)/python evaluate.py $(DEMO) $(ARGS)
 
 ixi: $(STAMP) ## 149 real scans of IXI: DATA=../shared/data/ixi_hh; ends in runs/ixi/evaluation/metrics.json
