@@ -65,7 +65,7 @@ def test_every_command_and_option_has_a_help_text(command):
     result = CliRunner().invoke(main, [command.name, "-h"])
     assert result.exit_code == 0
     # BIDS apps take input and output by place, and a cohort's output is a run.
-    output = {"preprocess": "SOURCE OUTPUT", "cohort": "--name"}.get(command.name, "-o, --output")
+    output = {"preprocess": "SOURCE OUTPUT", "cohort": "--name", "tables": "RUN"}.get(command.name, "-o, --output")
     assert output in result.output
     assert len(command.help.splitlines()[0]) > 10
     assert all(option.help for option in command.params if option.param_type_name == "option")
