@@ -89,6 +89,20 @@ def test_an_argument_that_a_class_does_not_take_is_named_in_full():
         check_constructor_arguments(config)
 
 
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("evaluation.manipulation.scans=4x", r"evaluation\.manipulation\.scans=4x: a whole number is needed"),
+        ("evaluation.manipulation.shown=one", r"evaluation\.manipulation\.shown=one: a number is needed"),
+        ("evaluation.probes.head_size=trux", r"evaluation\.probes\.head_size=trux: true or false is needed"),
+    ],
+)
+def test_text_is_refused_where_a_class_takes_a_number(override, says):
+    config = compose_config("evaluate", ["experiment=smoke", "evaluation=[manipulation,probes]", override])
+    with pytest.raises(UserError, match=says):
+        check_constructor_arguments(config)
+
+
 def test_a_renamed_argument_is_refused_with_its_new_name():
     config = composed("stage=aekl", "+model.autoencoder.tile=4")
     with pytest.raises(UserError, match=r"'model\.autoencoder\.tile' is now 'model\.autoencoder\.inference_planes'"):

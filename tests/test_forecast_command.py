@@ -9,27 +9,11 @@ from click.testing import CliRunner
 
 from ldae.bundle.bundle import Bundle
 from ldae.cli import main
-from ldae.editing.covariates import Covariate
-from ldae.editing.editor import Editor
 from ldae.editing.forecast_file import write_forecaster
-from ldae.editing.forecaster import Forecaster, Spread, VolumeForecast
+from small_forecaster import a_forecaster
 from small_scans import brain, reoriented
 
 GIVEN = ("--age", "70", "--column", "diagnosis=AD", "--draws", "2")
-
-
-def a_forecaster(dim=16, count=3):
-    """y moves by 1 a year along its first number, and twice as fast in AD; volumes grow by 10 % a year."""
-    covariates = (Covariate("age", 70, 10), Covariate("diagnosis", categories=("AD", "CN"), shares=(0.5, 0.5)))
-    rate = np.zeros((1 + count + 3, count))
-    rate[0, 0], rate[-2, 0] = 1.5, 1.0
-    volume = np.zeros(len(rate))
-    volume[0] = np.log(1.1)
-    return Forecaster(
-        np.zeros(dim), np.eye(dim)[:, :count], 1.0, covariates, rate, np.random.default_rng(0).normal(size=(20, count)),
-        Spread(0.01, 0.01), (0.5, 2.0), {"ventricle": VolumeForecast(volume, Spread(1e-4, 1e-4), 2.0)},
-        Editor(depth=1.0), 30, 20,
-    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -33,11 +33,14 @@ from faults.scripts import run_script as start_script
 from ldae.bench.__main__ import hydra_arguments
 from ldae.bench.__main__ import main as bench
 from ldae.bench.gpu_check.__main__ import main as gpu_check
+from ldae.bundle.bundle import Bundle
 from ldae.cli import main as console
+from ldae.editing.forecast_file import write_forecaster
 from ldae.preprocessing.check import main as preprocessing_check
 from ldae.utils import entrypoint
 from pages import PAGES, ROOT, STAGE_OF, commands
 from small_datasets import brain
+from small_forecaster import a_forecaster
 
 pytestmark = pytest.mark.usefixtures("no_worker_processes")
 
@@ -254,6 +257,9 @@ def place(smoke: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(smoke / "data", folder / "data")
     shutil.copytree(smoke / "runs" / "smoke", folder / "runs" / RUNS[0])
     start_script("train", "experiment=smoke", "stage=prior", f"name={RUNS[0]}", cwd=folder)
+    run = folder / "runs" / RUNS[0]
+    forecaster = a_forecaster(categories=("AD", "CN", "MCI"))
+    write_forecaster(run / "evaluation/forecast.safetensors", forecaster, Bundle.from_run(run).weights_hash)
     for name in RUNS[1:]:
         shutil.copytree(folder / "runs" / RUNS[0], folder / "runs" / name)
     table = next((folder / "data").glob("phantom_*/scans.csv"))

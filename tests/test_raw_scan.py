@@ -55,6 +55,9 @@ class Shift:
 
     file: Path
 
+    def affine_determinant(self):
+        return 1.0
+
     def to_template(self, scan, grid, interpolator):
         return resample_onto(Volume(scan.data, shifted(scan.affine, SHIFT)), grid)
 

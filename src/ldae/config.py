@@ -5,10 +5,11 @@ Groups that choose a class (`_target_`) are checked against that class's constru
 """
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, get_args
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
@@ -29,6 +30,7 @@ REQUIRED_FILES = {
         "torchvision's ImageNet weights of ConvNeXt-Small (model.encoder.backbone.weights=null: random weights)"
     ),
 }
+NUMBERS = {bool: "true or false", int: "a whole number", float: "a number"}
 _INSTANTIATE_KEYS = {"_target_", "_partial_", "_args_", "_recursive_", "_convert_"}
 
 # Field metadata: what another value of the key does to a training that is resumed. A key without it must not change.
@@ -364,3 +366,18 @@ def _check_signature(node: DictConfig, key: str) -> None:
             if name in ARGUMENTS.get(node["_target_"], {}):
                 raise UserError(f"'{key}.{name}' is now '{key}.{ARGUMENTS[node['_target_']][name]}'")
             raise UserError(f"unknown key '{key}.{name}': {node['_target_']} takes {', '.join(sorted(allowed))}")
+    _refuse_text_for_numbers(node, key, parameters)
+
+
+def _refuse_text_for_numbers(node: DictConfig, key: str, parameters: Iterable[inspect.Parameter]) -> None:
+    """Refuse text where a class takes a number, as 4x where 4 was meant: it would fail late, or count as true."""
+    for parameter in parameters:
+        name, annotation = parameter.name, parameter.annotation
+        kinds = set(get_args(annotation) if isinstance(annotation, UnionType) else [annotation]) - {NoneType}
+        if not kinds or not kinds <= set(NUMBERS) or name not in node:
+            continue
+        if OmegaConf.is_missing(node, name) or OmegaConf.is_interpolation(node, name):
+            continue
+        if isinstance(node[name], str):
+            what = " or ".join(text for kind, text in NUMBERS.items() if kind in kinds)
+            raise UserError(f"{key}.{name}={node[name]}: {what} is needed")
