@@ -210,16 +210,18 @@ def test_training_scans_are_edited_along_a_direction_that_was_fitted_without_the
 
 
 def test_scans_on_their_own_grid_are_embedded_with_the_change_added(context):
-    """What is embedded is the scan plus the change, and not the decoded image."""
+    """What is embedded is the view of the scan plus the change, and not the decoded image."""
     added = []
 
     def open_scan(row):
-        return SimpleNamespace(edited=lambda after, before: added.append(after - before) or torch.full((1, 1), row))
+        return SimpleNamespace(edited=lambda after, before: added.append(after - before) or row)
 
     context.open_scan = open_scan
-    context.model = SimpleNamespace(open=lambda image, check, preprocess: image, embed=lambda image: 10.0 * image)
+    context.model = SimpleNamespace(
+        view=lambda image: np.full((1, 2), image, np.float32), embed_views=lambda views: 10 * views[:, 0], device="cpu"
+    )
     edited, unedited = torch.full((2, 1, *SHAPE), 0.7), torch.full((2, 1, *SHAPE), 0.5)
-    assert embed_edited_scans(context, [3, 5], edited, unedited).tolist() == [[30.0], [50.0]]
+    assert embed_edited_scans(context, [3, 5], edited, unedited).tolist() == [[30.0, 30.0], [50.0, 50.0]]
     torch.testing.assert_close(added[0], torch.full((1, *SHAPE), 0.2))
 
 

@@ -31,6 +31,7 @@ from ldae.evaluation.probes.evaluator import ExternalCohort, find_scored_probes
 from ldae.evaluation.results import ResultsFolder, start_record
 from ldae.evaluation.supervised import SupervisedTwins
 from ldae.runs import Workspace
+from ldae.scans.scan import open_scan
 from ldae.utils.errors import UserError
 from ldae.utils.metric_table import format_console_table, select_headline
 from ldae.utils.results_record import Source
@@ -167,9 +168,7 @@ def build_context(model: "LDAE", cohort: Cohort, space: Workspace, config: DictC
         perceptual=_perceptual(config, model.device),
         source=_find_source(cohort, space, config),
         prefix=prefix,
-        open_scan=lambda row: model.open(
-            cohort.table["path"].iloc[row], False, "never", cohort.transform.assume_orientation
-        ),
+        open_scan=lambda row: open_scan(cohort.table["path"].iloc[row], cohort.transform),
     )
     if prefix or not is_synthetic(config):
         return own

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,8 +27,11 @@ def embed_edited_scans(context: Context, rows: Sequence[int], edited: Tensor, un
     """
     if context.open_scan is None:
         return context.model.embed(edited)
-    found = []
-    for row, after, before in zip(rows, edited, unedited, strict=True):
-        image = context.open_scan(int(row)).edited(after, before)
-        found.append(context.model.embed(context.model.open(image, check=False, preprocess="never")))
-    return torch.cat(found)
+    model = context.model
+    see = model.transform if model.view is None else model.view  # without the remarks that opening a scan logs
+    images = [
+        context.open_scan(int(row)).edited(after, before)
+        for row, after, before in zip(rows, edited, unedited, strict=True)
+    ]
+    views = torch.from_numpy(np.stack([see(image) for image in images]))
+    return model.embed_views(views.to(model.device))
