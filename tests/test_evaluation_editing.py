@@ -14,6 +14,7 @@ import torch
 from hydra.utils import instantiate
 
 from ldae.config import check_constructor_arguments, compose_config
+from ldae.data.nifti import BadScan
 from ldae.diffusion.code import Code
 from ldae.editing.direction import Direction
 from ldae.editing.directions import HeldFixed, MeanDifference, Pattern, Weights
@@ -223,6 +224,21 @@ def test_scans_on_their_own_grid_are_embedded_with_the_change_added(context):
     edited, unedited = torch.full((2, 1, *SHAPE), 0.7), torch.full((2, 1, *SHAPE), 0.5)
     assert embed_edited_scans(context, [3, 5], edited, unedited).tolist() == [[30.0, 30.0], [50.0, 50.0]]
     torch.testing.assert_close(added[0], torch.full((1, *SHAPE), 0.2))
+
+
+def test_an_edited_scan_without_a_view_does_not_end_the_evaluation(context, caplog):
+    def view(image):
+        if image == 5:
+            raise BadScan("no three tissues")
+        return np.full((1, 2), image, np.float32)
+
+    context.open_scan = lambda row: SimpleNamespace(edited=lambda after, before: row)
+    context.model = SimpleNamespace(
+        view=view, device="cpu", embed_views=lambda views: 10 * views[:, 0], embed=lambda x: x[:, 0, 0, 0, :2]
+    )
+    edited = torch.full((2, 1, *SHAPE), 0.5)
+    assert embed_edited_scans(context, [3, 5], edited, edited).tolist() == [[30.0, 30.0], [0.5, 0.5]]
+    assert "1 of 2 edited scans have no view" in caplog.text
 
 
 def test_the_reversed_direction_has_no_spearman_share(context):

@@ -1,12 +1,15 @@
 """Edited scans, as `ldae manipulate` writes them: the scan plus the change; and their semantic vectors."""
 
+import logging
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from ldae.data.nifti import BadScan
 from ldae.evaluation.context import Context
+
+log = logging.getLogger(__name__)
 
 
 def add_change(x: Tensor, change: Tensor) -> Tensor:
@@ -23,15 +26,22 @@ def embed_edited_scans(context: Context, rows: Sequence[int], edited: Tensor, un
 
     Args:
         rows: of the scans.
-        edited, unedited: decoded images, (B, 1, X, Y, Z). Where only volumes are at hand, `edited` itself is embedded.
+        edited, unedited: decoded images, (B, 1, X, Y, Z). Where only volumes are at hand, or the view of an edited scan
+            cannot be made, `edited` itself is embedded.
     """
     if context.open_scan is None:
         return context.model.embed(edited)
     model = context.model
     see = model.transform if model.view is None else model.view  # without the remarks that opening a scan logs
-    images = [
-        context.open_scan(int(row)).edited(after, before)
-        for row, after, before in zip(rows, edited, unedited, strict=True)
-    ]
-    views = torch.from_numpy(np.stack([see(image) for image in images]))
-    return model.embed_views(views.to(model.device))
+    found, unseen = [], 0
+    for row, after, before in zip(rows, edited, unedited, strict=True):
+        try:
+            view = torch.from_numpy(see(context.open_scan(int(row)).edited(after, before)))[None].to(model.device)
+            found.append(model.embed_views(view))
+        except BadScan as error:
+            log.debug("row %d: %s", row, error)
+            found.append(model.embed(after[None]))
+            unseen += 1
+    if unseen:
+        log.warning("%d of %d edited scans have no view: that of the decoded image is used", unseen, len(found))
+    return torch.cat(found)
