@@ -17,8 +17,8 @@ from ldae.editing.editor import Editor
 from ldae.editing.linear_model import LinearModel
 from ldae.editing.units import AlphaUnit
 from ldae.evaluation.context import Context
+from ldae.evaluation.edits.alpha_sweep import AlphaSweep
 from ldae.evaluation.edits.edited_scans import embed_edited_scans
-from ldae.evaluation.edits.inverted_scans import InvertedScans
 from ldae.evaluation.probes.targets import Probe
 from ldae.utils.errors import UserError
 
@@ -69,17 +69,16 @@ class HeldOutProbe:
         return cls(direction, model, alpha)
 
     @torch.no_grad()
-    def measure(self, context: Context, editor: Editor, scans: InvertedScans) -> dict[str, np.ndarray]:
-        """The probe's response to scans edited by -alpha and +alpha and embedded anew (edited_scans.py), (B,) each.
+    def measure(self, context: Context, editor: Editor, sweep: AlphaSweep) -> dict[str, np.ndarray]:
+        """The probe's response to the scans of `sweep`, edited by -alpha and +alpha and embedded anew, (B,) each.
 
         `independent_slope`: change of its output (log-odds, years, ...) per unit of alpha; `independent_right`: 1 if
         the output rises, else 0.
         """
-        below, unedited, above = (
-            editor.decode(context.model, scans.code, self.direction.edit(scans.y, alpha))
-            for alpha in (-self.alpha, 0.0, self.alpha)
-        )
-        embedded = [embed_edited_scans(context, scans.rows, edited, unedited) for edited in (below, above)]
+        scans, embedded = sweep.scans, []
+        for alpha in (-self.alpha, self.alpha):
+            edited = editor.decode(context.model, scans.code, self.direction.edit(scans.y, alpha))
+            embedded.append(embed_edited_scans(context, scans.rows, edited, sweep.images_at(0.0)))
         below, above = torch.stack(embedded).float().cpu().numpy()
         rise = self.model.decision(above) - self.model.decision(below)
         return {"independent_slope": rise / (2 * self.alpha), "independent_right": (rise > 0).astype(np.float64)}

@@ -155,7 +155,7 @@ class Manipulation:
                 comparison = compare_with_counterfactuals(context, anatomy, rate, sweep, self.shown)
                 metrics, true_difference = metrics | comparison.metrics, comparison.difference
             if held_out is not None:
-                metrics |= held_out.measure(context, self.editor, scans)
+                metrics |= held_out.measure(context, self.editor, sweep)
             results.add(sweep, metrics, true_difference, anatomy.region)
         yield from self._summarise(context, name, probe, direction, rate, rows, results)
 
